@@ -1,0 +1,384 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Every struct and enum that crosses between the kernel and the agent, and
+ * nothing else. With maps.h this is the whole contract: Rust takes these types
+ * from the skeleton. Fixed-width fields, widest first, padding written out.
+ *
+ * A change of any struct here changes ABI_VERSION, which names the pin
+ * directory, so that old and new agents never share a map.
+ */
+#pragma once
+
+#include "kernel.h"
+
+enum abi_version {
+	ABI_VERSION = 1,
+};
+
+/* 16 bytes, network order; IPv4 is v4-mapped (::ffff:a.b.c.d). */
+struct addr {
+	__be32 w[4];
+};
+
+/* Seen from the endpoint; the numbers are Hubble's TrafficDirection. */
+enum direction {
+	DIRECTION_UNKNOWN = 0,
+	DIRECTION_INGRESS = 1,
+	DIRECTION_EGRESS = 2,
+};
+
+/* Reserved identities, with the numbers that Hubble's clients know. */
+enum reserved_identity {
+	IDENTITY_UNKNOWN = 0,
+	IDENTITY_HOST = 1,
+	IDENTITY_WORLD = 2,
+	IDENTITY_UNMANAGED = 3,
+	IDENTITY_HEALTH = 4,
+	IDENTITY_INIT = 5,
+	IDENTITY_REMOTE_NODE = 6,
+	IDENTITY_KUBE_APISERVER = 7,
+	IDENTITY_INGRESS = 8,
+	IDENTITY_FIRST_CLUSTER = 256,
+	IDENTITY_LAST_CLUSTER = 0xffffff,
+	/* Node-local numbers (prefixes, pods covered by prefixes): never on the wire. */
+	IDENTITY_FIRST_LOCAL = 0x1000000,
+	IDENTITY_LAST_LOCAL = 0x1ffffff,
+};
+
+/*
+ * Why a packet was dropped; the numbers are Hubble's DropReason. Functions
+ * return them negated. 0 is "forwarded" in metrics and events.
+ */
+enum drop_reason {
+	DROP_NONE = 0,
+	DROP_INVALID_SOURCE_IP = 132,
+	DROP_POLICY_DENIED = 133,
+	DROP_INVALID_PACKET = 134,
+	DROP_CONNECTION_TRUNCATED = 135,
+	DROP_UNSUPPORTED_L3 = 139,
+	DROP_WRITE_ERROR = 141,
+	DROP_UNKNOWN_L4 = 142,
+	DROP_UNSUPPORTED_ICMP = 143,
+	DROP_UNROUTABLE_IP = 151,
+	DROP_CONNECTION_INSERT = 155,
+	DROP_INVALID_EXTENSION_HEADER = 156,
+	DROP_FRAGMENT_UNSUPPORTED = 157,
+	DROP_NO_SERVICE_BACKEND = 158,
+	DROP_NO_TUNNEL_ENDPOINT = 160,
+	DROP_UNSUPPORTED_L2 = 166,
+	DROP_NO_NAT_MAPPING = 167,
+	DROP_FIB_LOOKUP_FAILED = 169,
+	DROP_ENCAPSULATION_PROHIBITED = 170,
+	DROP_INVALID_IDENTITY = 171,
+	DROP_UNKNOWN_SENDER = 172,
+	DROP_IS_CLUSTER_IP = 174,
+	DROP_FRAGMENT_NOT_FOUND = 175,
+	DROP_FORBIDDEN_ICMPV6 = 176,
+	DROP_POLICY_DENY_RULE = 181,
+	DROP_INVALID_VNI = 183,
+	DROP_TTL_EXCEEDED = 196,
+	DROP_ENDPOINT_NOT_READY = 203,
+};
+
+/*
+ * endpoints[id]: a pod of this node. The host side of its veth has the address
+ * ENDPOINT_MAC_PREFIX:<id, big endian>, so from_pod knows the endpoint from the
+ * frame's destination without a hash lookup, and checks ifindex.
+ * One cache line. The writer stores everything but epoch first, then epoch:
+ * who reads epoch before policy never caches an old verdict as a new one.
+ */
+struct endpoint {
+	__u32 epoch;	/* raised by every change of policy */
+	__u32 policy;	/* policy id | POLICY_ENFORCE_* */
+	struct addr ipv4; /* all zero: has none */
+	struct addr ipv6;
+	__u32 ifindex;	/* host side of the veth; 0: no such endpoint */
+	__u32 identity;	/* the pod's cluster identity; goes into the tunnel header */
+	__u8 mac[6];	/* of the pod's interface */
+	__u16 flags;	/* enum endpoint_flags */
+};
+_Static_assert(sizeof(struct endpoint) == 56, "endpoint");
+
+enum endpoint_flags {
+	ENDPOINT_READY = 1 << 0, /* policy is enforced; else all is dropped, 203 */
+};
+
+enum policy_bits {
+	POLICY_ID_MASK = 0x3fffffff,
+	POLICY_ENFORCE_EGRESS = 1 << 30,
+	POLICY_ENFORCE_INGRESS = 1U << 31,
+};
+
+/* First four bytes of the host side's MAC address; the id follows. */
+enum endpoint_mac {
+	ENDPOINT_MAC_0 = 0x02,
+	ENDPOINT_MAC_1 = 0x57,
+	ENDPOINT_MAC_2 = 0x65,
+	ENDPOINT_MAC_3 = 0x69,
+};
+
+/* addresses[addr]: who has exactly this address: pods and nodes. */
+struct address {
+	struct addr node;	/* underlay address of its node; zero when local */
+	__u32 identity;		/* what policy sees; may be a local number (K6) */
+	__u16 endpoint_id;	/* local pod, else 0 */
+	__u16 flags;		/* enum address_flags */
+};
+_Static_assert(sizeof(struct address) == 24, "address");
+
+enum address_flags {
+	ADDRESS_POD = 1 << 0,
+	ADDRESS_NODE = 1 << 1,	/* an address of a node of the cluster */
+	ADDRESS_LOCAL = 1 << 2,	/* on this node */
+	ADDRESS_INTERNAL = 1 << 3, /* a node's address inside the pod network: reached by tunnel */
+};
+
+/* prefixes: CIDRs of rules, and the cluster's pod CIDRs; LPM over addr, IPv4 at 96 + n. */
+struct prefix_key {
+	__u32 prefix_length;
+	struct addr addr;
+};
+
+struct prefix {
+	__u32 identity;
+	__u32 flags; /* enum prefix_flags */
+};
+
+enum prefix_flags {
+	PREFIX_POD_CIDR = 1 << 0, /* cluster pods live here: never masqueraded; unknown = unroutable */
+};
+
+struct policy_peer_key {
+	__u32 policy_id;
+	__u32 identity;
+	__u32 direction; /* enum direction */
+};
+
+struct policy_peer {
+	__u32 class;
+};
+
+/*
+ * Longest match over (policy, class, direction) + protocol + port. The first
+ * three are always exact, so a shorter entry means: any port, or any protocol.
+ */
+struct policy_rule_key {
+	__u32 prefix_length; /* 72 any protocol, 80 any port, 80 + n port prefix */
+	__be32 policy_id;
+	__be32 class;
+	__u8 direction;
+	__u8 protocol;
+	__be16 port;
+};
+
+enum policy_rule_prefix {
+	POLICY_RULE_PREFIX_ANY = 72,
+	POLICY_RULE_PREFIX_PROTOCOL = 80,
+	POLICY_RULE_PREFIX_PORT = 96,
+};
+
+struct policy_rule {
+	__u32 rule_id;	   /* names the rule in flows; 0: none */
+	__be16 proxy_port; /* 0: no proxy */
+	__u8 verdict;	   /* enum policy_verdict */
+	__u8 reserved;
+};
+
+enum policy_verdict {
+	POLICY_ALLOW = 1,
+	POLICY_DENY = 2,
+};
+
+/* services: frontends. Port 0, protocol 0: the address is a service's; other ports are refused. */
+struct service_key {
+	struct addr addr;
+	__be16 port;
+	__u8 protocol;
+	__u8 scope; /* 0; local traffic policies will use 1 */
+};
+
+struct service {
+	__u32 service_id;
+	__u32 generation;     /* which backends rows are in force */
+	__u32 backend_count;  /* 0: refused at once */
+	__u32 flags;	      /* enum service_flags */
+};
+
+enum service_flags {
+	SERVICE_WILDCARD = 1 << 0, /* the port 0 entry */
+};
+
+/* A new set of backends is written under the next generation, then service.generation flips. */
+struct backend_key {
+	__u32 service_id;
+	__u32 generation;
+	__u32 slot; /* 0 .. backend_count - 1 */
+};
+
+struct backend {
+	struct addr addr;
+	__be16 port;
+	__u8 protocol;
+	__u8 flags;
+};
+
+/* sockets: what the socket hooks translated, for getpeername, recvmsg, flows and stale UDP. */
+struct socket_key {
+	__u64 cookie;
+	struct addr backend;
+	__be16 port;
+	__u8 protocol;
+	__u8 pad[5];
+};
+
+struct socket_origin {
+	struct addr service; /* the address that the application used */
+	__u32 service_id;
+	__be16 port;
+	__u8 pad[2];
+};
+
+/*
+ * connections: canonical tuple, the lower (addr, port) first as raw memory
+ * compares; any fixed order does. ICMP echo: both ports are the identifier.
+ */
+struct connection_key {
+	struct addr addr[2];
+	__be16 port[2];
+	__u8 protocol;
+	__u8 kind; /* enum connection_kind */
+	__u8 pad[2];
+};
+_Static_assert(sizeof(struct connection_key) == 40, "connection_key");
+
+enum connection_kind {
+	CONNECTION_FLOW = 0,
+	CONNECTION_SERVICE = 1, /* pod -> service address; service holds the chosen backend */
+};
+
+/* Index 0 of the arrays: sent by the initiator; 1: by the responder. */
+struct connection {
+	__u64 last_seen_jiffies;
+	__u64 last_report_jiffies;
+	__u64 packets[2];
+	__u64 bytes[2];
+	struct addr service;	/* FLOW: service address used; SERVICE: backend */
+	__u32 egress_epoch;	/* initiator's endpoint epoch + address epoch, as judged */
+	__u32 ingress_epoch;	/* the responder's */
+	__u32 identity[2];	/* as judged */
+	__u32 egress_rule;	/* the rules that allowed it; 0: not enforced */
+	__u32 ingress_rule;
+	__u16 endpoint[2];	/* local endpoint ids; 0: elsewhere */
+	__be16 service_port;
+	__u16 flags;		/* enum connection_flags */
+	__u8 tcp_flags[2];	/* every flag seen, per side */
+	__u8 pad[6];
+};
+
+enum connection_flags {
+	CONNECTION_INITIATOR_HIGH = 1 << 0, /* addr[1] began */
+	CONNECTION_TRANSLATED = 1 << 1,	    /* per packet: replies take service as source */
+	CONNECTION_LOOPBACK = 1 << 2,	    /* a pod to itself through its service */
+	CONNECTION_SOCKET = 1 << 3,	    /* service was translated at the socket */
+	CONNECTION_CLOSING = 1 << 4,	    /* FIN from both, or RST */
+	CONNECTION_REPLIED = 1 << 5,	    /* the responder has answered */
+};
+
+/* nat: two entries a flow, one per direction (enum direction: EGRESS out, INGRESS back). */
+struct nat_key {
+	struct addr local;  /* out: pod; back: node */
+	struct addr remote;
+	__be16 local_port;
+	__be16 remote_port;
+	__u8 protocol;
+	__u8 direction;
+	__u8 pad[2];
+};
+
+struct nat {
+	struct addr addr; /* out: node; back: pod */
+	__u64 created_jiffies;
+	__be16 port;
+	__u8 pad[6];
+};
+
+struct fragment_key {
+	struct addr source;
+	struct addr destination;
+	__u32 id;
+	__u8 protocol;
+	__u8 pad[3];
+};
+
+struct fragment {
+	__be16 source_port;
+	__be16 destination_port;
+};
+
+/* metrics[reason * 4 + direction], per CPU. */
+struct metric {
+	__u64 packets;
+	__u64 bytes;
+};
+
+enum metric_size {
+	METRIC_ENTRIES = 1024,
+};
+
+/* node_state[0]. */
+struct node_state {
+	__u32 address_epoch; /* raised when the identity of an address changes */
+	__u32 pad;
+};
+
+/* event_counts[0], per CPU: offered = delivered + lost, exactly. */
+struct event_count {
+	__u64 offered;
+	__u64 lost;
+};
+
+enum event_type {
+	EVENT_FLOW_NEW = 1,
+	EVENT_FLOW_UPDATE = 2, /* new TCP flags, a new verdict, or some seconds passed */
+	EVENT_FLOW_END = 3,
+	EVENT_DROP = 4,
+};
+
+enum event_flags {
+	EVENT_IPV6 = 1 << 0,
+	EVENT_REPLY = 1 << 1,	   /* the packet that caused it came from the responder */
+	EVENT_SERVICE = 1 << 2,	   /* service and service_port are set */
+	EVENT_FROM_OVERLAY = 1 << 3,
+};
+
+/*
+ * A record of the ring buffer. Source is the flow's initiator, whoever sent the
+ * packet; for drops without a flow it is the packet's sender.
+ */
+struct event {
+	__u64 timestamp_ns;   /* bpf_ktime_get_ns: CLOCK_MONOTONIC */
+	__u64 packets[2];     /* of the flow so far: initiator, responder */
+	__u64 bytes[2];
+	struct addr source;
+	struct addr destination;
+	struct addr service;  /* the address that the application used */
+	__u32 source_identity;
+	__u32 destination_identity;
+	__u32 rule_id;	      /* that decided; 0: none */
+	__u32 ifindex;
+	__be16 source_port;
+	__be16 destination_port;
+	__be16 service_port;
+	__u16 source_endpoint;
+	__u16 destination_endpoint;
+	__u8 protocol;
+	__u8 type;	      /* enum event_type */
+	__u8 reason;	      /* enum drop_reason; 0: forwarded */
+	__u8 direction;	      /* enum direction */
+	__u8 tcp_flags;	      /* DROP: of the packet; else of the flow, both sides */
+	__u8 icmp_type;
+	__u8 icmp_code;
+	__u8 flags;	      /* enum event_flags */
+	__u8 pad[4];
+};
+_Static_assert(sizeof(struct event) == 128, "event");

@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * The settings of a node: one read-only struct, filled before load, so that the
+ * verifier removes the branches that are off. Weak: every file includes it, the
+ * linker merges it. Facts that change while the agent runs belong in a map.
+ */
+#pragma once
+
+#include "abi.h"
+
+struct settings {
+	struct addr node_ipv4;	     /* of this node; source of tunnels and of masquerading */
+	struct addr node_ipv6;
+	struct addr loopback_ipv4;   /* stands for a pod that reaches itself through a service */
+	struct addr loopback_ipv6;
+	__u32 jiffies_per_second;    /* CONFIG_HZ, found at start */
+	__u32 tunnel_ifindex;	     /* the VXLAN device; 0: native routing */
+	__u32 flow_report_seconds;   /* a running flow is reported this often */
+	__u32 tcp_timeout_seconds;   /* established */
+	__u32 tcp_opening_seconds;   /* SYN seen, no answer */
+	__u32 tcp_closing_seconds;
+	__u32 other_timeout_seconds; /* UDP, ICMP, the rest */
+	__u16 nat_port_min;	     /* host order, inclusive */
+	__u16 nat_port_max;
+	__u16 tunnel_port;	     /* host order: 8472 */
+	__u8 masquerade_ipv4;
+	__u8 masquerade_ipv6;
+	__u8 flow_events;	     /* 0: only counters */
+	__u8 socket_lb;
+	__u8 pad[2];
+};
+
+extern const volatile struct settings settings;
+const volatile struct settings settings __attribute__((weak)) = {};
+
+/* Types that no map reaches: anchored here so that BTF, and so Rust, has them. */
+struct exported_types {
+	struct event event;
+	struct connection connection;
+	enum drop_reason drop_reason;
+	enum reserved_identity reserved_identity;
+	enum event_type event_type;
+	enum event_flags event_flags;
+	enum direction direction;
+	enum endpoint_flags endpoint_flags;
+	enum policy_bits policy_bits;
+	enum address_flags address_flags;
+	enum prefix_flags prefix_flags;
+	enum policy_rule_prefix policy_rule_prefix;
+	enum policy_verdict policy_verdict;
+	enum service_flags service_flags;
+	enum connection_kind connection_kind;
+	enum connection_flags connection_flags;
+	enum abi_version abi_version;
+	enum metric_size metric_size;
+};
+
+const volatile struct exported_types exported_types __attribute__((weak)) = {};

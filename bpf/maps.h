@@ -1,0 +1,135 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Every map. Each is pinned by its name in the ABI version's directory and has
+ * exactly one writer. Sizes here are defaults; the agent may set others before
+ * load. Weak: every file includes this, the linker merges it.
+ */
+#pragma once
+
+#include <bpf/bpf_helpers.h>
+
+#include "abi.h"
+
+/* Written by datapath::endpoints; index is the endpoint id, 0 unused. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 4096);
+	__type(key, __u32);
+	__type(value, struct endpoint);
+} endpoints SEC(".maps") __weak;
+
+/* Written by datapath::addresses: one entry an address of a pod or node. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct addr);
+	__type(value, struct address);
+} addresses SEC(".maps") __weak;
+
+/* Written by datapath::addresses: prefixes of rules, the cluster's pod CIDRs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct prefix_key);
+	__type(value, struct prefix);
+} prefixes SEC(".maps") __weak;
+
+/* Written by datapath::policies: identity -> class, per policy. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct policy_peer_key);
+	__type(value, struct policy_peer);
+} policy_peers SEC(".maps") __weak;
+
+/* Written by datapath::policies: class x protocol x port -> verdict. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 131072);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct policy_rule_key);
+	__type(value, struct policy_rule);
+} policy_rules SEC(".maps") __weak;
+
+/* Written by datapath::services: frontends. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct service_key);
+	__type(value, struct service);
+} services SEC(".maps") __weak;
+
+/* Written by datapath::services: backends by slot. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct backend_key);
+	__type(value, struct backend);
+} backends SEC(".maps") __weak;
+
+/* Written by the socket hooks; evicts the oldest. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct socket_key);
+	__type(value, struct socket_origin);
+} sockets SEC(".maps") __weak;
+
+/* Written by the programs, deleted by collect_connections; evicts the oldest. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 262144);
+	__type(key, struct connection_key);
+	__type(value, struct connection);
+} connections SEC(".maps") __weak;
+
+/* Written by to_network, deleted by collect_nat; evicts the oldest. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 131072);
+	__type(key, struct nat_key);
+	__type(value, struct nat);
+} nat SEC(".maps") __weak;
+
+/* Written by the programs: ports of the first fragment for those that follow. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct fragment_key);
+	__type(value, struct fragment);
+} fragments SEC(".maps") __weak;
+
+/* Written by the programs: packets and bytes by reason and direction. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, METRIC_ENTRIES);
+	__type(key, __u32);
+	__type(value, struct metric);
+} metrics SEC(".maps") __weak;
+
+/* Written by datapath::addresses. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct node_state);
+} node_state SEC(".maps") __weak;
+
+/* Written by the programs: offered and lost events. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct event_count);
+} event_counts SEC(".maps") __weak;
+
+/* Written by the programs, read by flow::reader every few milliseconds; no wake-ups. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4 * 1024 * 1024);
+} events SEC(".maps") __weak;

@@ -1,0 +1,63 @@
+//! Compiles `bpf/*.bpf.c` with clang, links them into one object and makes its
+//! skeleton: `$OUT_DIR/datapath.skel.rs`, whose types are the kernel contract.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use libbpf_cargo::SkeletonBuilder;
+use libbpf_rs::Linker;
+
+fn main() -> Result<()> {
+    println!("cargo:rerun-if-changed=bpf");
+    println!("cargo:rerun-if-env-changed=CLANG");
+    let clang = find_clang()?;
+    let out = PathBuf::from(env::var_os("OUT_DIR").context("OUT_DIR is not set: run cargo")?);
+    let object = out.join("datapath.bpf.o");
+    let mut linker = Linker::new(&object)?;
+    for source in sources()? {
+        let stem = source.file_stem().and_then(|stem| stem.to_str()).context("naming an object")?;
+        let compiled = out.join(stem).with_extension("o");
+        SkeletonBuilder::new()
+            .source(&source)
+            .obj(&compiled)
+            .clang(&clang)
+            .clang_args(["-I", "bpf", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-mcpu=v3"])
+            .build()
+            .with_context(|| format!("compiling {} with {clang}", source.display()))?;
+        linker.add_file(&compiled)?;
+    }
+    linker.link().context("linking the BPF objects")?;
+    SkeletonBuilder::new()
+        .obj(&object)
+        .reference_obj(true)
+        .generate(out.join("datapath.skel.rs"))
+        .context("generating the skeleton")?;
+    Ok(())
+}
+
+fn sources() -> Result<Vec<PathBuf>> {
+    let mut sources: Vec<PathBuf> = Path::new("bpf")
+        .read_dir()
+        .context("listing bpf/")?
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(|path| path.to_string_lossy().ends_with(".bpf.c"))
+        .collect();
+    sources.sort();
+    Ok(sources)
+}
+
+/// The newest clang that is installed under a name that distributions use; `CLANG` overrides.
+fn find_clang() -> Result<String> {
+    if let Ok(clang) = env::var("CLANG") {
+        return Ok(clang);
+    }
+    let candidates = (15..=22).rev().map(|version| format!("clang-{version}")).chain(["clang".to_owned()]);
+    for clang in candidates {
+        if Command::new(&clang).arg("--version").output().is_ok_and(|output| output.status.success()) {
+            return Ok(clang);
+        }
+    }
+    bail!("no clang found: run `make setup`, or set CLANG to a clang of version 15 or later")
+}

@@ -1,0 +1,2 @@
+//! Not wired yet.
+fn main() {}

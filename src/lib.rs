@@ -1,0 +1,8 @@
+//! Weir: networking, security and observability for Kubernetes on eBPF.
+//!
+//! State moves one way: watch -> tables -> pure compile -> reconcile -> maps.
+//! Events move the other way and never write a table. See ARCHITECTURE.md.
+
+pub mod datapath;
+pub mod model;
+pub mod tables;

@@ -1,0 +1,76 @@
+//! What the maps should hold: the output of the compilers, the input of `datapath`.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::{Endpoint, IdentityId, ObjectKey, PolicyId, Protocol};
+
+/// A row of `addresses`: who has exactly this address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct AddressEntry {
+    /// What policy sees; a local number where prefixes of rules cover the address.
+    pub identity: IdentityId,
+    /// Underlay address of the node that has it; `None` on this node.
+    pub node: Option<IpAddr>,
+    /// Set for pods of this node.
+    pub endpoint: Option<super::EndpointId>,
+    /// What kind of address it is.
+    pub kind: AddressKind,
+}
+
+/// Whose address it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum AddressKind {
+    /// A pod's.
+    Pod,
+    /// A node's, on the underlay.
+    Node,
+    /// A node's, in the pod network: reached by tunnel when there is one.
+    NodeInternal,
+}
+
+/// A row of `prefixes`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct PrefixEntry {
+    /// What an address without a row of its own in `addresses` is.
+    pub identity: IdentityId,
+    /// Within a pod CIDR of the cluster.
+    pub is_pod_cidr: bool,
+}
+
+/// A row of `endpoints`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct EndpointEntry {
+    /// The pod's attachment.
+    pub endpoint: Arc<Endpoint>,
+    /// Its cluster identity.
+    pub identity: IdentityId,
+    /// The policy in force.
+    pub policy: PolicyId,
+    /// That policy has rules for what comes in.
+    pub enforces_ingress: bool,
+    /// That policy has rules for what goes out.
+    pub enforces_egress: bool,
+}
+
+/// The address, port and protocol of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct FrontendKey {
+    /// A cluster IP.
+    pub address: IpAddr,
+    /// 0 with protocol `None`: every other port of the address, refused.
+    pub port: u16,
+    /// `None` only for the wildcard row.
+    pub protocol: Option<Protocol>,
+}
+
+/// Where a frontend leads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Frontend {
+    /// The Service.
+    pub service: Arc<ObjectKey>,
+    /// Ready backends, sorted, without doubles; none: refused at once.
+    pub backends: Vec<SocketAddr>,
+}

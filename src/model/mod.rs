@@ -1,0 +1,16 @@
+//! What Weir knows about the cluster, in its own words.
+//!
+//! Kubernetes objects are converted to these types at the edge (`kube`), once;
+//! nothing behind that edge sees an API type. This module knows no other.
+
+mod desired;
+mod endpoint;
+mod identity;
+mod objects;
+mod policy;
+
+pub use desired::*;
+pub use endpoint::*;
+pub use identity::*;
+pub use objects::*;
+pub use policy::*;

@@ -1,0 +1,166 @@
+//! Pods, namespaces, nodes, services and their backends.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::Labels;
+
+/// Namespace and name of a namespaced object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ObjectKey {
+    /// `metadata.namespace`.
+    pub namespace: Arc<str>,
+    /// `metadata.name`.
+    pub name: Arc<str>,
+}
+
+impl ObjectKey {
+    /// The key `namespace/name`.
+    pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// An L4 protocol by its IP protocol number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Protocol {
+    /// 6
+    Tcp,
+    /// 17
+    Udp,
+    /// 132
+    Sctp,
+}
+
+impl Protocol {
+    /// The number in the IP header.
+    pub fn number(self) -> u8 {
+        match self {
+            Protocol::Tcp => 6,
+            Protocol::Udp => 17,
+            Protocol::Sctp => 132,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Protocol::Tcp => "TCP",
+            Protocol::Udp => "UDP",
+            Protocol::Sctp => "SCTP",
+        })
+    }
+}
+
+/// A namespace and the labels that selectors ask for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Namespace {
+    /// `metadata.labels`.
+    pub labels: Labels,
+}
+
+/// A pod, as far as networking cares.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Pod {
+    /// Namespace and name.
+    pub key: ObjectKey,
+    /// `metadata.uid`; empty in manifests that have none.
+    pub uid: String,
+    /// `metadata.labels`.
+    pub labels: Labels,
+    /// `spec.serviceAccountName`, `default` when absent.
+    pub service_account: String,
+    /// `spec.nodeName`.
+    pub node: Option<String>,
+    /// `spec.hostNetwork`.
+    pub host_network: bool,
+    /// Succeeded or Failed: its address may already be another's.
+    pub is_terminal: bool,
+    /// Named container ports. The same name may stand for one number per protocol.
+    pub named_ports: BTreeMap<String, Vec<NamedPort>>,
+}
+
+/// What a port name stands for in one pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct NamedPort {
+    /// `protocol`, TCP when absent.
+    pub protocol: Protocol,
+    /// `containerPort`.
+    pub port: u16,
+}
+
+/// A node of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Node {
+    /// `metadata.name`.
+    pub name: String,
+    /// `metadata.labels`.
+    pub labels: Labels,
+    /// `status.addresses` of type InternalIP, at most one of each family is used.
+    pub addresses: Vec<IpAddr>,
+    /// `spec.podCIDRs`.
+    pub pod_cidrs: Vec<IpNet>,
+}
+
+/// A Service with at least one cluster IP, or a headless one (no `addresses`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Service {
+    /// Namespace and name.
+    pub key: ObjectKey,
+    /// `spec.clusterIPs` without `None`.
+    pub addresses: Vec<IpAddr>,
+    /// `spec.ports`.
+    pub ports: Vec<ServicePort>,
+}
+
+/// One port of a Service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ServicePort {
+    /// Empty for the only port of a Service.
+    pub name: String,
+    /// TCP when absent.
+    pub protocol: Protocol,
+    /// The frontend's port.
+    pub port: u16,
+}
+
+/// An EndpointSlice: some of the backends of one Service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct EndpointSlice {
+    /// Namespace and name of the slice itself.
+    pub key: ObjectKey,
+    /// The Service that it belongs to (label `kubernetes.io/service-name`).
+    pub service: ObjectKey,
+    /// Ports, matched to the Service's by name; a slice port without number is left out.
+    pub ports: Vec<ServicePort>,
+    /// Backends.
+    pub backends: Vec<SliceBackend>,
+}
+
+/// One endpoint of an EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SliceBackend {
+    /// Usually one; all have the slice's family.
+    pub addresses: Vec<IpAddr>,
+    /// `conditions.ready`, true when absent.
+    pub ready: bool,
+    /// `conditions.serving`, `ready` when absent.
+    pub serving: bool,
+    /// `conditions.terminating`.
+    pub terminating: bool,
+    /// `nodeName`.
+    pub node: Option<String>,
+}
