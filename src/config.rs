@@ -1,0 +1,256 @@
+//! The agent's settings: `AgentArgs` is what was typed, `Config` is what the code uses.
+//!
+//! Converting validates everything: a setting that makes no sense is refused at
+//! start with its name and what is allowed.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use clap::{ArgAction, Args, ValueEnum};
+use thiserror::Error;
+
+/// Flags of `weir agent`; each can also be set by its environment variable.
+#[derive(Args, Clone, Debug)]
+pub struct AgentArgs {
+    /// Name of this node, as in its Node object.
+    #[arg(long, env = "WEIR_NODE_NAME", value_name = "NAME")]
+    pub node_name: String,
+
+    /// Take objects from the YAML files of this directory instead of the Kubernetes API.
+    #[arg(long, env = "WEIR_MANIFESTS", value_name = "DIR", conflicts_with = "kubeconfig")]
+    pub manifests: Option<PathBuf>,
+
+    /// Reach the Kubernetes API with this file; without it, as a pod does.
+    #[arg(long, env = "WEIR_KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+
+    /// Where the BPF file system is, or is to be mounted.
+    #[arg(long, env = "WEIR_BPFFS", value_name = "DIR", default_value = "/sys/fs/bpf")]
+    pub bpffs: PathBuf,
+
+    /// Where the cgroup v2 hierarchy is; found in /proc/self/mountinfo by default.
+    #[arg(long, env = "WEIR_CGROUP_ROOT", value_name = "DIR")]
+    pub cgroup_root: Option<PathBuf>,
+
+    /// What must survive a restart of the agent.
+    #[arg(long, env = "WEIR_STATE_DIR", value_name = "DIR", default_value = "/var/lib/weir")]
+    pub state_dir: PathBuf,
+
+    /// The socket that weir-cni and the command line use.
+    #[arg(long, env = "WEIR_SOCKET", value_name = "PATH", default_value = "/run/weir/agent.sock")]
+    pub socket: PathBuf,
+
+    /// A device that leads to the other nodes; by default those that have the node's addresses.
+    #[arg(long, env = "WEIR_DEVICES", value_name = "NAME", value_delimiter = ',')]
+    pub device: Vec<String>,
+
+    /// How pods of different nodes reach one another.
+    #[arg(long, env = "WEIR_ROUTING", value_enum, default_value = "tunnel")]
+    pub routing: Routing,
+
+    /// UDP port of the VXLAN tunnels.
+    #[arg(long, env = "WEIR_TUNNEL_PORT", value_name = "PORT", default_value_t = 8472)]
+    pub tunnel_port: u16,
+
+    /// MTU of the pods' devices in bytes; 0: the node's device's, less the tunnel's header.
+    #[arg(long, env = "WEIR_MTU", value_name = "BYTES", default_value_t = 0)]
+    pub mtu: u32,
+
+    /// Give pods' traffic that leaves the cluster the node's address.
+    #[arg(long, env = "WEIR_MASQUERADE", action = ArgAction::Set, default_value_t = true)]
+    pub masquerade: bool,
+
+    /// Lowest port that masquerading uses.
+    #[arg(long, env = "WEIR_NAT_PORT_MIN", value_name = "PORT", default_value_t = 10240)]
+    pub nat_port_min: u16,
+
+    /// Highest port that masquerading uses; keep clear of NodePorts and of ip_local_port_range.
+    #[arg(long, env = "WEIR_NAT_PORT_MAX", value_name = "PORT", default_value_t = 29999)]
+    pub nat_port_max: u16,
+
+    /// Where metrics and health are served over HTTP.
+    #[arg(long, env = "WEIR_METRICS_ADDRESS", value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9962")]
+    pub metrics_address: SocketAddr,
+
+    /// Connections that the kernel remembers.
+    #[arg(long, env = "WEIR_CONNECTIONS_MAX", value_name = "N", default_value_t = 262_144)]
+    pub connections_max: u32,
+
+    /// Masqueraded connections that the kernel remembers, two entries each.
+    #[arg(long, env = "WEIR_NAT_MAX", value_name = "N", default_value_t = 131_072)]
+    pub nat_max: u32,
+
+    /// Sockets connected to services that the kernel remembers.
+    #[arg(long, env = "WEIR_SOCKETS_MAX", value_name = "N", default_value_t = 65_536)]
+    pub sockets_max: u32,
+
+    /// How programs are attached to devices.
+    #[arg(long, env = "WEIR_ATTACH", value_enum, default_value = "auto")]
+    pub attach: Attach,
+
+    /// Record flows.
+    #[arg(long, env = "WEIR_FLOW_EVENTS", action = ArgAction::Set, default_value_t = true)]
+    pub flow_events: bool,
+
+    /// Flows kept in memory, 128 bytes each.
+    #[arg(long, env = "WEIR_FLOW_BUFFER", value_name = "N", default_value_t = 16_384)]
+    pub flow_buffer: usize,
+
+    /// A running connection is reported this often, in seconds.
+    #[arg(long, env = "WEIR_FLOW_REPORT_SECONDS", value_name = "SECONDS", default_value_t = 5)]
+    pub flow_report_seconds: u32,
+
+    /// Translate service addresses at the socket, before there are packets.
+    #[arg(long, env = "WEIR_SOCKET_LB", action = ArgAction::Set, default_value_t = true)]
+    pub socket_lb: bool,
+
+    /// Form of the log.
+    #[arg(long, env = "WEIR_LOG_FORMAT", value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// How pods of different nodes reach one another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Routing {
+    /// VXLAN between the nodes; the network between them need not know pods.
+    Tunnel,
+    /// Routes to the other nodes' pod CIDRs.
+    Native,
+}
+
+/// How programs are attached to devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Attach {
+    /// tcx where the kernel has it, else clsact.
+    Auto,
+    /// tcx links (Linux 6.6 and later).
+    Tcx,
+    /// Filters of a clsact queueing discipline.
+    Clsact,
+}
+
+/// Form of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Validated settings.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// As typed, with every rule below checked.
+    pub args: AgentArgs,
+    /// Pins of this ABI version: `<bpffs>/weir/v<ABI>`.
+    pub pins: PathBuf,
+}
+
+/// Why a setting was refused.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("--{setting} {given}: {allowed}")]
+pub struct ConfigError {
+    setting: &'static str,
+    given: String,
+    allowed: &'static str,
+}
+
+/// The directory of this ABI version's pins below a BPF file system.
+pub fn pin_directory(bpffs: &Path) -> PathBuf {
+    let version = crate::datapath::skeleton::types::abi_version::ABI_VERSION.0;
+    bpffs.join("weir").join(format!("v{version}"))
+}
+
+impl TryFrom<AgentArgs> for Config {
+    type Error = ConfigError;
+
+    fn try_from(args: AgentArgs) -> Result<Self, ConfigError> {
+        let refuse = |setting, given: String, allowed| Err(ConfigError { setting, given, allowed });
+        if !is_node_name(&args.node_name) {
+            return refuse(
+                "node-name",
+                args.node_name,
+                "must be a DNS subdomain: lower case letters, digits, '-' and '.', at most 253",
+            );
+        }
+        if args.mtu != 0 && !(1280..=65_535).contains(&args.mtu) {
+            return refuse("mtu", args.mtu.to_string(), "must be 0, or 1280 (IPv6's least) to 65535");
+        }
+        if args.tunnel_port == 0 {
+            return refuse("tunnel-port", "0".to_owned(), "must be 1 to 65535");
+        }
+        if args.nat_port_min < 1024 || args.nat_port_min >= args.nat_port_max {
+            let given = format!("{} --nat-port-max {}", args.nat_port_min, args.nat_port_max);
+            return refuse("nat-port-min", given, "must be at least 1024 and below --nat-port-max");
+        }
+        for (setting, value) in [
+            ("connections-max", args.connections_max),
+            ("nat-max", args.nat_max),
+            ("sockets-max", args.sockets_max),
+        ] {
+            if !(1024..=16_777_216).contains(&value) {
+                return refuse(setting, value.to_string(), "must be 1024 to 16777216");
+            }
+        }
+        if !(128..=4_194_304).contains(&args.flow_buffer) {
+            return refuse("flow-buffer", args.flow_buffer.to_string(), "must be 128 to 4194304");
+        }
+        if !(1..=3600).contains(&args.flow_report_seconds) {
+            return refuse("flow-report-seconds", args.flow_report_seconds.to_string(), "must be 1 to 3600");
+        }
+        let pins = pin_directory(&args.bpffs);
+        Ok(Self { args, pins })
+    }
+}
+
+fn is_node_name(name: &str) -> bool {
+    let label = |label: &str| {
+        !label.is_empty()
+            && label.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= 253 && name.split('.').all(label)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: AgentArgs,
+    }
+
+    fn config(flags: &[&str]) -> Result<Config, String> {
+        let typed = ["weir-agent", "--node-name", "a"].iter().chain(flags);
+        let command = Command::try_parse_from(typed).map_err(|error| error.to_string())?;
+        Config::try_from(command.args).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn defaults_are_valid() {
+        let config = config(&[]).expect("the defaults");
+        assert_eq!(config.pins, Path::new("/sys/fs/bpf/weir/v1"));
+        assert_eq!(config.args.routing, Routing::Tunnel);
+    }
+
+    #[test]
+    fn nonsense_is_refused_by_name() {
+        for (flags, message) in [
+            (["--mtu", "100"], "--mtu 100: must be 0, or 1280 (IPv6's least) to 65535"),
+            (["--connections-max", "1"], "--connections-max 1: must be 1024 to 16777216"),
+            (
+                ["--nat-port-min", "80"],
+                "--nat-port-min 80 --nat-port-max 29999: must be at least 1024 and below --nat-port-max",
+            ),
+        ] {
+            assert_eq!(config(&flags).err().as_deref(), Some(message));
+        }
+        assert!(config(&["--node-name", "../etc"]).is_err());
+        assert!(config(&["--routing", "magic"]).is_err());
+    }
+}
