@@ -5,5 +5,6 @@
 
 pub mod config;
 pub mod datapath;
+pub mod identity;
 pub mod model;
 pub mod tables;

@@ -1,0 +1,157 @@
+//! Identities from pods (keystone K7): which labels count, and which number they hash to.
+//!
+//! An identity is everything of a pod that policy can ask for. What differs in every
+//! pod of one workload is left out, or each pod would be an identity of its own. Pod
+//! labels and namespace labels stay in two fields: no pod can claim its namespace's
+//! labels, and the namespace's name comes from its key, never from a label.
+
+use sha2::{Digest, Sha256};
+
+use crate::model::{IdentityId, IdentityLabels, Labels, Namespace, Pod, Requirement, Selector};
+
+/// The label that every namespace has, with its name as the value.
+const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+
+/// Pod labels that controllers set anew for every pod, revision or run.
+const DROPPED: [&str; 10] = [
+    "apps.kubernetes.io/pod-index",
+    "batch.kubernetes.io/controller-uid",
+    "batch.kubernetes.io/job-completion-index",
+    "batch.kubernetes.io/job-name",
+    "controller-revision-hash",
+    "controller-uid",
+    "job-name",
+    "pod-template-generation",
+    "pod-template-hash",
+    "statefulset.kubernetes.io/pod-name",
+];
+
+/// True for a pod label that is no part of identities; no selector can ask for it.
+pub fn is_dropped(label: &str) -> bool {
+    DROPPED.binary_search(&label).is_ok()
+}
+
+/// The labels that `selector` asks pods for although no identity has them.
+pub fn dropped_labels(selector: &Selector) -> impl Iterator<Item = &str> {
+    selector
+        .requirements
+        .iter()
+        .map(|requirement| match requirement {
+            Requirement::In(key, _)
+            | Requirement::NotIn(key, _)
+            | Requirement::Exists(key)
+            | Requirement::DoesNotExist(key) => key.as_str(),
+        })
+        .filter(|key| is_dropped(key))
+}
+
+/// Everything of `pod` that policy can ask for.
+pub fn labels_of(pod: &Pod, namespace: Option<&Namespace>) -> IdentityLabels {
+    let mut namespace_labels = namespace.map_or_else(Labels::new, |namespace| namespace.labels.clone());
+    namespace_labels.insert(NAMESPACE_NAME.to_owned(), pod.key.namespace.to_string());
+    let mut named_ports = pod.named_ports.clone();
+    for ports in named_ports.values_mut() {
+        ports.sort_unstable();
+        ports.dedup();
+    }
+    IdentityLabels {
+        namespace: pod.key.namespace.to_string(),
+        namespace_labels,
+        service_account: pod.service_account.clone(),
+        pod_labels: pod
+            .labels
+            .iter()
+            .filter(|(key, _)| !is_dropped(key))
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect(),
+        named_ports,
+    }
+}
+
+/// The number to claim for `labels`: the same on every node. Where it is taken by
+/// other labels, the next attempt gives another.
+pub fn number(labels: &IdentityLabels, attempt: u32) -> IdentityId {
+    let canonical = serde_json::to_vec(labels).expect("labels are strings and numbers, in sorted maps");
+    let digest = Sha256::new().chain_update(&canonical).chain_update(attempt.to_be_bytes()).finalize();
+    let bits = u32::from_be_bytes([0, digest[0], digest[1], digest[2]]);
+    let first = IdentityId::FIRST_CLUSTER.0;
+    IdentityId(first + bits % (IdentityId::LAST_CLUSTER.0 - first + 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::model::{NamedPort, ObjectKey, Protocol};
+
+    fn labels(pairs: &[(&str, &str)]) -> Labels {
+        pairs.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
+    }
+
+    fn pod(pairs: &[(&str, &str)]) -> Pod {
+        Pod {
+            key: ObjectKey::new("shop", "web-7d4b-x2x9"),
+            uid: "5b3e".to_owned(),
+            labels: labels(pairs),
+            service_account: "default".to_owned(),
+            node: Some("a".to_owned()),
+            host_network: false,
+            is_terminal: false,
+            named_ports: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn dropped_labels_are_sorted() {
+        assert!(DROPPED.is_sorted());
+    }
+
+    #[test]
+    fn pods_of_one_workload_share_an_identity() {
+        let one = pod(&[("app", "web"), ("pod-template-hash", "7d4b"), ("apps.kubernetes.io/pod-index", "0")]);
+        let two = pod(&[("app", "web"), ("pod-template-hash", "99aa"), ("controller-uid", "1")]);
+        assert_eq!(labels_of(&one, None), labels_of(&two, None));
+        assert_eq!(
+            labels_of(&one, Some(&Namespace { labels: labels(&[("team", "red")]) })),
+            IdentityLabels {
+                namespace: "shop".to_owned(),
+                namespace_labels: labels(&[(NAMESPACE_NAME, "shop"), ("team", "red")]),
+                service_account: "default".to_owned(),
+                pod_labels: labels(&[("app", "web")]),
+                named_ports: BTreeMap::new(),
+            }
+        );
+    }
+
+    #[test]
+    fn the_namespace_name_cannot_be_claimed_by_a_label() {
+        let liar = Namespace { labels: labels(&[(NAMESPACE_NAME, "kube-system")]) };
+        let pod = pod(&[(NAMESPACE_NAME, "kube-system")]);
+        let labels_of_liar = labels_of(&pod, Some(&liar));
+        assert_eq!(labels_of_liar.namespace_labels, labels(&[(NAMESPACE_NAME, "shop")]));
+        assert_eq!(labels_of_liar.namespace, "shop");
+    }
+
+    #[test]
+    fn order_of_named_ports_does_not_matter() {
+        let tcp = NamedPort { protocol: Protocol::Tcp, port: 53 };
+        let udp = NamedPort { protocol: Protocol::Udp, port: 53 };
+        let mut one = pod(&[]);
+        one.named_ports.insert("dns".to_owned(), vec![udp, tcp]);
+        let mut two = pod(&[]);
+        two.named_ports.insert("dns".to_owned(), vec![tcp, udp, tcp]);
+        assert_eq!(number(&labels_of(&one, None), 0), number(&labels_of(&two, None), 0));
+    }
+
+    #[test]
+    fn numbers_are_the_clusters_and_never_change() {
+        let labels = labels_of(&pod(&[("app", "web")]), None);
+        assert_eq!(number(&labels, 0), IdentityId(8646325));
+        assert_ne!(number(&labels, 0), number(&labels, 1));
+        for attempt in 0..10_000 {
+            let number = number(&labels, attempt);
+            assert!(!number.is_reserved() && !number.is_local());
+        }
+    }
+}
