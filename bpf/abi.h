@@ -379,6 +379,6 @@ struct event {
 	__u8 icmp_type;
 	__u8 icmp_code;
 	__u8 flags;	      /* enum event_flags */
-	__u8 pad[4];
+	__u8 pad[6];
 };
 _Static_assert(sizeof(struct event) == 128, "event");

@@ -53,6 +53,7 @@ struct exported_types {
 	enum connection_flags connection_flags;
 	enum abi_version abi_version;
 	enum metric_size metric_size;
+	enum endpoint_mac endpoint_mac;
 };
 
 const volatile struct exported_types exported_types __attribute__((weak)) = {};
