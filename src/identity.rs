@@ -109,7 +109,8 @@ mod tests {
 
     #[test]
     fn pods_of_one_workload_share_an_identity() {
-        let one = pod(&[("app", "web"), ("pod-template-hash", "7d4b"), ("apps.kubernetes.io/pod-index", "0")]);
+        let one =
+            pod(&[("app", "web"), ("pod-template-hash", "7d4b"), ("apps.kubernetes.io/pod-index", "0")]);
         let two = pod(&[("app", "web"), ("pod-template-hash", "99aa"), ("controller-uid", "1")]);
         assert_eq!(labels_of(&one, None), labels_of(&two, None));
         assert_eq!(

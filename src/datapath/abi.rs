@@ -1,0 +1,181 @@
+//! The types of `bpf/abi.h` under Rust names, in its order, and the one place
+//! that says which of them may be read from and written to maps as bytes.
+
+use std::mem::{offset_of, size_of};
+use std::net::{IpAddr, Ipv6Addr};
+
+pub use super::types::{
+    addr as Addr, address as Address, backend as Backend, backend_key as BackendKey,
+    connection as Connection, connection_key as ConnectionKey, endpoint as Endpoint, event as Event,
+    event_count as EventCount, fragment as Fragment, fragment_key as FragmentKey, metric as Metric,
+    nat as Nat, nat_key as NatKey, node_state as NodeState, policy_peer as PolicyPeer,
+    policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule, policy_rule_key as PolicyRuleKey,
+    prefix as Prefix, prefix_key as PrefixKey, service as Service, service_key as ServiceKey,
+    settings as Settings, socket_key as SocketKey, socket_origin as SocketOrigin,
+};
+
+/// Types that are nothing but their bytes: every bit pattern is a value, and
+/// there is no padding, so that equal values have equal bytes.
+///
+/// # Safety
+///
+/// The type must be `repr(C)` or primitive, of integers only, without implicit padding.
+pub unsafe trait Plain: Copy + Default + 'static {
+    /// The value as the kernel sees it.
+    fn as_bytes(&self) -> &[u8] {
+        // SAFETY: a Plain type has no padding, so all its bytes are initialised.
+        unsafe { std::slice::from_raw_parts(std::ptr::from_ref(self).cast(), size_of::<Self>()) }
+    }
+
+    /// The value that the kernel wrote; `None` if the length is not the type's.
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() != size_of::<Self>() {
+            return None;
+        }
+        // SAFETY: the length was checked, and every bit pattern of a Plain type is a value.
+        Some(unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
+    }
+}
+
+// SAFETY: primitive integers.
+unsafe impl Plain for u32 {}
+// SAFETY: a primitive integer.
+unsafe impl Plain for u64 {}
+
+const fn size_of_field<T, F>(_: fn(&T) -> &F) -> usize {
+    size_of::<F>()
+}
+
+/// Implements `Plain` after checking that the named fields are all there is:
+/// their sizes add up to the struct's, so nothing is padding.
+macro_rules! plain {
+    ($($name:ident { $($field:ident),* $(,)? })*) => { $(
+        const _: () = assert!(
+            size_of::<$name>() == 0 $( + size_of_field::<$name, _>(|value| &value.$field) )*,
+            concat!(stringify!($name), " has implicit padding or a field that is not listed")
+        );
+        // SAFETY: libbpf-cargo makes repr(C) structs of integers; the assertion excludes padding.
+        unsafe impl Plain for $name {}
+    )* };
+}
+
+plain! {
+    Addr { w }
+    Endpoint { epoch, policy, ipv4, ipv6, ifindex, identity, mac, flags }
+    Address { node, identity, endpoint_id, flags }
+    PrefixKey { prefix_length, addr }
+    Prefix { identity, flags }
+    PolicyPeerKey { policy_id, identity, direction }
+    PolicyPeer { class }
+    PolicyRuleKey { prefix_length, policy_id, class, direction, protocol, port }
+    PolicyRule { rule_id, proxy_port, verdict, reserved }
+    ServiceKey { addr, port, protocol, scope }
+    Service { service_id, generation, backend_count, flags }
+    BackendKey { service_id, generation, slot }
+    Backend { addr, port, protocol, flags }
+    SocketKey { cookie, backend, port, protocol, pad }
+    SocketOrigin { service, service_id, port, pad }
+    ConnectionKey { addr, port, protocol, kind, pad }
+    Connection {
+        last_seen_jiffies, last_report_jiffies, packets, bytes, service, egress_epoch, ingress_epoch,
+        identity, egress_rule, ingress_rule, endpoint, service_port, flags, tcp_flags, pad,
+    }
+    NatKey { local, remote, local_port, remote_port, protocol, direction, pad }
+    Nat { addr, created_jiffies, port, pad }
+    FragmentKey { source, destination, id, protocol, pad }
+    Fragment { source_port, destination_port }
+    Metric { packets, bytes }
+    NodeState { address_epoch, pad }
+    EventCount { offered, lost }
+    Event {
+        timestamp_ns, packets, bytes, source, destination, service, source_identity,
+        destination_identity, rule_id, ifindex, source_port, destination_port, service_port,
+        source_endpoint, destination_endpoint, protocol, r#type, reason, direction, tcp_flags,
+        icmp_type, icmp_code, flags, pad,
+    }
+    Settings {
+        node_ipv4, node_ipv6, loopback_ipv4, loopback_ipv6, jiffies_per_second, tunnel_ifindex,
+        flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,
+        other_timeout_seconds, nat_port_min, nat_port_max, tunnel_port, masquerade_ipv4,
+        masquerade_ipv6, flow_events, socket_lb, pad,
+    }
+}
+
+/// Where `struct settings` lies in `.rodata`.
+pub(super) const SETTINGS_OFFSET: usize = offset_of!(super::types::rodata, settings);
+
+/// The 16 bytes of an address; IPv4 is v4-mapped.
+pub fn addr_of(address: IpAddr) -> Addr {
+    let octets = match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
+    };
+    let (words, _) = octets.as_chunks::<4>();
+    Addr { w: [0, 1, 2, 3].map(|i| u32::from_ne_bytes(words[i])) }
+}
+
+/// The address behind 16 bytes; v4-mapped ones are IPv4.
+pub fn ip_of(addr: Addr) -> IpAddr {
+    let mut octets = [0; 16];
+    for (bytes, word) in octets.chunks_exact_mut(4).zip(addr.w) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    Ipv6Addr::from(octets).to_canonical()
+}
+
+/// Like `ip_of`, where all zero means that there is none.
+pub fn optional_ip_of(addr: Addr) -> Option<IpAddr> {
+    (addr.w != [0; 4]).then(|| ip_of(addr))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datapath::types;
+    use crate::model::{EndpointId, IdentityId, MacAddress};
+
+    #[test]
+    fn ipv4_is_v4_mapped_in_network_order() {
+        let addr = addr_of("10.1.2.3".parse().unwrap());
+        assert_eq!(addr.as_bytes(), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 1, 2, 3]);
+        assert_eq!(ip_of(addr), "10.1.2.3".parse::<IpAddr>().unwrap());
+    }
+
+    #[test]
+    fn ipv6_keeps_its_bytes() {
+        let address: IpAddr = "fd00:1::a".parse().unwrap();
+        assert_eq!(ip_of(addr_of(address)), address);
+        assert_eq!(optional_ip_of(Addr::default()), None);
+    }
+
+    #[test]
+    fn the_model_has_the_numbers_of_abi_h() {
+        use types::{endpoint_mac as mac, reserved_identity as identity};
+        let [a, b, c, d] =
+            [mac::ENDPOINT_MAC_0, mac::ENDPOINT_MAC_1, mac::ENDPOINT_MAC_2, mac::ENDPOINT_MAC_3]
+                .map(|byte| byte.0 as u8);
+        assert_eq!(MacAddress::of_host_side(EndpointId(0x0102)), MacAddress([a, b, c, d, 1, 2]));
+        assert_eq!(
+            [
+                IdentityId::UNKNOWN,
+                IdentityId::HOST,
+                IdentityId::WORLD,
+                IdentityId::REMOTE_NODE,
+                IdentityId::FIRST_CLUSTER,
+                IdentityId::LAST_CLUSTER,
+                IdentityId::FIRST_LOCAL
+            ]
+            .map(|id| id.0),
+            [
+                identity::IDENTITY_UNKNOWN,
+                identity::IDENTITY_HOST,
+                identity::IDENTITY_WORLD,
+                identity::IDENTITY_REMOTE_NODE,
+                identity::IDENTITY_FIRST_CLUSTER,
+                identity::IDENTITY_LAST_CLUSTER,
+                identity::IDENTITY_FIRST_LOCAL
+            ]
+            .map(|id| id.0)
+        );
+    }
+}
