@@ -1,11 +1,35 @@
 //! What the maps should hold: the output of the compilers, the input of `datapath`.
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use serde::Serialize;
+use ipnet::IpNet;
+use serde::{Serialize, Serializer};
 
 use super::{Endpoint, IdentityId, ObjectKey, PolicyId, Protocol};
+
+/// Who has an address, before prefixes of rules are considered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BaseAddress {
+    /// A cluster identity or a reserved one, never a local number.
+    pub identity: IdentityId,
+    /// Underlay address of the node that has it; `None` on this node.
+    pub node: Option<IpAddr>,
+    /// Set for pods of this node.
+    pub endpoint: Option<super::EndpointId>,
+    /// What kind of address it is.
+    pub kind: AddressKind,
+}
+
+/// What a local number stands for. It never changes; another set is another number.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct LocalIdentity {
+    /// The pod's or node's own identity; `None` for addresses of nobody known.
+    pub base: Option<IdentityId>,
+    /// Every prefix of a rule that covers the address, sorted; never empty.
+    pub prefixes: Arc<[IpNet]>,
+}
 
 /// A row of `addresses`: who has exactly this address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -55,8 +79,8 @@ pub struct EndpointEntry {
     pub enforces_egress: bool,
 }
 
-/// The address, port and protocol of a service.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+/// The address, port and protocol of a service. Shown as `address:port/protocol`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FrontendKey {
     /// A cluster IP.
     pub address: IpAddr,
@@ -64,6 +88,23 @@ pub struct FrontendKey {
     pub port: u16,
     /// `None` only for the wildcard row.
     pub protocol: Option<Protocol>,
+}
+
+impl fmt::Display for FrontendKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let address = SocketAddr::new(self.address, self.port);
+        match self.protocol {
+            Some(protocol) => write!(f, "{address}/{protocol}"),
+            None => write!(f, "{address}/any"),
+        }
+    }
+}
+
+/// As a string: a key of a JSON object.
+impl Serialize for FrontendKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
 }
 
 /// Where a frontend leads.

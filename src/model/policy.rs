@@ -1,10 +1,11 @@
 //! Network policy as rules on selectors, and the compiled form.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::{IdentityId, Labels, ObjectKey, Protocol};
 
@@ -123,8 +124,8 @@ pub struct CompiledDirection {
     pub rules: BTreeMap<CompiledRuleKey, CompiledRule>,
 }
 
-/// What a packet must have to meet a rule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+/// What a packet must have to meet a rule. Shown as `class/protocol/port/prefix length`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CompiledRuleKey {
     /// The peer's class.
     pub class: u32,
@@ -134,6 +135,24 @@ pub struct CompiledRuleKey {
     pub port: u16,
     /// 0 (any port) to 16 (exactly one).
     pub port_prefix_length: u8,
+}
+
+impl fmt::Display for CompiledRuleKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.protocol {
+            Some(protocol) => {
+                write!(f, "{}/{protocol}/{}/{}", self.class, self.port, self.port_prefix_length)
+            }
+            None => write!(f, "{}/any", self.class),
+        }
+    }
+}
+
+/// As a string: a key of a JSON object.
+impl Serialize for CompiledRuleKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
 }
 
 /// What then happens.
