@@ -1,0 +1,39 @@
+# Every target is at most three lines and calls one tool or one script.
+# KEEP=1 make demo      leaves the demo running
+# make bench SUITE=NAME one suite only; make golden UPDATE=1 rewrites the files
+
+export KEEP SUITE UPDATE
+.DEFAULT_GOAL := help
+.PHONY: setup build check test golden verify bench demo clean help
+
+setup: ## install what the build needs and the machine lacks (Debian, Ubuntu)
+	@scripts/setup
+
+build: setup ## build weir and weir-cni for use
+	cargo build --release --bins
+
+check: setup ## formatting and lints
+	cargo fmt --check
+	cargo clippy --all-targets -- --deny warnings
+
+test: setup ## unit tests, packet tables, golden files and the lab (root)
+	cargo test --lib --bins --test it
+
+golden: setup ## YAML in, map dump out: compare the golden files
+	cargo test --test it golden
+
+verify: setup ## verified instructions of every BPF program (root)
+	cargo build --bins && cargo run --bin weir -- verify
+
+bench: setup ## measure; tables here, JSON in target/bench (root)
+	cargo build --release --bins && cargo run --release --example bench
+
+demo: setup ## two nodes, a small shop, its policies and its flows (root)
+	cargo build --bins && cargo run --example demo
+
+clean: ## remove what was built, and labs that were left behind
+	tests/lab/clean --dead
+	cargo clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 10

@@ -1,0 +1,308 @@
+//! The lab: real nodes and pods out of network namespaces, on one machine.
+//!
+//! ```text
+//!              wire (a bridge in a namespace of its own)
+//!      eth0 |            eth0 |                 eth0 |
+//!    +------+-----+    +------+-----+         +------+------+
+//!    | node1      |    | node2      |         | outside     |
+//!    | weir agent |    | weir agent |         | not a node  |
+//!    +--+------+--+    +--+------+--+         +-------------+
+//!      pod    pod        pod    pod
+//! ```
+//!
+//! A node has its own bpffs, cgroup, state directory and agent process; a pod is a
+//! namespace that the real `weir-cni` connects. Everything is named
+//! `weirlab-<pid>-<number>-...`, goes when the lab is dropped, and is removed by
+//! `tests/lab/clean` when the process ends in any other way.
+
+// The tests, the demo and the benchmarks each use a part of it.
+#![allow(dead_code, missing_docs)]
+
+mod cgroup;
+mod manifests;
+mod node;
+mod pod;
+mod probe;
+mod space;
+
+use std::env;
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+#[allow(unused_imports)]
+pub use self::{
+    manifests::{Backend, Manifests, ServicePort},
+    node::{METRICS, Node},
+    pod::{PORTS, Plugin, Pod, PodSpec},
+    probe::{Outcome, PATIENCE, Server, Via, ping, probe, probe_udp},
+    space::{Running, Space, output_of},
+};
+
+/// The program that removes what labs leave behind.
+const CLEAN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/clean");
+
+/// At most this many labs at once: each has agents that compete for the processor.
+const LABS_AT_ONCE: usize = 3;
+
+/// The address of the outside host on the wire, and one behind it that only a default route reaches.
+pub const OUTSIDE: [&str; 4] = ["10.200.0.100", "fd00:200::100", "203.0.113.7", "2001:db8:ffff::7"];
+
+/// What a lab shall be.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// How many nodes.
+    pub nodes: usize,
+    /// `tunnel` or `native`.
+    pub routing: String,
+    /// More arguments for every agent.
+    pub agent_arguments: Vec<String>,
+    /// Whether agents are started and awaited.
+    pub starts_agents: bool,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { nodes: 1, routing: "tunnel".to_owned(), agent_arguments: Vec::new(), starts_agents: true }
+    }
+}
+
+/// A wire with nodes and an outside host.
+#[derive(Debug)]
+pub struct Lab {
+    name: String,
+    pods: AtomicUsize,
+    nodes: Vec<Node>,
+    outside: Space,
+    _outside_server: Server,
+    wire: Space,
+    manifests: Manifests,
+    directory: PathBuf,
+    _permit: Permit,
+}
+
+impl Lab {
+    /// Builds the nodes, and starts their agents if `setup` says so.
+    pub fn start(setup: Setup) -> Result<Self> {
+        let permit = Permit::take();
+        cgroup::of_process()?;
+        static LABS: AtomicUsize = AtomicUsize::new(1);
+        let name = format!("weirlab-{}-{}", std::process::id(), LABS.fetch_add(1, Ordering::Relaxed));
+        let directory = Path::new("/tmp").join(&name);
+        let manifests = Manifests::create(&directory)?;
+        let wire = Space::create(&format!("{name}-wire"), None)?;
+        wire.configure(&["link add wire type bridge", "link set wire up"])?;
+        let outside = Space::create(&format!("{name}-outside"), None)?;
+        plug_in(&wire, &outside, "outside", &OUTSIDE[..2])?;
+        outside.configure(&[
+            &format!("addr add {}/32 dev lo", OUTSIDE[2]),
+            &format!("addr add {}/128 dev lo nodad", OUTSIDE[3]),
+        ])?;
+        let addresses = OUTSIDE.map(|address| address.parse().expect("OUTSIDE holds addresses"));
+        let outside_server = Server::start(&outside, "outside", &addresses, &PORTS)?;
+        let mut nodes = Vec::new();
+        for number in 1..=setup.nodes {
+            let node = Node::create(&name, &directory, number, &setup)?;
+            let addresses: Vec<String> = node.addresses().iter().map(IpAddr::to_string).collect();
+            plug_in(&wire, node.space(), node.name(), &[&addresses[0], &addresses[1]])?;
+            node.space().configure(&[
+                &format!("route add default via {}", OUTSIDE[0]),
+                &format!("route add default via {}", OUTSIDE[1]),
+            ])?;
+            manifests.node(node.name(), node.addresses(), &pod_cidrs(number))?;
+            nodes.push(node);
+        }
+        let lab = Self {
+            name,
+            pods: AtomicUsize::new(0),
+            nodes,
+            outside,
+            _outside_server: outside_server,
+            wire,
+            manifests,
+            directory,
+            _permit: permit,
+        };
+        if setup.starts_agents {
+            lab.start_agents()?;
+        }
+        Ok(lab)
+    }
+
+    /// Starts every agent and waits until all are ready.
+    pub fn start_agents(&self) -> Result<()> {
+        self.nodes.iter().try_for_each(Node::start_agent)?;
+        self.nodes.iter().try_for_each(|node| node.wait_ready().map(drop))
+    }
+
+    /// The prefix of all its names.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its directory, with `manifests` and one directory a node.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Node `number`, from 1.
+    pub fn node(&self, number: usize) -> &Node {
+        &self.nodes[number - 1]
+    }
+
+    /// All nodes.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The node that a pod is on.
+    pub fn node_of(&self, pod: &Pod) -> &Node {
+        self.nodes.iter().find(|node| node.name() == pod.node()).expect("a pod is on a node of its lab")
+    }
+
+    /// The host on the wire that is not a node.
+    pub fn outside(&self) -> &Space {
+        &self.outside
+    }
+
+    /// The cluster's objects.
+    pub fn manifests(&self) -> &Manifests {
+        &self.manifests
+    }
+
+    /// Begins a pod `namespace/name` on node `number`.
+    pub fn pod(&self, number: usize, key: &str) -> PodSpec<'_> {
+        PodSpec::new(self, self.node(number), key)
+    }
+
+    /// Writes a Service whose ready backends are `pods`.
+    pub fn service(
+        &self,
+        key: &str,
+        cluster_ips: &[&str],
+        ports: &[ServicePort],
+        pods: &[&Pod],
+    ) -> Result<()> {
+        let backends: Vec<Backend> = pods.iter().map(|pod| backend(pod, true)).collect();
+        self.manifests.service(key.split_once('/').context("namespace/name")?, cluster_ips, ports, &backends)
+    }
+
+    fn next_name(&self) -> String {
+        format!("{}-{}", self.name, self.pods.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // Nodes and spaces go by themselves; the cgroups only when their last thread has left.
+        let directory = self.directory.clone();
+        self.nodes.clear();
+        if let Err(error) = fs::remove_dir_all(&directory) {
+            eprintln!("removing {}: {error}", directory.display());
+        }
+    }
+}
+
+/// A pod as a backend.
+pub fn backend(pod: &Pod, is_ready: bool) -> Backend {
+    Backend { addresses: pod.addresses().to_vec(), is_ready, node: pod.node().to_owned() }
+}
+
+/// The pod CIDRs of node `number`.
+pub fn pod_cidrs(number: usize) -> Vec<String> {
+    vec![format!("10.1.{number}.0/24"), format!("fd00:1:0:{number:x}::/64")]
+}
+
+fn plug_in(wire: &Space, space: &Space, name: &str, addresses: &[&str]) -> Result<()> {
+    wire.configure(&[
+        &format!("link add {name} type veth peer name eth0 netns {}", space.name()),
+        &format!("link set {name} master wire up"),
+    ])?;
+    space.configure(&[
+        &format!("addr add {}/24 dev eth0", addresses[0]),
+        &format!("addr add {}/64 dev eth0 nodad", addresses[1]),
+        "link set eth0 up",
+    ])
+}
+
+/// The path of one of the crate's programs, built beside the one that runs.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    let own = env::current_exe()?;
+    let path = own.ancestors().nth(2).context("a program without directory")?.join(name);
+    if !path.exists() {
+        bail!("{} is missing: run `cargo build --bins`", path.display());
+    }
+    Ok(path)
+}
+
+/// Why no lab can be built here, if it cannot.
+pub fn machine_lacks() -> Option<String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Some("needs root".to_owned());
+    }
+    if Command::new("ip").arg("-V").output().is_err() {
+        return Some("needs the ip command (iproute2)".to_owned());
+    }
+    if let Err(error) = cgroup::of_process() {
+        return Some(format!("needs a writable cgroup v2: {error:#}"));
+    }
+    static BPFFS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    let has_bpffs = *BPFFS.get_or_init(|| {
+        let directory = PathBuf::from(format!("/tmp/weirlab-{}-0-bpffs", std::process::id()));
+        let can = fs::create_dir_all(&directory).is_ok() && node::can_mount_bpffs(&directory);
+        can && fs::remove_dir(&directory).is_ok()
+    });
+    (!has_bpffs).then(|| "needs bpffs (CONFIG_BPF_SYSCALL and leave to mount)".to_owned())
+}
+
+/// Polls until `condition` holds; the error says what was awaited.
+pub fn wait_for(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let last = condition();
+        if matches!(last, Ok(true)) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            last.with_context(|| format!("waiting for {what}"))?;
+            bail!("waited 10 s in vain for {what}");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// `address:port`.
+pub fn socket_address(address: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(address.parse().expect("tests write addresses that parse"), port)
+}
+
+/// A place among the labs that may be there at once.
+#[derive(Debug)]
+struct Permit;
+
+static RUNNING: Mutex<usize> = Mutex::new(0);
+static ENDED: Condvar = Condvar::new();
+
+impl Permit {
+    fn take() -> Self {
+        let running = RUNNING.lock().expect("nothing panics while it holds this lock");
+        let mut running = ENDED
+            .wait_while(running, |running| *running >= LABS_AT_ONCE)
+            .expect("nothing panics with this lock");
+        *running += 1;
+        Self
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        *RUNNING.lock().expect("nothing panics while it holds this lock") -= 1;
+        ENDED.notify_one();
+    }
+}
