@@ -7,4 +7,5 @@ pub mod config;
 pub mod datapath;
 pub mod identity;
 pub mod model;
+pub mod netlink;
 pub mod tables;

@@ -2,6 +2,7 @@
 //!
 //! A new test goes into the module that names its subject; a new subject gets a module.
 
+mod cni;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod lab_itself;

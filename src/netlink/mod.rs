@@ -1,0 +1,71 @@
+//! Devices, addresses, routes and neighbours, through the kernel's rtnetlink.
+//!
+//! Blocking on purpose: the kernel answers at once, and the calls that work in a
+//! pod's network namespace need a thread of their own, which no runtime gives.
+//! Callers within tokio use `spawn_blocking`. Requests that belong together go
+//! to the kernel in one datagram.
+//!
+//! ```text
+//! connection   the socket: batches of requests, dumps
+//! namespace    a thread that enters a pod's namespace
+//! link         devices: find, delete, raise, VXLAN
+//! pod          the link between a pod and its node
+//! route        routes and neighbours that are ours
+//! sysctl       /proc/sys/net
+//! ```
+
+mod connection;
+mod link;
+mod namespace;
+mod pod;
+mod route;
+mod sysctl;
+
+use std::io;
+use std::path::PathBuf;
+
+pub use link::{
+    Link, add_address, delete_link, devices_with, ensure_vxlan, link, link_index, links, raise_link,
+};
+pub use namespace::{open_namespace, within};
+pub use pod::{
+    GATEWAY_IPV4, GATEWAY_IPV6, POD_ROUTE_PROTOCOL, PodLink, PodLinkSpec, create_pod_link, raise_pod_link,
+    verify_pod_link,
+};
+pub use route::{NODE_ROUTE_PROTOCOL, Route, neighbours, node_routes, sync_neighbours, sync_routes};
+pub use sysctl::{get_sysctl, set_sysctl};
+
+/// What went wrong between us and the kernel.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel refused.
+    #[error("{action}: {source}")]
+    Kernel {
+        /// What was asked of it, in the gerund.
+        action: String,
+        /// Its answer.
+        source: io::Error,
+    },
+    /// The path is no network namespace that a pod may have.
+    #[error("network namespace {path}: {reason}")]
+    Namespace {
+        /// As it was given.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+        /// There is nothing at that path.
+        is_absent: bool,
+    },
+    /// A device, address or route is not what it was made to be.
+    #[error("{0}")]
+    Different(String),
+}
+
+/// The result of every function here.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    fn kernel(action: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        Self::Kernel { action: action.into(), source: source.into() }
+    }
+}

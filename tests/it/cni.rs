@@ -1,0 +1,4 @@
+//! The plugin and the agent's half of it, in network namespaces of the test's own.
+
+mod netlink;
+mod netns;

@@ -1,0 +1,144 @@
+//! What `netlink` makes, looked at through the kernel's own eyes.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::time::Instant;
+
+use ipnet::IpNet;
+use weir::model::{EndpointId, MacAddress};
+use weir::netlink::{self, PodLinkSpec, Route};
+
+use super::netns::{Namespace, on_a_node, skip_without_root};
+
+fn spec(namespace: &Namespace) -> PodLinkSpec {
+    PodLinkSpec {
+        netns: namespace.path().to_owned(),
+        interface: "eth0".to_owned(),
+        host_interface: "weir0123456789".to_owned(),
+        host_mac: MacAddress::of_host_side(EndpointId(7)),
+        pod_mac: MacAddress([0x0a, 1, 2, 3, 4, 5]),
+        ipv4: Some(Ipv4Addr::new(10, 0, 1, 7)),
+        ipv6: Some("fd00:1::7".parse().expect("an address")),
+        mtu: 1450,
+    }
+}
+
+#[test]
+fn root_pod_link_carries_packets_as_soon_as_it_is_raised() {
+    if skip_without_root("root_pod_link_carries_packets_as_soon_as_it_is_raised") {
+        return;
+    }
+    on_a_node(|| {
+        let pod = Namespace::new();
+        let spec = spec(&pod);
+        netlink::add_address(1, "192.0.2.1/32".parse().expect("a prefix")).expect("an address for the node");
+        netlink::add_address(1, "2001:db8::1/128".parse().expect("a prefix"))
+            .expect("an address for the node");
+
+        let started = Instant::now();
+        let link = netlink::create_pod_link(&spec).expect("making the link");
+        let created = started.elapsed();
+        let host = netlink::link(&spec.host_interface).expect("looking").expect("the host side");
+        assert!(!host.is_up, "no packet may pass before policy is enforced");
+        assert_eq!((host.mac, host.mtu), (spec.host_mac, 1450));
+
+        let raising = Instant::now();
+        netlink::raise_pod_link(&spec, link.host_ifindex).expect("raising the link");
+        eprintln!("created in {created:?}, raised in {:?}", raising.elapsed());
+        netlink::verify_pod_link(&spec, link.host_ifindex).expect("all as made");
+
+        for (node, address) in [
+            (IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::from(spec.ipv4.expect("it has"))),
+            (
+                IpAddr::V6("2001:db8::1".parse::<Ipv6Addr>().expect("an address")),
+                IpAddr::from(spec.ipv6.expect("it has")),
+            ),
+        ] {
+            let on_node = UdpSocket::bind((node, 0)).expect("binding on the node");
+            on_node.set_read_timeout(Some(std::time::Duration::from_secs(2))).expect("a timeout");
+            let to = on_node.local_addr().expect("its address");
+            pod.run(|| {
+                let in_pod = UdpSocket::bind((address, 0)).expect("binding in the pod");
+                in_pod.send_to(b"first", to).expect("sending from the pod");
+            });
+            let mut buffer = [0; 16];
+            let (length, from) = on_node.recv_from(&mut buffer).expect("the pod's very first packet");
+            assert_eq!((&buffer[..length], from.ip()), (&b"first"[..], address));
+        }
+
+        assert!(netlink::delete_link(&spec.host_interface).expect("deleting"));
+        assert!(!netlink::delete_link(&spec.host_interface).expect("deleting again"));
+        let names = pod.run(|| netlink::links().expect("listing"));
+        assert_eq!(names.iter().map(|link| link.name.as_str()).collect::<Vec<_>>(), ["lo"]);
+    });
+}
+
+#[test]
+fn root_a_namespace_that_is_none_is_refused() {
+    if skip_without_root("root_a_namespace_that_is_none_is_refused") {
+        return;
+    }
+    on_a_node(|| {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        for path in ["/", "/proc/self/ns/mnt", "/nonexistent", "/proc/thread-self/ns/net", "/dev/null"]
+            .map(std::path::Path::new)
+            .into_iter()
+            .chain([file.path()])
+        {
+            let mut spec = spec(&Namespace::new());
+            spec.netns = path.to_owned();
+            netlink::create_pod_link(&spec).expect_err(&path.display().to_string());
+            assert_eq!(netlink::link_index(&spec.host_interface).expect("looking"), None);
+        }
+    });
+}
+
+#[test]
+fn root_routes_and_neighbours_become_what_is_wanted() {
+    if skip_without_root("root_routes_and_neighbours_become_what_is_wanted") {
+        return;
+    }
+    on_a_node(|| {
+        let device = netlink::ensure_vxlan("weir_vxlan", 8472, 1400).expect("a VXLAN device");
+        assert_eq!(netlink::ensure_vxlan("weir_vxlan", 8472, 1350).expect("the same"), device);
+        let link = netlink::link("weir_vxlan").expect("looking").expect("the device");
+        assert_eq!((link.mtu, link.is_up, link.kind.as_str()), (1350, true, "vxlan"));
+        assert_ne!(netlink::ensure_vxlan("weir_vxlan", 8473, 1350).expect("another port"), device);
+        let device = netlink::link_index("weir_vxlan").expect("looking").expect("the device");
+
+        let prefix = |text: &str| text.parse::<IpNet>().expect("a prefix");
+        netlink::add_address(device, prefix("10.9.0.1/24")).expect("an address");
+        netlink::add_address(device, prefix("fd09::1/64")).expect("an address");
+        netlink::add_address(device, prefix("fd09::1/64")).expect("the same again");
+        let with = netlink::devices_with(&["10.9.0.1".parse().expect("an address")]).expect("looking");
+        assert_eq!(with.iter().map(|link| link.index).collect::<Vec<_>>(), [device]);
+
+        let route = |to: &str, via: Option<&str>, mtu| Route {
+            prefix: prefix(to),
+            gateway: via.map(|via| via.parse().expect("an address")),
+            device_ifindex: device,
+            source: None,
+            mtu,
+        };
+        for wanted in [
+            vec![route("10.1.0.0/24", Some("10.9.0.2"), 0), route("fd01::/64", Some("fd09::2"), 1300)],
+            vec![route("10.1.0.0/24", Some("10.9.0.3"), 0), route("fd01::/64", Some("fd09::3"), 0)],
+            vec![route("10.2.0.0/24", None, 1300), route("fd02::/64", None, 0)],
+            vec![],
+        ] {
+            netlink::sync_routes(&wanted).expect("syncing");
+            netlink::sync_routes(&wanted).expect("syncing again");
+            assert_eq!(netlink::node_routes().expect("listing"), wanted);
+        }
+
+        let mac = MacAddress([2, 0, 0, 0, 0, 9]);
+        let mut wanted: BTreeMap<IpAddr, MacAddress> = [("10.9.0.2", mac), ("fd09::2", mac)]
+            .map(|(ip, mac)| (ip.parse().expect("an address"), mac))
+            .into();
+        netlink::sync_neighbours(device, &wanted).expect("syncing");
+        assert_eq!(netlink::neighbours(device).expect("listing"), wanted);
+        wanted.pop_first();
+        netlink::sync_neighbours(device, &wanted).expect("syncing");
+        assert_eq!(netlink::neighbours(device).expect("listing"), wanted);
+    });
+}
