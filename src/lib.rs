@@ -3,6 +3,8 @@
 //! State moves one way: watch -> tables -> pure compile -> reconcile -> maps.
 //! Events move the other way and never write a table. See ARCHITECTURE.md.
 
+pub mod api;
+pub mod cni;
 pub mod config;
 pub mod datapath;
 pub mod identity;

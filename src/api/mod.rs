@@ -1,0 +1,120 @@
+//! The agent's Unix socket: what `weir-cni` and the command line ask of it.
+//!
+//! One request a connection. Client and server write JSON objects, one a line:
+//!
+//! ```text
+//! -> {"method":"cni_add","params":{"container_id":"...","interface":"eth0",...}}
+//! <- {"result":{...}}
+//! <- {"error":{"code":11,"message":"...","details":"..."}}
+//! ```
+//!
+//! Methods that stream answer with many result lines; the end of the connection
+//! ends them. Only root may ask: the socket's mode says so, and the server looks
+//! at every peer's credentials again.
+
+mod client;
+mod server;
+
+use std::path::{Path, PathBuf};
+use std::{fmt, io};
+
+use serde::{Deserialize, Serialize};
+
+pub use client::{Client, Stream};
+pub use server::{Gone, Handler, Reply, bind, serve, serve_on};
+
+use crate::cni;
+
+/// Where the agent listens unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/weir/agent.sock";
+
+/// Longer requests are refused; a GC that lists every pod of a full node has half of it.
+const REQUEST_BYTES_MAX: usize = 1024 * 1024;
+
+/// Everything that can be asked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "method", content = "params", rename_all = "snake_case")]
+pub enum Request {
+    /// Connect a pod; answers `cni::AddResult` when its policy is enforced.
+    CniAdd(cni::Request),
+    /// Disconnect a pod; answers null, also when there is none such.
+    CniDel(cni::Request),
+    /// Verify a pod's connection; answers `cni::AddResult` as it stands.
+    CniCheck(cni::Request),
+    /// Disconnect every pod that is not listed; answers null.
+    CniGc {
+        /// The attachments that the runtime knows.
+        valid: Vec<cni::Attachment>,
+    },
+    /// Answers null when pods can be connected, else the error that an ADD would meet.
+    CniStatus,
+    /// How the agent is.
+    Status,
+    /// The pods of this node.
+    Endpoints,
+    /// The identities that this node knows.
+    Identities,
+    /// The policies in force.
+    Policies,
+    /// Services and their backends.
+    Services,
+    /// Flows, past and to come; a stream.
+    Observe(serde_json::Value),
+}
+
+/// The agent's refusal, with the codes of the CNI specification.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub struct Refusal {
+    /// 1 to 99: the CNI specification's; 100 and more: ours.
+    pub code: u32,
+    /// One sentence.
+    pub message: String,
+    /// What a person may need to act on it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub details: String,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        if !self.details.is_empty() {
+            write!(f, ": {}", self.details)?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a call brought no result.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody listens at the socket.
+    #[error("the agent does not listen at {path}")]
+    Unavailable {
+        /// The socket's path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The connection broke, or the answer did not come in time.
+    #[error("talking to the agent: {0}")]
+    Io(#[from] io::Error),
+    /// The answer is not of this protocol.
+    #[error("understanding the agent: {0}")]
+    Protocol(#[from] serde_json::Error),
+    /// The agent answered, and said no.
+    #[error("{0}")]
+    Refused(#[from] Refusal),
+}
+
+/// One line of an answer.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Line<T> {
+    Result(T),
+    Error(Refusal),
+}
+
+/// The directory of the socket; the current one when the path has none.
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
