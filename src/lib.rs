@@ -7,6 +7,7 @@ pub mod api;
 pub mod cni;
 pub mod config;
 pub mod datapath;
+pub mod flow;
 pub mod identity;
 pub mod model;
 pub mod netlink;

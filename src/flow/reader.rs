@@ -1,0 +1,83 @@
+//! The one task that empties the kernel's ring buffer.
+//!
+//! The programs never wake anybody (a wake-up costs more than the record); this task
+//! looks every few milliseconds, less often while nothing happens.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use tokio::sync::watch;
+use tracing::warn;
+
+use super::{Event, Names, Recorder};
+
+/// Between two looks while events arrive.
+const BUSY: Duration = Duration::from_millis(5);
+/// Between two looks while none do.
+const IDLE: Duration = Duration::from_millis(20);
+/// Between two looks at what changes slowly, and between two attempts after an error.
+const SLOW: Duration = Duration::from_secs(1);
+/// Events that are handed over at once: 32 KiB.
+const BATCH: usize = 256;
+
+/// The kernel's ring buffer.
+pub trait EventSource: Send {
+    /// Calls `each` for every event that is there, and returns how many; never blocks.
+    fn consume(&mut self, each: &mut dyn FnMut(&Event)) -> Result<usize>;
+    /// How many events did not fit so far.
+    fn lost(&self) -> Result<u64>;
+}
+
+/// Moves events from `source` to `recorder` until `shutdown` is true, and keeps `names` current,
+/// so that a name that is gone when somebody reads is still known for the time it was valid.
+pub async fn run(
+    mut source: impl EventSource,
+    recorder: Arc<Recorder>,
+    names: Arc<Names>,
+    mut shutdown: watch::Receiver<bool>,
+) {
+    let mut batch = Vec::with_capacity(BATCH);
+    let mut slow_at = Instant::now();
+    let mut failing = false;
+    let mut pause = BUSY;
+    while !*shutdown.borrow() {
+        match drain(&mut source, &recorder, &mut batch) {
+            Ok(count) => {
+                failing = false;
+                pause = if count > 0 { BUSY } else { (pause + BUSY).min(IDLE) };
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut failing, true) {
+                    warn!(error = format!("{error:#}"), "reading flow events does not work; trying again");
+                }
+                pause = SLOW;
+            }
+        }
+        if slow_at.elapsed() >= SLOW {
+            slow_at = Instant::now();
+            names.refresh();
+            match source.lost() {
+                Ok(lost) => recorder.set_lost_in_kernel(lost),
+                Err(error) => warn!(error = format!("{error:#}"), "reading the count of lost events"),
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            changed = shutdown.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+fn drain(source: &mut impl EventSource, recorder: &Recorder, batch: &mut Vec<Event>) -> Result<usize> {
+    batch.clear();
+    let result = source.consume(&mut |event| {
+        batch.push(*event);
+        if batch.len() == BATCH {
+            recorder.append(batch);
+            batch.clear();
+        }
+    });
+    recorder.append(batch);
+    result
+}

@@ -1,0 +1,147 @@
+//! Why packets are dropped: number (abi.h), Hubble's name, and words for people.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// Number, Hubble's `DropReason` name, words for people; sorted by number.
+const REASONS: &[(u8, &str, &str)] = &[
+    (132, "INVALID_SOURCE_IP", "Source address is not the pod's"),
+    (133, "POLICY_DENIED", "Policy denied"),
+    (134, "INVALID_PACKET_DROPPED", "Malformed packet"),
+    (135, "CT_TRUNCATED_OR_INVALID_HEADER", "Truncated header"),
+    (139, "UNSUPPORTED_L3_PROTOCOL", "Unsupported network protocol"),
+    (141, "ERROR_WRITING_TO_PACKET", "Packet could not be rewritten"),
+    (142, "UNKNOWN_L4_PROTOCOL", "Unknown transport protocol"),
+    (143, "UNKNOWN_ICMPV4_CODE", "Unsupported ICMP message"),
+    (151, "STALE_OR_UNROUTABLE_IP", "Nobody has this pod address"),
+    (155, "CT_MAP_INSERTION_FAILED", "Connection table is full"),
+    (156, "INVALID_IPV6_EXTENSION_HEADER", "Invalid IPv6 extension header"),
+    (157, "IP_FRAGMENTATION_NOT_SUPPORTED", "Fragment cannot be handled"),
+    (158, "SERVICE_BACKEND_NOT_FOUND", "Service has no ready backend"),
+    (160, "NO_TUNNEL_OR_ENCAPSULATION_ENDPOINT", "No tunnel to the node"),
+    (166, "UNSUPPORTED_L2_PROTOCOL", "Unsupported link protocol"),
+    (167, "NO_MAPPING_FOR_NAT_MASQUERADE", "No free port for masquerading"),
+    (169, "FIB_LOOKUP_FAILED", "No route"),
+    (170, "ENCAPSULATION_TRAFFIC_IS_PROHIBITED", "Pods may not send tunnel packets"),
+    (171, "INVALID_IDENTITY", "Invalid identity"),
+    (172, "UNKNOWN_SENDER", "Unknown sender"),
+    (174, "IS_A_CLUSTERIP", "Not a port of this service"),
+    (175, "FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND", "First fragment was not seen"),
+    (176, "FORBIDDEN_ICMPV6_MESSAGE", "Forbidden ICMPv6 message"),
+    (181, "POLICY_DENY", "Denied by a deny rule"),
+    (183, "INVALID_VNI", "Tunnel packet with an invalid VNI"),
+    (196, "TTL_EXCEEDED", "Time to live exceeded"),
+    (203, "DROP_EP_NOT_READY", "Policy of the pod is not in force yet"),
+];
+
+/// A drop reason by its number; numbers that this version does not know are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DropReason(pub u8);
+
+impl DropReason {
+    /// No rule of the policies that select the pod allows it.
+    pub const POLICY_DENIED: Self = Self(133);
+    /// A deny rule decided.
+    pub const POLICY_DENY: Self = Self(181);
+
+    /// Every reason that the programs can give.
+    pub fn all() -> impl Iterator<Item = Self> {
+        REASONS.iter().map(|(number, ..)| Self(*number))
+    }
+
+    /// The name in Hubble's `DropReason`; `DROP_REASON_UNKNOWN` for numbers not known here.
+    pub fn name(self) -> &'static str {
+        self.row().map_or("DROP_REASON_UNKNOWN", |(_, name, _)| name)
+    }
+
+    /// Words for people.
+    pub fn text(self) -> &'static str {
+        self.row().map_or("Unknown reason", |(.., text)| text)
+    }
+
+    /// True when a policy decided, by a rule or by having none that allows.
+    pub fn is_policy(self) -> bool {
+        self == Self::POLICY_DENIED || self == Self::POLICY_DENY
+    }
+
+    fn row(self) -> Option<&'static (u8, &'static str, &'static str)> {
+        REASONS.binary_search_by_key(&self.0, |(number, ..)| *number).ok().map(|index| &REASONS[index])
+    }
+}
+
+impl fmt::Display for DropReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.row() {
+            Some((_, name, _)) => f.write_str(name),
+            None => write!(f, "DROP_REASON_{}", self.0),
+        }
+    }
+}
+
+impl FromStr for DropReason {
+    type Err = String;
+
+    /// A name (any case, `-` for `_`) or a number.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let name = text.to_ascii_uppercase().replace('-', "_");
+        if let Some((number, ..)) = REASONS.iter().find(|(_, known, _)| *known == name) {
+            return Ok(Self(*number));
+        }
+        let number = name.strip_prefix("DROP_REASON_").unwrap_or(&name);
+        number.parse().map(Self).map_err(|_| {
+            let names: Vec<_> = Self::all().map(Self::name).collect();
+            format!("unknown drop reason; known are {}", names.join(", "))
+        })
+    }
+}
+
+impl Serialize for DropReason {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for DropReason {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
+        text.parse().map_err(de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// abi.h is the truth: every `DROP_NAME = n` of it must have a row here, and no other.
+    #[test]
+    fn every_reason_of_the_kernel_has_a_row() {
+        let abi = include_str!("../../bpf/abi.h");
+        let in_kernel: Vec<u8> = abi
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("DROP_")?.split_once(" = "))
+            .map(|(_, number)| number.trim_end_matches(',').parse().expect("a number below 256"))
+            .filter(|number| *number != 0)
+            .collect();
+        assert_eq!(in_kernel, DropReason::all().map(|reason| reason.0).collect::<Vec<_>>());
+        assert_eq!(
+            u32::from(DropReason::POLICY_DENIED.0),
+            crate::datapath::types::drop_reason::DROP_POLICY_DENIED.0
+        );
+        assert_eq!(
+            u32::from(DropReason::POLICY_DENY.0),
+            crate::datapath::types::drop_reason::DROP_POLICY_DENY_RULE.0
+        );
+    }
+
+    #[test]
+    fn names_and_numbers_parse_back() {
+        for reason in DropReason::all().chain([DropReason(250)]) {
+            assert_eq!(reason.to_string().parse(), Ok(reason));
+        }
+        assert_eq!("policy-denied".parse(), Ok(DropReason::POLICY_DENIED));
+        assert_eq!("133".parse(), Ok(DropReason::POLICY_DENIED));
+        assert!("nonsense".parse::<DropReason>().is_err());
+    }
+}
