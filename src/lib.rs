@@ -9,6 +9,7 @@ pub mod config;
 pub mod datapath;
 pub mod flow;
 pub mod identity;
+pub mod kube;
 pub mod model;
 pub mod netlink;
 pub mod tables;

@@ -1,0 +1,170 @@
+//! Services and EndpointSlices.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use super::{Field, FieldError, ObjectId, Result, items, names};
+use crate::model::{EndpointSlice, ObjectKey, Service, ServicePort, SliceBackend};
+
+/// The label of a slice that names its Service.
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+/// `None` for a Service that has no addresses by its type.
+pub fn service(id: &ObjectId, document: &Field) -> Result<Option<Service>> {
+    let spec = document.get("spec")?;
+    let kind = spec.get("type")?;
+    match kind.string()? {
+        Some("ExternalName") => return Ok(None),
+        None | Some("" | "ClusterIP" | "NodePort" | "LoadBalancer") => {}
+        Some(other) => {
+            let known = "ClusterIP, NodePort, LoadBalancer and ExternalName";
+            return Err(kind.error(format!("{other:?} is not a type of Service; known are {known}")));
+        }
+    }
+    let addresses = cluster_addresses(&spec)?;
+    let ports = service_ports(&spec.get("ports")?)?;
+    Ok(Some(Service { key: id.key.clone(), addresses, ports }))
+}
+
+/// `clusterIPs`, or `clusterIP`; none for a headless Service.
+fn cluster_addresses(spec: &Field) -> Result<Vec<IpAddr>> {
+    let mut fields = items(&spec.get("clusterIPs")?)?;
+    if fields.is_empty() {
+        let single = spec.get("clusterIP")?;
+        if single.string()?.is_none_or(str::is_empty) {
+            return Err(single.error("is required: an address, or None for a headless Service"));
+        }
+        fields.push(single);
+    }
+    if fields[0].string()? == Some("None") {
+        return Ok(Vec::new());
+    }
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for field in fields {
+        let address = field.address()?;
+        if let Some(reason) = unusable(address) {
+            return Err(field.error(format!("{address} {reason}")));
+        }
+        if addresses.iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
+            return Err(field.error("is a second address of its family; at most one of each is allowed"));
+        }
+        addresses.push(address);
+    }
+    Ok(addresses)
+}
+
+fn service_ports(list: &Field) -> Result<Vec<ServicePort>> {
+    let fields = items(list)?;
+    let (mut names, mut numbers) = (BTreeSet::new(), BTreeSet::new());
+    let mut ports = Vec::with_capacity(fields.len());
+    for field in &fields {
+        let number = field.get("port")?;
+        let port = ServicePort {
+            name: field.get("name")?.string()?.unwrap_or_default().to_owned(),
+            protocol: field.get("protocol")?.protocol()?,
+            port: number.port()?.ok_or_else(|| number.error("is required"))?,
+        };
+        let name = field.get("name")?;
+        if port.name.is_empty() && fields.len() > 1 {
+            return Err(name.error("is required where a Service has several ports"));
+        }
+        if !port.name.is_empty() && !names::is_dns_label(&port.name) {
+            return Err(name.error(format!(
+                "{:?} is not a port's name (lower-case letters, digits and '-', at most 63 characters)",
+                port.name
+            )));
+        }
+        if !names.insert(port.name.clone()) {
+            return Err(name.error(format!("{:?} is the name of another port of this Service", port.name)));
+        }
+        if !numbers.insert((port.protocol, port.port)) {
+            return Err(number.error(format!("{} {} is there already", port.protocol, port.port)));
+        }
+        ports.push(port);
+    }
+    Ok(ports)
+}
+
+/// `None` for a slice of names, or one that belongs to no Service.
+pub fn endpoint_slice(
+    id: &ObjectId,
+    document: &Field,
+    warnings: &mut Vec<FieldError>,
+) -> Result<Option<EndpointSlice>> {
+    let address_type = document.get("addressType")?;
+    let is_ipv4 = match address_type.required_string()? {
+        "IPv4" => true,
+        "IPv6" => false,
+        "FQDN" => return Ok(None),
+        other => return Err(address_type.error(format!("{other:?} is not IPv4, IPv6 or FQDN"))),
+    };
+    let labels = document.get("metadata")?.get("labels")?.strings()?;
+    let Some(service) = labels.get(SERVICE_NAME).filter(|name| !name.is_empty()) else { return Ok(None) };
+    let mut backends = Vec::new();
+    for endpoint in items(&document.get("endpoints")?)? {
+        backends.push(backend(&endpoint, is_ipv4, warnings)?);
+    }
+    backends.retain(|backend| !backend.addresses.is_empty());
+    Ok(Some(EndpointSlice {
+        key: id.key.clone(),
+        service: ObjectKey::new(id.key.namespace.clone(), service.as_str()),
+        ports: slice_ports(&document.get("ports")?)?,
+        backends,
+    }))
+}
+
+/// A port without a number means all ports, which no Service can lead to.
+fn slice_ports(list: &Field) -> Result<Vec<ServicePort>> {
+    let mut ports = Vec::new();
+    for field in items(list)? {
+        if let Some(port) = field.get("port")?.port()? {
+            let name = field.get("name")?.string()?.unwrap_or_default().to_owned();
+            ports.push(ServicePort { name, protocol: field.get("protocol")?.protocol()?, port });
+        }
+    }
+    Ok(ports)
+}
+
+fn backend(endpoint: &Field, is_ipv4: bool, warnings: &mut Vec<FieldError>) -> Result<SliceBackend> {
+    let mut addresses = Vec::new();
+    for field in items(&endpoint.get("addresses")?)? {
+        let address = field.address()?;
+        // Who may write slices must not reach what listens on the node itself (CVE-2021-25737).
+        let reason = match unusable(address) {
+            None if address.is_ipv4() != is_ipv4 => Some("is not of the slice's addressType"),
+            other => other,
+        };
+        match reason {
+            Some(reason) => warnings.push(field.error(format!("{address} {reason}; left out"))),
+            None => addresses.push(address),
+        }
+    }
+    let conditions = endpoint.get("conditions")?;
+    let ready = conditions.get("ready")?.boolean()?.unwrap_or(true);
+    Ok(SliceBackend {
+        addresses,
+        ready,
+        serving: conditions.get("serving")?.boolean()?.unwrap_or(ready),
+        terminating: conditions.get("terminating")?.boolean()?.unwrap_or(false),
+        node: endpoint.get("nodeName")?.string()?.filter(|name| !name.is_empty()).map(str::to_owned),
+    })
+}
+
+/// Why neither a Service nor a backend may have this address.
+fn unusable(address: IpAddr) -> Option<&'static str> {
+    let is_link_local = match address {
+        IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    };
+    if address.is_unspecified() {
+        Some("is unspecified")
+    } else if address.is_loopback() {
+        Some("is a loopback address")
+    } else if address.is_multicast() {
+        Some("is a multicast address")
+    } else if is_link_local {
+        Some("is a link-local address")
+    } else {
+        None
+    }
+}

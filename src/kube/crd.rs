@@ -1,0 +1,150 @@
+//! Weir's own API types: what the agents tell one another through the API server.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::{CustomResource, CustomResourceExt, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::model::{IdentityLabels, PublishedEndpoint};
+
+/// The labels that an identity's number stands for. Claimed by creating the object,
+/// whose name is the number, and never changed.
+#[derive(Clone, Debug, PartialEq, Eq, CustomResource, Serialize, Deserialize, KubeSchema)]
+#[kube(
+    group = "weir.dev",
+    version = "v1alpha1",
+    kind = "Identity",
+    doc = "The labels that an identity's number, which is its name, stands for.",
+    plural = "identities",
+    category = "weir",
+    validation = Rule::new("self.metadata.name.matches('^[1-9][0-9]{2,7}$')").message("the name must be a number"),
+    printcolumn = r#"{"name": "Namespace", "type": "string", "jsonPath": ".spec.namespace"}"#,
+    printcolumn = r#"{"name": "Service Account", "type": "string", "jsonPath": ".spec.serviceAccount"}"#,
+    printcolumn = r#"{"name": "Labels", "type": "string", "jsonPath": ".spec.podLabels"}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
+)]
+#[x_kube(validation = Rule::new("self == oldSelf").message("an identity never changes"))]
+#[serde(rename_all = "camelCase")]
+pub struct IdentitySpec {
+    /// The pods' namespace.
+    pub namespace: String,
+    /// The namespace's labels.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub namespace_labels: BTreeMap<String, String>,
+    /// The pods' service account.
+    pub service_account: String,
+    /// The pods' labels less those that differ in every pod.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub pod_labels: BTreeMap<String, String>,
+    /// What the names of the pods' ports stand for.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub named_ports: BTreeMap<String, Vec<Port>>,
+}
+
+/// A port and its protocol.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Port {
+    /// The container's port.
+    #[schemars(range(min = 1, max = 65535))]
+    pub port: u16,
+    /// TCP, UDP or SCTP.
+    pub protocol: String,
+}
+
+/// The pods of a node: addresses and identities. A node has as many of these objects as
+/// its pods need, named after it with a number, and writes no others.
+#[derive(Clone, Debug, PartialEq, Eq, CustomResource, Serialize, Deserialize, KubeSchema)]
+#[kube(
+    group = "weir.dev",
+    version = "v1alpha1",
+    kind = "NodeEndpoints",
+    doc = "Pods of a node: addresses and identities.",
+    plural = "nodeendpoints",
+    category = "weir",
+    validation = Rule::new("self.metadata.name.matches('-[0-9]+$') && self.metadata.name.startsWith(self.spec.node + '-')")
+        .message("the name must be the node's with a number"),
+    printcolumn = r#"{"name": "Node", "type": "string", "jsonPath": ".spec.node"}"#,
+    printcolumn = r#"{"name": "Internal Addresses", "type": "string", "jsonPath": ".spec.internalAddresses"}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
+)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeEndpointsSpec {
+    /// The node that hosts the pods.
+    #[schemars(length(max = 253))]
+    pub node: String,
+    /// The node's own addresses in the pod network.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub internal_addresses: Vec<String>,
+    /// Its pods.
+    #[serde(default)]
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// A pod as other nodes see it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Endpoint {
+    /// The pod's namespace.
+    pub namespace: String,
+    /// The pod's name.
+    pub name: String,
+    /// One address per family.
+    pub addresses: Vec<String>,
+    /// The name of its Identity.
+    #[schemars(range(min = 256, max = 0xff_ffff))]
+    pub identity: u32,
+}
+
+impl From<&IdentityLabels> for IdentitySpec {
+    fn from(labels: &IdentityLabels) -> Self {
+        let ports = |ports: &Vec<crate::model::NamedPort>| {
+            ports.iter().map(|port| Port { port: port.port, protocol: port.protocol.to_string() }).collect()
+        };
+        Self {
+            namespace: labels.namespace.clone(),
+            namespace_labels: labels.namespace_labels.clone(),
+            service_account: labels.service_account.clone(),
+            pod_labels: labels.pod_labels.clone(),
+            named_ports: labels.named_ports.iter().map(|(name, list)| (name.clone(), ports(list))).collect(),
+        }
+    }
+}
+
+impl From<&PublishedEndpoint> for Endpoint {
+    fn from(endpoint: &PublishedEndpoint) -> Self {
+        Self {
+            namespace: endpoint.pod.namespace.to_string(),
+            name: endpoint.pod.name.to_string(),
+            addresses: endpoint.addresses.iter().map(IpAddr::to_string).collect(),
+            identity: endpoint.identity.0,
+        }
+    }
+}
+
+/// Every definition, as `crds/` holds them.
+pub fn crds() -> Vec<CustomResourceDefinition> {
+    vec![Identity::crd(), NodeEndpoints::crd()]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn the_files_in_crds_are_these_types() {
+        for crd in crds() {
+            let path = Path::new("crds").join(format!("{}.yaml", crd.spec.names.plural));
+            let text = serde_yaml::to_string(&crd).expect("definitions are plain data");
+            if std::env::var_os("UPDATE").is_some() {
+                fs::write(&path, &text).expect("writing a definition");
+            }
+            let there = fs::read_to_string(&path).unwrap_or_default();
+            assert_eq!(there, text, "{} is stale: run this test with UPDATE=1", path.display());
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! Sources: the Kubernetes API, or a directory of the same YAML.
+//!
+//! Both fill the same [`Tables`]; nothing behind them can tell which it was. A table is
+//! reset only by a complete list, and a source that is away changes nothing. What the
+//! agent itself has to say (identities, endpoints) goes out through the [`Publisher`],
+//! to the same place.
+//!
+//! ```text
+//! API server ── api ──┐
+//!                     ├─ convert ── sink ──> Tables
+//! directory ─ manifests ┘                      │ apply (claims)
+//! API server, directory <── publish <── Publisher
+//! ```
+
+mod convert;
+pub mod crd;
+mod document;
+mod health;
+mod manifests;
+mod publish;
+mod sink;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+pub use convert::{FieldError, Kind};
+pub use health::{Health, KindHealth, Report};
+pub use publish::Publisher;
+
+use crate::model::{
+    EndpointSlice, IdentityId, IdentityLabels, Namespace, NetworkPolicy, Node, NodeEndpoints, ObjectKey, Pod,
+    Service,
+};
+use crate::tables::{State, Table};
+
+/// Everything that the sources know, one table per kind.
+#[derive(Default)]
+pub struct Tables {
+    /// By name.
+    pub namespaces: Table<Arc<str>, Arc<Namespace>>,
+    /// From the Kubernetes API only this node's pods; from a directory all of them.
+    pub pods: Table<ObjectKey, Arc<Pod>>,
+    /// By name.
+    pub nodes: Table<Arc<str>, Arc<Node>>,
+    /// Those with cluster IPs, and headless ones.
+    pub services: Table<ObjectKey, Arc<Service>>,
+    /// By the slice's own name.
+    pub slices: Table<ObjectKey, Arc<EndpointSlice>>,
+    /// networking.k8s.io/v1.
+    pub policies: Table<ObjectKey, Arc<NetworkPolicy>>,
+    /// Those that any node claimed; this node's own at once.
+    pub identities: Table<IdentityId, Arc<IdentityLabels>>,
+    /// By node, put together from as many objects as the node needs.
+    pub node_endpoints: Table<Arc<str>, Arc<NodeEndpoints>>,
+    claims: sink::Claims,
+}
+
+impl Tables {
+    /// Empty tables, none of them synced.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Every source has delivered its first full list.
+    pub fn all_synced(&self) -> bool {
+        self.receivers().iter().all(|table| table.borrow().is_synced)
+    }
+
+    /// Waits until every source has delivered its first full list.
+    pub async fn wait_synced(&self) {
+        for mut table in self.receivers() {
+            // The sender lives as long as `self`.
+            let _ = table.wait_for(|state| state.is_synced).await;
+        }
+    }
+
+    /// Returns after the next change of any table. Take it before the snapshots that the
+    /// change is to be compared with, and await it afterwards: then no change is missed.
+    pub fn changed(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut tables = self.receivers();
+        async move {
+            let changes = tables.iter_mut().map(|table| Box::pin(table.changed()));
+            let _ = futures::future::select_all(changes).await;
+        }
+    }
+
+    fn receivers(&self) -> [watch::Receiver<State>; 8] {
+        [
+            self.namespaces.subscribe(),
+            self.pods.subscribe(),
+            self.nodes.subscribe(),
+            self.services.subscribe(),
+            self.slices.subscribe(),
+            self.policies.subscribe(),
+            self.identities.subscribe(),
+            self.node_endpoints.subscribe(),
+        ]
+    }
+}
+
+/// Where objects come from, and where the agent's own go.
+#[derive(Clone)]
+pub enum Source {
+    /// An API server, and the node whose pods are wanted.
+    Kubernetes(kube::Client, String),
+    /// A directory of YAML files.
+    Manifests(PathBuf),
+}
+
+/// Keeps `tables` equal to what the source says. Never returns.
+pub async fn run(source: Source, tables: Arc<Tables>, health: Arc<Health>) {
+    match source {
+        Source::Kubernetes(..) => std::future::pending().await,
+        Source::Manifests(directory) => manifests::run(directory, tables, health).await,
+    }
+}

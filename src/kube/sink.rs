@@ -1,0 +1,167 @@
+//! From converted objects to rows of [`Tables`].
+//!
+//! Two kinds need more than a row per object: a node's endpoints come in several
+//! objects, and an identity that this agent claimed is there before its source shows it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::Tables;
+use super::convert::{Kind, Object, ObjectId};
+use crate::model::{IdentityId, IdentityLabels, NodeEndpoints};
+
+/// Identities that this agent claimed and that its source has not shown yet. A list
+/// that began before the claim must not take them away again.
+#[derive(Default)]
+pub struct Claims(Mutex<BTreeMap<IdentityId, Arc<IdentityLabels>>>);
+
+impl Claims {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<IdentityId, Arc<IdentityLabels>>> {
+        self.0.lock().expect("nobody panics while holding the lock")
+    }
+}
+
+impl Tables {
+    /// Shows an identity that was just claimed, ahead of the source.
+    pub(super) fn apply_claim(&self, id: IdentityId, labels: Arc<IdentityLabels>) {
+        let mut claims = self.claims.lock();
+        if self.identities.get(&id).is_none() {
+            claims.insert(id, labels.clone());
+            self.identities.apply(id, labels);
+        }
+    }
+}
+
+/// Writes objects of one source into the tables.
+pub struct Sink {
+    tables: Arc<Tables>,
+    /// The objects that make up a node's endpoints, by object name.
+    parts: BTreeMap<Arc<str>, Arc<NodeEndpoints>>,
+}
+
+impl Sink {
+    pub fn new(tables: Arc<Tables>) -> Self {
+        Self { tables, parts: BTreeMap::new() }
+    }
+
+    /// Makes a kind's table hold exactly `all`, and marks it synced.
+    pub fn reset(&mut self, kind: Kind, all: Vec<(ObjectId, Object)>) {
+        let tables = self.tables.clone();
+        let objects = all.iter().map(|(id, object)| (id, object));
+        macro_rules! rows {
+            ($variant:ident, $key:expr) => {
+                objects.filter_map(|(id, object)| match object {
+                    Object::$variant(row) => Some(($key(id), row.clone())),
+                    _ => None,
+                })
+            };
+        }
+        let by_name = |id: &ObjectId| id.key.name.clone();
+        let by_key = |id: &ObjectId| id.key.clone();
+        match kind {
+            Kind::Namespace => tables.namespaces.reset(rows!(Namespace, by_name)),
+            Kind::Pod => tables.pods.reset(rows!(Pod, by_key)),
+            Kind::Node => tables.nodes.reset(rows!(Node, by_name)),
+            Kind::Service => tables.services.reset(rows!(Service, by_key)),
+            Kind::EndpointSlice => tables.slices.reset(rows!(EndpointSlice, by_key)),
+            Kind::NetworkPolicy => tables.policies.reset(rows!(NetworkPolicy, by_key)),
+            Kind::Identity => reset_identities(&tables, objects),
+            Kind::NodeEndpoints => {
+                self.parts = rows!(NodeEndpoints, by_name).collect();
+                let mut nodes: BTreeMap<Arc<str>, Vec<Arc<NodeEndpoints>>> = BTreeMap::new();
+                for part in self.parts.values() {
+                    nodes.entry(part.node.as_str().into()).or_default().push(part.clone());
+                }
+                tables.node_endpoints.reset(nodes.into_iter().map(|(node, parts)| (node, join(&parts))))
+            }
+        };
+    }
+
+    /// Inserts or replaces an object's row.
+    pub fn apply(&mut self, id: &ObjectId, object: Object) {
+        let (tables, key) = (&self.tables, id.key.clone());
+        match object {
+            Object::Namespace(row) => tables.namespaces.apply(key.name, row),
+            Object::Pod(row) => tables.pods.apply(key, row),
+            Object::Node(row) => tables.nodes.apply(key.name, row),
+            Object::Service(row) => tables.services.apply(key, row),
+            Object::EndpointSlice(row) => tables.slices.apply(key, row),
+            Object::NetworkPolicy(row) => tables.policies.apply(key, row),
+            Object::Identity(number, row) => {
+                tables.claims.lock().remove(&number);
+                tables.identities.apply(number, row)
+            }
+            Object::NodeEndpoints(part) => {
+                let node = part.node.clone();
+                self.parts.insert(key.name, part);
+                self.apply_node(&node)
+            }
+        };
+    }
+
+    /// Removes an object's row.
+    pub fn delete(&mut self, id: &ObjectId) {
+        let tables = &self.tables;
+        match id.kind {
+            Kind::Namespace => tables.namespaces.delete(&id.key.name),
+            Kind::Pod => tables.pods.delete(&id.key),
+            Kind::Node => tables.nodes.delete(&id.key.name),
+            Kind::Service => tables.services.delete(&id.key),
+            Kind::EndpointSlice => tables.slices.delete(&id.key),
+            Kind::NetworkPolicy => tables.policies.delete(&id.key),
+            Kind::Identity => match id.key.name.parse().map(IdentityId) {
+                Ok(number) => {
+                    tables.claims.lock().remove(&number);
+                    tables.identities.delete(&number)
+                }
+                Err(_) => false,
+            },
+            Kind::NodeEndpoints => match self.parts.remove(&id.key.name) {
+                Some(part) => self.apply_node(&part.node),
+                None => false,
+            },
+        };
+    }
+
+    fn apply_node(&self, node: &str) -> bool {
+        let parts: Vec<_> = self.parts.values().filter(|part| part.node == node).cloned().collect();
+        match parts.is_empty() {
+            true => self.tables.node_endpoints.delete(&Arc::from(node)),
+            false => self.tables.node_endpoints.apply(node.into(), join(&parts)),
+        }
+    }
+}
+
+fn reset_identities<'a>(tables: &Tables, objects: impl Iterator<Item = (&'a ObjectId, &'a Object)>) -> bool {
+    let mut claims = tables.claims.lock();
+    let listed: HashMap<IdentityId, Arc<IdentityLabels>> = objects
+        .filter_map(|(_, object)| match object {
+            Object::Identity(number, labels) => Some((*number, labels.clone())),
+            _ => None,
+        })
+        .collect();
+    claims.retain(|number, _| !listed.contains_key(number));
+    tables.identities.reset(listed.into_iter().chain(claims.clone()))
+}
+
+/// One value of a node's parts. A pod that moves between parts may be in two of them
+/// for a moment: it counts once.
+fn join(parts: &[Arc<NodeEndpoints>]) -> Arc<NodeEndpoints> {
+    if let [part] = parts {
+        return part.clone();
+    }
+    let mut internal_addresses: Vec<_> =
+        parts.iter().flat_map(|part| part.internal_addresses.clone()).collect();
+    internal_addresses.sort_unstable();
+    internal_addresses.dedup();
+    let endpoints: BTreeMap<_, _> = parts
+        .iter()
+        .flat_map(|part| &part.endpoints)
+        .map(|endpoint| (endpoint.pod.clone(), endpoint))
+        .collect();
+    Arc::new(NodeEndpoints {
+        node: parts.first().map_or_else(String::new, |part| part.node.clone()),
+        internal_addresses,
+        endpoints: endpoints.into_values().cloned().collect(),
+    })
+}
