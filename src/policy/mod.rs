@@ -1,0 +1,267 @@
+//! Compiles NetworkPolicy into rows of the policy maps, and addresses into identities.
+//!
+//! ```text
+//!  endpoints ──> select ──> definitions ──> value: rules x peers -> classes ──> policies
+//!                  │                          ^
+//!                  └─> prefixes in use        │ who matches what
+//!                          v                  │
+//!  addresses ────────> prefixes ──> members of peers <── identities
+//! ```
+//!
+//! A compiled policy is a value: pods that the same policies select, with the same
+//! meaning of the port names in them, share one number (K4). Under one number rows are
+//! only added, so nothing that runs with it ever sees half of a change; any other change
+//! is another number. The compiler remembers its last answer and works out differences:
+//! a new identity is held against each distinct peer once.
+
+mod peers;
+mod prefixes;
+mod rules;
+mod select;
+#[cfg(test)]
+mod tests;
+mod value;
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use imbl::ordmap::DiffItem;
+use ipnet::IpNet;
+use serde::Serialize;
+
+use crate::model::{
+    AddressEntry, BaseAddress, CompiledPolicy, EndpointId, IdentityId, IdentityLabels, LocalIdentity,
+    NetworkPolicy, ObjectKey, PolicyId, PrefixEntry,
+};
+use crate::tables::Snapshot;
+
+use peers::{Member, Peers};
+use prefixes::{Assigned, Locals, Tree};
+use select::{Definition, Selection, Selections};
+use value::Value;
+
+/// What policy depends on.
+pub struct Input<'a> {
+    /// Every NetworkPolicy.
+    pub policies: &'a Snapshot<ObjectKey, Arc<NetworkPolicy>>,
+    /// Every cluster identity.
+    pub identities: &'a Snapshot<IdentityId, Arc<IdentityLabels>>,
+    /// The pods of this node, with their cluster identity.
+    pub endpoints: &'a BTreeMap<EndpointId, IdentityId>,
+    /// Every address of a pod or node.
+    pub addresses: &'a BTreeMap<IpAddr, BaseAddress>,
+    /// The pod CIDRs of every node.
+    pub pod_cidrs: &'a [IpNet],
+}
+
+/// What the maps should hold. Parts that did not change share memory with the last output.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Output {
+    /// The policies in use.
+    pub policies: BTreeMap<PolicyId, Arc<CompiledPolicy>>,
+    /// The policy of each endpoint; 0 where none selects it. An endpoint whose identity
+    /// has no labels yet is missing: what may reach it is not known.
+    pub of_endpoint: BTreeMap<EndpointId, PolicyId>,
+    /// The NetworkPolicy objects that select each endpoint, sorted.
+    pub selected_by: BTreeMap<EndpointId, Arc<[ObjectKey]>>,
+    /// Rows of `addresses`.
+    pub addresses: Arc<BTreeMap<IpAddr, AddressEntry>>,
+    /// Rows of `prefixes`.
+    pub prefixes: Arc<BTreeMap<IpNet, PrefixEntry>>,
+    /// What the local numbers mean.
+    pub local_identities: Arc<BTreeMap<IdentityId, LocalIdentity>>,
+    /// Labels that policies ask pods for although identities leave them out: such a
+    /// selector selects by the rest of the cluster's knowledge, as a peer nobody.
+    pub ignored_labels: BTreeMap<ObjectKey, BTreeSet<String>>,
+}
+
+/// Why there is no output. The last one stays true until the agent starts again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Local numbers are never used twice, and 2^24 were.
+    #[error(
+        "every local identity number has been used: restart the agent, or name fewer prefixes in policies"
+    )]
+    LocalIdentitiesExhausted,
+    /// Policy numbers are never used twice, and 2^30 were.
+    #[error("every policy number has been used: restart the agent")]
+    PoliciesExhausted,
+}
+
+/// Compiles again and again, and keeps numbers stable meanwhile.
+pub struct Compiler {
+    next_policy: PolicyId,
+    selections: Selections,
+    identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
+    prefixes: BTreeSet<IpNet>,
+    tree: Tree,
+    locals: Locals,
+    addresses: BTreeMap<IpAddr, BaseAddress>,
+    pod_cidrs: Vec<IpNet>,
+    assigned: Assigned,
+    peers: Peers,
+    values: BTreeMap<Definition, Value>,
+}
+
+impl Compiler {
+    /// A compiler that gives out policy numbers from `first_policy` on, and local
+    /// identities from `first_local` on: above all that the maps hold.
+    pub fn new(first_policy: PolicyId, first_local: IdentityId) -> Self {
+        Self {
+            next_policy: first_policy.max(PolicyId(1)),
+            selections: Selections::default(),
+            identities: Snapshot::new(),
+            prefixes: BTreeSet::new(),
+            tree: Tree::default(),
+            locals: Locals::new(first_local),
+            addresses: BTreeMap::new(),
+            pod_cidrs: Vec::new(),
+            assigned: Assigned::default(),
+            peers: Peers::default(),
+            values: BTreeMap::new(),
+        }
+    }
+
+    /// What the maps should hold for `input`. After an error the next call begins afresh.
+    pub fn compile(&mut self, input: &Input<'_>) -> Result<Output, Error> {
+        let output = self.compile_difference(input);
+        if output.is_err() {
+            let mut fresh = Self::new(self.next_policy, IdentityId::FIRST_LOCAL);
+            std::mem::swap(&mut fresh.locals, &mut self.locals);
+            fresh.locals.forget();
+            *self = fresh;
+        }
+        output
+    }
+
+    fn compile_difference(&mut self, input: &Input<'_>) -> Result<Output, Error> {
+        let relabelled = self.relabelled(input.identities);
+        self.selections.update(input.policies);
+        self.selections.forget(relabelled.keys());
+        let selections = self.select(input);
+        let mut changes = self.assign(input, &selections, &relabelled)?;
+        changes.extend(relabelled.into_iter().map(|(id, labels)| {
+            (id, labels.map(|labels| Member { labels: Some(labels), prefixes: Arc::default() }))
+        }));
+        self.compile_values(&changes, &selections, input)?;
+        Ok(self.output(input, &selections))
+    }
+
+    /// The identities that are new, have other labels (a number claimed again), or are gone.
+    fn relabelled(
+        &mut self,
+        identities: &Snapshot<IdentityId, Arc<IdentityLabels>>,
+    ) -> BTreeMap<IdentityId, Option<Arc<IdentityLabels>>> {
+        let before = std::mem::replace(&mut self.identities, identities.clone());
+        before
+            .diff(identities)
+            .map(|item| match item {
+                DiffItem::Add(id, labels) | DiffItem::Update { new: (id, labels), .. } => {
+                    (*id, Some(labels.clone()))
+                }
+                DiffItem::Remove(id, _) => (*id, None),
+            })
+            .collect()
+    }
+
+    /// What selects each identity of this node.
+    fn select(&mut self, input: &Input<'_>) -> BTreeMap<IdentityId, Selection> {
+        let used: BTreeSet<IdentityId> = input.endpoints.values().copied().collect();
+        self.selections.retain(&used);
+        used.into_iter()
+            .filter_map(|id| Some((id, self.selections.select(id, input.identities.get(&id)?))))
+            .collect()
+    }
+
+    /// Renews the identities of addresses and prefixes; returns the local ones that are
+    /// new, have a base with other labels, or are gone.
+    fn assign(
+        &mut self,
+        input: &Input<'_>,
+        selections: &BTreeMap<IdentityId, Selection>,
+        relabelled: &BTreeMap<IdentityId, Option<Arc<IdentityLabels>>>,
+    ) -> Result<BTreeMap<IdentityId, Option<Member>>, Error> {
+        let used: BTreeSet<&ObjectKey> =
+            selections.values().flat_map(|selection| selection.policies.iter()).collect();
+        let prefixes = self.selections.prefixes(used.into_iter());
+        let is_same_tree = prefixes == self.prefixes;
+        if !is_same_tree {
+            self.tree = Tree::new(&prefixes);
+            self.prefixes = prefixes;
+        }
+        let before = self.assigned.identities.clone();
+        if !is_same_tree || *input.addresses != self.addresses || *input.pod_cidrs != self.pod_cidrs {
+            self.addresses.clone_from(input.addresses);
+            self.pod_cidrs = input.pod_cidrs.to_vec();
+            self.assigned = self.locals.assign(&self.tree, input.addresses, input.pod_cidrs)?;
+        }
+        let after = &self.assigned.identities;
+        let gone = before.keys().filter(|id| !after.contains_key(*id)).map(|id| (*id, None));
+        let changed = after.iter().filter(|(id, local)| {
+            !before.contains_key(*id) || local.base.is_some_and(|base| relabelled.contains_key(&base))
+        });
+        let member = |local: &LocalIdentity| Member {
+            labels: local.base.and_then(|base| input.identities.get(&base)).cloned(),
+            prefixes: local.prefixes.clone(),
+        };
+        Ok(gone.chain(changed.map(|(id, local)| (*id, Some(member(local))))).collect())
+    }
+
+    /// Brings the values in use up to date, makes the new ones, drops the others.
+    fn compile_values(
+        &mut self,
+        changes: &BTreeMap<IdentityId, Option<Member>>,
+        selections: &BTreeMap<IdentityId, Selection>,
+        input: &Input<'_>,
+    ) -> Result<(), Error> {
+        let used: BTreeSet<&Definition> =
+            selections.values().filter_map(|selection| selection.definition.as_ref()).collect();
+        let count = self.values.len();
+        self.values.retain(|definition, _| used.contains(definition));
+        let mut is_changed = self.values.len() != count;
+        let touched = self.peers.apply(changes);
+        if !touched.is_empty() {
+            self.values.values_mut().for_each(|value| value.update(&touched, &self.peers));
+        }
+        for (id, selection) in selections {
+            let Some(definition) = &selection.definition else { continue };
+            let Some(labels) = input.identities.get(id) else { continue };
+            if self.values.contains_key(definition) {
+                continue;
+            }
+            let policy = self.next_policy;
+            if policy.0 >= 1 << 30 {
+                return Err(Error::PoliciesExhausted);
+            }
+            self.next_policy = PolicyId(policy.0 + 1);
+            let policies = self.selections.policies(selection);
+            let value = Value::new(policy, &policies, labels, &mut self.peers);
+            self.values.insert(definition.clone(), value);
+            is_changed = true;
+        }
+        if is_changed {
+            let used: HashSet<_> = self.values.values().flat_map(Value::peers).collect();
+            self.peers.retain(&used);
+        }
+        Ok(())
+    }
+
+    fn output(&self, input: &Input<'_>, selections: &BTreeMap<IdentityId, Selection>) -> Output {
+        let mut output = Output {
+            policies: self.values.values().map(|value| (value.id, value.compiled.clone())).collect(),
+            addresses: self.assigned.addresses.clone(),
+            prefixes: self.assigned.prefixes.clone(),
+            local_identities: self.assigned.identities.clone(),
+            ignored_labels: self.selections.ignored_labels(),
+            ..Output::default()
+        };
+        for (endpoint, id) in input.endpoints {
+            let Some(selection) = selections.get(id) else { continue };
+            let value = selection.definition.as_ref().and_then(|definition| self.values.get(definition));
+            output.of_endpoint.insert(*endpoint, value.map_or(PolicyId::default(), |value| value.id));
+            output.selected_by.insert(*endpoint, selection.policies.clone());
+        }
+        output
+    }
+}

@@ -1,0 +1,166 @@
+//! Peers of rules, each kept once, with the identities that it matches.
+//!
+//! Policies share peers ("all pods of this namespace"), and a new identity has to be
+//! held against each distinct peer once, not against each policy.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use crate::identity;
+use crate::model::{IdentityId, IdentityLabels, Peer, Protocol, Selector};
+
+/// What a rule asks of the other side.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum PeerKey {
+    /// Pods by label.
+    Pods {
+        /// Only this namespace.
+        namespace: Option<Arc<str>>,
+        /// Asked of the namespace's labels.
+        namespaces: Selector,
+        /// Asked of the pod's labels.
+        pods: Selector,
+    },
+    /// Addresses, whoever has them.
+    Block {
+        /// Within this prefix,
+        cidr: IpNet,
+        /// but not within one of these.
+        except: Vec<IpNet>,
+    },
+    /// Pods that have a port of this name.
+    Port {
+        /// The name.
+        name: String,
+        /// Its protocol.
+        protocol: Protocol,
+    },
+}
+
+impl PeerKey {
+    /// The peer of a policy in `namespace`.
+    pub fn new(namespace: &Arc<str>, peer: &Peer) -> Self {
+        match peer {
+            Peer::Pods { namespaces: None, pods } => Self::Pods {
+                namespace: Some(namespace.clone()),
+                namespaces: Selector::default(),
+                pods: pods.clone(),
+            },
+            Peer::Pods { namespaces: Some(namespaces), pods } => {
+                Self::Pods { namespace: None, namespaces: namespaces.clone(), pods: pods.clone() }
+            }
+            Peer::Block { cidr, except } => {
+                Self::Block { cidr: cidr.trunc(), except: except.iter().map(IpNet::trunc).collect() }
+            }
+        }
+    }
+
+    fn matches(&self, member: &Member) -> bool {
+        let labels = member.labels.as_deref();
+        match self {
+            Self::Pods { namespace, namespaces, pods } => labels.is_some_and(|labels| {
+                namespace.as_deref().is_none_or(|namespace| *namespace == *labels.namespace)
+                    && pods.matches(&labels.pod_labels)
+                    && namespaces.matches(&labels.namespace_labels)
+                    // Whether a pod has such a label is not known: nobody is let in for it.
+                    && identity::dropped_labels(pods).next().is_none()
+            }),
+            Self::Block { cidr, except } => {
+                member.prefixes.contains(cidr) && !except.iter().any(|hole| member.prefixes.contains(hole))
+            }
+            Self::Port { name, protocol } => labels
+                .and_then(|labels| labels.named_ports.get(name))
+                .is_some_and(|ports| ports.iter().any(|port| port.protocol == *protocol)),
+        }
+    }
+}
+
+/// What of an identity peers can match.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// The pod's; `None` for nodes and for addresses of nobody known.
+    pub labels: Option<Arc<IdentityLabels>>,
+    /// The rules' prefixes that cover the address.
+    pub prefixes: Arc<[IpNet]>,
+}
+
+/// Names a peer while something uses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PeerIndex(u32);
+
+/// Which peers had or have which of the changed identities.
+pub type Touched = HashMap<PeerIndex, Vec<IdentityId>>;
+
+/// All identities, all peers in use, and who matches what.
+#[derive(Default)]
+pub struct Peers {
+    members: BTreeMap<IdentityId, Member>,
+    sets: BTreeMap<PeerIndex, Set>,
+    by_key: HashMap<Arc<PeerKey>, PeerIndex>,
+    next: u32,
+}
+
+struct Set {
+    key: Arc<PeerKey>,
+    /// Sorted.
+    matched: Vec<IdentityId>,
+}
+
+impl Peers {
+    /// The index of `key`; a peer that is new is held against every identity.
+    pub fn intern(&mut self, key: PeerKey) -> PeerIndex {
+        if let Some(index) = self.by_key.get(&key) {
+            return *index;
+        }
+        let matched =
+            self.members.iter().filter(|(_, member)| key.matches(member)).map(|(id, _)| *id).collect();
+        let index = PeerIndex(self.next);
+        self.next += 1;
+        let key = Arc::new(key);
+        self.by_key.insert(key.clone(), index);
+        self.sets.insert(index, Set { key, matched });
+        index
+    }
+
+    /// Takes in new, changed and gone (`None`) identities.
+    pub fn apply(&mut self, changes: &BTreeMap<IdentityId, Option<Member>>) -> Touched {
+        let mut touched = Touched::new();
+        for (index, set) in &mut self.sets {
+            for (id, member) in changes {
+                let is_in = member.as_ref().is_some_and(|member| set.key.matches(member));
+                match (set.matched.binary_search(id), is_in) {
+                    (Err(_), false) => continue,
+                    (Err(place), true) => set.matched.insert(place, *id),
+                    (Ok(place), false) => drop(set.matched.remove(place)),
+                    (Ok(_), true) => {}
+                }
+                touched.entry(*index).or_default().push(*id);
+            }
+        }
+        for (id, member) in changes {
+            match member {
+                Some(member) => drop(self.members.insert(*id, member.clone())),
+                None => drop(self.members.remove(id)),
+            }
+        }
+        touched
+    }
+
+    /// Forgets the peers that nothing uses.
+    pub fn retain(&mut self, used: &HashSet<PeerIndex>) {
+        self.sets.retain(|index, _| used.contains(index));
+        self.by_key.retain(|_, index| used.contains(index));
+    }
+
+    /// The identities that a peer matches, sorted.
+    pub fn matched(&self, index: PeerIndex) -> &[IdentityId] {
+        self.sets.get(&index).map_or(&[], |set| &set.matched)
+    }
+
+    /// An identity's facts.
+    pub fn member(&self, id: IdentityId) -> Option<&Member> {
+        self.members.get(&id)
+    }
+}

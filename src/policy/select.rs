@@ -1,0 +1,178 @@
+//! Which policies select which pods of this node, and so which policy value each has.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use imbl::ordmap::DiffItem;
+use ipnet::IpNet;
+
+use crate::identity;
+use crate::model::{
+    IdentityId, IdentityLabels, NetworkPolicy, ObjectKey, Peer, PolicyRule, PortSelector, Protocol,
+};
+use crate::tables::Snapshot;
+
+use super::value;
+
+/// What makes a policy value what it is.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Definition {
+    /// The revisions of the policies that select the pod.
+    pub revisions: Vec<Revision>,
+    /// What the port names of their ingress rules stand for in the pod.
+    ports: Vec<(String, Protocol, u16)>,
+}
+
+/// Names one state of one policy's rules; never used again for others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Revision(u64);
+
+/// What an identity of this node is selected by.
+#[derive(Clone)]
+pub struct Selection {
+    /// The policies, sorted.
+    pub policies: Arc<[ObjectKey]>,
+    /// `None`: no policy selects it.
+    pub definition: Option<Definition>,
+}
+
+/// The policies, with what does not depend on who is selected.
+#[derive(Default)]
+pub struct Selections {
+    snapshot: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
+    states: BTreeMap<ObjectKey, State>,
+    selected: HashMap<IdentityId, Selection>,
+    next: u64,
+}
+
+struct State {
+    policy: Arc<NetworkPolicy>,
+    revision: Revision,
+    /// Every cidr and except of its rules.
+    prefixes: BTreeSet<IpNet>,
+    /// Port names of its ingress rules.
+    names: BTreeSet<(String, Protocol)>,
+    ignored: BTreeSet<String>,
+}
+
+impl Selections {
+    /// Takes in the policies as they are now.
+    pub fn update(&mut self, policies: &Snapshot<ObjectKey, Arc<NetworkPolicy>>) {
+        let before = std::mem::replace(&mut self.snapshot, policies.clone());
+        for item in before.diff(policies) {
+            self.selected.clear();
+            match item {
+                DiffItem::Add(key, policy) | DiffItem::Update { new: (key, policy), .. } => {
+                    let old = self.states.remove(key).filter(|old| {
+                        old.policy.ingress == policy.ingress && old.policy.egress == policy.egress
+                    });
+                    let revision = old.map_or_else(|| self.next_revision(), |old| old.revision);
+                    self.states.insert(key.clone(), State::new(policy.clone(), revision));
+                }
+                DiffItem::Remove(key, _) => {
+                    self.states.remove(key);
+                }
+            }
+        }
+    }
+
+    fn next_revision(&mut self) -> Revision {
+        self.next += 1;
+        Revision(self.next)
+    }
+
+    /// The labels of these identities are others now.
+    pub fn forget<'a>(&mut self, identities: impl Iterator<Item = &'a IdentityId>) {
+        for id in identities {
+            self.selected.remove(id);
+        }
+    }
+
+    /// Keeps only what is known of `identities`.
+    pub fn retain(&mut self, identities: &BTreeSet<IdentityId>) {
+        self.selected.retain(|id, _| identities.contains(id));
+    }
+
+    /// What selects pods of identity `id`, which has `labels`.
+    pub fn select(&mut self, id: IdentityId, labels: &IdentityLabels) -> Selection {
+        if let Some(selection) = self.selected.get(&id) {
+            return selection.clone();
+        }
+        let first = ObjectKey::new(labels.namespace.as_str(), "");
+        let states: Vec<&State> = self
+            .states
+            .range(first..)
+            .take_while(|(key, _)| *key.namespace == *labels.namespace)
+            .map(|(_, state)| state)
+            .filter(|state| state.policy.pod_selector.matches(&labels.pod_labels))
+            .collect();
+        let names: BTreeSet<_> = states.iter().flat_map(|state| &state.names).collect();
+        let mut ports = Vec::new();
+        for (name, protocol) in names {
+            let resolved = value::resolve(labels, name).iter().filter(|port| port.protocol == *protocol);
+            ports.extend(resolved.map(|port| (name.clone(), *protocol, port.port)));
+        }
+        ports.sort_unstable();
+        ports.dedup();
+        let revisions: Vec<Revision> = states.iter().map(|state| state.revision).collect();
+        let selection = Selection {
+            policies: states.iter().map(|state| state.policy.key.clone()).collect(),
+            definition: (!revisions.is_empty()).then_some(Definition { revisions, ports }),
+        };
+        self.selected.insert(id, selection.clone());
+        selection
+    }
+
+    /// The policies of a selection.
+    pub fn policies(&self, selection: &Selection) -> Vec<Arc<NetworkPolicy>> {
+        let states = selection.policies.iter().filter_map(|key| self.states.get(key));
+        states.map(|state| state.policy.clone()).collect()
+    }
+
+    /// Every prefix that rules of the policies in use name.
+    pub fn prefixes<'a>(&self, used: impl Iterator<Item = &'a ObjectKey>) -> BTreeSet<IpNet> {
+        used.filter_map(|key| self.states.get(key)).flat_map(|state| &state.prefixes).copied().collect()
+    }
+
+    /// Labels that policies ask pods for although no identity has them.
+    pub fn ignored_labels(&self) -> BTreeMap<ObjectKey, BTreeSet<String>> {
+        let states = self.states.iter().filter(|(_, state)| !state.ignored.is_empty());
+        states.map(|(key, state)| (key.clone(), state.ignored.clone())).collect()
+    }
+}
+
+impl State {
+    fn new(policy: Arc<NetworkPolicy>, revision: Revision) -> Self {
+        let mut state = Self {
+            revision,
+            prefixes: BTreeSet::new(),
+            names: BTreeSet::new(),
+            ignored: identity::dropped_labels(&policy.pod_selector).map(str::to_owned).collect(),
+            policy: policy.clone(),
+        };
+        for rule in policy.ingress.iter().flatten() {
+            state.add_peers(rule);
+            for port in rule.ports.iter().flatten() {
+                if let PortSelector::Named(name) = &port.port {
+                    state.names.insert((name.clone(), port.protocol));
+                }
+            }
+        }
+        policy.egress.iter().flatten().for_each(|rule| state.add_peers(rule));
+        state
+    }
+
+    fn add_peers(&mut self, rule: &PolicyRule) {
+        for peer in rule.peers.iter().flatten() {
+            match peer {
+                Peer::Block { cidr, except } => {
+                    self.prefixes.insert(cidr.trunc());
+                    self.prefixes.extend(except.iter().map(IpNet::trunc));
+                }
+                Peer::Pods { pods, .. } => {
+                    self.ignored.extend(identity::dropped_labels(pods).map(str::to_owned));
+                }
+            }
+        }
+    }
+}

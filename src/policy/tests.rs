@@ -1,0 +1,448 @@
+use super::*;
+use crate::model::{
+    AddressKind, CompiledDirection, CompiledRule, CompiledRuleKey, Labels, NamedPort, Peer, PolicyRule,
+    PortMatch, PortSelector, Protocol, Requirement, Selector,
+};
+
+/// A small cluster, from which compilers are fed.
+#[derive(Clone, Default)]
+struct World {
+    policies: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
+    identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
+    endpoints: BTreeMap<EndpointId, IdentityId>,
+    addresses: BTreeMap<IpAddr, BaseAddress>,
+    pod_cidrs: Vec<IpNet>,
+}
+
+impl World {
+    fn policy(mut self, policy: NetworkPolicy) -> Self {
+        self.policies.insert(policy.key.clone(), Arc::new(policy));
+        self
+    }
+
+    fn identity(mut self, id: u32, namespace: &str, app: &str) -> Self {
+        self.identities.insert(IdentityId(id), Arc::new(labels_of(namespace, app)));
+        self
+    }
+
+    fn identity_with_port(mut self, id: u32, namespace: &str, app: &str, name: &str, port: u16) -> Self {
+        let mut labels = labels_of(namespace, app);
+        labels.named_ports.insert(name.to_owned(), vec![NamedPort { protocol: Protocol::Tcp, port }]);
+        self.identities.insert(IdentityId(id), Arc::new(labels));
+        self
+    }
+
+    fn endpoint(mut self, id: u16, identity: u32) -> Self {
+        self.endpoints.insert(EndpointId(id), IdentityId(identity));
+        self
+    }
+
+    fn address(mut self, text: &str, identity: u32, kind: AddressKind) -> Self {
+        let entry = BaseAddress { identity: IdentityId(identity), node: None, endpoint: None, kind };
+        self.addresses.insert(ip(text), entry);
+        self
+    }
+
+    fn pod_cidr(mut self, text: &str) -> Self {
+        self.pod_cidrs.push(net(text));
+        self
+    }
+
+    fn compile(&self, compiler: &mut Compiler) -> Output {
+        compiler
+            .compile(&Input {
+                policies: &self.policies,
+                identities: &self.identities,
+                endpoints: &self.endpoints,
+                addresses: &self.addresses,
+                pod_cidrs: &self.pod_cidrs,
+            })
+            .expect("numbers are left")
+    }
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+fn net(text: &str) -> IpNet {
+    text.parse().expect("a prefix")
+}
+
+fn labels_of(namespace: &str, app: &str) -> IdentityLabels {
+    IdentityLabels {
+        namespace: namespace.to_owned(),
+        namespace_labels: Labels::from([("kubernetes.io/metadata.name".to_owned(), namespace.to_owned())]),
+        service_account: "default".to_owned(),
+        pod_labels: Labels::from([("app".to_owned(), app.to_owned())]),
+        named_ports: BTreeMap::new(),
+    }
+}
+
+fn app(value: &str) -> Selector {
+    let values = BTreeSet::from([value.to_owned()]);
+    Selector { requirements: vec![Requirement::In("app".to_owned(), values)] }
+}
+
+fn policy(name: &str, selector: Selector) -> NetworkPolicy {
+    NetworkPolicy { key: ObjectKey::new("shop", name), pod_selector: selector, ingress: None, egress: None }
+}
+
+fn ingress(
+    mut policy: NetworkPolicy,
+    peers: Option<Vec<Peer>>,
+    ports: Option<Vec<PortMatch>>,
+) -> NetworkPolicy {
+    policy.ingress.get_or_insert_default().push(PolicyRule { peers, ports });
+    policy
+}
+
+fn egress(
+    mut policy: NetworkPolicy,
+    peers: Option<Vec<Peer>>,
+    ports: Option<Vec<PortMatch>>,
+) -> NetworkPolicy {
+    policy.egress.get_or_insert_default().push(PolicyRule { peers, ports });
+    policy
+}
+
+fn pods(value: &str) -> Peer {
+    Peer::Pods { namespaces: None, pods: app(value) }
+}
+
+fn block(cidr: &str, except: &[&str]) -> Peer {
+    Peer::Block { cidr: net(cidr), except: except.iter().map(|hole| net(hole)).collect() }
+}
+
+fn tcp(port: u16) -> PortMatch {
+    PortMatch { protocol: Protocol::Tcp, port: PortSelector::Range(port, port) }
+}
+
+fn named(name: &str) -> PortMatch {
+    PortMatch { protocol: Protocol::Tcp, port: PortSelector::Named(name.to_owned()) }
+}
+
+fn row(class: u32, protocol: u8, port: u16, origin: &str) -> (CompiledRuleKey, CompiledRule) {
+    let key = CompiledRuleKey { class, protocol: Some(protocol), port, port_prefix_length: 16 };
+    (key, CompiledRule { is_allowed: true, origin: Arc::new(ObjectKey::new("shop", origin)) })
+}
+
+fn any(class: u32, origin: &str) -> (CompiledRuleKey, CompiledRule) {
+    let key = CompiledRuleKey { class, protocol: None, port: 0, port_prefix_length: 0 };
+    (key, CompiledRule { is_allowed: true, origin: Arc::new(ObjectKey::new("shop", origin)) })
+}
+
+fn direction<const P: usize, const R: usize>(
+    peers: [(u32, u32); P],
+    rules: [(CompiledRuleKey, CompiledRule); R],
+) -> CompiledDirection {
+    CompiledDirection {
+        peers: peers.into_iter().map(|(id, class)| (IdentityId(id), class)).collect(),
+        rules: rules.into(),
+    }
+}
+
+fn compiler() -> Compiler {
+    Compiler::new(PolicyId(1), IdentityId::FIRST_LOCAL)
+}
+
+const LOCAL: u32 = IdentityId::FIRST_LOCAL.0;
+
+#[test]
+fn no_policy_enforces_nothing() {
+    let world = World::default().identity(300, "shop", "web").endpoint(1, 300);
+    let output = world.compile(&mut compiler());
+    assert_eq!(
+        output,
+        Output {
+            of_endpoint: BTreeMap::from([(EndpointId(1), PolicyId(0))]),
+            selected_by: BTreeMap::from([(EndpointId(1), Arc::from([]))]),
+            ..Output::default()
+        }
+    );
+}
+
+#[test]
+fn rules_add_up_in_classes() {
+    let world = World::default()
+        .identity(300, "shop", "database")
+        .identity(301, "shop", "web")
+        .identity(302, "shop", "admin")
+        .identity(303, "other", "web")
+        .endpoint(1, 300)
+        .endpoint(2, 300)
+        .policy(ingress(policy("web", app("database")), Some(vec![pods("web")]), Some(vec![tcp(5432)])))
+        .policy(ingress(policy("metrics", Selector::default()), None, Some(vec![tcp(9090)])))
+        .policy(ingress(policy("admin", app("database")), Some(vec![pods("admin")]), None));
+    let output = world.compile(&mut compiler());
+    let compiled = CompiledPolicy {
+        ingress: Some(direction(
+            [(301, 1), (302, 2)],
+            [row(0, 6, 9090, "metrics"), row(1, 6, 5432, "web"), row(1, 6, 9090, "metrics"), any(2, "admin")],
+        )),
+        egress: None,
+    };
+    assert_eq!(output.policies, BTreeMap::from([(PolicyId(1), Arc::new(compiled))]));
+    assert_eq!(
+        output.of_endpoint,
+        BTreeMap::from([(EndpointId(1), PolicyId(1)), (EndpointId(2), PolicyId(1))])
+    );
+    let selected: Vec<String> = output.selected_by[&EndpointId(2)].iter().map(ObjectKey::to_string).collect();
+    assert_eq!(selected, ["shop/admin", "shop/metrics", "shop/web"]);
+}
+
+#[test]
+fn empty_rules_deny_everything() {
+    let mut deny = policy("deny", Selector::default());
+    deny.ingress = Some(Vec::new());
+    let world = World::default().identity(300, "shop", "web").endpoint(1, 300).policy(deny);
+    let output = world.compile(&mut compiler());
+    let compiled = CompiledPolicy { ingress: Some(CompiledDirection::default()), egress: None };
+    assert_eq!(output.policies, BTreeMap::from([(PolicyId(1), Arc::new(compiled))]));
+}
+
+#[test]
+fn a_new_identity_adds_a_peer_and_keeps_the_number() {
+    let world = World::default().identity(300, "shop", "database").endpoint(1, 300).policy(ingress(
+        policy("web", app("database")),
+        Some(vec![pods("web")]),
+        Some(vec![tcp(80)]),
+    ));
+    let mut compiler = compiler();
+    let before = world.compile(&mut compiler);
+    let grown = world.clone().identity(301, "shop", "web").identity(302, "shop", "admin");
+    let after = grown.compile(&mut compiler);
+    assert_eq!(before.of_endpoint, after.of_endpoint);
+    let with_peer =
+        CompiledPolicy { ingress: Some(direction([(301, 1)], [row(1, 6, 80, "web")])), egress: None };
+    assert_eq!(*after.policies[&PolicyId(1)], with_peer);
+    let shrunk = world.compile(&mut compiler);
+    let without_peer = CompiledPolicy { ingress: Some(direction([], [row(1, 6, 80, "web")])), egress: None };
+    assert_eq!(*shrunk.policies[&PolicyId(1)], without_peer);
+    assert_eq!(grown.compile(&mut compiler), after);
+}
+
+#[test]
+fn another_rule_is_another_number_and_a_wider_selector_is_not() {
+    let narrow = ingress(policy("web", app("database")), None, Some(vec![tcp(80)]));
+    let world = World::default().identity(300, "shop", "database").endpoint(1, 300).policy(narrow.clone());
+    let mut compiler = compiler();
+    world.compile(&mut compiler);
+    let wide = NetworkPolicy { pod_selector: Selector::default(), ..narrow.clone() };
+    let output = world.clone().policy(wide).compile(&mut compiler);
+    assert_eq!(output.of_endpoint[&EndpointId(1)], PolicyId(1));
+    let other = ingress(narrow, None, Some(vec![tcp(81)]));
+    let output = world.clone().policy(other).compile(&mut compiler);
+    assert_eq!(output.of_endpoint[&EndpointId(1)], PolicyId(2));
+    assert_eq!(output.policies.keys().copied().collect::<Vec<_>>(), [PolicyId(2)]);
+    let back = world.compile(&mut compiler);
+    assert_eq!(back.of_endpoint[&EndpointId(1)], PolicyId(3));
+}
+
+#[test]
+fn ingress_port_names_are_the_selected_pods() {
+    let world = World::default()
+        .identity_with_port(300, "shop", "web", "http", 8080)
+        .identity_with_port(301, "shop", "web", "http", 8081)
+        .identity(302, "shop", "web")
+        .endpoint(1, 300)
+        .endpoint(2, 301)
+        .endpoint(3, 302)
+        .policy(ingress(policy("web", app("web")), None, Some(vec![named("http")])));
+    let output = world.compile(&mut compiler());
+    let compiled = |rules: &[(CompiledRuleKey, CompiledRule)]| {
+        let rules = rules.iter().cloned().collect();
+        CompiledPolicy { ingress: Some(CompiledDirection { peers: BTreeMap::new(), rules }), egress: None }
+    };
+    let of = |endpoint: u16| &*output.policies[&output.of_endpoint[&EndpointId(endpoint)]];
+    assert_eq!(*of(1), compiled(&[row(0, 6, 8080, "web")]));
+    assert_eq!(*of(2), compiled(&[row(0, 6, 8081, "web")]));
+    assert_eq!(*of(3), compiled(&[]));
+}
+
+#[test]
+fn egress_port_names_are_the_peers() {
+    let world = World::default()
+        .identity(300, "shop", "client")
+        .identity_with_port(301, "shop", "web", "http", 8080)
+        .identity_with_port(302, "shop", "web", "http", 8081)
+        .identity(303, "shop", "web")
+        .identity_with_port(304, "other", "web", "http", 8080)
+        .endpoint(1, 300)
+        .policy(egress(
+            policy("web", app("client")),
+            Some(vec![pods("web")]),
+            Some(vec![named("http"), tcp(443)]),
+        ));
+    let output = world.compile(&mut compiler());
+    let expected = direction(
+        [(301, 1), (302, 2), (303, 3)],
+        [
+            row(1, 6, 443, "web"),
+            row(1, 6, 8080, "web"),
+            row(2, 6, 443, "web"),
+            row(2, 6, 8081, "web"),
+            row(3, 6, 443, "web"),
+        ],
+    );
+    assert_eq!(output.policies[&PolicyId(1)].egress, Some(expected));
+    let to_anyone = world.policy(egress(policy("web", app("client")), None, Some(vec![named("http")])));
+    let output = to_anyone.compile(&mut compiler());
+    let expected =
+        direction([(301, 1), (302, 2), (304, 1)], [row(1, 6, 8080, "web"), row(2, 6, 8081, "web")]);
+    assert_eq!(output.policies[&PolicyId(1)].egress, Some(expected));
+}
+
+#[test]
+fn blocks_cover_pods_nodes_and_the_world() {
+    let world = World::default()
+        .identity(300, "shop", "web")
+        .endpoint(1, 300)
+        .pod_cidr("10.0.0.0/16")
+        .address("10.0.1.5", 300, AddressKind::Pod)
+        .address("10.0.2.5", 300, AddressKind::Pod)
+        .address("192.168.0.1", 1, AddressKind::Node)
+        .address("fd00::5", 300, AddressKind::Pod)
+        .policy(egress(
+            policy("out", app("web")),
+            Some(vec![block("10.0.0.0/8", &["10.0.1.0/24"]), pods("database")]),
+            None,
+        ));
+    let output = world.compile(&mut compiler());
+    let (one, two) = (net("10.0.0.0/8"), net("10.0.1.0/24"));
+    let local = |base: Option<u32>, prefixes: &[IpNet]| LocalIdentity {
+        base: base.map(IdentityId),
+        prefixes: prefixes.into(),
+    };
+    let expected: BTreeMap<IdentityId, LocalIdentity> = BTreeMap::from([
+        (IdentityId(LOCAL), local(Some(300), &[one, two])),
+        (IdentityId(LOCAL + 1), local(Some(300), &[one])),
+        (IdentityId(LOCAL + 2), local(None, &[one])),
+        (IdentityId(LOCAL + 3), local(None, &[one, two])),
+    ]);
+    assert_eq!(*output.local_identities, expected);
+    let entry = |identity, is_pod_cidr| PrefixEntry { identity: IdentityId(identity), is_pod_cidr };
+    assert_eq!(
+        *output.prefixes,
+        BTreeMap::from([
+            (one, entry(LOCAL + 2, false)),
+            (net("10.0.0.0/16"), entry(LOCAL + 2, true)),
+            (two, entry(LOCAL + 3, true)),
+        ])
+    );
+    let identities: Vec<u32> = output.addresses.values().map(|entry| entry.identity.0).collect();
+    assert_eq!(identities, [LOCAL, LOCAL + 1, 1, 300]);
+    assert_eq!(
+        output.policies[&PolicyId(1)].egress,
+        Some(direction([(LOCAL + 1, 1), (LOCAL + 2, 1)], [any(1, "out")]))
+    );
+}
+
+#[test]
+fn short_ipv6_prefixes_do_not_speak_for_ipv4() {
+    let world = World::default().identity(300, "shop", "web").endpoint(1, 300).policy(egress(
+        policy("out", app("web")),
+        Some(vec![block("::/0", &["::ffff:0:0/100"])]),
+        None,
+    ));
+    let output = world.compile(&mut compiler());
+    let entry = |identity| PrefixEntry { identity, is_pod_cidr: false };
+    assert_eq!(
+        *output.prefixes,
+        BTreeMap::from([
+            (net("0.0.0.0/0"), entry(IdentityId::WORLD)),
+            (net("::/0"), entry(IdentityId::FIRST_LOCAL)),
+        ])
+    );
+}
+
+#[test]
+fn a_late_identity_gives_its_addresses_labels() {
+    let world = World::default()
+        .identity(300, "shop", "web")
+        .endpoint(1, 300)
+        .address("10.0.1.5", 301, AddressKind::Pod)
+        .policy(ingress(
+            policy("in", app("web")),
+            Some(vec![pods("client"), block("10.0.0.0/24", &[])]),
+            None,
+        ))
+        .policy(ingress(
+            policy("wide", app("web")),
+            Some(vec![block("10.0.0.0/16", &["10.0.1.0/24"])]),
+            None,
+        ));
+    let mut compiler = compiler();
+    let before = world.compile(&mut compiler);
+    let derived = before.addresses[&ip("10.0.1.5")].identity;
+    assert!(derived.is_local());
+    let peers = |output: &Output| output.policies[&PolicyId(1)].ingress.clone().expect("enforced").peers;
+    assert!(!peers(&before).contains_key(&derived));
+    let after = world.identity(301, "shop", "client").compile(&mut compiler);
+    assert_eq!(after.addresses, before.addresses);
+    assert_eq!(peers(&after)[&derived], peers(&after)[&IdentityId(301)]);
+}
+
+#[test]
+fn another_prefix_is_another_local_number() {
+    let world = World::default()
+        .identity(300, "shop", "web")
+        .endpoint(1, 300)
+        .address("10.0.1.5", 300, AddressKind::Pod)
+        .policy(egress(policy("one", app("web")), Some(vec![block("10.0.0.0/8", &[])]), None));
+    let mut compiler = compiler();
+    let before = world.compile(&mut compiler);
+    let grown = world
+        .clone()
+        .policy(egress(policy("two", app("web")), Some(vec![block("10.0.0.0/16", &[])]), None))
+        .compile(&mut compiler);
+    let back = world.compile(&mut compiler);
+    let of = |output: &Output| output.addresses[&ip("10.0.1.5")].identity;
+    assert!(of(&before) < of(&grown) && of(&grown) < of(&back));
+}
+
+#[test]
+fn a_selector_on_a_left_out_label_lets_nobody_in_and_is_reported() {
+    let not_hash = Selector { requirements: vec![Requirement::DoesNotExist("pod-template-hash".to_owned())] };
+    let world = World::default().identity(300, "shop", "web").endpoint(1, 300).policy(ingress(
+        policy("in", app("web")),
+        Some(vec![Peer::Pods { namespaces: None, pods: not_hash }]),
+        None,
+    ));
+    let output = world.compile(&mut compiler());
+    assert_eq!(output.policies[&PolicyId(1)].ingress, Some(CompiledDirection::default()));
+    let labels = BTreeSet::from(["pod-template-hash".to_owned()]);
+    assert_eq!(output.ignored_labels, BTreeMap::from([(ObjectKey::new("shop", "in"), labels)]));
+}
+
+#[test]
+fn exhausted_numbers_are_an_error_and_then_a_fresh_start() {
+    let world = World::default().identity(300, "shop", "web").endpoint(1, 300).policy(egress(
+        policy("one", app("web")),
+        Some(vec![block("10.0.0.0/8", &[])]),
+        None,
+    ));
+    let mut compiler = Compiler::new(PolicyId(1), IdentityId(0x200_0000));
+    let input = Input {
+        policies: &world.policies,
+        identities: &world.identities,
+        endpoints: &world.endpoints,
+        addresses: &world.addresses,
+        pod_cidrs: &world.pod_cidrs,
+    };
+    assert_eq!(compiler.compile(&input), Err(Error::LocalIdentitiesExhausted));
+    let quiet = World::default().identity(300, "shop", "web").endpoint(1, 300);
+    assert_eq!(quiet.compile(&mut compiler).of_endpoint[&EndpointId(1)], PolicyId(0));
+    assert_eq!(compiler.compile(&input), Err(Error::LocalIdentitiesExhausted));
+}
+
+#[test]
+fn output_is_json() {
+    let world = World::default()
+        .identity(300, "shop", "web")
+        .endpoint(1, 300)
+        .address("10.0.1.5", 300, AddressKind::Pod)
+        .policy(ingress(policy("in", app("web")), Some(vec![block("10.0.0.0/8", &[])]), Some(vec![tcp(80)])));
+    let json = serde_json::to_value(world.compile(&mut compiler())).expect("every key is a string");
+    assert_eq!(json["policies"]["1"]["ingress"]["rules"]["1/6/80/16"]["is_allowed"], true);
+}

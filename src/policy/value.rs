@@ -1,0 +1,279 @@
+//! A policy value: the rules of all policies that select an endpoint, compiled to classes.
+//!
+//! A class is a set of rows. Class 0 is what everyone gets (rules without peers); an
+//! identity that some peer matches gets the rows of those rules as well. A value's rules
+//! never change: new identities bring new classes and peers, and that is all.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use crate::model::{
+    CompiledDirection, CompiledPolicy, CompiledRule, CompiledRuleKey, IdentityId, IdentityLabels, NamedPort,
+    NetworkPolicy, ObjectKey, PolicyId, PolicyRule, PortSelector, Protocol,
+};
+
+use super::peers::{PeerIndex, PeerKey, Peers, Touched};
+use super::rules::{self, Match, Rows};
+
+/// A compiled policy and what is needed to add identities to it.
+pub struct Value {
+    /// Its number.
+    pub id: PolicyId,
+    /// Its rows.
+    pub compiled: Arc<CompiledPolicy>,
+    ingress: Option<Direction>,
+    egress: Option<Direction>,
+}
+
+struct Direction {
+    rules: Vec<Rule>,
+    peers: BTreeSet<PeerIndex>,
+    everyone: Rows,
+    classes: HashMap<Rows, u32>,
+    /// Saves building the rows of a combination again.
+    known: HashMap<Combination, u32>,
+}
+
+/// A rule that has peers.
+struct Rule {
+    origin: Arc<ObjectKey>,
+    peers: Vec<PeerIndex>,
+    matches: Vec<Match>,
+    /// Port names, resolved in the peer.
+    named: Vec<(String, Protocol)>,
+}
+
+/// The rules that an identity meets (sorted), and what its port names stand for in them.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Combination {
+    rules: Vec<usize>,
+    named: Vec<(usize, Match)>,
+}
+
+impl Value {
+    /// Compiles `policies`, which select pods with `labels`, against every identity.
+    pub fn new(
+        id: PolicyId,
+        policies: &[Arc<NetworkPolicy>],
+        labels: &IdentityLabels,
+        peers: &mut Peers,
+    ) -> Self {
+        let mut ingress: Option<Direction> = None;
+        let mut egress: Option<Direction> = None;
+        for policy in policies {
+            let origin = Arc::new(policy.key.clone());
+            if let Some(rules) = &policy.ingress {
+                let direction = ingress.get_or_insert_with(Direction::new);
+                rules.iter().for_each(|rule| direction.add_rule(&origin, rule, Some(labels), peers));
+            }
+            if let Some(rules) = &policy.egress {
+                let direction = egress.get_or_insert_with(Direction::new);
+                rules.iter().for_each(|rule| direction.add_rule(&origin, rule, None, peers));
+            }
+        }
+        let compiled = CompiledPolicy {
+            ingress: ingress.as_mut().map(|direction| direction.compile(peers)),
+            egress: egress.as_mut().map(|direction| direction.compile(peers)),
+        };
+        Self { id, compiled: Arc::new(compiled), ingress, egress }
+    }
+
+    /// Judges the identities again that some peer of this value touched.
+    pub fn update(&mut self, touched: &Touched, peers: &Peers) {
+        let change = |direction: &mut Option<Direction>, old: &Option<CompiledDirection>| {
+            direction
+                .as_mut()
+                .zip(old.as_ref())
+                .map(|(direction, old)| direction.changes(touched, old, peers))
+        };
+        let ingress = change(&mut self.ingress, &self.compiled.ingress).unwrap_or_default();
+        let egress = change(&mut self.egress, &self.compiled.egress).unwrap_or_default();
+        if ingress.is_empty() && egress.is_empty() {
+            return;
+        }
+        let compiled = Arc::make_mut(&mut self.compiled);
+        for (direction, target, changes) in
+            [(&self.ingress, &mut compiled.ingress, ingress), (&self.egress, &mut compiled.egress, egress)]
+        {
+            let Some((direction, target)) = direction.as_ref().zip(target.as_mut()) else { continue };
+            for (id, class) in changes {
+                set_class(target, id, class);
+            }
+            direction.add_missing_rows(target);
+        }
+    }
+
+    /// The peers that it needs.
+    pub fn peers(&self) -> impl Iterator<Item = PeerIndex> {
+        let directions = self.ingress.iter().chain(&self.egress);
+        directions.flat_map(|direction| direction.peers.iter().copied())
+    }
+}
+
+fn set_class(target: &mut CompiledDirection, id: IdentityId, class: u32) {
+    if class == 0 {
+        target.peers.remove(&id);
+    } else {
+        target.peers.insert(id, class);
+    }
+}
+
+impl Direction {
+    fn new() -> Self {
+        Self {
+            rules: Vec::new(),
+            peers: BTreeSet::new(),
+            everyone: Rows::new(),
+            classes: HashMap::new(),
+            known: HashMap::new(),
+        }
+    }
+
+    /// `subject` is set for ingress: port names are then those of the selected pod.
+    fn add_rule(
+        &mut self,
+        origin: &Arc<ObjectKey>,
+        rule: &PolicyRule,
+        subject: Option<&IdentityLabels>,
+        peers: &mut Peers,
+    ) {
+        let (matches, named) = ports_of(rule, subject);
+        let Some(rule_peers) = &rule.peers else {
+            for matched in matches {
+                rules::add(&mut self.everyone, matched, origin);
+            }
+            if !named.is_empty() {
+                let with_port = named
+                    .iter()
+                    .map(|(name, protocol)| PeerKey::Port { name: name.clone(), protocol: *protocol })
+                    .map(|key| peers.intern(key))
+                    .collect();
+                self.push_rule(Rule { origin: origin.clone(), peers: with_port, matches: Vec::new(), named });
+            }
+            return;
+        };
+        if matches.is_empty() && named.is_empty() {
+            return;
+        }
+        let rule_peers =
+            rule_peers.iter().map(|peer| peers.intern(PeerKey::new(&origin.namespace, peer))).collect();
+        self.push_rule(Rule { origin: origin.clone(), peers: rule_peers, matches, named });
+    }
+
+    fn push_rule(&mut self, rule: Rule) {
+        self.peers.extend(&rule.peers);
+        self.rules.push(rule);
+    }
+
+    /// Every identity's class, and the rows of the classes.
+    fn compile(&mut self, peers: &Peers) -> CompiledDirection {
+        self.everyone = rules::without_contained(std::mem::take(&mut self.everyone));
+        self.classes.insert(self.everyone.clone(), 0);
+        let mut met: Vec<(IdentityId, usize)> = Vec::new();
+        for (index, rule) in self.rules.iter().enumerate() {
+            met.extend(rule.peers.iter().flat_map(|peer| peers.matched(*peer)).map(|id| (*id, index)));
+        }
+        met.sort_unstable();
+        met.dedup();
+        let mut compiled = CompiledDirection::default();
+        for same in met.chunk_by(|a, b| a.0 == b.0) {
+            let id = same[0].0;
+            let class = self.class_of(id, same.iter().map(|(_, rule)| *rule).collect(), peers);
+            set_class(&mut compiled, id, class);
+        }
+        self.add_missing_rows(&mut compiled);
+        compiled
+    }
+
+    /// The identities whose class is now another than in `old`.
+    fn changes(
+        &mut self,
+        touched: &Touched,
+        old: &CompiledDirection,
+        peers: &Peers,
+    ) -> Vec<(IdentityId, u32)> {
+        let ids: BTreeSet<IdentityId> =
+            self.peers.iter().filter_map(|peer| touched.get(peer)).flatten().copied().collect();
+        ids.into_iter()
+            .filter_map(|id| {
+                let is_met = |rule: &Rule| {
+                    rule.peers.iter().any(|peer| peers.matched(*peer).binary_search(&id).is_ok())
+                };
+                let met = (0..self.rules.len()).filter(|index| is_met(&self.rules[*index])).collect();
+                let class = self.class_of(id, met, peers);
+                (class != old.peers.get(&id).copied().unwrap_or(0)).then_some((id, class))
+            })
+            .collect()
+    }
+
+    fn class_of(&mut self, id: IdentityId, met: Vec<usize>, peers: &Peers) -> u32 {
+        let ports = peers.member(id).and_then(|member| member.labels.as_deref());
+        let mut named = Vec::new();
+        for index in &met {
+            for (name, protocol) in &self.rules[*index].named {
+                let resolved = ports.map_or(&[][..], |labels| resolve(labels, name));
+                named.extend(
+                    resolved
+                        .iter()
+                        .filter(|port| port.protocol == *protocol)
+                        .map(|port| (*index, Match::port(*port))),
+                );
+            }
+        }
+        let combination = Combination { rules: met, named };
+        if let Some(class) = self.known.get(&combination) {
+            return *class;
+        }
+        let mut rows = self.everyone.clone();
+        for rule in combination.rules.iter().map(|index| &self.rules[*index]) {
+            rule.matches.iter().for_each(|matched| rules::add(&mut rows, *matched, &rule.origin));
+        }
+        for (index, matched) in &combination.named {
+            rules::add(&mut rows, *matched, &self.rules[*index].origin);
+        }
+        let next = u32::try_from(self.classes.len()).expect("classes are fewer than identities");
+        let class = *self.classes.entry(rules::without_contained(rows)).or_insert(next);
+        self.known.insert(combination, class);
+        class
+    }
+
+    fn add_missing_rows(&self, target: &mut CompiledDirection) {
+        let known = target.rules.keys().next_back().map(|key| key.class);
+        for (rows, class) in &self.classes {
+            if known.is_some_and(|known| *class <= known) {
+                continue;
+            }
+            for (matched, origin) in rows {
+                let Match { protocol, port, port_prefix_length } = *matched;
+                let key = CompiledRuleKey { class: *class, protocol, port, port_prefix_length };
+                target.rules.insert(key, CompiledRule { is_allowed: true, origin: origin.clone() });
+            }
+        }
+    }
+}
+
+/// The rows of a rule's ports, and the names that only a peer can resolve.
+fn ports_of(rule: &PolicyRule, subject: Option<&IdentityLabels>) -> (Vec<Match>, Vec<(String, Protocol)>) {
+    let Some(ports) = &rule.ports else { return (vec![Match::ANY], Vec::new()) };
+    let mut matches = Vec::new();
+    let mut named = Vec::new();
+    for port in ports {
+        match (&port.port, subject) {
+            (PortSelector::Any, _) => matches.push(Match::protocol(port.protocol)),
+            (PortSelector::Range(from, to), _) => matches.extend(Match::range(port.protocol, *from, *to)),
+            (PortSelector::Named(name), Some(labels)) => matches.extend(
+                resolve(labels, name)
+                    .iter()
+                    .filter(|known| known.protocol == port.protocol)
+                    .map(|p| Match::port(*p)),
+            ),
+            (PortSelector::Named(name), None) => named.push((name.clone(), port.protocol)),
+        }
+    }
+    (matches, named)
+}
+
+/// What a port name stands for in pods with `labels`.
+pub fn resolve<'a>(labels: &'a IdentityLabels, name: &str) -> &'a [NamedPort] {
+    labels.named_ports.get(name).map_or(&[], Vec::as_slice)
+}
