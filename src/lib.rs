@@ -12,4 +12,7 @@ pub mod identity;
 pub mod kube;
 pub mod model;
 pub mod netlink;
+pub mod node;
+pub mod policy;
+pub mod service;
 pub mod tables;

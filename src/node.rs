@@ -1,0 +1,195 @@
+//! Who has which address: pods and nodes, from Node objects, what nodes publish, and
+//! this node's own endpoints.
+//!
+//! Every address has one owner. What this node knows of itself comes first, then Node
+//! objects, then what other nodes claim; of two claims the one whose node's pod CIDR
+//! holds the address is believed, else the one of the node whose name sorts first. The
+//! claim that lost is reported.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::model::{
+    AddressKind, BaseAddress, Endpoint, EndpointId, IdentityId, Node, NodeEndpoints, ObjectKey,
+};
+use crate::tables::Snapshot;
+
+/// What addresses come from.
+pub struct Input<'a> {
+    /// This node's name.
+    pub this_node: &'a str,
+    /// This node's own addresses in the pod network.
+    pub internal_addresses: &'a [IpAddr],
+    /// This node's pods whose identity is known; none of a pod that has ended.
+    pub endpoints: &'a BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>,
+    /// Every node.
+    pub nodes: &'a Snapshot<Arc<str>, Arc<Node>>,
+    /// What every node publishes; this node's own is not read.
+    pub node_endpoints: &'a Snapshot<Arc<str>, Arc<NodeEndpoints>>,
+}
+
+/// Every known address, and what could not be believed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Output {
+    /// One owner an address.
+    pub addresses: BTreeMap<IpAddr, BaseAddress>,
+    /// Claims that lost or make no sense, in order of address.
+    pub conflicts: Vec<Conflict>,
+}
+
+/// A claim that was not believed.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Conflict {
+    /// The address.
+    pub address: IpAddr,
+    /// The node whose claim was not believed.
+    pub node: Arc<str>,
+    /// The pod that it would have been.
+    pub pod: Option<ObjectKey>,
+    /// Why.
+    pub reason: ConflictReason,
+}
+
+/// Why a claim was not believed.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum ConflictReason {
+    /// That node has it.
+    OwnedBy(Arc<str>),
+    /// The claimed identity is reserved or another node's own.
+    ForeignIdentity(IdentityId),
+}
+
+/// Who has which address. Nodes without a Node object or without an address on the
+/// underlay cannot be reached: nothing of theirs is there.
+pub fn addresses(input: &Input<'_>) -> Output {
+    let mut claims = Claims::default();
+    let this_node: Arc<str> = input.this_node.into();
+    let own = |identity, endpoint, kind| BaseAddress { identity, node: None, endpoint, kind };
+    if let Some(node) = input.nodes.get(input.this_node) {
+        for address in &node.addresses {
+            claims.claim(
+                *address,
+                Rank::Own,
+                &this_node,
+                None,
+                own(IdentityId::HOST, None, AddressKind::Node),
+            );
+        }
+    }
+    for address in input.internal_addresses {
+        let entry = own(IdentityId::HOST, None, AddressKind::NodeInternal);
+        claims.claim(*address, Rank::Own, &this_node, None, entry);
+    }
+    for (id, (endpoint, identity)) in input.endpoints {
+        for address in endpoint.addresses() {
+            let entry = own(*identity, Some(*id), AddressKind::Pod);
+            claims.claim(address, Rank::Own, &this_node, Some(&endpoint.pod), entry);
+        }
+    }
+    let has_ipv4 =
+        input.nodes.get(input.this_node).is_none_or(|node| node.addresses.iter().any(IpAddr::is_ipv4));
+    for (name, node) in input.nodes.iter().filter(|(name, _)| ***name != *input.this_node) {
+        let Some(underlay) = underlay_address(node, has_ipv4) else { continue };
+        claims.claim_remote(name, node, underlay, input.node_endpoints.get(name));
+    }
+    claims.conflicts.sort_unstable();
+    Output {
+        addresses: claims.owners.into_iter().map(|(address, owner)| (address, owner.entry)).collect(),
+        conflicts: claims.conflicts,
+    }
+}
+
+/// Where to send what is for `node`: by IPv4 where both ends have it.
+pub fn underlay_address(node: &Node, has_ipv4: bool) -> Option<IpAddr> {
+    let of_family = |is_ipv4: bool| node.addresses.iter().copied().find(|a| a.is_ipv4() == is_ipv4);
+    if has_ipv4 { of_family(true).or_else(|| of_family(false)) } else { of_family(false) }
+}
+
+/// How much a claim is believed: the first is believed most.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Rank {
+    Own,
+    NodeObject,
+    InPodCidr,
+    Elsewhere,
+}
+
+struct Owner {
+    rank: Rank,
+    node: Arc<str>,
+    pod: Option<ObjectKey>,
+    entry: BaseAddress,
+}
+
+#[derive(Default)]
+struct Claims {
+    owners: BTreeMap<IpAddr, Owner>,
+    conflicts: Vec<Conflict>,
+}
+
+impl Claims {
+    fn claim_remote(
+        &mut self,
+        name: &Arc<str>,
+        node: &Node,
+        underlay: IpAddr,
+        published: Option<&Arc<NodeEndpoints>>,
+    ) {
+        let entry = |identity, kind| BaseAddress { identity, node: Some(underlay), endpoint: None, kind };
+        let rank = |address: &IpAddr| {
+            let is_inside = node.pod_cidrs.iter().any(|cidr| cidr.contains(address));
+            if is_inside { Rank::InPodCidr } else { Rank::Elsewhere }
+        };
+        for address in &node.addresses {
+            let entry = entry(IdentityId::REMOTE_NODE, AddressKind::Node);
+            self.claim(*address, Rank::NodeObject, name, None, entry);
+        }
+        let Some(published) = published else { return };
+        for address in &published.internal_addresses {
+            let entry = entry(IdentityId::REMOTE_NODE, AddressKind::NodeInternal);
+            self.claim(*address, rank(address), name, None, entry);
+        }
+        for endpoint in &published.endpoints {
+            for address in &endpoint.addresses {
+                if endpoint.identity.is_reserved() || endpoint.identity.is_local() {
+                    let reason = ConflictReason::ForeignIdentity(endpoint.identity);
+                    let (node, pod) = (name.clone(), Some(endpoint.pod.clone()));
+                    self.conflicts.push(Conflict { address: *address, node, pod, reason });
+                    continue;
+                }
+                let entry = entry(endpoint.identity, AddressKind::Pod);
+                self.claim(*address, rank(address), name, Some(&endpoint.pod), entry);
+            }
+        }
+    }
+
+    /// Claims come in the order of node names: of equal rank the first stays.
+    fn claim(
+        &mut self,
+        address: IpAddr,
+        rank: Rank,
+        node: &Arc<str>,
+        pod: Option<&ObjectKey>,
+        entry: BaseAddress,
+    ) {
+        // The maps hold IPv4 as mapped IPv6: both spellings are one address.
+        let address = address.to_canonical();
+        let new = Owner { rank, node: node.clone(), pod: pod.cloned(), entry };
+        let loser = match self.owners.get_mut(&address) {
+            None => {
+                self.owners.insert(address, new);
+                return;
+            }
+            Some(old) if new.rank < old.rank => std::mem::replace(old, new),
+            Some(_) => new,
+        };
+        let owner = &self.owners[&address];
+        if loser.node != owner.node || loser.pod != owner.pod {
+            let reason = ConflictReason::OwnedBy(owner.node.clone());
+            self.conflicts.push(Conflict { address, node: loser.node, pod: loser.pod, reason });
+        }
+    }
+}
