@@ -3,16 +3,183 @@
 //! ```text
 //! model::desired ─> endpoints addresses policies services ─> maps ─┐
 //!                   (one writer per map)                           ├─> programs of bpf/
-//!                   load, pins ─────────────────────────────────────┤
-//!                   attach ──────────────────────────────> links ───┘
-//! flow <── events (ring buffer)      cli <── dump, verify
+//!                   load, pins ────────────────────────────────────┤
+//!                   attach ─────────────────────────────> links ───┘
+//! flow <── events (ring buffer)      weir status <── counters      weir map dump <── dump
 //! ```
+//!
+//! Everything is pinned (`pins`), so that a restart of the agent is invisible:
+//! the next process takes the maps over and replaces the programs in place.
 #![allow(unsafe_code)]
 
 pub mod abi;
+mod addresses;
+mod attach;
+mod counters;
+mod dump;
+mod endpoints;
+mod events;
+mod gc;
+mod load;
+mod map;
+mod mirror;
+mod pins;
+mod policies;
+mod probe;
+mod services;
 pub mod skeleton;
+mod verify;
 
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use libbpf_rs::{MapCore, MapHandle, Object, ProgramMut};
+
+pub use abi::{addr_of, ip_of};
+pub use addresses::AddressWriter;
+pub use attach::{AttachMode, detach_all};
+pub use counters::{EventTotals, MapFill, MetricRow};
+pub use dump::{MAP_NAMES, dump};
+pub use endpoints::EndpointWriter;
+pub use events::EventReader;
+pub use gc::GarbageReport;
+pub use load::{MapSizes, Options, Settings};
+pub use map::{Bytes, Changes, MapError, Rows, TypedMap};
+pub use policies::{PolicyWriter, RuleOrigins};
+pub use probe::{Features, find_cgroup_root};
+pub use services::ServiceWriter;
 pub use skeleton::types;
+pub use verify::{Verification, verify};
+
+use counters::Fills;
+use mirror::{Fill, Mirror};
+use pins::Pins;
 
 /// The linked BPF object, to be opened with `libbpf_rs::ObjectBuilder::open_memory`.
 pub static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/datapath.bpf.o"));
+
+/// The loaded programs and their maps.
+pub struct Datapath {
+    object: Object,
+    features: Features,
+    fills: Fills,
+    cgroup_root: Option<PathBuf>,
+    /// `None`: the maps are private to this value and go with it.
+    pins: Option<Pins>,
+}
+
+/// The writers of the maps; each map has exactly one.
+pub struct Writers {
+    /// Of `endpoints`.
+    pub endpoints: EndpointWriter,
+    /// Of `addresses`, `prefixes` and `node_state`.
+    pub addresses: AddressWriter,
+    /// Of `policy_rules` and `policy_peers`.
+    pub policies: PolicyWriter,
+    /// Of `services` and `backends`.
+    pub services: ServiceWriter,
+}
+
+impl Datapath {
+    /// Loads the programs over the pinned maps, making and pinning those that are
+    /// missing. Nothing that runs is changed before something is attached.
+    pub fn load(options: &Options) -> Result<Self> {
+        let pins = Pins::open(&options.pins)?;
+        let loaded = load::load(&options.settings, &options.map_sizes, options.attach, Some(&pins))?;
+        Ok(Self {
+            object: loaded.object,
+            features: loaded.features,
+            fills: Fills::default(),
+            cgroup_root: options.cgroup_root.clone(),
+            pins: Some(pins),
+        })
+    }
+
+    /// Loads the programs over maps of their own, for BPF_PROG_TEST_RUN: nothing
+    /// is pinned and nothing can be attached.
+    pub fn open_private(settings: &Settings, map_sizes: &MapSizes) -> Result<Self> {
+        let loaded = load::load(settings, map_sizes, AttachMode::Auto, None)?;
+        Ok(Self {
+            object: loaded.object,
+            features: loaded.features,
+            fills: Fills::default(),
+            cgroup_root: None,
+            pins: None,
+        })
+    }
+
+    /// What was found about the kernel.
+    pub fn features(&self) -> &Features {
+        &self.features
+    }
+
+    /// The writers, with what the maps hold read back. To be called once: two
+    /// writers of one map would not know of each other.
+    pub fn writers(&self) -> Result<Writers> {
+        let endpoints = EndpointWriter::new(
+            Mirror::read(self.typed("endpoints")?, Fill::default())?,
+            self.fills.of("endpoints"),
+        );
+        let addresses = AddressWriter::new(
+            self.mirror("addresses")?,
+            self.mirror("prefixes")?,
+            self.typed("node_state")?,
+        )?;
+        let policies = PolicyWriter::new(
+            (self.typed("policy_rules")?, self.fills.of("policy_rules")),
+            (self.typed("policy_peers")?, self.fills.of("policy_peers")),
+            endpoints.highest_policy(),
+        )?;
+        let services = ServiceWriter::new(self.mirror("services")?, self.mirror("backends")?);
+        Ok(Writers { endpoints, addresses, policies, services })
+    }
+
+    /// The reader of the ring buffer. One at a time: a second one would take
+    /// records from the first.
+    pub fn events(&self) -> Result<EventReader> {
+        EventReader::new(&self.map("events")?)
+    }
+
+    /// A program, to attach it or to test-run it.
+    pub fn program(&self, name: &str) -> Result<ProgramMut<'_>> {
+        if let Some((_, reason)) = self.features.not_loaded.iter().find(|(left_out, _)| left_out == name) {
+            bail!("the program {name} is not loaded: {reason}");
+        }
+        self.object.progs_mut().find(|program| program.name() == name).with_context(|| {
+            let names: Vec<_> =
+                self.object.progs().map(|program| program.name().to_string_lossy().into_owned()).collect();
+            format!("the BPF object has no program {name}, only {}", names.join(", "))
+        })
+    }
+
+    /// A map with its types, for tests and tools; the agent writes through `writers`.
+    pub fn typed<K: abi::Plain, V: abi::Plain>(&self, name: &str) -> Result<TypedMap<K, V>> {
+        Ok(TypedMap::new(self.map(name)?)?)
+    }
+
+    fn map(&self, name: &str) -> Result<MapHandle> {
+        let map = self.object.maps().find(|map| map.name() == name);
+        let map = map.with_context(|| format!("the BPF object has no map {name}"))?;
+        MapHandle::try_from(&map).with_context(|| format!("opening map {name}"))
+    }
+
+    fn mirror<K: abi::Plain, V: abi::Plain>(&self, name: &str) -> Result<Mirror<K, V>> {
+        Ok(Mirror::read(self.typed(name)?, self.fills.of(name))?)
+    }
+
+    fn is_left_out(&self, program: &str) -> bool {
+        self.features.not_loaded.iter().any(|(name, _)| name == program)
+    }
+}
+
+/// Returns when every program that was running has ended: what was unlinked from
+/// a map before is then seen by nobody.
+fn await_programs() {
+    // SAFETY: the call takes no pointers. MEMBARRIER_CMD_GLOBAL waits for an RCU
+    // grace period, and BPF programs are RCU readers.
+    let result = unsafe { nix::libc::syscall(nix::libc::SYS_membarrier, 1, 0, 0) };
+    if result != 0 {
+        // Not there with nohz_full: a pause that no program outlasts.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}

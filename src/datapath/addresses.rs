@@ -1,0 +1,195 @@
+//! Writes `addresses`, `prefixes` and `node_state`: who has which address.
+//!
+//! Whenever an address may have got another identity, the address epoch is
+//! raised after the rows are written, so that established connections are
+//! judged again at their next packet.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+use ipnet::IpNet;
+
+use super::abi::{Addr, Address, NodeState, Prefix, PrefixKey, addr_of};
+use super::map::{Bytes, TypedMap};
+use super::mirror::{Mirror, Put};
+use super::types::{address_flags, prefix_flags};
+use crate::model::{AddressEntry, AddressKind, IdentityId, PrefixEntry};
+
+/// The one writer of `addresses`, `prefixes` and `node_state`.
+pub struct AddressWriter {
+    addresses: Mirror<Addr, Address>,
+    prefixes: Mirror<PrefixKey, Prefix>,
+    node_state: TypedMap<u32, NodeState>,
+    /// Identities were changed in the maps, but the epoch could not be raised yet.
+    is_epoch_due: bool,
+}
+
+impl AddressWriter {
+    pub(super) fn new(
+        addresses: Mirror<Addr, Address>,
+        prefixes: Mirror<PrefixKey, Prefix>,
+        node_state: TypedMap<u32, NodeState>,
+    ) -> Result<Self> {
+        let writer = Self { addresses, prefixes, node_state, is_epoch_due: false };
+        if writer.node_state.get(&0)?.unwrap_or_default().address_epoch == 0 {
+            // The map is new but `connections` may be older: no epoch of theirs may come again.
+            let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_secs());
+            let address_epoch = u32::try_from(seconds).unwrap_or(1);
+            writer.node_state.insert(&0, &NodeState { address_epoch, ..NodeState::default() })?;
+        }
+        Ok(writer)
+    }
+
+    /// The highest node-local identity in the maps, one below the first when there is none.
+    pub fn highest_local_identity(&self) -> IdentityId {
+        let addresses = self.addresses.rows().values().map(|row| row.identity);
+        let prefixes = self.prefixes.rows().values().map(|row| row.identity);
+        IdentityId(addresses.chain(prefixes).fold(IdentityId::FIRST_LOCAL.0 - 1, u32::max))
+    }
+
+    /// Writes rows that differ; deletes none.
+    pub fn write(
+        &mut self,
+        addresses: &BTreeMap<IpAddr, AddressEntry>,
+        prefixes: &BTreeMap<IpNet, PrefixEntry>,
+    ) -> Result<()> {
+        let written = self.write_rows(addresses, prefixes);
+        // Also after an error: what was written before it counts.
+        self.raise_epoch_if_due().and(written)
+    }
+
+    /// Deletes the rows that are not desired. Only after every source is synced.
+    pub fn prune(
+        &mut self,
+        addresses: &BTreeMap<IpAddr, AddressEntry>,
+        prefixes: &BTreeMap<IpNet, PrefixEntry>,
+    ) -> Result<()> {
+        let pruned = self.prune_rows(addresses, prefixes);
+        self.raise_epoch_if_due().and(pruned)
+    }
+
+    fn write_rows(
+        &mut self,
+        addresses: &BTreeMap<IpAddr, AddressEntry>,
+        prefixes: &BTreeMap<IpNet, PrefixEntry>,
+    ) -> Result<()> {
+        for (&address, entry) in addresses {
+            let row = address_row(entry);
+            match self.addresses.put(addr_of(address), row)? {
+                Put::Unchanged => {}
+                Put::Replaced(old) => self.is_epoch_due |= old.identity != row.identity,
+                Put::Inserted => self.is_epoch_due = true,
+            }
+        }
+        for (&prefix, entry) in prefixes {
+            if !matches!(self.prefixes.put(prefix_key(prefix), prefix_row(*entry))?, Put::Unchanged) {
+                self.is_epoch_due = true;
+            }
+        }
+        Ok(())
+    }
+
+    fn prune_rows(
+        &mut self,
+        addresses: &BTreeMap<IpAddr, AddressEntry>,
+        prefixes: &BTreeMap<IpNet, PrefixEntry>,
+    ) -> Result<()> {
+        let rows = self.addresses.rows().keys().map(|key| key.0);
+        let stale: Vec<Addr> =
+            rows.filter(|addr| !addresses.contains_key(&super::abi::ip_of(*addr))).collect();
+        for key in stale {
+            self.is_epoch_due |= self.addresses.take(key)?.is_some();
+        }
+        let desired: std::collections::BTreeSet<_> =
+            prefixes.keys().map(|prefix| Bytes(prefix_key(*prefix))).collect();
+        let rows = self.prefixes.rows().keys();
+        let stale: Vec<PrefixKey> = rows.filter(|key| !desired.contains(key)).map(|key| key.0).collect();
+        for key in stale {
+            self.is_epoch_due |= self.prefixes.take(key)?.is_some();
+        }
+        Ok(())
+    }
+
+    fn raise_epoch_if_due(&mut self) -> Result<()> {
+        if self.is_epoch_due {
+            let mut state = self.node_state.get(&0)?.context("reading the only row of node_state")?;
+            state.address_epoch = state.address_epoch.wrapping_add(1);
+            self.node_state.insert(&0, &state)?;
+            self.is_epoch_due = false;
+        }
+        Ok(())
+    }
+}
+
+fn address_row(entry: &AddressEntry) -> Address {
+    let kind = match entry.kind {
+        AddressKind::Pod => address_flags::ADDRESS_POD,
+        AddressKind::Node => address_flags::ADDRESS_NODE,
+        AddressKind::NodeInternal => address_flags::ADDRESS_INTERNAL,
+    };
+    let local = if entry.node.is_none() { address_flags::ADDRESS_LOCAL.0 } else { 0 };
+    Address {
+        node: entry.node.map(addr_of).unwrap_or_default(),
+        identity: entry.identity.0,
+        endpoint_id: entry.endpoint.map_or(0, |id| id.0),
+        flags: (kind.0 | local) as u16,
+    }
+}
+
+/// IPv4 prefixes lie below ::ffff:0:0/96.
+fn prefix_key(prefix: IpNet) -> PrefixKey {
+    let offset = match prefix {
+        IpNet::V4(_) => 96,
+        IpNet::V6(_) => 0,
+    };
+    PrefixKey { prefix_length: offset + u32::from(prefix.prefix_len()), addr: addr_of(prefix.network()) }
+}
+
+fn prefix_row(entry: PrefixEntry) -> Prefix {
+    let flags = if entry.is_pod_cidr { prefix_flags::PREFIX_POD_CIDR.0 } else { 0 };
+    Prefix { identity: entry.identity.0, flags }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datapath::abi::Plain;
+    use crate::model::EndpointId;
+
+    #[test]
+    fn a_local_pod_has_no_node() {
+        let entry = AddressEntry {
+            identity: IdentityId(300),
+            node: None,
+            endpoint: Some(EndpointId(7)),
+            kind: AddressKind::Pod,
+        };
+        let row = Address { identity: 300, endpoint_id: 7, flags: 1 | 4, ..Address::default() };
+        assert_eq!(address_row(&entry).as_bytes(), row.as_bytes());
+    }
+
+    #[test]
+    fn a_remote_gateway_is_internal_to_its_node() {
+        let node = "192.0.2.1".parse().unwrap();
+        let entry = AddressEntry {
+            identity: IdentityId::REMOTE_NODE,
+            node: Some(node),
+            endpoint: None,
+            kind: AddressKind::NodeInternal,
+        };
+        let row = Address { node: addr_of(node), identity: 6, endpoint_id: 0, flags: 8 };
+        assert_eq!(address_row(&entry).as_bytes(), row.as_bytes());
+    }
+
+    #[test]
+    fn ipv4_prefixes_lie_below_the_mapped_prefix() {
+        let key = prefix_key("10.1.2.3/8".parse().unwrap());
+        let mut bytes = 104_u32.to_ne_bytes().to_vec();
+        bytes.extend([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 0, 0, 0]);
+        assert_eq!(key.as_bytes(), bytes);
+        assert_eq!(prefix_key("::/0".parse().unwrap()).prefix_length, 0);
+        assert_eq!(prefix_key("0.0.0.0/0".parse().unwrap()).prefix_length, 96);
+    }
+}

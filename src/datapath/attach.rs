@@ -1,0 +1,320 @@
+//! Attaches the programs: to devices by tcx links or clsact filters, to sockets
+//! at the cgroup root. Links are pinned; a later process finds them and replaces
+//! the program in place, so that no packet passes unseen and none is seen twice.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+
+use anyhow::{Context, Result, bail};
+use libbpf_rs::query::LinkTypeInfo;
+use libbpf_rs::{
+    AsRawLibbpf, Link, Program, ProgramMut, TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHook, libbpf_sys,
+};
+use serde::Serialize;
+
+use super::Datapath;
+use super::load::with_messages;
+use super::probe::find_cgroup_root;
+use crate::model::EndpointId;
+
+/// Programs of devices: `from_*` sees what a device receives, `to_*` what it sends.
+pub(super) const TC_PROGRAMS: [&str; 6] =
+    ["from_pod", "to_pod", "from_network", "to_network", "from_overlay", "to_overlay"];
+
+/// Programs of sockets.
+const SOCKET_PROGRAMS: [&str; 8] =
+    ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
+
+/// The place of our filters among those of a clsact queueing discipline.
+const CLSACT_HANDLE: u32 = 1;
+const CLSACT_PRIORITY: u32 = 1;
+
+/// How programs are attached to devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttachMode {
+    /// tcx where the kernel has it, else clsact.
+    #[default]
+    Auto,
+    /// Links (Linux 6.6 and later).
+    Tcx,
+    /// Filters of a clsact queueing discipline.
+    Clsact,
+}
+
+impl AttachMode {
+    /// Decides `Auto`; refuses what the kernel has not.
+    pub(super) fn resolve(self, has_tcx: bool) -> Result<Self> {
+        match self {
+            Self::Auto if has_tcx => Ok(Self::Tcx),
+            Self::Auto | Self::Clsact => Ok(Self::Clsact),
+            Self::Tcx if has_tcx => Ok(Self::Tcx),
+            Self::Tcx => bail!("the kernel has no tcx (Linux 6.6 and later have it): use --attach auto"),
+        }
+    }
+}
+
+impl Datapath {
+    /// Puts a pod's device under `from_pod` and `to_pod`.
+    pub fn attach_pod(&self, id: EndpointId, ifindex: u32) -> Result<()> {
+        self.attach_device(ifindex, &["from_pod", "to_pod"])
+            .with_context(|| format!("attaching to the device of endpoint {id}"))
+    }
+
+    /// Takes a pod's device out again; nothing to do is no error.
+    pub fn detach_pod(&self, id: EndpointId, ifindex: u32) -> Result<()> {
+        self.detach_device(ifindex, &["from_pod", "to_pod"])
+            .with_context(|| format!("detaching from the device of endpoint {id}"))
+    }
+
+    /// Puts a device that leads to the network under `from_network` and `to_network`.
+    pub fn attach_network(&self, ifindex: u32) -> Result<()> {
+        self.attach_device(ifindex, &["from_network", "to_network"]).context("attaching to a network device")
+    }
+
+    /// Puts the tunnel device under `from_overlay` and `to_overlay`.
+    pub fn attach_overlay(&self, ifindex: u32) -> Result<()> {
+        self.attach_device(ifindex, &["from_overlay", "to_overlay"]).context("attaching to the tunnel device")
+    }
+
+    /// Puts every socket of the node under the programs that translate services.
+    pub fn attach_sockets(&self) -> Result<()> {
+        let root = match &self.cgroup_root {
+            Some(root) => root.clone(),
+            None => find_cgroup_root()?
+                .context("no cgroup v2 file system is mounted: mount one, or name it with --cgroup-root")?,
+        };
+        let directory =
+            File::open(&root).with_context(|| format!("opening the cgroup root {}", root.display()))?;
+        let cgroup = directory.metadata().context("identifying the cgroup root")?.ino();
+        for name in SOCKET_PROGRAMS {
+            let program = self.program(name)?;
+            let pin = self.link_pin(&format!("cgroup-{name}"));
+            let is_ours = |info: &LinkTypeInfo| matches!(info, LinkTypeInfo::Cgroup(found) if found.cgroup_id == cgroup);
+            self.attach_link(pin, &program, is_ours, || {
+                program.attach_cgroup(directory.as_raw_fd()).map_err(with_messages)
+            })
+            .with_context(|| format!("attaching {name} to the cgroup {}", root.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the socket programs out again.
+    pub fn detach_sockets(&self) -> Result<()> {
+        SOCKET_PROGRAMS.iter().try_for_each(|name| remove_pin(&self.link_pin(&format!("cgroup-{name}"))?))
+    }
+
+    /// Removes pins of links whose device or cgroup is gone; how many.
+    pub fn collect_zombie_links(&self) -> Result<usize> {
+        let Some(pins) = &self.pins else { return Ok(0) };
+        let mut removed = 0;
+        for path in pinned_links(&pins.links())? {
+            let info = Link::open(&path).and_then(|link| link.info());
+            let info = info.with_context(|| format!("opening the link {}", path.display()))?;
+            if is_zombie(&info.info) {
+                remove_pin(&path)?;
+                removed += 1;
+            }
+        }
+        Ok(removed)
+    }
+
+    fn attach_device(&self, ifindex: u32, names: &[&str]) -> Result<()> {
+        for &name in names {
+            let program = self.program(name)?;
+            match self.features.attach {
+                AttachMode::Clsact => self.attach_clsact(ifindex, name, &program)?,
+                _ => self.attach_tcx(ifindex, name, &program)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn attach_tcx(&self, ifindex: u32, name: &str, program: &ProgramMut<'_>) -> Result<()> {
+        let is_ours =
+            |info: &LinkTypeInfo| matches!(info, LinkTypeInfo::Tcx(found) if found.ifindex == ifindex);
+        let pin = self.link_pin(&format!("{ifindex}-{name}"));
+        let is_new = self
+            .attach_link(pin, program, is_ours, || create_tcx_link(program, ifindex))
+            .with_context(|| format!("attaching {name} to device {ifindex}"))?;
+        if is_new {
+            // A former process may have attached by clsact: never two programs on a hook.
+            remove_filter(ifindex, name)?;
+        }
+        Ok(())
+    }
+
+    fn attach_clsact(&self, ifindex: u32, name: &str, program: &ProgramMut<'_>) -> Result<()> {
+        let mut hook = clsact_hook(program, ifindex, name)?;
+        hook.create().map_err(with_messages).with_context(|| format!("adding clsact to device {ifindex}"))?;
+        if let Some(other) = filter_program(&mut hook)?.filter(|found| found != name) {
+            bail!("another program ({other}) has handle 1 and priority 1 of clsact on device {ifindex}");
+        }
+        hook.replace(true);
+        hook.attach()
+            .map_err(with_messages)
+            .with_context(|| format!("attaching {name} to device {ifindex} by clsact"))?;
+        remove_pin(&self.link_pin(&format!("{ifindex}-{name}"))?)
+    }
+
+    fn detach_device(&self, ifindex: u32, names: &[&str]) -> Result<()> {
+        for name in names {
+            remove_pin(&self.link_pin(&format!("{ifindex}-{name}"))?)?;
+            remove_filter(ifindex, name)?;
+        }
+        Ok(())
+    }
+
+    fn link_pin(&self, name: &str) -> Result<PathBuf> {
+        let pins = self.pins.as_ref().context("a datapath with private maps attaches nothing")?;
+        Ok(pins.links().join(name))
+    }
+
+    /// Replaces the program of the pinned link, or makes and pins a new one; true if new.
+    fn attach_link(
+        &self,
+        pin: Result<PathBuf>,
+        program: &ProgramMut<'_>,
+        is_ours: impl Fn(&LinkTypeInfo) -> bool,
+        create: impl FnOnce() -> Result<Link>,
+    ) -> Result<bool> {
+        let pin = pin?;
+        if update_pinned(&pin, program, is_ours)? {
+            return Ok(false);
+        }
+        remove_pin(&pin)?;
+        let mut link = create()?;
+        link.pin(&pin).map_err(with_messages).with_context(|| format!("pinning {}", pin.display()))?;
+        Ok(true)
+    }
+}
+
+/// Removes every link pin, every filter of ours on a device of this network
+/// namespace, and every map pin: what `weir uninstall` does.
+pub fn detach_all(pins: &Path) -> Result<()> {
+    for path in pinned_links(&super::pins::links(pins))? {
+        remove_pin(&path)?;
+    }
+    for device in nix::net::if_::if_nameindex().context("listing the devices")?.iter() {
+        for name in TC_PROGRAMS {
+            remove_filter(device.index(), name)?;
+        }
+    }
+    match fs::remove_dir_all(pins) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing the pins in {}", pins.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// True if the pinned link is on the right target and now runs `program`.
+fn update_pinned(
+    pin: &Path,
+    program: &ProgramMut<'_>,
+    is_ours: impl Fn(&LinkTypeInfo) -> bool,
+) -> Result<bool> {
+    if !pin.exists() {
+        return Ok(false);
+    }
+    let link = Link::open(pin).with_context(|| format!("opening the link {}", pin.display()))?;
+    if !is_ours(&link.info().context("reading a link")?.info) {
+        return Ok(false);
+    }
+    // SAFETY: link and program are open; both outlive the call.
+    let result = unsafe {
+        libbpf_sys::bpf_link__update_program(
+            link.as_libbpf_object().as_ptr(),
+            program.as_libbpf_object().as_ptr(),
+        )
+    };
+    match result {
+        0 => Ok(true),
+        // The device or the cgroup has just gone.
+        error if -error == nix::libc::ENOLINK => Ok(false),
+        error => Err(io::Error::from_raw_os_error(-error))
+            .with_context(|| format!("replacing the program of {}", pin.display())),
+    }
+}
+
+fn create_tcx_link(program: &ProgramMut<'_>, ifindex: u32) -> Result<Link> {
+    let ifindex = i32::try_from(ifindex)?;
+    // SAFETY: the program is loaded, and no options are given.
+    let link = unsafe {
+        libbpf_sys::bpf_program__attach_tcx(program.as_libbpf_object().as_ptr(), ifindex, std::ptr::null())
+    };
+    let Some(link) = NonNull::new(link) else {
+        return Err(with_messages(io::Error::last_os_error().into()));
+    };
+    // SAFETY: libbpf made the link for us, and nobody else has it.
+    Ok(unsafe { Link::from_ptr(link) })
+}
+
+fn is_zombie(info: &LinkTypeInfo) -> bool {
+    match info {
+        LinkTypeInfo::Tcx(link) => link.ifindex == 0,
+        LinkTypeInfo::Cgroup(link) => link.cgroup_id == 0,
+        _ => false,
+    }
+}
+
+fn pinned_links(directory: &Path) -> Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(|| format!("listing {}", directory.display()))?,
+    };
+    entries.map(|entry| Ok(entry?.path())).collect()
+}
+
+fn remove_pin(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing the pin {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn attach_point(name: &str) -> TcAttachPoint {
+    if name.starts_with("from_") { TC_INGRESS } else { TC_EGRESS }
+}
+
+fn clsact_hook(program: &Program<'_>, ifindex: u32, name: &str) -> Result<TcHook> {
+    Ok(hook_of(TcHook::new(program.as_fd()), i32::try_from(ifindex)?, name))
+}
+
+fn hook_of(mut hook: TcHook, ifindex: i32, name: &str) -> TcHook {
+    hook.ifindex(ifindex).attach_point(attach_point(name)).handle(CLSACT_HANDLE).priority(CLSACT_PRIORITY);
+    hook
+}
+
+/// The name of the program in our place, if there is any.
+fn filter_program(hook: &mut TcHook) -> Result<Option<String>> {
+    let Ok(id) = hook.query() else { return Ok(None) };
+    let Ok(program) = Program::fd_from_id(id) else { return Ok(None) };
+    let mut info = libbpf_sys::bpf_prog_info::default();
+    let mut length = size_of::<libbpf_sys::bpf_prog_info>() as u32;
+    // SAFETY: info is as long as the length says.
+    let result = unsafe {
+        libbpf_sys::bpf_obj_get_info_by_fd(program.as_raw_fd(), (&raw mut info).cast(), &mut length)
+    };
+    if result != 0 {
+        return Err(io::Error::from_raw_os_error(-result)).context("reading the program of a filter");
+    }
+    let name: Vec<u8> = info.name.iter().map(|c| *c as u8).take_while(|c| *c != 0).collect();
+    Ok(Some(String::from_utf8_lossy(&name).into_owned()))
+}
+
+/// Removes our clsact filter from a device, if there is one.
+fn remove_filter(ifindex: u32, name: &str) -> Result<()> {
+    // The descriptor is not used to query or detach.
+    let mut hook = hook_of(TcHook::new(io::stdin().as_fd()), i32::try_from(ifindex)?, name);
+    if filter_program(&mut hook)?.as_deref() == Some(name) {
+        hook.detach().map_err(with_messages).with_context(|| format!("detaching from device {ifindex}"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,330 @@
+//! Prints maps for people and golden files: rows as JSON, addresses as text,
+//! identities as numbers, flags as names. Reads the pins, so it needs no agent.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use libbpf_rs::{MapHandle, libbpf_sys};
+use serde_json::{Value, json};
+
+use super::abi::{self, Plain, ip_of, optional_ip_of};
+use super::counters::per_cpu;
+use super::map::TypedMap;
+use super::types::{
+    address_flags, connection_flags, endpoint_flags, policy_bits, prefix_flags, service_flags,
+};
+use crate::model::MacAddress;
+
+/// The maps that can be dumped.
+pub const MAP_NAMES: [&str; 14] = [
+    "addresses",
+    "backends",
+    "connections",
+    "endpoints",
+    "event_counts",
+    "fragments",
+    "metrics",
+    "nat",
+    "node_state",
+    "policy_peers",
+    "policy_rules",
+    "prefixes",
+    "services",
+    "sockets",
+];
+
+/// The rows of a pinned map, decoded, in the order of their keys.
+pub fn dump(pins: &Path, map: &str) -> Result<Vec<Value>> {
+    if !MAP_NAMES.contains(&map) {
+        bail!("there is no map {map}; there are {}", MAP_NAMES.join(", "));
+    }
+    super::load::collect_libbpf_messages();
+    let path = super::pins::maps(pins).join(map);
+    let handle = MapHandle::from_pinned_path_with_file_flags(&path, libbpf_sys::BPF_F_RDONLY)
+        .with_context(|| format!("opening {}: has an agent run on this node?", path.display()))?;
+    match map {
+        "addresses" => rows(handle, address_row),
+        "backends" => rows(handle, backend_row),
+        "connections" => rows(handle, connection_row),
+        "endpoints" => rows(handle, endpoint_row),
+        "event_counts" => event_counts(&handle),
+        "fragments" => rows(handle, fragment_row),
+        "metrics" => metrics(&handle),
+        "nat" => rows(handle, nat_row),
+        "node_state" => rows(handle, node_state_row),
+        "policy_peers" => rows(handle, policy_peer_row),
+        "policy_rules" => rows(handle, policy_rule_row),
+        "prefixes" => rows(handle, prefix_row),
+        "services" => rows(handle, service_row),
+        _ => rows(handle, socket_row),
+    }
+}
+
+/// A decoded row behind what it is sorted by; `None`: an empty slot of an array.
+type Row = Option<(Vec<u8>, Value)>;
+
+fn rows<K: Plain, V: Plain>(handle: MapHandle, decode: fn(K, V) -> Row) -> Result<Vec<Value>> {
+    let mut rows = Vec::new();
+    TypedMap::new(handle)?.for_each(|key, value| rows.extend(decode(key, value)))?;
+    rows.sort_by(|(a, _), (b, _)| a.cmp(b));
+    Ok(rows.into_iter().map(|(_, row)| row).collect())
+}
+
+/// Names of the bits that are set; a bit without a name is printed as a number.
+fn names(flags: u32, known: &[(u32, &str)]) -> Value {
+    let named = known.iter().filter(|(bit, _)| flags & bit != 0);
+    let unknown = known.iter().fold(flags, |rest, (bit, _)| rest & !bit);
+    let unknown = (unknown != 0).then(|| format!("{unknown:#x}"));
+    named.map(|(_, name)| (*name).to_owned()).chain(unknown).collect()
+}
+
+fn ip(addr: abi::Addr) -> Value {
+    optional_ip_of(addr).map_or(Value::Null, |ip| json!(ip))
+}
+
+fn protocol(number: u8) -> Value {
+    match number {
+        1 => json!("ICMP"),
+        6 => json!("TCP"),
+        17 => json!("UDP"),
+        58 => json!("ICMPv6"),
+        132 => json!("SCTP"),
+        _ => json!(number),
+    }
+}
+
+fn direction(number: u32) -> Value {
+    match number {
+        0 => json!("unknown"),
+        1 => json!("ingress"),
+        2 => json!("egress"),
+        _ => json!(number),
+    }
+}
+
+/// Big endian bytes of native words, so that rows sort as the numbers do.
+fn sort_key(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_be_bytes()).collect()
+}
+
+fn endpoint_row(id: u32, row: abi::Endpoint) -> Row {
+    if row.ifindex == 0 && row.flags == 0 {
+        return None;
+    }
+    let value = json!({
+        "id": id,
+        "epoch": row.epoch,
+        "policy": row.policy & policy_bits::POLICY_ID_MASK.0,
+        "enforces": names(row.policy & !policy_bits::POLICY_ID_MASK.0, &[
+            (policy_bits::POLICY_ENFORCE_INGRESS.0, "ingress"),
+            (policy_bits::POLICY_ENFORCE_EGRESS.0, "egress"),
+        ]),
+        "ipv4": ip(row.ipv4),
+        "ipv6": ip(row.ipv6),
+        "ifindex": row.ifindex,
+        "identity": row.identity,
+        "mac": MacAddress(row.mac).to_string(),
+        "flags": names(row.flags.into(), &[(endpoint_flags::ENDPOINT_READY.0, "ready")]),
+    });
+    Some((sort_key(&[id]), value))
+}
+
+fn address_row(key: abi::Addr, row: abi::Address) -> Row {
+    let value = json!({
+        "address": ip_of(key),
+        "identity": row.identity,
+        "node": ip(row.node),
+        "endpoint": row.endpoint_id,
+        "flags": names(row.flags.into(), &[
+            (address_flags::ADDRESS_POD.0, "pod"),
+            (address_flags::ADDRESS_NODE.0, "node"),
+            (address_flags::ADDRESS_LOCAL.0, "local"),
+            (address_flags::ADDRESS_INTERNAL.0, "internal"),
+        ]),
+    });
+    Some((key.as_bytes().to_vec(), value))
+}
+
+fn prefix_row(key: abi::PrefixKey, row: abi::Prefix) -> Row {
+    // A length below 96 with a mapped address can only be IPv6's.
+    let is_ipv4 = key.prefix_length >= 96 && ip_of(key.addr).is_ipv4();
+    let length = if is_ipv4 { key.prefix_length - 96 } else { key.prefix_length };
+    let address = if is_ipv4 { ip_of(key.addr).to_string() } else { ipv6_text(key.addr) };
+    let value = json!({
+        "prefix": format!("{address}/{length}"),
+        "identity": row.identity,
+        "flags": names(row.flags, &[(prefix_flags::PREFIX_POD_CIDR.0, "pod-cidr")]),
+    });
+    Some(([key.addr.as_bytes(), &sort_key(&[key.prefix_length])].concat(), value))
+}
+
+fn ipv6_text(addr: abi::Addr) -> String {
+    match ip_of(addr) {
+        std::net::IpAddr::V4(address) => address.to_ipv6_mapped().to_string(),
+        std::net::IpAddr::V6(address) => address.to_string(),
+    }
+}
+
+fn policy_peer_row(key: abi::PolicyPeerKey, row: abi::PolicyPeer) -> Row {
+    let value = json!({
+        "policy": key.policy_id,
+        "direction": direction(key.direction),
+        "identity": key.identity,
+        "class": row.class,
+    });
+    Some((sort_key(&[key.policy_id, key.direction, key.identity]), value))
+}
+
+fn policy_rule_row(key: abi::PolicyRuleKey, row: abi::PolicyRule) -> Row {
+    let port = u16::from_be(key.port);
+    let bits = key.prefix_length.saturating_sub(80).min(16);
+    let ports = match bits {
+        0 => json!("any"),
+        16 => json!(port),
+        _ => json!(format!("{port}-{}", u32::from(port) + (1 << (16 - bits)) - 1)),
+    };
+    let value = json!({
+        "policy": u32::from_be(key.policy_id),
+        "direction": direction(key.direction.into()),
+        "class": u32::from_be(key.class),
+        "protocol": if key.prefix_length < 80 { json!("any") } else { protocol(key.protocol) },
+        "port": ports,
+        "verdict": match row.verdict { 1 => json!("allow"), 2 => json!("deny"), other => json!(other) },
+        "rule": row.rule_id,
+        "proxy_port": u16::from_be(row.proxy_port),
+    });
+    let order =
+        [u32::from_be(key.policy_id), key.direction.into(), u32::from_be(key.class), key.protocol.into()];
+    Some(([sort_key(&order), sort_key(&[port.into(), key.prefix_length])].concat(), value))
+}
+
+fn service_row(key: abi::ServiceKey, row: abi::Service) -> Row {
+    let value = json!({
+        "address": ip_of(key.addr),
+        "port": u16::from_be(key.port),
+        "protocol": protocol(key.protocol),
+        "service": row.service_id,
+        "generation": row.generation,
+        "backends": row.backend_count,
+        "flags": names(row.flags, &[(service_flags::SERVICE_WILDCARD.0, "wildcard")]),
+    });
+    Some((key.as_bytes().to_vec(), value))
+}
+
+fn backend_row(key: abi::BackendKey, row: abi::Backend) -> Row {
+    let value = json!({
+        "service": key.service_id,
+        "generation": key.generation,
+        "slot": key.slot,
+        "address": ip_of(row.addr),
+        "port": u16::from_be(row.port),
+        "protocol": protocol(row.protocol),
+    });
+    Some((sort_key(&[key.service_id, key.generation, key.slot]), value))
+}
+
+fn socket_row(key: abi::SocketKey, row: abi::SocketOrigin) -> Row {
+    let value = json!({
+        "cookie": key.cookie,
+        "backend": ip_of(key.backend),
+        "backend_port": u16::from_be(key.port),
+        "protocol": protocol(key.protocol),
+        "service_address": ip_of(row.service),
+        "service_port": u16::from_be(row.port),
+        "service": row.service_id,
+    });
+    Some(([&key.cookie.to_be_bytes(), key.as_bytes()].concat(), value))
+}
+
+fn connection_row(key: abi::ConnectionKey, row: abi::Connection) -> Row {
+    // Printed from the initiator's side.
+    let is_high = u32::from(row.flags) & connection_flags::CONNECTION_INITIATOR_HIGH.0 != 0;
+    let (from, to) = if is_high { (1, 0) } else { (0, 1) };
+    let value = json!({
+        "source": ip_of(key.addr[from]),
+        "source_port": u16::from_be(key.port[from]),
+        "destination": ip_of(key.addr[to]),
+        "destination_port": u16::from_be(key.port[to]),
+        "protocol": protocol(key.protocol),
+        "kind": if key.kind == 0 { "flow" } else { "service" },
+        "packets": row.packets,
+        "bytes": row.bytes,
+        "service": ip(row.service),
+        "service_port": u16::from_be(row.service_port),
+        "identities": row.identity,
+        "endpoints": row.endpoint,
+        "egress_epoch": row.egress_epoch,
+        "ingress_epoch": row.ingress_epoch,
+        "egress_rule": row.egress_rule,
+        "ingress_rule": row.ingress_rule,
+        "tcp_flags": row.tcp_flags,
+        "last_seen_jiffies": row.last_seen_jiffies,
+        "flags": names(row.flags.into(), &[
+            (connection_flags::CONNECTION_INITIATOR_HIGH.0, "initiator-high"),
+            (connection_flags::CONNECTION_TRANSLATED.0, "translated"),
+            (connection_flags::CONNECTION_LOOPBACK.0, "loopback"),
+            (connection_flags::CONNECTION_SOCKET.0, "socket"),
+            (connection_flags::CONNECTION_CLOSING.0, "closing"),
+            (connection_flags::CONNECTION_REPLIED.0, "replied"),
+        ]),
+    });
+    Some((key.as_bytes().to_vec(), value))
+}
+
+fn nat_row(key: abi::NatKey, row: abi::Nat) -> Row {
+    let value = json!({
+        "direction": direction(key.direction.into()),
+        "local": ip_of(key.local),
+        "local_port": u16::from_be(key.local_port),
+        "remote": ip_of(key.remote),
+        "remote_port": u16::from_be(key.remote_port),
+        "protocol": protocol(key.protocol),
+        "address": ip_of(row.addr),
+        "port": u16::from_be(row.port),
+        "created_jiffies": row.created_jiffies,
+    });
+    Some(([&[key.direction], key.as_bytes()].concat(), value))
+}
+
+fn fragment_row(key: abi::FragmentKey, row: abi::Fragment) -> Row {
+    let value = json!({
+        "source": ip_of(key.source),
+        "destination": ip_of(key.destination),
+        "id": key.id,
+        "protocol": protocol(key.protocol),
+        "source_port": u16::from_be(row.source_port),
+        "destination_port": u16::from_be(row.destination_port),
+    });
+    Some((key.as_bytes().to_vec(), value))
+}
+
+fn node_state_row(_: u32, row: abi::NodeState) -> Row {
+    Some((Vec::new(), json!({ "address_epoch": row.address_epoch })))
+}
+
+fn metrics(handle: &MapHandle) -> Result<Vec<Value>> {
+    let mut rows = Vec::new();
+    per_cpu(handle, |index, values: Vec<abi::Metric>| {
+        let packets: u64 = values.iter().map(|value| value.packets).sum();
+        let bytes: u64 = values.iter().map(|value| value.bytes).sum();
+        if packets != 0 {
+            rows.push(json!({
+                "reason": index / 4,
+                "direction": direction(index % 4),
+                "packets": packets,
+                "bytes": bytes,
+            }));
+        }
+    })?;
+    Ok(rows)
+}
+
+fn event_counts(handle: &MapHandle) -> Result<Vec<Value>> {
+    let mut rows = Vec::new();
+    per_cpu(handle, |_, values: Vec<abi::EventCount>| {
+        let offered: u64 = values.iter().map(|value| value.offered).sum();
+        let lost: u64 = values.iter().map(|value| value.lost).sum();
+        rows.push(json!({ "offered": offered, "lost": lost }));
+    })?;
+    Ok(rows)
+}

@@ -1,0 +1,88 @@
+//! Deletes what has expired from the maps that the programs write. The deleting
+//! is the kernel's: iterators look at every entry again before they remove it.
+
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use libbpf_rs::{Iter, Link};
+use nix::sched::{CloneFlags, setns};
+use serde::Serialize;
+
+use super::Datapath;
+use super::load::with_messages;
+
+/// What a round of garbage collection did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct GarbageReport {
+    /// Connections deleted.
+    pub connections: u64,
+    /// Masquerading entries deleted.
+    pub nat: u64,
+    /// How long it took.
+    pub duration: Duration,
+}
+
+impl Datapath {
+    /// Walks `connections` and `nat` and deletes what has expired. Takes up to
+    /// some hundred milliseconds on full maps: run it where blocking is allowed.
+    pub fn collect_garbage(&self) -> Result<GarbageReport> {
+        let start = Instant::now();
+        let connections = self.run_map_iterator("collect_connections", "connections")?;
+        let nat = self.run_map_iterator("collect_nat", "nat")?;
+        Ok(GarbageReport { connections, nat, duration: start.elapsed() })
+    }
+
+    /// Ends UDP sockets that are connected to backends which are gone, in each of
+    /// the network namespaces. The error of one does not spare the others.
+    pub fn destroy_stale_sockets(&self, namespaces: &[BorrowedFd<'_>]) -> Result<u64> {
+        if self.is_left_out("destroy_sockets") {
+            return Ok(0);
+        }
+        let link = self.program("destroy_sockets")?.attach().map_err(with_messages);
+        let link = &link.context("attaching destroy_sockets")?;
+        // The iterator walks the namespace of the thread that opens it, so each
+        // one gets a thread that ends with it.
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = namespaces
+                .iter()
+                .map(|namespace| {
+                    scope.spawn(move || -> Result<u64> {
+                        setns(namespace, CloneFlags::CLONE_NEWNET).context("entering a network namespace")?;
+                        read_to_end(link).context("running destroy_sockets")
+                    })
+                })
+                .collect();
+            let mut total = Ok(0);
+            for thread in threads {
+                let destroyed = thread.join().expect("reading an iterator does not panic");
+                total = total.and_then(|total: u64| Ok(total + destroyed?));
+            }
+            total
+        })
+    }
+
+    fn run_map_iterator(&self, program: &str, map: &str) -> Result<u64> {
+        let handle = self.map(map)?;
+        let link = self.program(program)?.attach_iter(handle.as_fd()).map_err(with_messages);
+        let link = link.with_context(|| format!("attaching {program} to map {map}"))?;
+        read_to_end(&link).with_context(|| format!("running {program}"))
+    }
+}
+
+/// Runs an iterator; the bytes that it wrote, which is one for each entry that it deleted.
+fn read_to_end(link: &Link) -> Result<u64> {
+    let mut iterator = Iter::new(link)?;
+    let mut buffer = [0; 4096];
+    let mut total = 0;
+    loop {
+        match iterator.read(&mut buffer) {
+            Ok(0) => return Ok(total),
+            Ok(length) => total += length as u64,
+            // The iterator stops after a million entries in one call, to be called again.
+            Err(error) if matches!(error.raw_os_error(), Some(nix::libc::EAGAIN | nix::libc::EINTR)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

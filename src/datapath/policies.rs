@@ -1,0 +1,369 @@
+//! Writes `policy_rules` and `policy_peers` (keystone K4).
+//!
+//! A policy is written completely under an id that nobody points at yet: first
+//! the rules of every class, then who is in which class. Only `prune` deletes.
+//! What the map holds is remembered as the compiled policies themselves, which
+//! the compiler shares, so this costs no copy of the rows.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, RwLock};
+
+use anyhow::Result;
+
+use super::abi::{PolicyPeer, PolicyPeerKey, PolicyRule, PolicyRuleKey};
+use super::map::TypedMap;
+use super::mirror::Fill;
+use super::types::{direction, policy_rule_prefix, policy_verdict};
+use crate::model::{
+    CompiledDirection, CompiledPolicy, CompiledRule, CompiledRuleKey, IdentityId, ObjectKey, PolicyId,
+};
+
+/// The one writer of `policy_rules` and `policy_peers`.
+pub struct PolicyWriter {
+    rules: Counted<PolicyRuleKey, PolicyRule>,
+    peers: Counted<PolicyPeerKey, PolicyPeer>,
+    held: BTreeMap<PolicyId, Held>,
+    inherited: Inherited,
+    next_free: PolicyId,
+    origins: RuleOrigins,
+}
+
+/// The rows that the map may hold under one id.
+#[derive(Default)]
+struct Held {
+    /// All its rows are in the map.
+    complete: Option<Arc<CompiledPolicy>>,
+    /// Some of these rows may be: replaced versions, and ones whose writing stopped half-way.
+    partial: Vec<Arc<CompiledPolicy>>,
+}
+
+/// Rows that a former process wrote.
+#[derive(Default)]
+struct Inherited {
+    rules: Vec<PolicyRuleKey>,
+    peers: Vec<PolicyPeerKey>,
+}
+
+impl PolicyWriter {
+    pub(super) fn new(
+        rules: (TypedMap<PolicyRuleKey, PolicyRule>, Fill),
+        peers: (TypedMap<PolicyPeerKey, PolicyPeer>, Fill),
+        highest_in_use: PolicyId,
+    ) -> Result<Self> {
+        let (rules, peers) = (Counted::new(rules), Counted::new(peers));
+        let mut inherited = Inherited::default();
+        let (mut highest, mut highest_rule) = (highest_in_use.0, 0);
+        rules.map.for_each(|key, rule| {
+            highest = highest.max(u32::from_be(key.policy_id));
+            highest_rule = highest_rule.max(rule.rule_id);
+            inherited.rules.push(key);
+        })?;
+        peers.map.for_each(|key, _| {
+            highest = highest.max(key.policy_id);
+            inherited.peers.push(key);
+        })?;
+        rules.set(inherited.rules.len());
+        peers.set(inherited.peers.len());
+        let next_free = PolicyId(highest + 1);
+        let origins = RuleOrigins::starting_above(highest_rule);
+        Ok(Self { rules, peers, held: BTreeMap::new(), inherited, next_free, origins })
+    }
+
+    /// An id above all that were in the maps at start.
+    pub fn next_free_id(&self) -> PolicyId {
+        self.next_free
+    }
+
+    /// What rule ids in events stand for; a handle that can be shared.
+    pub fn rule_origins(&self) -> RuleOrigins {
+        self.origins.clone()
+    }
+
+    /// The policy object that a rule id of an event stands for.
+    pub fn rule_origin(&self, rule_id: u32) -> Option<Arc<ObjectKey>> {
+        self.origins.get(rule_id)
+    }
+
+    /// Writes what is not in the maps yet; deletes nothing. A policy's rules come
+    /// before its peers, so that no identity is in a class without rules.
+    pub fn write(&mut self, policies: &BTreeMap<PolicyId, Arc<CompiledPolicy>>) -> Result<()> {
+        for (&id, policy) in policies {
+            let held = self.held.entry(id).or_default();
+            if held.complete.as_ref().is_some_and(|old| Arc::ptr_eq(old, policy)) {
+                continue;
+            }
+            let old = held.complete.clone();
+            if old.as_ref().is_some_and(|old| old == policy) {
+                held.complete = Some(policy.clone());
+                continue;
+            }
+            held.partial.push(policy.clone());
+            self.write_policy(id, policy, old.as_deref())?;
+            let held = self.held.entry(id).or_default();
+            held.partial.retain(|partial| !Arc::ptr_eq(partial, policy));
+            held.partial.extend(old);
+            held.complete = Some(policy.clone());
+        }
+        Ok(())
+    }
+
+    /// Deletes rows that are not desired. Only after every source is synced, and
+    /// after the endpoints have left the policies that are to go.
+    pub fn prune(&mut self, policies: &BTreeMap<PolicyId, Arc<CompiledPolicy>>) -> Result<()> {
+        self.prune_inherited(policies)?;
+        let ids: Vec<PolicyId> = self.held.keys().copied().collect();
+        for id in ids {
+            let Some(held) = self.held.get(&id) else { continue };
+            let desired = policies.get(&id);
+            let keeps_all = held.partial.is_empty() && desired.is_some();
+            if keeps_all {
+                continue;
+            }
+            let versions: Vec<_> = held.partial.iter().chain(&held.complete).cloned().collect();
+            for version in &versions {
+                self.delete_policy(id, version, desired.map(AsRef::as_ref))?;
+            }
+            match (desired, self.held.get_mut(&id)) {
+                (Some(_), Some(held)) => held.partial.clear(),
+                _ => drop(self.held.remove(&id)),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_policy(
+        &mut self,
+        id: PolicyId,
+        policy: &CompiledPolicy,
+        old: Option<&CompiledPolicy>,
+    ) -> Result<()> {
+        for (side, now) in directions(policy) {
+            let before = old.and_then(|old| direction_of(old, side));
+            for (key, rule) in &now.rules {
+                if before.is_none_or(|before| before.rules.get(key) != Some(rule)) {
+                    let rule_id = self.origins.id_of(&rule.origin);
+                    self.rules.insert(&rule_key(id, side, key), &rule_row(rule, rule_id))?;
+                }
+            }
+        }
+        for (side, now) in directions(policy) {
+            let before = old.and_then(|old| direction_of(old, side));
+            for (&identity, &class) in &now.peers {
+                if before.is_none_or(|before| before.peers.get(&identity) != Some(&class)) {
+                    self.peers.insert(&peer_key(id, side, identity), &PolicyPeer { class })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes the rows of `version` that `kept` does not have: peers first.
+    fn delete_policy(
+        &mut self,
+        id: PolicyId,
+        version: &CompiledPolicy,
+        kept: Option<&CompiledPolicy>,
+    ) -> Result<()> {
+        for (side, old) in directions(version) {
+            let kept = kept.and_then(|kept| direction_of(kept, side));
+            for &identity in old.peers.keys() {
+                if kept.is_none_or(|kept| !kept.peers.contains_key(&identity)) {
+                    self.peers.remove(&peer_key(id, side, identity))?;
+                }
+            }
+            for key in old.rules.keys() {
+                if kept.is_none_or(|kept| !kept.rules.contains_key(key)) {
+                    self.rules.remove(&rule_key(id, side, key))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn prune_inherited(&mut self, policies: &BTreeMap<PolicyId, Arc<CompiledPolicy>>) -> Result<()> {
+        while let Some(key) = self.inherited.peers.pop() {
+            let desired = policies.get(&PolicyId(key.policy_id));
+            let side = desired.and_then(|policy| direction_of(policy, key.direction as u8));
+            if side.is_none_or(|side| !side.peers.contains_key(&IdentityId(key.identity))) {
+                self.peers.remove(&key)?;
+            }
+        }
+        while let Some(key) = self.inherited.rules.pop() {
+            let desired = policies.get(&PolicyId(u32::from_be(key.policy_id)));
+            let side = desired.and_then(|policy| direction_of(policy, key.direction));
+            if side.is_none_or(|side| !side.rules.contains_key(&compiled_key(&key))) {
+                self.rules.remove(&key)?;
+            }
+        }
+        self.inherited = Inherited::default();
+        Ok(())
+    }
+}
+
+/// A map whose rows are counted, not remembered.
+struct Counted<K, V> {
+    map: TypedMap<K, V>,
+    fill: Fill,
+}
+
+impl<K: super::abi::Plain, V: super::abi::Plain> Counted<K, V> {
+    fn new((map, fill): (TypedMap<K, V>, Fill)) -> Self {
+        Self { map, fill }
+    }
+
+    fn set(&self, rows: usize) {
+        self.fill.store(rows, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// Counts a row once: whether it was there is asked first.
+    fn insert(&self, key: &K, value: &V) -> Result<()> {
+        let is_new = self.map.get(key)?.is_none();
+        self.map.insert(key, value)?;
+        self.fill.fetch_add(usize::from(is_new), std::sync::atomic::Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn remove(&self, key: &K) -> Result<()> {
+        let was_there = self.map.remove(key)?;
+        self.fill.fetch_sub(usize::from(was_there), std::sync::atomic::Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Rule ids of events and the policy objects that they stand for. Ids of a former
+/// process are not used again, so that its last events are not misattributed.
+#[derive(Clone, Debug)]
+pub struct RuleOrigins(Arc<RwLock<Origins>>);
+
+#[derive(Debug)]
+struct Origins {
+    first: u32,
+    by_id: Vec<Arc<ObjectKey>>,
+    ids: HashMap<Arc<ObjectKey>, u32>,
+}
+
+impl RuleOrigins {
+    fn starting_above(highest: u32) -> Self {
+        Self(Arc::new(RwLock::new(Origins {
+            first: highest.wrapping_add(1).max(1),
+            by_id: Vec::new(),
+            ids: HashMap::new(),
+        })))
+    }
+
+    /// The policy object that a rule id stands for.
+    pub fn get(&self, rule_id: u32) -> Option<Arc<ObjectKey>> {
+        let origins = self.0.read().expect("nobody panics while holding the lock");
+        let index = rule_id.checked_sub(origins.first)?;
+        origins.by_id.get(index as usize).cloned()
+    }
+
+    fn id_of(&self, origin: &Arc<ObjectKey>) -> u32 {
+        let mut origins = self.0.write().expect("nobody panics while holding the lock");
+        if let Some(&id) = origins.ids.get(origin) {
+            return id;
+        }
+        let id = origins.first + origins.by_id.len() as u32;
+        origins.by_id.push(origin.clone());
+        origins.ids.insert(origin.clone(), id);
+        id
+    }
+}
+
+const INGRESS: u8 = direction::DIRECTION_INGRESS.0 as u8;
+const EGRESS: u8 = direction::DIRECTION_EGRESS.0 as u8;
+
+fn direction_of(policy: &CompiledPolicy, side: u8) -> Option<&CompiledDirection> {
+    match side {
+        INGRESS => policy.ingress.as_ref(),
+        EGRESS => policy.egress.as_ref(),
+        _ => None,
+    }
+}
+
+fn directions(policy: &CompiledPolicy) -> impl Iterator<Item = (u8, &CompiledDirection)> {
+    [INGRESS, EGRESS].into_iter().filter_map(|side| Some((side, direction_of(policy, side)?)))
+}
+
+fn peer_key(id: PolicyId, side: u8, identity: IdentityId) -> PolicyPeerKey {
+    PolicyPeerKey { policy_id: id.0, identity: identity.0, direction: u32::from(side) }
+}
+
+fn rule_key(id: PolicyId, side: u8, key: &CompiledRuleKey) -> PolicyRuleKey {
+    let (prefix_length, port) = match key.protocol {
+        None => (policy_rule_prefix::POLICY_RULE_PREFIX_ANY.0, 0),
+        Some(_) => {
+            let length = key.port_prefix_length.min(16);
+            let mask = u16::MAX.checked_shl(16 - u32::from(length)).unwrap_or(0);
+            (policy_rule_prefix::POLICY_RULE_PREFIX_PROTOCOL.0 + u32::from(length), key.port & mask)
+        }
+    };
+    PolicyRuleKey {
+        prefix_length,
+        policy_id: id.0.to_be(),
+        class: key.class.to_be(),
+        direction: side,
+        protocol: key.protocol.unwrap_or(0),
+        port: port.to_be(),
+    }
+}
+
+fn compiled_key(key: &PolicyRuleKey) -> CompiledRuleKey {
+    let has_protocol = key.prefix_length >= policy_rule_prefix::POLICY_RULE_PREFIX_PROTOCOL.0;
+    let length = key.prefix_length.saturating_sub(policy_rule_prefix::POLICY_RULE_PREFIX_PROTOCOL.0);
+    CompiledRuleKey {
+        class: u32::from_be(key.class),
+        protocol: has_protocol.then_some(key.protocol),
+        port: u16::from_be(key.port),
+        port_prefix_length: length as u8,
+    }
+}
+
+fn rule_row(rule: &CompiledRule, rule_id: u32) -> PolicyRule {
+    let verdict = if rule.is_allowed { policy_verdict::POLICY_ALLOW } else { policy_verdict::POLICY_DENY };
+    PolicyRule { rule_id, proxy_port: 0, verdict: verdict.0 as u8, reserved: 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datapath::abi::Plain;
+
+    fn key(protocol: Option<u8>, port: u16, port_prefix_length: u8) -> CompiledRuleKey {
+        CompiledRuleKey { class: 0x0102, protocol, port, port_prefix_length }
+    }
+
+    #[test]
+    fn rule_keys_are_big_endian_behind_the_prefix_length() {
+        let cases = [
+            (key(None, 0, 0), 72, [0, 0, 0]),
+            (key(Some(6), 0, 0), 80, [6, 0, 0]),
+            (key(Some(6), 0x1f90, 16), 96, [6, 0x1f, 0x90]),
+            (key(Some(17), 0x1f90, 8), 88, [17, 0x1f, 0]),
+        ];
+        for (compiled, prefix_length, tail) in cases {
+            let row = rule_key(PolicyId(0x0a0b0c), EGRESS, &compiled);
+            let mut bytes = u32::to_ne_bytes(prefix_length).to_vec();
+            bytes.extend([0, 0x0a, 0x0b, 0x0c, 0, 0, 1, 2, EGRESS]);
+            bytes.extend(tail);
+            assert_eq!(row.as_bytes(), bytes);
+        }
+    }
+
+    #[test]
+    fn rule_keys_decode_to_what_they_were_made_of() {
+        for compiled in [key(None, 0, 0), key(Some(6), 0, 0), key(Some(6), 443, 16), key(Some(17), 0x1f00, 8)]
+        {
+            assert_eq!(compiled_key(&rule_key(PolicyId(9), INGRESS, &compiled)), compiled);
+        }
+    }
+
+    #[test]
+    fn one_rule_id_per_origin_above_the_inherited_ones() {
+        let origins = RuleOrigins::starting_above(5);
+        let (a, b) = (Arc::new(ObjectKey::new("shop", "a")), Arc::new(ObjectKey::new("shop", "b")));
+        let ids = [origins.id_of(&a), origins.id_of(&b), origins.id_of(&a)];
+        assert_eq!(ids, [6, 7, 6]);
+        assert_eq!([5, 6, 7, 8].map(|id| origins.get(id)), [None, Some(a), Some(b), None]);
+    }
+}

@@ -1,0 +1,158 @@
+//! Writes `services` and `backends`: where a frontend's address leads.
+//!
+//! A changed set of backends is written under the next generation, then the
+//! frontend's row flips, then the old rows go; in between every CPU is awaited,
+//! because a program may have read the old row just before the flip.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+
+use anyhow::Result;
+
+use super::abi::{Backend, BackendKey, Service, ServiceKey, addr_of, ip_of};
+use super::map::Bytes;
+use super::mirror::Mirror;
+use super::types::service_flags;
+use crate::model::{Frontend, FrontendKey};
+
+/// The one writer of `services` and `backends`.
+pub struct ServiceWriter {
+    services: Mirror<ServiceKey, Service>,
+    backends: Mirror<BackendKey, Backend>,
+    next_id: u32,
+    /// Rows that no frontend leads to any more.
+    retired: Vec<BackendKey>,
+}
+
+impl ServiceWriter {
+    pub(super) fn new(services: Mirror<ServiceKey, Service>, backends: Mirror<BackendKey, Backend>) -> Self {
+        let next_id = services.rows().values().map(|row| row.service_id).max().unwrap_or(0) + 1;
+        let in_force: BTreeMap<u32, Service> =
+            services.rows().values().map(|row| (row.service_id, *row)).collect();
+        let is_reached = |key: &BackendKey| {
+            in_force.get(&key.service_id).is_some_and(|service| {
+                key.generation == service.generation && key.slot < service.backend_count
+            })
+        };
+        // Left by a process that died between two steps.
+        let retired = backends.rows().keys().map(|key| key.0).filter(|key| !is_reached(key)).collect();
+        Self { services, backends, next_id, retired }
+    }
+
+    /// Writes frontends that differ; removes none. Returns the backends that
+    /// were taken out of a frontend, sorted.
+    pub fn write(&mut self, frontends: &BTreeMap<FrontendKey, Frontend>) -> Result<Vec<SocketAddr>> {
+        // First, so that no row of this write is on the list.
+        self.delete_retired()?;
+        let mut removed = BTreeSet::new();
+        let mut written = Ok(());
+        for (key, frontend) in frontends {
+            written = self.write_frontend(key, frontend, &mut removed);
+            if written.is_err() {
+                break;
+            }
+        }
+        self.delete_retired().and(written)?;
+        Ok(removed.into_iter().collect())
+    }
+
+    /// Deletes the frontends that are not desired and returns their backends.
+    /// Only after every source is synced.
+    pub fn prune(&mut self, frontends: &BTreeMap<FrontendKey, Frontend>) -> Result<Vec<SocketAddr>> {
+        let desired: BTreeSet<_> = frontends.keys().map(|key| Bytes(service_key(key))).collect();
+        let rows = self.services.rows().keys();
+        let stale: Vec<ServiceKey> = rows.filter(|key| !desired.contains(key)).map(|key| key.0).collect();
+        let mut removed = BTreeSet::new();
+        for key in stale {
+            if let Some(old) = self.services.take(key)? {
+                removed.extend(self.backends_of(&old));
+                self.retired.extend(backend_keys(&old));
+            }
+        }
+        self.delete_retired()?;
+        Ok(removed.into_iter().collect())
+    }
+
+    fn write_frontend(
+        &mut self,
+        key: &FrontendKey,
+        frontend: &Frontend,
+        removed: &mut BTreeSet<SocketAddr>,
+    ) -> Result<()> {
+        let row_key = service_key(key);
+        let old = self.services.rows().get(&Bytes(row_key)).copied();
+        let old_backends = old.map(|old| self.backends_of(&old)).unwrap_or_default();
+        let flags = flags_of(key);
+        if old.is_some_and(|old| old.flags == flags) && old_backends == frontend.backends {
+            return Ok(());
+        }
+        let service = Service {
+            service_id: old.map_or(self.next_id, |old| old.service_id),
+            generation: old.map_or(1, |old| old.generation.wrapping_add(1)),
+            backend_count: u32::try_from(frontend.backends.len())?,
+            flags,
+        };
+        self.next_id += u32::from(old.is_none());
+        for (row_key, backend) in backend_keys(&service).zip(&frontend.backends) {
+            if let Err(error) = self.backends.put(row_key, backend_row(key, *backend)) {
+                self.retired.extend(backend_keys(&service));
+                return Err(error.into());
+            }
+        }
+        if let Err(error) = self.services.put(row_key, service) {
+            self.retired.extend(backend_keys(&service));
+            return Err(error.into());
+        }
+        if let Some(old) = old {
+            self.retired.extend(backend_keys(&old));
+            removed.extend(old_backends.into_iter().filter(|backend| !frontend.backends.contains(backend)));
+        }
+        Ok(())
+    }
+
+    fn backends_of(&self, service: &Service) -> Vec<SocketAddr> {
+        let rows = backend_keys(service).filter_map(|key| self.backends.rows().get(&Bytes(key)));
+        rows.map(|row| SocketAddr::new(ip_of(row.addr), u16::from_be(row.port))).collect()
+    }
+
+    fn delete_retired(&mut self) -> Result<()> {
+        if self.retired.is_empty() {
+            return Ok(());
+        }
+        super::await_programs();
+        while let Some(key) = self.retired.pop() {
+            if let Err(error) = self.backends.take(key) {
+                self.retired.push(key);
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+}
+
+fn service_key(key: &FrontendKey) -> ServiceKey {
+    ServiceKey {
+        addr: addr_of(key.address),
+        port: key.port.to_be(),
+        protocol: key.protocol.map_or(0, |protocol| protocol.number()),
+        scope: 0,
+    }
+}
+
+fn flags_of(key: &FrontendKey) -> u32 {
+    if key.protocol.is_none() { service_flags::SERVICE_WILDCARD.0 } else { 0 }
+}
+
+fn backend_keys(service: &Service) -> impl Iterator<Item = BackendKey> + use<> {
+    let Service { service_id, generation, backend_count, .. } = *service;
+    (0..backend_count).map(move |slot| BackendKey { service_id, generation, slot })
+}
+
+fn backend_row(frontend: &FrontendKey, backend: SocketAddr) -> Backend {
+    Backend {
+        addr: addr_of(backend.ip()),
+        port: backend.port().to_be(),
+        protocol: frontend.protocol.map_or(0, |protocol| protocol.number()),
+        flags: 0,
+    }
+}
