@@ -3,7 +3,17 @@
 //! A new test goes into the module that names its subject; a new subject gets a module.
 
 mod cni;
+mod demo;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod lab_itself;
+mod policies;
+mod policy_changes;
 mod require;
+mod restart;
+mod same_node;
+mod services;
+#[path = "../shop/mod.rs"]
+mod shop;
+mod two_nodes;
+mod verdicts;

@@ -18,10 +18,10 @@ pub struct Manifests {
 }
 
 /// One port of a Service: its name, protocol, own port and the backends' port.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ServicePort {
     /// Name, unique within the Service.
-    pub name: &'static str,
+    pub name: String,
     /// `TCP` or `UDP`.
     pub protocol: &'static str,
     /// The port of the cluster IP.
@@ -39,6 +39,12 @@ pub struct Backend {
     pub is_ready: bool,
     /// `nodeName`.
     pub node: String,
+}
+
+impl From<(&str, &'static str, u16, u16)> for ServicePort {
+    fn from((name, protocol, port, target): (&str, &'static str, u16, u16)) -> Self {
+        Self { name: name.to_owned(), protocol, port, target }
+    }
 }
 
 impl Manifests {
@@ -170,6 +176,12 @@ impl Manifests {
                 "ipFamilyPolicy": "PreferDualStack", "ports": service_ports,
             },
         }))?;
+        self.slices(key, ports, backends)
+    }
+
+    /// The EndpointSlices of a Service, one a family.
+    pub fn slices(&self, key: (&str, &str), ports: &[ServicePort], backends: &[Backend]) -> Result<()> {
+        let (namespace, name) = key;
         for (family, is_ipv4) in [("IPv4", true), ("IPv6", false)] {
             let endpoints: Vec<Value> = backends
                 .iter()

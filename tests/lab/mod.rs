@@ -16,7 +16,7 @@
 //! `tests/lab/clean` when the process ends in any other way.
 
 // The tests, the demo and the benchmarks each use a part of it.
-#![allow(dead_code, missing_docs)]
+#![allow(dead_code)]
 
 mod cgroup;
 mod manifests;
@@ -24,6 +24,7 @@ mod node;
 mod pod;
 mod probe;
 mod space;
+mod traffic;
 
 use std::env;
 use std::fs;
@@ -43,6 +44,7 @@ pub use self::{
     pod::{PORTS, Plugin, Pod, PodSpec},
     probe::{Outcome, PATIENCE, Server, Via, ping, probe, probe_udp},
     space::{Running, Space, output_of},
+    traffic::{Report, Traffic},
 };
 
 /// The program that removes what labs leave behind.
@@ -115,7 +117,12 @@ impl Lab {
                 &format!("route add default via {}", OUTSIDE[0]),
                 &format!("route add default via {}", OUTSIDE[1]),
             ])?;
-            manifests.node(node.name(), node.addresses(), &pod_cidrs(number))?;
+            let cidrs = pod_cidrs(number);
+            outside.configure(&[
+                &format!("route add {} via {}", cidrs[0], addresses[0]),
+                &format!("route add {} via {}", cidrs[1], addresses[1]),
+            ])?;
+            manifests.node(node.name(), node.addresses(), &cidrs)?;
             nodes.push(node);
         }
         let lab = Self {
@@ -179,6 +186,14 @@ impl Lab {
     /// Begins a pod `namespace/name` on node `number`.
     pub fn pod(&self, number: usize, key: &str) -> PodSpec<'_> {
         PodSpec::new(self, self.node(number), key)
+    }
+
+    /// Begins the pod that `manifest` describes, on the node that it names.
+    pub fn pod_of(&self, manifest: &serde_json::Value) -> Result<PodSpec<'_>> {
+        let name = manifest["spec"]["nodeName"].as_str().context("a Pod without nodeName")?;
+        let node =
+            self.nodes.iter().find(|node| node.name() == name).with_context(|| format!("no node {name}"))?;
+        PodSpec::of_manifest(self, node, manifest)
     }
 
     /// Writes a Service whose ready backends are `pods`.

@@ -11,7 +11,7 @@ use super::probe::{Outcome, Server, Via, probe};
 use super::space::{Running, Space, output_of};
 use super::{Lab, binary};
 
-/// The ports on which every pod answers, TCP and UDP.
+/// The ports on which every pod answers, TCP and UDP, besides those that it names.
 pub const PORTS: [u16; 4] = [80, 81, 8080, 9090];
 
 /// What a pod shall be; made by `Lab::pod`.
@@ -60,6 +60,24 @@ impl<'a> PodSpec<'a> {
         }
     }
 
+    pub(super) fn of_manifest(lab: &'a Lab, node: &'a Node, manifest: &Value) -> Result<Self> {
+        let metadata = &manifest["metadata"];
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let mut spec =
+            Self::new(lab, node, &format!("{}/{}", text(&metadata["namespace"]), text(&metadata["name"])));
+        for (name, value) in metadata["labels"].as_object().into_iter().flatten() {
+            spec = spec.label(name, &text(value));
+        }
+        let containers = manifest["spec"]["containers"].as_array().context("a Pod without containers")?;
+        for port in
+            containers.iter().flat_map(|container| container["ports"].as_array().into_iter().flatten())
+        {
+            let number = port["containerPort"].as_u64().context("a port without number")?;
+            spec = spec.port(&text(&port["name"]), u16::try_from(number)?);
+        }
+        Ok(spec)
+    }
+
     /// Adds a label.
     pub fn label(mut self, name: &str, value: &str) -> Self {
         self.labels.push((name.to_owned(), value.to_owned()));
@@ -84,7 +102,11 @@ impl<'a> PodSpec<'a> {
         let (space, plugin, container_id) = self.prepare()?;
         let result = self.add(&space, &plugin, &container_id)?;
         let addresses = addresses_of(&result)?;
-        let server = Server::start(&space, &self.name, &[Ipv6Addr::UNSPECIFIED.into()], &PORTS)?;
+        let mut ports: Vec<u16> =
+            PORTS.into_iter().chain(self.ports.iter().map(|(_, _, port)| *port)).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        let server = Server::start(&space, &self.name, &[Ipv6Addr::UNSPECIFIED.into()], &ports)?;
         let Self { namespace, name, node, .. } = self;
         Ok(Pod {
             namespace,

@@ -1,0 +1,222 @@
+//! ClusterIP services: at the socket, and per packet for pods that the hooks do not see.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::lab::{Lab, Pod, ServicePort, Setup, Traffic, Via, backend, socket_address, wait_for};
+use crate::require::require_lab;
+use crate::verdicts::{Expected, Row, expect_all};
+
+const ADDRESSES: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
+
+fn ports() -> [ServicePort; 3] {
+    [("web", "TCP", 1080, 80), ("admin", "TCP", 1081, 81), ("query", "UDP", 1080, 8080)]
+        .map(ServicePort::from)
+}
+
+struct Shop {
+    near: Pod,
+    far: Pod,
+    client: Pod,
+    /// Its sockets are outside the node's cgroup.
+    packets: Pod,
+    lab: Lab,
+}
+
+impl Shop {
+    fn start() -> Result<Self> {
+        let lab = Lab::start(Setup { nodes: 2, ..Setup::default() })?;
+        let near = lab.pod(1, "shop/near").label("app", "server").create()?;
+        let far = lab.pod(2, "shop/far").label("app", "server").create()?;
+        let client = lab.pod(1, "shop/client").create()?;
+        let packets = lab.pod(1, "shop/packets").outside_cgroup().create()?;
+        Ok(Self { near, far, client, packets, lab })
+    }
+
+    fn serve(&self, pods: &[&Pod]) -> Result<()> {
+        self.lab.service("shop/server", &ADDRESSES, &ports(), pods)
+    }
+
+    fn clients(&self) -> [&Pod; 2] {
+        [&self.client, &self.packets]
+    }
+}
+
+/// Every port of the service in both families.
+fn frontends() -> impl Iterator<Item = (Via, SocketAddr)> {
+    ADDRESSES.into_iter().flat_map(|address| {
+        [(Via::Tcp, 1080), (Via::Tcp, 1081), (Via::Udp, 1080)]
+            .map(|(via, port)| (via, socket_address(address, port)))
+    })
+}
+
+fn expect_everywhere(clients: &[&Pod], expected: Expected) -> Result<()> {
+    let rows: Vec<Row<'_>> = clients
+        .iter()
+        .flat_map(|client| frontends().map(move |(via, target)| Row::new(client, via, target, expected)))
+        .collect();
+    expect_all(&rows)
+}
+
+#[test]
+fn a_service_reaches_all_its_backends_on_all_its_ports() -> Result<()> {
+    require_lab!();
+    let shop = Shop::start()?;
+    shop.serve(&[&shop.near, &shop.far])?;
+    expect_everywhere(&shop.clients(), Expected::Answered)?;
+    for client in shop.clients() {
+        for (via, target) in frontends() {
+            let mut answered = BTreeSet::new();
+            wait_for(&format!("both backends of {target}"), || {
+                answered.extend(client.probe(via, target).answered_by().map(str::to_owned));
+                Ok(answered.len() == 2)
+            })?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn backends_see_the_client_itself() -> Result<()> {
+    require_lab!();
+    let shop = Shop::start()?;
+    shop.serve(&[&shop.near, &shop.far])?;
+    expect_everywhere(&shop.clients(), Expected::Answered)?;
+    for client in shop.clients() {
+        for (via, target) in frontends() {
+            let outcome = client.probe(via, target);
+            assert_eq!(outcome.seen_as(), Some(client.address(target.is_ipv4())), "{target}: {outcome}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn unready_backends_get_nothing() -> Result<()> {
+    require_lab!();
+    let shop = Shop::start()?;
+    let backends = [backend(&shop.near, true), backend(&shop.far, false)];
+    shop.lab.manifests().service(("shop", "server"), &ADDRESSES, &ports(), &backends)?;
+    expect_everywhere(&shop.clients(), Expected::Answered)?;
+    for client in shop.clients() {
+        for (via, target) in frontends() {
+            for _ in 0..8 {
+                assert_eq!(client.probe(via, target).answered_by(), Some("near"), "{target}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_service_without_backends_refuses_at_once() -> Result<()> {
+    require_lab!();
+    let shop = Shop::start()?;
+    shop.serve(&[])?;
+    expect_everywhere(&shop.clients(), Expected::Refused)?;
+    for client in shop.clients() {
+        for (via, target) in frontends() {
+            let began = Instant::now();
+            assert!(client.probe(via, target).is_refused(), "{target}");
+            assert!(began.elapsed() < Duration::from_millis(100), "{target}: {:?}", began.elapsed());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn ports_that_a_service_does_not_have_are_refused() -> Result<()> {
+    require_lab!();
+    let shop = Shop::start()?;
+    shop.serve(&[&shop.near])?;
+    let rows: Vec<Row<'_>> = shop
+        .clients()
+        .into_iter()
+        .flat_map(|client| {
+            ADDRESSES.into_iter().flat_map(move |address| {
+                [(Via::Tcp, 80), (Via::Udp, 1081)].map(|(via, port)| {
+                    Row::new(client, via, socket_address(address, port), Expected::Refused)
+                })
+            })
+        })
+        .collect();
+    expect_all(&rows)
+}
+
+#[test]
+fn a_pod_reaches_itself_through_its_service() -> Result<()> {
+    require_lab!();
+    let shop = Shop::start()?;
+    shop.serve(&[&shop.packets])?;
+    expect_everywhere(&[&shop.packets], Expected::Answered)?;
+    shop.serve(&[&shop.near])?;
+    expect_everywhere(&[&shop.near], Expected::Answered)
+}
+
+#[test]
+fn a_removed_backend_gets_no_new_connection_and_stale_udp_ends() -> Result<()> {
+    require_lab!();
+    let shop = Shop::start()?;
+    shop.serve(&[&shop.far])?;
+    expect_everywhere(&shop.clients(), Expected::Answered)?;
+    let udp = socket_address(ADDRESSES[0], 1080);
+    let streams =
+        shop.clients().map(|client| Traffic::tcp(client.space(), socket_address(ADDRESSES[1], 1080)));
+    let datagrams = shop.clients().map(|client| Traffic::udp(client.space(), udp));
+    for traffic in streams.iter().chain(&datagrams) {
+        traffic.wait_for_answers(20)?;
+    }
+    shop.serve(&[&shop.near])?;
+    for client in shop.clients() {
+        for (via, target) in frontends() {
+            wait_for(&format!("{target} to be served by the other backend"), || {
+                Ok((0..8).all(|_| client.probe(via, target).answered_by() == Some("near")))
+            })?;
+        }
+    }
+    // TCP that is established stays with its backend until that ends it.
+    for traffic in streams {
+        traffic.wait_for_answers(20)?;
+        traffic.stop()?;
+    }
+    for traffic in datagrams {
+        traffic.stop().map(drop).or_else(|error| {
+            // A destroyed socket reports it to its owner.
+            if error.to_string().contains("abort") { Ok(()) } else { Err(error) }
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn policy_judges_the_backend_and_not_the_service_address() -> Result<()> {
+    require_lab!();
+    let shop = Shop::start()?;
+    shop.serve(&[&shop.near, &shop.far])?;
+    expect_everywhere(&shop.clients(), Expected::Answered)?;
+    shop.lab.manifests().apply(
+        "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: egress, namespace: shop}
+spec:
+  podSelector: {}
+  policyTypes: [Egress]
+  egress: [{to: [{podSelector: {matchLabels: {app: server}}}], ports: [{port: 80}, {protocol: UDP, port: 8080}]}]
+",
+    )?;
+    let rows: Vec<Row<'_>> = shop
+        .clients()
+        .into_iter()
+        .flat_map(|client| {
+            frontends().map(move |(via, target)| {
+                let is_allowed = target.port() == 1080;
+                Row::new(client, via, target, if is_allowed { Expected::Answered } else { Expected::Denied })
+            })
+        })
+        .collect();
+    expect_all(&rows)
+}
