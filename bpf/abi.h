@@ -240,7 +240,8 @@ struct socket_origin {
 
 /*
  * connections: canonical tuple, the lower (addr, port) first as raw memory
- * compares; any fixed order does. ICMP echo: both ports are the identifier.
+ * compares; any fixed order does. ICMP echo: the asker's port is the identifier,
+ * the answerer's 0, so that a request from either side is a flow of its own.
  */
 struct connection_key {
 	struct addr addr[2];
@@ -256,7 +257,25 @@ enum connection_kind {
 	CONNECTION_SERVICE = 1, /* pod -> service address; service holds the chosen backend */
 };
 
-/* Index 0 of the arrays: sent by the initiator; 1: by the responder. */
+/* Where packets to an address go. */
+enum route {
+	ROUTE_NONE = 0,	    /* not known yet */
+	ROUTE_ENDPOINT = 1, /* a pod of this node */
+	ROUTE_NODE = 2,	    /* a pod of another node */
+	ROUTE_STACK = 3,    /* this node, other nodes, the world */
+	ROUTE_NOWHERE = 4,  /* in a pod CIDR, and nobody has it */
+};
+
+/* Bits that packets on their way between our programs carry in skb->mark. */
+enum packet_mark {
+	MARK_JUDGED = 0x57656900, /* "Wei": another program let it pass already */
+};
+
+/*
+ * Index 0 of the arrays: sent by the initiator; 1: by the responder.
+ * SERVICE: egress_epoch is the generation of backends that was in force when the
+ * backend was last found in it, identity[0] the service's id.
+ */
 struct connection {
 	__u64 last_seen_jiffies;
 	__u64 last_report_jiffies;
@@ -272,8 +291,10 @@ struct connection {
 	__be16 service_port;
 	__u16 flags;		/* enum connection_flags */
 	__u8 tcp_flags[2];	/* every flag seen, per side */
-	__u8 pad[6];
+	__u8 route[2];		/* enum route: to the initiator, to the responder */
+	__u8 pad[4];
 };
+_Static_assert(sizeof(struct connection) == 104, "connection");
 
 enum connection_flags {
 	CONNECTION_INITIATOR_HIGH = 1 << 0, /* addr[1] began */

@@ -51,6 +51,9 @@ struct exported_types {
 	enum service_flags service_flags;
 	enum connection_kind connection_kind;
 	enum connection_flags connection_flags;
+	enum route route;
+	enum packet_mark packet_mark;
+	enum ip_protocol ip_protocol;
 	enum abi_version abi_version;
 	enum metric_size metric_size;
 	enum endpoint_mac endpoint_mac;

@@ -43,6 +43,35 @@ enum {
 	BPF_F_NO_PREALLOC = 1,
 };
 
+/* Flags of helpers: include/uapi/linux/bpf.h. */
+enum {
+	BPF_F_RECOMPUTE_CSUM = 1 << 0,
+	BPF_F_HDR_FIELD_MASK = 0xf,
+	BPF_F_PSEUDO_HDR = 1 << 4,
+	BPF_F_MARK_MANGLED_0 = 1 << 5,
+	BPF_F_TUNINFO_IPV6 = 1 << 0,
+	BPF_F_ADJ_ROOM_FIXED_GSO = 1 << 0,
+	BPF_RB_NO_WAKEUP = 1 << 0,
+	BPF_FIB_LOOKUP_SKIP_NEIGH = 1 << 2,
+	BPF_FIB_LKUP_RET_SUCCESS = 0,
+};
+
+/* What a tc program answers, and skb->pkt_type. */
+enum {
+	TC_ACT_OK = 0,
+	TC_ACT_SHOT = 2,
+	TC_ACT_REDIRECT = 7,
+	PACKET_HOST = 0,
+};
+
+enum {
+	AF_INET = 2,
+	AF_INET6 = 10,
+	SOCK_STREAM = 1,
+	SOCK_DGRAM = 2,
+	ECONNREFUSED = 111,
+};
+
 /* What a tc program sees of a packet: include/uapi/linux/bpf.h, fixed for ever. */
 struct __sk_buff {
 	__u32 len;
@@ -81,3 +110,199 @@ struct __sk_buff {
 	__u8 pad[3];
 	__u64 hwtstamp;
 };
+
+/* Packet headers, as they stand on the wire; no bit fields. */
+struct ethhdr {
+	__u8 destination[6];
+	__u8 source[6];
+	__be16 protocol;
+} __attribute__((packed));
+
+struct iphdr {
+	__u8 version_length; /* version << 4 | header length in words */
+	__u8 tos;
+	__be16 total_length;
+	__be16 id;
+	__be16 fragment; /* flags and offset: enum ip_fragment */
+	__u8 ttl;
+	__u8 protocol;
+	__sum16 check;
+	__be32 source;
+	__be32 destination;
+};
+
+struct ipv6hdr {
+	__be32 version_class_label;
+	__be16 payload_length;
+	__u8 next_header;
+	__u8 hop_limit;
+	__be32 source[4];
+	__be32 destination[4];
+};
+
+struct tcphdr {
+	__be16 source;
+	__be16 destination;
+	__be32 sequence;
+	__be32 acknowledgment;
+	__u8 offset; /* header length in words << 4 */
+	__u8 flags;  /* enum tcp_flag */
+	__be16 window;
+	__sum16 check;
+	__be16 urgent;
+};
+
+struct udphdr {
+	__be16 source;
+	__be16 destination;
+	__be16 length;
+	__sum16 check;
+};
+
+/* ICMP and ICMPv6. */
+struct icmphdr {
+	__u8 type;
+	__u8 code;
+	__sum16 check;
+	__be16 id;
+	__be16 sequence;
+};
+
+struct arphdr {
+	__be16 hardware;
+	__be16 protocol;
+	__u8 hardware_length;
+	__u8 protocol_length;
+	__be16 operation;
+	__u8 sender_mac[6];
+	__u8 sender_ip[4];
+	__u8 target_mac[6];
+	__u8 target_ip[4];
+};
+
+enum ethernet_protocol {
+	ETH_P_IP = 0x0800,
+	ETH_P_ARP = 0x0806,
+	ETH_P_IPV6 = 0x86dd,
+};
+
+enum ip_protocol {
+	IPPROTO_HOPOPTS = 0,
+	IPPROTO_ICMP = 1,
+	IPPROTO_TCP = 6,
+	IPPROTO_UDP = 17,
+	IPPROTO_ROUTING = 43,
+	IPPROTO_FRAGMENT = 44,
+	IPPROTO_AH = 51,
+	IPPROTO_ICMPV6 = 58,
+	IPPROTO_NONE = 59,
+	IPPROTO_DSTOPTS = 60,
+	IPPROTO_SCTP = 132,
+	IPPROTO_MOBILITY = 135,
+};
+
+enum ip_fragment {
+	IP_MORE_FRAGMENTS = 0x2000,
+	IP_FRAGMENT_OFFSET = 0x1fff,
+};
+
+enum tcp_flag {
+	TCP_FIN = 0x01,
+	TCP_SYN = 0x02,
+	TCP_RST = 0x04,
+	TCP_PSH = 0x08,
+	TCP_ACK = 0x10,
+};
+
+enum icmp_type {
+	ICMP_ECHO_REPLY = 0,
+	ICMP_UNREACHABLE = 3,
+	ICMP_REDIRECT = 5,
+	ICMP_ECHO = 8,
+	ICMP_TIME_EXCEEDED = 11,
+	ICMP_PARAMETER_PROBLEM = 12,
+	ICMPV6_UNREACHABLE = 1,
+	ICMPV6_PACKET_TOO_BIG = 2,
+	ICMPV6_TIME_EXCEEDED = 3,
+	ICMPV6_PARAMETER_PROBLEM = 4,
+	ICMPV6_ECHO = 128,
+	ICMPV6_ECHO_REPLY = 129,
+	ICMPV6_MLD_QUERY = 130,
+	ICMPV6_MLD_REPORT = 131,
+	ICMPV6_MLD_DONE = 132,
+	ICMPV6_ROUTER_SOLICITATION = 133,
+	ICMPV6_ROUTER_ADVERTISEMENT = 134,
+	ICMPV6_NEIGHBOUR_SOLICITATION = 135,
+	ICMPV6_NEIGHBOUR_ADVERTISEMENT = 136,
+	ICMPV6_REDIRECT = 137,
+	ICMPV6_MLD2_REPORT = 143,
+};
+
+/* Arguments of helpers: include/uapi/linux/bpf.h. */
+struct bpf_tunnel_key {
+	__u32 tunnel_id;
+	union {
+		__u32 remote_ipv4;
+		__u32 remote_ipv6[4];
+	};
+	__u8 tunnel_tos;
+	__u8 tunnel_ttl;
+	__u16 tunnel_ext;
+	__u32 tunnel_label;
+	union {
+		__u32 local_ipv4;
+		__u32 local_ipv6[4];
+	};
+};
+
+struct bpf_fib_lookup {
+	__u8 family;
+	__u8 l4_protocol;
+	__be16 sport;
+	__be16 dport;
+	__u16 tot_len;
+	__u32 ifindex;
+	__be32 flowinfo; /* IPv4: tos in the first byte; out: metric */
+	__u32 source[4];
+	__u32 destination[4]; /* out: the next hop */
+	__be16 vlan_protocol;
+	__be16 vlan_tci;
+	__u8 source_mac[6];
+	__u8 destination_mac[6];
+};
+
+struct bpf_redir_neigh {
+	__u32 nh_family;
+	__u32 nexthop[4];
+};
+
+struct bpf_sock;
+
+struct bpf_sock_addr {
+	__u32 user_family;
+	__u32 user_ip4;
+	__u32 user_ip6[4];
+	__u32 user_port; /* network order in the low half */
+	__u32 family;
+	__u32 type;
+	__u32 protocol;
+	__u32 msg_src_ip4;
+	__u32 msg_src_ip6[4];
+	__u64 sk __attribute__((aligned(8)));
+};
+
+/* Contexts of iterators: internal, relocated at load. */
+struct bpf_iter_meta {
+	void *seq;
+	__u64 session_id;
+	__u64 seq_num;
+} __attribute__((preserve_access_index));
+
+struct bpf_map;
+
+struct bpf_iter__bpf_map_elem {
+	struct bpf_iter_meta *meta;
+	struct bpf_map *map;
+	void *key;
+	void *value;
+} __attribute__((preserve_access_index));

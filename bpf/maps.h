@@ -80,6 +80,14 @@ struct {
 	__type(value, struct socket_origin);
 } sockets SEC(".maps") __weak;
 
+/* Written by the programs: a connection under construction; never pinned, never read outside. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct connection);
+} scratch SEC(".maps") __weak;
+
 /* Written by the programs, deleted by collect_connections; evicts the oldest. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);

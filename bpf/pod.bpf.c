@@ -1,12 +1,98 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
-/* The links of pods. */
-#include "config.h"
-#include "maps.h"
+/*
+ * The host side of a pod's veth. from_pod sees what the pod sends: most packets
+ * belong to a flow whose verdict stands and leave by the first few lines.
+ * to_pod sees what the node's own stack sends to the pod; packets from other
+ * pods never come by here.
+ */
+#include "lib/flow.h"
+#include "lib/forward.h"
+#include "lib/neighbour.h"
+#include "lib/refuse.h"
+#include "lib/service.h"
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
+
+/*
+ * The pod's packet is of no flow under this name. Names the backend if it goes
+ * to a service: 1 if that flow is known, 0 if it must be judged, or a drop.
+ */
+__weak __noinline int from_pod_translate(struct __sk_buff *ctx,
+					 struct packet *packet)
+{
+	int ret;
+
+	if (!packet)
+		return -DROP_INVALID_PACKET;
+	/* Only nodes make tunnel packets. */
+	if (packet->protocol == IPPROTO_UDP &&
+	    packet->destination_port == bpf_htons(settings.tunnel_port) &&
+	    identity_is_node(&packet->destination))
+		return -DROP_ENCAPSULATION_PROHIBITED;
+
+	ret = service_translate(packet);
+	if (ret)
+		return ret;
+	return packet->flags & PACKET_HAS_SERVICE &&
+	       flow_established(ctx, packet);
+}
 
 SEC("tcx/ingress")
 int from_pod(struct __sk_buff *ctx)
 {
-	return settings.flow_events;
+	struct packet packet = { .direction = DIRECTION_EGRESS };
+	struct endpoint *endpoint;
+	int ret;
+
+	ret = packet_parse(ctx, &packet);
+	if (ret || packet.flags & PACKET_CONTROL)
+		return neighbour_from_pod(ctx, &packet, ret);
+
+	endpoint = endpoint_of_source(ctx, &packet);
+	if (!endpoint || !endpoint_has(endpoint, &packet.source, &packet))
+		return finish(ctx, &packet, -DROP_INVALID_SOURCE_IP);
+	if (ctx->vlan_present)
+		return finish(ctx, &packet, -DROP_UNSUPPORTED_L2);
+	if (!(endpoint->flags & ENDPOINT_READY))
+		return finish(ctx, &packet, -DROP_ENDPOINT_NOT_READY);
+	packet.flags |= PACKET_FROM_POD;
+
+	if (!flow_established(ctx, &packet)) {
+		ret = from_pod_translate(ctx, &packet);
+		if (!ret)
+			ret = flow_open(ctx, &packet);
+		if (ret < 0)
+			return refuse(ctx, &packet, ret);
+	}
+	return finish(ctx, &packet, forward(ctx, &packet));
+}
+
+SEC("tcx/egress")
+int to_pod(struct __sk_buff *ctx)
+{
+	struct packet packet = { .direction = DIRECTION_INGRESS };
+	struct endpoint *endpoint;
+	int ret;
+
+	/* from_pod's own answer to this pod. */
+	if (ctx->mark == MARK_JUDGED)
+		return TC_ACT_OK;
+	ret = packet_parse(ctx, &packet);
+	/* The node's own ARP and neighbour discovery. */
+	if (ret == -DROP_UNSUPPORTED_L3 || packet.flags & PACKET_CONTROL)
+		return TC_ACT_OK;
+	/* Only packets of the node's own stack have come from no device. */
+	if (!ctx->ingress_ifindex)
+		packet.flags |= PACKET_FROM_HOST;
+
+	if (!ret && !flow_established(ctx, &packet))
+		ret = flow_open(ctx, &packet);
+	if (ret)
+		return finish(ctx, &packet, ret);
+	endpoint = endpoint_by_id(packet.destination_endpoint);
+	if (!endpoint || endpoint->ifindex != ctx->ifindex)
+		return finish(ctx, &packet, -DROP_UNROUTABLE_IP);
+	if (packet.flags & (PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION))
+		ret = rewrite_apply(ctx, &packet);
+	return finish(ctx, &packet, ret ? ret : TC_ACT_OK);
 }

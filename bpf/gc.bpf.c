@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
+/*
+ * Collecting what has expired, in the kernel: an iterator looks again at the
+ * entry before it deletes it, so a flow that came back a moment ago stays; and
+ * it yields between batches. The agent only reads the iterators to their end.
+ */
+#include "lib/connection.h"
+
+char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
+
+/* A masqueraded packet's connection is a moment younger than its mapping's. */
+#define NAT_GRACE_SECONDS 5
+
+SEC("iter/bpf_map_elem")
+int collect_connections(struct bpf_iter__bpf_map_elem *ctx)
+{
+	struct connection *connection = ctx->value;
+	struct connection_key *key = ctx->key;
+	struct connection_key copy;
+	struct event *event;
+
+	if (!connection || !key)
+		return 0;
+	if (!connection_is_expired(connection, key->protocol, bpf_jiffies64()))
+		return 0;
+	copy = *key;
+	if (copy.kind == CONNECTION_FLOW && settings.flow_events) {
+		event = event_reserve();
+		if (event) {
+			event_from_connection(event, connection, &copy);
+			event->type = EVENT_FLOW_END;
+			event->ifindex = 0;
+			bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+		}
+	}
+	bpf_map_delete_elem(&connections, &copy);
+	return 0;
+}
+
+SEC("iter/bpf_map_elem")
+int collect_nat(struct bpf_iter__bpf_map_elem *ctx)
+{
+	struct packet flow __attribute__((aligned(8))) = {};
+	struct connection_key connection_key __attribute__((aligned(8)));
+	struct nat *entry = ctx->value;
+	struct nat_key *key = ctx->key;
+	struct nat_key copy;
+
+	if (!entry || !key)
+		return 0;
+	if (bpf_jiffies64() - entry->created_jiffies <
+	    seconds_to_jiffies(NAT_GRACE_SECONDS))
+		return 0;
+	copy = *key;
+	/* The pod's own view of the flow, whichever of the two entries this is. */
+	if (copy.direction == DIRECTION_EGRESS) {
+		flow.source = copy.local;
+		flow.source_port = copy.local_port;
+	} else {
+		flow.source = entry->addr;
+		flow.source_port = entry->port;
+	}
+	flow.destination = copy.remote;
+	flow.destination_port = copy.remote_port;
+	flow.protocol = copy.protocol;
+	connection_key_of(&flow, &connection_key);
+	if (!bpf_map_lookup_elem(&connections, &connection_key))
+		bpf_map_delete_elem(&nat, &copy);
+	return 0;
+}

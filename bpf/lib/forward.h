@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Where a packet goes once it may: a pod of this node, another node by tunnel
+ * or by route, or the node's own stack.
+ */
+#pragma once
+
+#include "endpoint.h"
+#include "rewrite.h"
+
+/*
+ * Into the pod's namespace at once. The frame keeps the MAC addresses it has
+ * and the packet its TTL: the kernel compares the destination MAC with the
+ * device's only when the frame is first received, and redirect_peer keeps the
+ * answer (pkt_type); so the fast path writes nothing.
+ */
+static __always_inline int forward_to_endpoint(const struct packet *packet)
+{
+	struct endpoint *endpoint = endpoint_by_id(packet->destination_endpoint);
+
+	if (!endpoint)
+		return -DROP_UNROUTABLE_IP;
+	return bpf_redirect_peer(endpoint->ifindex, 0);
+}
+
+static __always_inline int forward_set_tunnel_key(struct __sk_buff *ctx,
+						  const struct addr *node,
+						  __u32 identity)
+{
+	struct bpf_tunnel_key key = { .tunnel_id = identity, .tunnel_ttl = 64 };
+	__u64 flags = 0;
+
+	if (addr_is_ipv4(node)) {
+		key.remote_ipv4 = bpf_ntohl(node->w[3]);
+	} else {
+		__builtin_memcpy(key.remote_ipv6, node->w, 16);
+		flags = BPF_F_TUNINFO_IPV6;
+	}
+	return bpf_skb_set_tunnel_key(ctx, &key, sizeof(key), flags) ?
+		       -DROP_WRITE_ERROR : 0;
+}
+
+static __always_inline int forward_to_route(struct __sk_buff *ctx,
+					    const struct packet *packet)
+{
+	struct bpf_fib_lookup fib = { .ifindex = ctx->ifindex };
+	struct bpf_redir_neigh next = {};
+	bool is_ipv6 = packet->flags & PACKET_IPV6;
+	long ret;
+
+	if (is_ipv6) {
+		fib.family = AF_INET6;
+		__builtin_memcpy(fib.source, packet->source.w, 16);
+		__builtin_memcpy(fib.destination, packet->destination.w, 16);
+	} else {
+		fib.family = AF_INET;
+		fib.source[0] = packet->source.w[3];
+		fib.destination[0] = packet->destination.w[3];
+	}
+	ret = bpf_fib_lookup(ctx, &fib, sizeof(fib), BPF_FIB_LOOKUP_SKIP_NEIGH);
+	if (ret != BPF_FIB_LKUP_RET_SUCCESS)
+		return -DROP_FIB_LOOKUP_FAILED;
+	next.nh_family = fib.family;
+	__builtin_memcpy(next.nexthop, fib.destination, 16);
+	ctx->mark = MARK_JUDGED;
+	return bpf_redirect_neigh(fib.ifindex, &next, sizeof(next), 0);
+}
+
+/* To the node that has the pod. */
+__weak __noinline int forward_to_node(struct __sk_buff *ctx,
+				      struct packet *packet)
+{
+	struct endpoint *endpoint;
+	struct address *address;
+	int ret;
+
+	if (!packet)
+		return -DROP_UNROUTABLE_IP;
+	address = bpf_map_lookup_elem(&addresses, &packet->destination);
+	if (!address)
+		return -DROP_UNROUTABLE_IP;
+	if (!settings.tunnel_ifindex)
+		return forward_to_route(ctx, packet);
+	if (addr_is_zero(&address->node))
+		return -DROP_NO_TUNNEL_ENDPOINT;
+	endpoint = endpoint_by_id(packet->source_endpoint);
+	if (!endpoint)
+		return -DROP_INVALID_IDENTITY;
+	ret = forward_set_tunnel_key(ctx, &address->node, endpoint->identity);
+	if (ret)
+		return ret;
+	/* to_overlay has nothing to add. */
+	ctx->mark = MARK_JUDGED;
+	return bpf_redirect(settings.tunnel_ifindex, 0);
+}
+
+/* Of a packet that a pod has sent. */
+static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
+{
+	int ret;
+
+	if (packet->flags & (PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION)) {
+		ret = rewrite_apply(ctx, packet);
+		if (ret)
+			return ret;
+	}
+	switch (packet->route) {
+	case ROUTE_ENDPOINT:
+		return forward_to_endpoint(packet);
+	case ROUTE_NODE:
+		return forward_to_node(ctx, packet);
+	case ROUTE_STACK:
+		return TC_ACT_OK;
+	}
+	return -DROP_UNROUTABLE_IP;
+}

@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Addresses become identities in two steps (K6): the exact address in a hash,
+ * and only when nobody has it, the prefixes in a trie, which are slow.
+ */
+#pragma once
+
+#include "packet.h"
+
+/* What is known of an address. */
+struct peer {
+	__u32 identity;
+	__u16 endpoint; /* of this node's pod, else 0 */
+	__u16 flags;	/* enum address_flags; 0: from prefixes */
+	__u8 route;	/* enum route */
+};
+
+static __always_inline void identity_of_address(const struct address *address,
+						struct peer *peer)
+{
+	peer->identity = address->identity;
+	peer->endpoint = address->endpoint_id;
+	peer->flags = address->flags;
+	if (address->endpoint_id)
+		peer->route = ROUTE_ENDPOINT;
+	else if (address->flags & ADDRESS_LOCAL)
+		peer->route = ROUTE_STACK;
+	else if (address->flags & (ADDRESS_POD | ADDRESS_INTERNAL))
+		peer->route = ROUTE_NODE;
+	else
+		peer->route = ROUTE_STACK;
+}
+
+static __noinline void identity_of_prefix(const struct addr *addr,
+					  struct peer *peer)
+{
+	struct prefix_key key = { .prefix_length = 128, .addr = *addr };
+	struct prefix *prefix = bpf_map_lookup_elem(&prefixes, &key);
+
+	peer->identity = IDENTITY_WORLD;
+	peer->endpoint = 0;
+	peer->flags = 0;
+	peer->route = ROUTE_STACK;
+	if (!prefix)
+		return;
+	if (prefix->identity)
+		peer->identity = prefix->identity;
+	if (prefix->flags & PREFIX_POD_CIDR)
+		peer->route = ROUTE_NOWHERE;
+}
+
+static __always_inline void identity_resolve(const struct addr *addr,
+					     struct peer *peer)
+{
+	struct address *address = bpf_map_lookup_elem(&addresses, addr);
+
+	if (address)
+		identity_of_address(address, peer);
+	else
+		identity_of_prefix(addr, peer);
+}
+
+/* An address of one of the cluster's nodes. */
+static __always_inline bool identity_is_node(const struct addr *addr)
+{
+	struct address *address = bpf_map_lookup_elem(&addresses, addr);
+
+	return address && address->flags & (ADDRESS_NODE | ADDRESS_INTERNAL);
+}

@@ -1,0 +1,180 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * What a pod asks its link rather than the network: ARP and IPv6 neighbour
+ * discovery. Whoever it asks for, the answer is the host side of its veth. What
+ * would make a pod a router or tell others lies is dropped.
+ */
+#pragma once
+
+#include "endpoint.h"
+#include "event.h"
+#include "rewrite.h"
+
+/* 02:57:65:69:<id>: the MAC address of the host side. */
+static __always_inline void neighbour_mac(__u8 mac[6], __u16 id)
+{
+	mac[0] = ENDPOINT_MAC_0;
+	mac[1] = ENDPOINT_MAC_1;
+	mac[2] = ENDPOINT_MAC_2;
+	mac[3] = ENDPOINT_MAC_3;
+	mac[4] = id >> 8;
+	mac[5] = id;
+}
+
+static __always_inline int neighbour_reply(struct __sk_buff *ctx,
+					   const __u8 from[6], const __u8 to[6])
+{
+	if (bpf_skb_store_bytes(ctx, 0, to, 6, 0) ||
+	    bpf_skb_store_bytes(ctx, 6, from, 6, 0))
+		return -DROP_WRITE_ERROR;
+	ctx->mark = MARK_JUDGED;
+	return bpf_redirect(ctx->ifindex, 0);
+}
+
+static __always_inline int neighbour_answer_arp(struct __sk_buff *ctx)
+{
+	struct addr source = {};
+	struct address *address;
+	struct arphdr arp;
+	__be32 sender, target;
+	__u8 mac[6];
+
+	if (bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, &arp, sizeof(arp)) ||
+	    arp.operation != bpf_htons(1) || arp.protocol_length != 4)
+		return -DROP_UNSUPPORTED_L2;
+	__builtin_memcpy(&sender, arp.sender_ip, 4);
+	__builtin_memcpy(&target, arp.target_ip, 4);
+	addr_from_ipv4(&source, sender);
+	address = bpf_map_lookup_elem(&addresses, &source);
+	/* Gratuitous or somebody else's: nobody needs an answer. */
+	if (!address || !address->endpoint_id || sender == target)
+		return -DROP_UNSUPPORTED_L2;
+
+	neighbour_mac(mac, address->endpoint_id);
+	arp.operation = bpf_htons(2);
+	__builtin_memcpy(arp.target_mac, arp.sender_mac, 6);
+	__builtin_memcpy(arp.target_ip, &sender, 4);
+	__builtin_memcpy(arp.sender_mac, mac, 6);
+	__builtin_memcpy(arp.sender_ip, &target, 4);
+	if (bpf_skb_store_bytes(ctx, ETHERNET_LENGTH, &arp, sizeof(arp), 0))
+		return -DROP_WRITE_ERROR;
+	return neighbour_reply(ctx, mac, arp.target_mac);
+}
+
+struct neighbour_advertisement {
+	struct ipv6hdr ip;
+	__u8 type;
+	__u8 code;
+	__sum16 check;
+	__be32 flags;
+	__be32 target[4];
+	__u8 option;
+	__u8 option_length;
+	__u8 mac[6];
+};
+
+static __always_inline __sum16 checksum_fold(__s64 sum)
+{
+	__u32 folded = sum;
+
+	folded = (folded & 0xffff) + (folded >> 16);
+	folded = (folded & 0xffff) + (folded >> 16);
+	return ~folded;
+}
+
+/* Not where the source is ::, which asks whether the address is free. */
+static __always_inline int
+neighbour_answer_solicitation(struct __sk_buff *ctx, struct packet *packet)
+{
+	struct neighbour_advertisement answer = {};
+	struct endpoint *endpoint;
+	__be32 length = bpf_htonl(32 + IPPROTO_ICMPV6);
+	__be32 target[4];
+	__u16 id = 0;
+	__s64 sum;
+
+	if (bpf_skb_load_bytes(ctx, 6, answer.mac, 6) ||
+	    bpf_skb_load_bytes(ctx, packet->l4_offset + 8, target, 16))
+		return -DROP_FORBIDDEN_ICMPV6;
+	if (addr_is_zero(&packet->source))
+		return -DROP_FORBIDDEN_ICMPV6;
+	endpoint = endpoint_of_source(ctx, packet);
+	if (endpoint)
+		id = packet->source_endpoint;
+	else
+		return -DROP_FORBIDDEN_ICMPV6;
+	if (addr_equal(&endpoint->ipv6, (struct addr *)target))
+		return -DROP_FORBIDDEN_ICMPV6;
+	if (bpf_skb_change_tail(ctx, ETHERNET_LENGTH + sizeof(answer), 0))
+		return -DROP_WRITE_ERROR;
+
+	{
+		__u8 to[6], mac[6];
+
+		__builtin_memcpy(to, answer.mac, 6);
+		neighbour_mac(mac, id);
+		answer.ip.version_class_label = bpf_htonl(6U << 28);
+		answer.ip.payload_length = bpf_htons(32);
+		answer.ip.next_header = IPPROTO_ICMPV6;
+		answer.ip.hop_limit = 255;
+		__builtin_memcpy(answer.ip.source, target, 16);
+		__builtin_memcpy(answer.ip.destination, packet->source.w, 16);
+		answer.type = ICMPV6_NEIGHBOUR_ADVERTISEMENT;
+		/* Solicited, override. */
+		answer.flags = bpf_htonl(0x60000000);
+		__builtin_memcpy(answer.target, target, 16);
+		answer.option = 2;
+		answer.option_length = 1;
+		__builtin_memcpy(answer.mac, mac, 6);
+		sum = bpf_csum_diff(NULL, 0, answer.ip.source, 32, 0);
+		sum = bpf_csum_diff(NULL, 0, &length, 4, sum);
+		sum = bpf_csum_diff(NULL, 0, (void *)&answer.type, 32, sum);
+		answer.check = checksum_fold(sum);
+		if (bpf_skb_store_bytes(ctx, ETHERNET_LENGTH, &answer,
+					sizeof(answer), 0))
+			return -DROP_WRITE_ERROR;
+		return neighbour_reply(ctx, mac, to);
+	}
+}
+
+static __always_inline int neighbour_quiet(const struct packet *packet,
+					   __u32 reason)
+{
+	metric_count(reason, packet->direction, packet->bytes);
+	return TC_ACT_SHOT;
+}
+
+/* What parsing did not take for an ordinary packet. */
+__weak __noinline int neighbour_from_pod(struct __sk_buff *ctx,
+					 struct packet *packet, int reason)
+{
+	int ret;
+
+	if (!packet)
+		return TC_ACT_SHOT;
+	if (packet->flags & PACKET_CONTROL) {
+		switch (packet->icmp_type) {
+		case ICMPV6_NEIGHBOUR_SOLICITATION:
+			ret = neighbour_answer_solicitation(ctx, packet);
+			if (ret >= 0)
+				return finish(ctx, packet, ret);
+			return neighbour_quiet(packet, -ret);
+		case ICMPV6_ROUTER_ADVERTISEMENT:
+		case ICMPV6_REDIRECT:
+			break;
+		default:
+			/* Every pod's kernel asks for routers and groups. */
+			return neighbour_quiet(packet, DROP_FORBIDDEN_ICMPV6);
+		}
+		reason = -DROP_FORBIDDEN_ICMPV6;
+	}
+	if (ctx->protocol == bpf_htons(ETH_P_ARP)) {
+		ret = neighbour_answer_arp(ctx);
+		if (ret >= 0)
+			return finish(ctx, packet, ret);
+		return neighbour_quiet(packet, -ret);
+	}
+	if (packet->flags & PACKET_HAS_ADDRESSES)
+		endpoint_of_source(ctx, packet);
+	return finish(ctx, packet, reason);
+}

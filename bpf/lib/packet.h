@@ -1,0 +1,436 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * A packet, parsed once. The family is asked here and in rewrite.h, nowhere
+ * else. What nearly every packet is (TCP or UDP, no options, no fragment) is
+ * read in place; the rest goes through packet_parse_slow, which is verified
+ * once and copies what it reads. Nothing here writes to the packet: a direct
+ * write anywhere in a program makes the kernel copy the headers of every
+ * packet, since TCP's are shared with its queue.
+ */
+#pragma once
+
+#include "../config.h"
+#include "../maps.h"
+
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#define ETHERNET_LENGTH ((__u32)sizeof(struct ethhdr))
+
+/* Words of an address at once: no strict aliasing between them and w[]. */
+typedef __u64 __attribute__((may_alias)) addr_words;
+
+enum packet_flags {
+	PACKET_IPV6 = 1 << 0,
+	PACKET_HAS_ADDRESSES = 1 << 1, /* parsing came that far */
+	PACKET_FRAGMENT = 1 << 2,      /* the first one of several */
+	PACKET_LATER_FRAGMENT = 1 << 3, /* no header of layer 4 in it */
+	PACKET_ICMP_ERROR = 1 << 4,    /* ports are 0; see icmp.h */
+	PACKET_CONTROL = 1 << 5,       /* neighbour discovery and MLD */
+	PACKET_FROM_HOST = 1 << 6,     /* sent by this node's own stack */
+	PACKET_FROM_POD = 1 << 7,      /* source and source_endpoint are checked */
+	PACKET_FROM_OVERLAY = 1 << 8,
+	PACKET_REPLY = 1 << 9,	       /* sent by the flow's responder */
+	PACKET_HAS_SERVICE = 1 << 10,  /* service and service_port are set */
+	PACKET_AT_SOCKET = 1 << 11,    /* translated by the socket hook */
+	PACKET_LOOPBACK = 1 << 12,     /* a pod to itself through its service */
+	PACKET_NEW_SOURCE = 1 << 13,   /* source differs from what is in the frame */
+	PACKET_NEW_DESTINATION = 1 << 14,
+	PACKET_RELATED = 1 << 15,      /* an ICMP error of a known connection */
+};
+
+struct packet {
+	struct addr source;
+	struct addr destination;
+	struct addr service; /* the address that the sender used */
+	__u32 source_identity;
+	__u32 destination_identity;
+	__u32 rule_id;
+	__u32 bytes;
+	__be16 source_port;
+	__be16 destination_port;
+	__be16 service_port;
+	__u16 source_endpoint;
+	__u16 destination_endpoint;
+	__u16 l4_offset;
+	__u16 flags; /* enum packet_flags */
+	__u8 protocol;
+	__u8 tcp_flags;
+	__u8 icmp_type;
+	__u8 icmp_code;
+	__u8 direction;
+	__u8 route; /* enum route, of the destination */
+	__u8 pad[2];
+} __attribute__((aligned(8)));
+
+static __always_inline bool addr_equal(const struct addr *a,
+				       const struct addr *b)
+{
+	const addr_words *x = (const void *)a, *y = (const void *)b;
+
+	return x[0] == y[0] && x[1] == y[1];
+}
+
+static __always_inline bool addr_is_zero(const struct addr *a)
+{
+	const addr_words *x = (const void *)a;
+
+	return !(x[0] | x[1]);
+}
+
+static __always_inline void addr_copy(struct addr *to, const struct addr *from)
+{
+	addr_words *x = (void *)to;
+	const addr_words *y = (const void *)from;
+
+	x[0] = y[0];
+	x[1] = y[1];
+}
+
+static __always_inline void addr_from_ipv4(struct addr *addr, __be32 ipv4)
+{
+	addr->w[0] = 0;
+	addr->w[1] = 0;
+	addr->w[2] = bpf_htonl(0xffff);
+	addr->w[3] = ipv4;
+}
+
+static __always_inline void addr_from_ipv6(struct addr *addr,
+					   const __be32 *ipv6)
+{
+	addr->w[0] = ipv6[0];
+	addr->w[1] = ipv6[1];
+	addr->w[2] = ipv6[2];
+	addr->w[3] = ipv6[3];
+}
+
+static __always_inline bool addr_is_ipv4(const struct addr *addr)
+{
+	return !addr->w[0] && !addr->w[1] && addr->w[2] == bpf_htonl(0xffff);
+}
+
+/* Ports of the first fragment serve those that follow it. */
+static __always_inline int packet_track_fragment(struct packet *packet,
+						 __u32 id)
+{
+	struct fragment_key key = {
+		.source = packet->source,
+		.destination = packet->destination,
+		.id = id,
+		.protocol = packet->protocol,
+	};
+	struct fragment *known, ports = {
+		.source_port = packet->source_port,
+		.destination_port = packet->destination_port,
+	};
+
+	if (packet->flags & PACKET_FRAGMENT)
+		return bpf_map_update_elem(&fragments, &key, &ports, BPF_ANY) ?
+			       -DROP_FRAGMENT_NOT_FOUND : 0;
+
+	known = bpf_map_lookup_elem(&fragments, &key);
+	if (!known)
+		return -DROP_FRAGMENT_NOT_FOUND;
+	packet->source_port = known->source_port;
+	packet->destination_port = known->destination_port;
+	return 0;
+}
+
+/*
+ * ICMP echo has one identifier and two roles: the asker's port is the
+ * identifier, the answerer's 0. So a request from either side is a flow of its
+ * own, and nobody gets a ping through as the answer to one that he received.
+ */
+static __always_inline int packet_parse_icmp(struct __sk_buff *ctx,
+					     struct packet *packet)
+{
+	struct icmphdr icmp;
+
+	if (bpf_skb_load_bytes(ctx, packet->l4_offset, &icmp, sizeof(icmp)))
+		return -DROP_INVALID_PACKET;
+	packet->icmp_type = icmp.type;
+	packet->icmp_code = icmp.code;
+
+	if (packet->protocol == IPPROTO_ICMP) {
+		switch (icmp.type) {
+		case ICMP_ECHO:
+			packet->source_port = icmp.id;
+			return 0;
+		case ICMP_ECHO_REPLY:
+			packet->destination_port = icmp.id;
+			return 0;
+		case ICMP_UNREACHABLE:
+		case ICMP_TIME_EXCEEDED:
+		case ICMP_PARAMETER_PROBLEM:
+			packet->flags |= PACKET_ICMP_ERROR;
+			return 0;
+		case ICMP_REDIRECT:
+			return -DROP_UNSUPPORTED_ICMP;
+		}
+		return 0;
+	}
+	if (icmp.type == ICMPV6_ECHO)
+		packet->source_port = icmp.id;
+	else if (icmp.type == ICMPV6_ECHO_REPLY)
+		packet->destination_port = icmp.id;
+	else if (icmp.type < ICMPV6_ECHO)
+		packet->flags |= PACKET_ICMP_ERROR;
+	else if ((icmp.type >= ICMPV6_MLD_QUERY &&
+		  icmp.type <= ICMPV6_REDIRECT) ||
+		 icmp.type == ICMPV6_MLD2_REPORT)
+		packet->flags |= PACKET_CONTROL;
+	return 0;
+}
+
+/* A function of its own, so that the verifier does not follow it once for each
+ * way there. */
+__weak __noinline int packet_parse_l4(struct __sk_buff *ctx,
+				      struct packet *packet)
+{
+	struct tcphdr tcp;
+
+	if (!packet)
+		return -DROP_INVALID_PACKET;
+	switch (packet->protocol) {
+	case IPPROTO_TCP:
+		if (bpf_skb_load_bytes(ctx, packet->l4_offset, &tcp,
+				       sizeof(tcp)))
+			return -DROP_INVALID_PACKET;
+		packet->source_port = tcp.source;
+		packet->destination_port = tcp.destination;
+		packet->tcp_flags = tcp.flags;
+		return 0;
+	case IPPROTO_UDP:
+	case IPPROTO_SCTP:
+		if (bpf_skb_load_bytes(ctx, packet->l4_offset, &tcp,
+				       sizeof(struct udphdr)))
+			return -DROP_INVALID_PACKET;
+		packet->source_port = tcp.source;
+		packet->destination_port = tcp.destination;
+		return 0;
+	case IPPROTO_ICMP:
+		/* A family's ICMP over the other one is nobody's packet. */
+		if (packet->flags & PACKET_IPV6)
+			return -DROP_UNKNOWN_L4;
+		return packet_parse_icmp(ctx, packet);
+	case IPPROTO_ICMPV6:
+		if (!(packet->flags & PACKET_IPV6))
+			return -DROP_UNKNOWN_L4;
+		return packet_parse_icmp(ctx, packet);
+	}
+	/* The rest has no ports: only rules for any port can match. */
+	return 0;
+}
+
+/* IPv4 options: loose and strict source routes are refused. */
+__weak __noinline int packet_check_options(struct __sk_buff *ctx, __u32 length)
+{
+	__u32 offset = ETHERNET_LENGTH + sizeof(struct iphdr);
+	__u32 end = ETHERNET_LENGTH + length;
+	__u8 option[2];
+
+	for (int i = 0; i < 20; i++) {
+		if (offset >= end)
+			return 0;
+		if (bpf_skb_load_bytes(ctx, offset, option, 2))
+			return -DROP_INVALID_PACKET;
+		if (option[0] == 0)
+			return 0;
+		if (option[0] == 1) {
+			offset++;
+			continue;
+		}
+		/* 131 and 137: the sender would choose the way. */
+		if (option[0] == 131 || option[0] == 137 || option[1] < 2)
+			return -DROP_INVALID_PACKET;
+		offset += option[1];
+	}
+	return -DROP_INVALID_PACKET;
+}
+
+static __always_inline int packet_parse_ipv4(struct __sk_buff *ctx,
+					     struct packet *packet)
+{
+	struct iphdr ip;
+	__u32 length;
+	__u16 fragment;
+	int ret;
+
+	if (bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, &ip, sizeof(ip)))
+		return -DROP_INVALID_PACKET;
+	length = (ip.version_length & 15) * 4;
+	if (ip.version_length >> 4 != 4 || length < sizeof(ip))
+		return -DROP_INVALID_PACKET;
+
+	addr_from_ipv4(&packet->source, ip.source);
+	addr_from_ipv4(&packet->destination, ip.destination);
+	packet->protocol = ip.protocol;
+	packet->flags |= PACKET_HAS_ADDRESSES;
+	packet->l4_offset = ETHERNET_LENGTH + length;
+	if (bpf_ntohs(ip.total_length) < length ||
+	    bpf_ntohs(ip.total_length) + ETHERNET_LENGTH > ctx->len)
+		return -DROP_INVALID_PACKET;
+	if (length > sizeof(ip)) {
+		ret = packet_check_options(ctx, length);
+		if (ret)
+			return ret;
+	}
+
+	fragment = bpf_ntohs(ip.fragment);
+	if (fragment & IP_FRAGMENT_OFFSET) {
+		/* RFC 1858: would overwrite ports or flags of the first one. */
+		if ((fragment & IP_FRAGMENT_OFFSET) * 8 < sizeof(struct tcphdr))
+			return -DROP_FRAGMENT_UNSUPPORTED;
+		packet->flags |= PACKET_LATER_FRAGMENT;
+		return packet_track_fragment(packet, ip.id);
+	}
+	ret = packet_parse_l4(ctx, packet);
+	if (ret || !(fragment & IP_MORE_FRAGMENTS))
+		return ret;
+	packet->flags |= PACKET_FRAGMENT;
+	return packet_track_fragment(packet, ip.id);
+}
+
+/* At most six extension headers, RFC 8200's order not enforced. */
+static __always_inline int packet_parse_ipv6(struct __sk_buff *ctx,
+					     struct packet *packet)
+{
+	struct {
+		__u8 next_header;
+		__u8 length;
+		__be16 fragment; /* of a routing header: type, segments left */
+		__be32 id;
+	} extension;
+	__u32 offset = ETHERNET_LENGTH + sizeof(struct ipv6hdr);
+	__u32 id = 0;
+	struct ipv6hdr ip;
+	__u8 next;
+	int ret;
+
+	if (bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, &ip, sizeof(ip)))
+		return -DROP_INVALID_PACKET;
+	if ((bpf_ntohl(ip.version_class_label) >> 28) != 6)
+		return -DROP_INVALID_PACKET;
+
+	addr_from_ipv6(&packet->source, ip.source);
+	addr_from_ipv6(&packet->destination, ip.destination);
+	packet->flags |= PACKET_HAS_ADDRESSES | PACKET_IPV6;
+	/* ::ffff:a.b.c.d on the wire would be taken for the IPv4 address. */
+	if (addr_is_ipv4(&packet->source) || addr_is_ipv4(&packet->destination))
+		return -DROP_INVALID_PACKET;
+	if (bpf_ntohs(ip.payload_length) + offset > ctx->len)
+		return -DROP_INVALID_PACKET;
+
+	next = ip.next_header;
+	for (int i = 0; i <= 6; i++) {
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING &&
+		    next != IPPROTO_DSTOPTS && next != IPPROTO_FRAGMENT) {
+			packet->protocol = next;
+			packet->l4_offset = offset;
+			goto l4;
+		}
+		if (i == 6 ||
+		    bpf_skb_load_bytes(ctx, offset, &extension, 8))
+			return -DROP_INVALID_EXTENSION_HEADER;
+		/* RFC 5095: type 0 sends a packet to and fro. */
+		if (next == IPPROTO_ROUTING &&
+		    !(extension.fragment & bpf_htons(0xff00)))
+			return -DROP_INVALID_EXTENSION_HEADER;
+		if (next == IPPROTO_FRAGMENT) {
+			if (packet->flags &
+			    (PACKET_FRAGMENT | PACKET_LATER_FRAGMENT))
+				return -DROP_INVALID_EXTENSION_HEADER;
+			id = extension.id;
+			if (extension.fragment & bpf_htons(0xfff8)) {
+				packet->flags |= PACKET_LATER_FRAGMENT;
+				packet->protocol = extension.next_header;
+				return packet_track_fragment(packet, id);
+			}
+			if (extension.fragment & bpf_htons(1))
+				packet->flags |= PACKET_FRAGMENT;
+			offset += 8;
+		} else {
+			offset += 8 + extension.length * 8;
+		}
+		next = extension.next_header;
+	}
+l4:
+	ret = packet_parse_l4(ctx, packet);
+	if (ret || !(packet->flags & PACKET_FRAGMENT))
+		return ret;
+	return packet_track_fragment(packet, id);
+}
+
+__weak __noinline int packet_parse_slow(struct __sk_buff *ctx,
+					struct packet *packet)
+{
+	if (!packet)
+		return -DROP_INVALID_PACKET;
+	packet->source_port = 0;
+	packet->destination_port = 0;
+	switch (bpf_ntohs(ctx->protocol)) {
+	case ETH_P_IP:
+		return packet_parse_ipv4(ctx, packet);
+	case ETH_P_IPV6:
+		return packet_parse_ipv6(ctx, packet);
+	}
+	return -DROP_UNSUPPORTED_L3;
+}
+
+/* Fills what the frame says; 0 or a drop. The caller has zeroed `packet`. */
+static __always_inline int packet_parse(struct __sk_buff *ctx,
+					struct packet *packet)
+{
+	void *data = (void *)(long)ctx->data;
+	void *end = (void *)(long)ctx->data_end;
+	struct ethhdr *ethernet = data;
+	struct tcphdr *l4;
+
+	packet->bytes = ctx->len;
+	if ((void *)(ethernet + 1) > end)
+		return packet_parse_slow(ctx, packet);
+
+	if (ethernet->protocol == bpf_htons(ETH_P_IP)) {
+		struct iphdr *ip = (void *)(ethernet + 1);
+
+		if ((void *)ip + sizeof(*ip) + sizeof(struct udphdr) > end ||
+		    ip->version_length != 0x45 ||
+		    ip->fragment &
+			    bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET))
+			return packet_parse_slow(ctx, packet);
+		addr_from_ipv4(&packet->source, ip->source);
+		addr_from_ipv4(&packet->destination, ip->destination);
+		packet->protocol = ip->protocol;
+		packet->flags |= PACKET_HAS_ADDRESSES;
+		l4 = (void *)(ip + 1);
+	} else if (ethernet->protocol == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6hdr *ip = (void *)(ethernet + 1);
+
+		if ((void *)ip + sizeof(*ip) + sizeof(struct udphdr) > end ||
+		    (ip->version_class_label & bpf_htonl(0xf0000000)) !=
+			    bpf_htonl(0x60000000))
+			return packet_parse_slow(ctx, packet);
+		addr_from_ipv6(&packet->source, ip->source);
+		addr_from_ipv6(&packet->destination, ip->destination);
+		if (addr_is_ipv4(&packet->source) ||
+		    addr_is_ipv4(&packet->destination))
+			return packet_parse_slow(ctx, packet);
+		packet->protocol = ip->next_header;
+		packet->flags |= PACKET_HAS_ADDRESSES | PACKET_IPV6;
+		l4 = (void *)(ip + 1);
+	} else {
+		return packet_parse_slow(ctx, packet);
+	}
+
+	if (packet->protocol == IPPROTO_TCP) {
+		if ((void *)(l4 + 1) > end)
+			return packet_parse_slow(ctx, packet);
+		packet->tcp_flags = l4->flags;
+	} else if (packet->protocol != IPPROTO_UDP) {
+		return packet_parse_slow(ctx, packet);
+	}
+	packet->source_port = l4->source;
+	packet->destination_port = l4->destination;
+	packet->l4_offset = (void *)l4 - data;
+	return 0;
+}

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Policy by peer class (K4): one hash lookup makes the remote identity a class,
+ * one trie lookup makes class, protocol and port a verdict. Tiers, precedence
+ * and ranges were decided when the rows were compiled.
+ */
+#pragma once
+
+#include "endpoint.h"
+
+/* 0 or a drop; the port is the responder's, network order. */
+static __always_inline int policy_check(const struct endpoint *endpoint,
+					__u32 direction, __u32 identity,
+					const struct packet *packet,
+					__u32 *rule_id)
+{
+	__u32 policy = *(const volatile __u32 *)&endpoint->policy;
+	__u32 enforced = direction == DIRECTION_EGRESS ?
+				 POLICY_ENFORCE_EGRESS : POLICY_ENFORCE_INGRESS;
+	struct policy_peer_key peer_key = {
+		.policy_id = policy & POLICY_ID_MASK,
+		.identity = identity,
+		.direction = direction,
+	};
+	struct policy_rule_key rule_key = {
+		.prefix_length = POLICY_RULE_PREFIX_PORT,
+		.policy_id = bpf_htonl(policy & POLICY_ID_MASK),
+		.direction = direction,
+		.protocol = packet->protocol,
+		.port = packet->flags & PACKET_REPLY ? packet->source_port :
+						       packet->destination_port,
+	};
+	struct policy_peer *peer;
+	struct policy_rule *rule;
+
+	*rule_id = 0;
+	if (!(policy & enforced))
+		return 0;
+	/* An ICMP identifier is no port: only rules for any port match it. */
+	if (packet->protocol == IPPROTO_ICMP ||
+	    packet->protocol == IPPROTO_ICMPV6)
+		rule_key.port = 0;
+	peer = bpf_map_lookup_elem(&policy_peers, &peer_key);
+	if (peer)
+		rule_key.class = bpf_htonl(peer->class);
+	rule = bpf_map_lookup_elem(&policy_rules, &rule_key);
+	if (!rule)
+		return -DROP_POLICY_DENIED;
+	*rule_id = rule->rule_id;
+	return rule->verdict == POLICY_ALLOW ? 0 : -DROP_POLICY_DENY_RULE;
+}

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
+/*
+ * The node's own devices. from_network gives pods what is theirs: answers to
+ * masqueraded packets, and with native routing whatever is addressed to them;
+ * everything else is the stack's. to_network masquerades what pods send out of
+ * the cluster.
+ */
+#include "lib/flow.h"
+#include "lib/forward.h"
+#include "lib/nat.h"
+
+char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
+
+/* 1: a pod's, go on; 0: the stack's; or a drop. */
+static __always_inline int network_is_for_pod(struct __sk_buff *ctx,
+					      struct packet *packet)
+{
+	struct address *address;
+
+	if (addr_equal(&packet->destination, nat_node_addr(packet)))
+		return nat_restore(ctx, packet);
+	address = bpf_map_lookup_elem(&addresses, &packet->destination);
+	return address && address->endpoint_id;
+}
+
+SEC("tcx/ingress")
+int from_network(struct __sk_buff *ctx)
+{
+	struct packet packet = { .direction = DIRECTION_INGRESS };
+	int parsed, ret;
+
+	parsed = packet_parse(ctx, &packet);
+	if (!(packet.flags & PACKET_HAS_ADDRESSES) ||
+	    packet.flags & PACKET_CONTROL)
+		return TC_ACT_OK;
+	ret = network_is_for_pod(ctx, &packet);
+	if (!ret)
+		return TC_ACT_OK;
+	if (ret > 0)
+		ret = parsed;
+	if (!ret && !flow_established(ctx, &packet))
+		ret = flow_open(ctx, &packet);
+	if (ret)
+		return finish(ctx, &packet, ret);
+	if (packet.route != ROUTE_ENDPOINT)
+		return finish(ctx, &packet, -DROP_UNROUTABLE_IP);
+	return finish(ctx, &packet, forward(ctx, &packet));
+}
+
+/* True if what a pod sends there must bear the node's address. */
+static __always_inline int network_must_masquerade(struct packet *packet)
+{
+	struct peer to = {};
+
+	if (!(packet->flags & PACKET_IPV6 ? settings.masquerade_ipv6 :
+					    settings.masquerade_ipv4))
+		return 0;
+	identity_resolve(&packet->destination, &to);
+	if (to.route == ROUTE_NOWHERE)
+		return -DROP_UNROUTABLE_IP;
+	if (to.flags & (ADDRESS_POD | ADDRESS_INTERNAL))
+		return 0;
+	/* With native routing nodes know the way to pods. */
+	return settings.tunnel_ifindex || !(to.flags & ADDRESS_NODE);
+}
+
+SEC("tcx/egress")
+int to_network(struct __sk_buff *ctx)
+{
+	struct packet packet = { .direction = DIRECTION_EGRESS };
+	struct address *address;
+	int parsed, ret;
+
+	if (ctx->mark == MARK_JUDGED)
+		return TC_ACT_OK;
+	parsed = packet_parse(ctx, &packet);
+	if (!(packet.flags & PACKET_HAS_ADDRESSES) ||
+	    addr_equal(&packet.source, nat_node_addr(&packet)))
+		return TC_ACT_OK;
+	address = bpf_map_lookup_elem(&addresses, &packet.source);
+	if (!address || !address->endpoint_id)
+		return TC_ACT_OK;
+	packet.source_endpoint = address->endpoint_id;
+	packet.source_identity = address->identity;
+	ret = parsed ? parsed : network_must_masquerade(&packet);
+	if (ret > 0)
+		ret = nat_masquerade(ctx, &packet);
+	return finish(ctx, &packet, ret < 0 ? ret : TC_ACT_OK);
+}

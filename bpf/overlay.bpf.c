@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
+/*
+ * The VXLAN device, which carries the sender's identity in the VNI. from_overlay
+ * takes packets of other nodes' pods to ours; to_overlay sends what the node's
+ * own stack has for pods of other nodes.
+ */
+#include "lib/flow.h"
+#include "lib/forward.h"
+
+char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
+
+/* Who sent the outer packet, and whom he speaks for: 0 or a drop. */
+static __always_inline int overlay_check_sender(struct __sk_buff *ctx,
+						struct packet *packet)
+{
+	struct bpf_tunnel_key key = {};
+	struct address *address;
+	struct addr node = {};
+
+	if (!bpf_skb_get_tunnel_key(ctx, &key, sizeof(key), 0)) {
+		addr_from_ipv4(&node, bpf_htonl(key.remote_ipv4));
+	} else if (!bpf_skb_get_tunnel_key(ctx, &key, sizeof(key),
+					   BPF_F_TUNINFO_IPV6)) {
+		__builtin_memcpy(node.w, key.remote_ipv6, 16);
+	} else {
+		return -DROP_UNKNOWN_SENDER;
+	}
+	address = bpf_map_lookup_elem(&addresses, &node);
+	if (!address || !(address->flags & ADDRESS_NODE) ||
+	    address->flags & ADDRESS_LOCAL)
+		return -DROP_UNKNOWN_SENDER;
+
+	if (!key.tunnel_id)
+		return -DROP_INVALID_VNI;
+	/* Another node's host is not ours. */
+	if (key.tunnel_id == IDENTITY_HOST)
+		key.tunnel_id = IDENTITY_REMOTE_NODE;
+	if (key.tunnel_id > IDENTITY_LAST_CLUSTER ||
+	    (key.tunnel_id > IDENTITY_INGRESS &&
+	     key.tunnel_id < IDENTITY_FIRST_CLUSTER))
+		return -DROP_INVALID_IDENTITY;
+	packet->source_identity = key.tunnel_id;
+	return 0;
+}
+
+SEC("tcx/ingress")
+int from_overlay(struct __sk_buff *ctx)
+{
+	struct packet packet = {
+		.direction = DIRECTION_INGRESS,
+		.flags = PACKET_FROM_OVERLAY,
+	};
+	int ret;
+
+	ret = packet_parse(ctx, &packet);
+	if (!ret)
+		ret = overlay_check_sender(ctx, &packet);
+	if (!ret && packet.flags & PACKET_CONTROL)
+		ret = -DROP_FORBIDDEN_ICMPV6;
+	if (!ret && !flow_established(ctx, &packet))
+		ret = flow_open(ctx, &packet);
+	if (ret)
+		return finish(ctx, &packet, ret);
+
+	/* The inner frame is addressed to nobody here. */
+	if (bpf_skb_change_type(ctx, PACKET_HOST))
+		return finish(ctx, &packet, -DROP_WRITE_ERROR);
+	if (packet.route == ROUTE_NODE)
+		return finish(ctx, &packet, -DROP_UNROUTABLE_IP);
+	return finish(ctx, &packet, forward(ctx, &packet));
+}
+
+SEC("tcx/egress")
+int to_overlay(struct __sk_buff *ctx)
+{
+	struct packet packet = { .direction = DIRECTION_EGRESS };
+	struct address *address;
+	int ret;
+
+	/* from_pod has set the tunnel key. */
+	if (ctx->mark == MARK_JUDGED) {
+		ctx->mark = 0;
+		return TC_ACT_OK;
+	}
+	packet_parse(ctx, &packet);
+	if (!(packet.flags & PACKET_HAS_ADDRESSES))
+		return finish(ctx, &packet, -DROP_UNSUPPORTED_L3);
+	address = bpf_map_lookup_elem(&addresses, &packet.destination);
+	if (!address || addr_is_zero(&address->node))
+		return finish(ctx, &packet, -DROP_NO_TUNNEL_ENDPOINT);
+	ret = forward_set_tunnel_key(ctx, &address->node, IDENTITY_REMOTE_NODE);
+	return finish(ctx, &packet, ret ? ret : TC_ACT_OK);
+}
