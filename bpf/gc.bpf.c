@@ -2,7 +2,8 @@
 /*
  * Collecting what has expired, in the kernel: an iterator looks again at the
  * entry before it deletes it, so a flow that came back a moment ago stays; and
- * it yields between batches. The agent only reads the iterators to their end.
+ * it yields between batches. The agent only reads the iterators to their end:
+ * one byte for each entry that was deleted.
  */
 #include "lib/connection.h"
 
@@ -10,6 +11,13 @@ char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
 
 /* A masqueraded packet's connection is a moment younger than its mapping's. */
 #define NAT_GRACE_SECONDS 5
+
+static __always_inline void count_deleted(struct bpf_iter__bpf_map_elem *ctx)
+{
+	__u8 mark = 1;
+
+	bpf_seq_write(ctx->meta->seq, &mark, sizeof(mark));
+}
 
 SEC("iter/bpf_map_elem")
 int collect_connections(struct bpf_iter__bpf_map_elem *ctx)
@@ -33,7 +41,8 @@ int collect_connections(struct bpf_iter__bpf_map_elem *ctx)
 			bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 		}
 	}
-	bpf_map_delete_elem(&connections, &copy);
+	if (!bpf_map_delete_elem(&connections, &copy))
+		count_deleted(ctx);
 	return 0;
 }
 
@@ -64,7 +73,8 @@ int collect_nat(struct bpf_iter__bpf_map_elem *ctx)
 	flow.destination_port = copy.remote_port;
 	flow.protocol = copy.protocol;
 	connection_key_of(&flow, &connection_key);
-	if (!bpf_map_lookup_elem(&connections, &connection_key))
-		bpf_map_delete_elem(&nat, &copy);
+	if (!bpf_map_lookup_elem(&connections, &connection_key) &&
+	    !bpf_map_delete_elem(&nat, &copy))
+		count_deleted(ctx);
 	return 0;
 }
