@@ -12,6 +12,7 @@
 //! API server, directory <── publish <── Publisher
 //! ```
 
+mod api;
 mod convert;
 pub mod crd;
 mod document;
@@ -19,6 +20,7 @@ mod health;
 mod manifests;
 mod publish;
 mod sink;
+mod watched;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -112,7 +114,7 @@ pub enum Source {
 /// Keeps `tables` equal to what the source says. Never returns.
 pub async fn run(source: Source, tables: Arc<Tables>, health: Arc<Health>) {
     match source {
-        Source::Kubernetes(..) => std::future::pending().await,
+        Source::Kubernetes(client, node) => api::run(client, &node, tables, health).await,
         Source::Manifests(directory) => manifests::run(directory, tables, health).await,
     }
 }

@@ -77,6 +77,24 @@ impl Sink {
         };
     }
 
+    /// The object as it last was, where it makes a row.
+    pub fn get(&self, id: &ObjectId) -> Option<Object> {
+        let (tables, key) = (&self.tables, &id.key);
+        match id.kind {
+            Kind::Namespace => tables.namespaces.get(&key.name).map(Object::Namespace),
+            Kind::Pod => tables.pods.get(key).map(Object::Pod),
+            Kind::Node => tables.nodes.get(&key.name).map(Object::Node),
+            Kind::Service => tables.services.get(key).map(Object::Service),
+            Kind::EndpointSlice => tables.slices.get(key).map(Object::EndpointSlice),
+            Kind::NetworkPolicy => tables.policies.get(key).map(Object::NetworkPolicy),
+            Kind::Identity => {
+                let number = key.name.parse().map(IdentityId).ok()?;
+                tables.identities.get(&number).map(|labels| Object::Identity(number, labels))
+            }
+            Kind::NodeEndpoints => self.parts.get(&key.name).cloned().map(Object::NodeEndpoints),
+        }
+    }
+
     /// Inserts or replaces an object's row.
     pub fn apply(&mut self, id: &ObjectId, object: Object) {
         let (tables, key) = (&self.tables, id.key.clone());

@@ -9,8 +9,15 @@ use crate::model::{EndpointSlice, ObjectKey, Service, ServicePort, SliceBackend}
 /// The label of a slice that names its Service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
-/// `None` for a Service that has no addresses by its type.
+/// Labels of a Service that something else looks after, whatever their values.
+const NOT_OURS: [&str; 2] = ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"];
+
+/// `None` for a Service that has no addresses by its type, or that is not ours to serve.
 pub fn service(id: &ObjectId, document: &Field) -> Result<Option<Service>> {
+    let labels = document.get("metadata")?.get("labels")?.strings()?;
+    if NOT_OURS.iter().any(|label| labels.contains_key(*label)) {
+        return Ok(None);
+    }
     let spec = document.get("spec")?;
     let kind = spec.get("type")?;
     match kind.string()? {

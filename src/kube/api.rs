@@ -1,0 +1,345 @@
+//! The Kubernetes API as a source: one watch per kind.
+//!
+//! A watch begins with a full list, streamed where the server does that and in pages
+//! where it does not; both are consistent reads, so that an agent that restarts never
+//! sees a past that it has left behind. Only a complete list resets a table. After that
+//! the watch goes on from the last version seen, over any number of broken connections,
+//! until the server has forgotten that version: then it lists again, with every row
+//! standing until the new list is there.
+//!
+//! (`kube::runtime::watcher` streams its first list from the server's cache, however old,
+//! tells nobody that it is connected again, and asks again at once when a stream ends at once.)
+
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt};
+use kube::api::{Api, ListParams, WatchEvent, WatchParams};
+use kube::core::watch::Bookmark;
+use kube::{Client, ResourceExt};
+use thiserror::Error;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, info, warn};
+
+use super::Tables;
+use super::convert::{Converted, FieldError, Object, ObjectId};
+use super::health::{Health, Report};
+use super::sink::Sink;
+use super::watched::{Watchable, Watched};
+use crate::model::{
+    EndpointSlice, IdentityLabels, Namespace, NetworkPolicy, Node, NodeEndpoints, Pod, Service,
+};
+
+/// Objects in one page of a list: as much text as is in memory at a time.
+const PAGE: u32 = 250;
+/// The server ends a watch after this long, and less by chance, so that not all nodes come back at once.
+const WATCH_SECONDS: u32 = 290;
+/// Servers send a bookmark every minute; a connection that is silent for longer is dead.
+const SILENCE_MAX: Duration = Duration::from_secs(150);
+/// A server that streams a list begins within this time; one that does not know how stays silent.
+const LIST_SILENCE_MAX: Duration = Duration::from_secs(30);
+/// Delays between attempts, doubled each time.
+const DELAY_MIN: Duration = Duration::from_millis(200);
+const DELAY_MAX: Duration = Duration::from_secs(30);
+/// So many refusals to go on from a version mean that the version is wrong.
+const REFUSALS_MAX: u32 = 3;
+
+/// Keeps `tables` equal to what the API server says. Never returns.
+pub async fn run(client: Client, node: &str, tables: Arc<Tables>, health: Arc<Health>) {
+    let own_pods = format!("spec.nodeName={node}");
+    futures::join!(
+        Watch::<Namespace>::new(&client, None, &tables, &health).run(),
+        Watch::<Pod>::new(&client, Some(own_pods), &tables, &health).run(),
+        Watch::<Node>::new(&client, None, &tables, &health).run(),
+        Watch::<Service>::new(&client, None, &tables, &health).run(),
+        Watch::<EndpointSlice>::new(&client, None, &tables, &health).run(),
+        Watch::<NetworkPolicy>::new(&client, None, &tables, &health).run(),
+        Watch::<IdentityLabels>::new(&client, None, &tables, &health).run(),
+        Watch::<NodeEndpoints>::new(&client, None, &tables, &health).run(),
+    );
+}
+
+/// Why a watch has to be started again.
+#[derive(Debug, Error)]
+enum Interruption {
+    #[error("the server has forgotten the version to go on from")]
+    Expired,
+    #[error("the server does not stream lists")]
+    NoStreaming,
+    #[error("the connection was silent for too long")]
+    Silent,
+    #[error("the watch ended at once")]
+    EndedAtOnce,
+    #[error("the list has no version")]
+    NoVersion,
+    #[error(transparent)]
+    Api(#[from] kube::Error),
+}
+
+impl Interruption {
+    /// The server answered, and the answer was no.
+    fn is_refusal(&self) -> bool {
+        matches!(self, Self::Api(kube::Error::Api(_)))
+    }
+}
+
+impl From<kube::core::Status> for Interruption {
+    fn from(status: kube::core::Status) -> Self {
+        match status.code {
+            410 => Self::Expired,
+            _ => Self::Api(kube::Error::Api(Box::new(status))),
+        }
+    }
+}
+
+struct Watch<M> {
+    api: Api<Watched<M>>,
+    fields: Option<String>,
+    /// Where to go on; `None`: with a full list.
+    version: Option<String>,
+    does_stream: bool,
+    sink: Sink,
+    health: Arc<Health>,
+    /// What is wrong with objects.
+    reports: BTreeMap<ObjectId, Vec<FieldError>>,
+}
+
+impl<M: Watchable> Watch<M> {
+    fn new(client: &Client, fields: Option<String>, tables: &Arc<Tables>, health: &Arc<Health>) -> Self {
+        Self {
+            api: Api::all(client.clone()),
+            fields,
+            version: None,
+            does_stream: true,
+            sink: Sink::new(tables.clone()),
+            health: health.clone(),
+            reports: BTreeMap::new(),
+        }
+    }
+
+    async fn run(mut self) {
+        let mut delay = DELAY_MIN;
+        let mut refusals = 0;
+        let mut said = String::new();
+        loop {
+            let before = self.version.clone();
+            let started = Instant::now();
+            let ended = match self.session().await {
+                Ok(()) if self.version == before && started.elapsed() < Duration::from_secs(1) => {
+                    Err(Interruption::EndedAtOnce)
+                }
+                other => other,
+            };
+            if self.version.is_some() && self.version != before {
+                (delay, refusals) = (DELAY_MIN, 0);
+                said.clear();
+            }
+            let Err(error) = ended else { continue };
+            self.health.record_error(M::KIND);
+            match error {
+                Interruption::NoStreaming => {
+                    info!(kind = %M::KIND, "this server does not stream lists; listing in pages");
+                    self.does_stream = false;
+                    continue;
+                }
+                Interruption::Expired => self.version = None,
+                _ if error.is_refusal() => refusals += 1,
+                _ => {}
+            }
+            if refusals >= REFUSALS_MAX {
+                self.version = None;
+            }
+            // Once per outage; what the server last said stands.
+            let text = format!("{:#}", anyhow::Error::new(error));
+            if said == text {
+                debug!(kind = %M::KIND, error = text, "watching the API again");
+            } else {
+                warn!(kind = %M::KIND, error = text, "watching the API is interrupted");
+                said = text;
+            }
+            sleep(jittered(delay)).await;
+            delay = (delay * 2).min(DELAY_MAX);
+        }
+    }
+
+    /// One connection: a full list where there is no version to go on from, then changes
+    /// until the server ends the watch.
+    async fn session(&mut self) -> Result<(), Interruption> {
+        if self.version.is_none() && !self.does_stream {
+            self.list().await?;
+        }
+        let mut listed = self.version.is_none().then(Vec::new);
+        let stream = match &self.version {
+            Some(version) => self.api.watch(&self.parameters(), version).await,
+            None => self.api.watch(&self.parameters().initial_events(), "").await,
+        };
+        let mut stream = Box::pin(stream.map_err(|error| self.refused(error))?);
+        self.health.record(M::KIND, |health| health.is_connected = true);
+        while let Some(event) = next(&mut stream, listed.is_some()).await? {
+            match event? {
+                WatchEvent::Added(object) | WatchEvent::Modified(object) => match &mut listed {
+                    Some(listed) => listed.push(object),
+                    None => self.apply(object),
+                },
+                WatchEvent::Deleted(object) => match &mut listed {
+                    Some(listed) => listed.retain(|other| other.id != object.id),
+                    None => self.delete(object),
+                },
+                WatchEvent::Bookmark(bookmark) => self.bookmark(bookmark, &mut listed),
+                WatchEvent::Error(status) => return Err((*status).into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn parameters(&self) -> WatchParams {
+        let spread = random() % 60;
+        let parameters = WatchParams::default().timeout(WATCH_SECONDS - spread as u32);
+        match &self.fields {
+            Some(fields) => parameters.fields(fields),
+            None => parameters,
+        }
+    }
+
+    /// What it means that the server refused to start a watch.
+    fn refused(&self, error: kube::Error) -> Interruption {
+        match error {
+            kube::Error::Api(status) if self.version.is_none() && matches!(status.code, 400 | 422) => {
+                Interruption::NoStreaming
+            }
+            kube::Error::Api(status) => (*status).into(),
+            error => error.into(),
+        }
+    }
+
+    /// A full list in pages, all of one version.
+    async fn list(&mut self) -> Result<(), Interruption> {
+        let mut parameters = ListParams::default().limit(PAGE);
+        parameters.field_selector = self.fields.clone();
+        let mut listed = Vec::new();
+        loop {
+            let page = match self.api.list(&parameters).await {
+                Ok(page) => page,
+                Err(kube::Error::Api(status)) => return Err((*status).into()),
+                Err(error) => return Err(error.into()),
+            };
+            listed.extend(page.items);
+            parameters.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
+            if parameters.continue_token.is_none() {
+                let version = page.metadata.resource_version.filter(|version| !version.is_empty());
+                self.version = Some(version.ok_or(Interruption::NoVersion)?);
+                self.reset(listed);
+                return Ok(());
+            }
+        }
+    }
+
+    fn bookmark(&mut self, bookmark: Bookmark, listed: &mut Option<Vec<Watched<M>>>) {
+        let is_end = bookmark.metadata.annotations.contains_key("k8s.io/initial-events-end");
+        match listed.take_if(|_| is_end) {
+            Some(all) => self.reset(all),
+            // Versions before the end of the list are not ones to go on from.
+            None if listed.is_some() => return,
+            None => {}
+        }
+        self.version = Some(bookmark.metadata.resource_version);
+    }
+
+    fn reset(&mut self, listed: Vec<Watched<M>>) {
+        self.reports.clear();
+        let mut all = Vec::with_capacity(listed.len());
+        for object in listed {
+            let Some((id, object)) = self.accept(object) else { continue };
+            all.extend(object.map(|object| (id, object)));
+        }
+        debug!(kind = %M::KIND, count = all.len(), "listed");
+        self.sink.reset(M::KIND, all);
+        self.show_reports();
+        self.health.record_event(M::KIND);
+        self.health.record(M::KIND, |health| health.is_synced = true);
+    }
+
+    fn apply(&mut self, object: Watched<M>) {
+        self.version = object.resource_version().or(self.version.take());
+        let had_report = object.id.as_ref().is_ok_and(|id| self.reports.contains_key(id));
+        if let Some((id, object)) = self.accept(object) {
+            match object {
+                Some(object) => self.sink.apply(&id, object),
+                None => self.sink.delete(&id),
+            }
+            if had_report || self.reports.contains_key(&id) {
+                self.show_reports();
+            }
+        }
+        self.health.record_event(M::KIND);
+    }
+
+    fn delete(&mut self, object: Watched<M>) {
+        self.version = object.resource_version().or(self.version.take());
+        if let Ok(id) = object.id {
+            self.sink.delete(&id);
+            if self.reports.remove(&id).is_some() {
+                self.show_reports();
+            }
+        }
+        self.health.record_event(M::KIND);
+    }
+
+    /// The object's row, or the last good one where it is broken; `None` in the pair for
+    /// an object that makes no row. Notes what is wrong with it.
+    fn accept(&mut self, object: Watched<M>) -> Option<(ObjectId, Option<Object>)> {
+        let id = object
+            .id
+            .inspect_err(|error| warn!(kind = %M::KIND, %error, "an object has no valid name"))
+            .ok()?;
+        self.reports.remove(&id);
+        let object = match object.outcome {
+            Ok(Converted { object, warnings }) => {
+                if !warnings.is_empty() {
+                    self.reports.insert(id.clone(), warnings);
+                }
+                object
+            }
+            Err(error) => {
+                self.reports.insert(id.clone(), vec![error]);
+                self.sink.get(&id)
+            }
+        };
+        Some((id, object))
+    }
+
+    fn show_reports(&self) {
+        let report = |id: &ObjectId, error: &FieldError| Report {
+            source: "kubernetes".to_owned(),
+            document: None,
+            line: None,
+            object: Some(id.to_string()),
+            reason: error.to_string(),
+        };
+        let reports = self.reports.iter();
+        let reports = reports.flat_map(|(id, errors)| errors.iter().map(move |error| report(id, error)));
+        self.health.replace(&format!("kubernetes {}", M::KIND), reports.collect());
+    }
+}
+
+/// The next event; `None` when the server ended the watch.
+async fn next<S: Stream + Unpin>(stream: &mut S, is_listing: bool) -> Result<Option<S::Item>, Interruption> {
+    let (limit, silent) = match is_listing {
+        true => (LIST_SILENCE_MAX, Interruption::NoStreaming),
+        false => (SILENCE_MAX, Interruption::Silent),
+    };
+    timeout(limit, stream.next()).await.map_err(|_| silent)
+}
+
+/// Half to all of `delay`.
+fn jittered(delay: Duration) -> Duration {
+    let half = delay / 2;
+    half + Duration::from_nanos(random() % (half.as_nanos() as u64).max(1))
+}
+
+/// Good enough to spread load; keyed by the system's randomness.
+fn random() -> u64 {
+    RandomState::new().hash_one(0)
+}
