@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use notify::event::{AccessKind, AccessMode, EventKind};
 use notify::{RecursiveMode, Watcher};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::Tables;
 use super::convert::{Converted, FieldError, Kind, Object, ObjectId};
@@ -72,17 +72,14 @@ fn watch(mut state: Directory, signals: &Sender<Signal>, received: &Receiver<Sig
     let mut watcher = None;
     let mut changed = None;
     loop {
-        if watcher.is_none() {
-            watcher = subscribe(&state.path, signals.clone())
-                .inspect_err(
-                    |error| warn!(error = %format!("{error:#}"), "watching the directory of manifests"),
-                )
-                .ok();
+        // A directory that was replaced is another one, which nobody watches yet.
+        let inode = fs::metadata(&state.path).map(|metadata| metadata.ino()).ok();
+        if watcher.as_ref().is_none_or(|(watched, _)| Some(*watched) != inode) {
+            watcher = inode.and_then(|inode| Some((inode, subscribe(&state.path, signals.clone())?)));
+            changed = None;
         }
-        if state.scan(changed.as_ref()).is_err() {
-            // The directory may be another one when it is back.
-            watcher = None;
-        }
+        // An error is reported already, and the next look may find the directory again.
+        let _ = state.scan(changed.as_ref());
         match next_changes(received) {
             Some(next) => changed = next,
             None => return,
@@ -114,7 +111,9 @@ fn next_changes(received: &Receiver<Signal>) -> Option<Option<BTreeSet<OsString>
     Some((!is_full).then_some(names))
 }
 
-fn subscribe(directory: &Path, signals: Sender<Signal>) -> Result<impl Watcher + use<>> {
+/// Signals changes of the directory for as long as the watcher lives; without one the
+/// full looks have to do.
+fn subscribe(directory: &Path, signals: Sender<Signal>) -> Option<impl Watcher + use<>> {
     let on_event = move |event: notify::Result<notify::Event>| {
         let names = match event {
             Ok(event) if event.need_rescan() => None,
@@ -129,11 +128,13 @@ fn subscribe(directory: &Path, signals: Sender<Signal>) -> Result<impl Watcher +
         };
         let _ = signals.send(Signal::Changed(names));
     };
-    let mut watcher = notify::recommended_watcher(on_event).context("starting inotify")?;
+    let watcher = notify::recommended_watcher(on_event).and_then(|mut watcher| {
+        watcher.watch(directory, RecursiveMode::NonRecursive)?;
+        Ok(watcher)
+    });
     watcher
-        .watch(directory, RecursiveMode::NonRecursive)
-        .with_context(|| format!("watching {}", directory.display()))?;
-    Ok(watcher)
+        .inspect_err(|error| warn!(%error, "watching the directory of manifests; looking every few seconds"))
+        .ok()
 }
 
 /// `None` where a name says nothing about which file changed: mounted ConfigMaps swap
@@ -180,6 +181,7 @@ struct Directory {
     owners: BTreeMap<ObjectId, BTreeSet<OsString>>,
     is_synced: bool,
     unknown_kinds: HashSet<String>,
+    files_read: u64,
 }
 
 impl Directory {
@@ -192,6 +194,7 @@ impl Directory {
             owners: BTreeMap::new(),
             is_synced: false,
             unknown_kinds: HashSet::new(),
+            files_read: 0,
         }
     }
 
@@ -244,6 +247,7 @@ impl Directory {
         if known == Some(stamp) && !is_named {
             return;
         }
+        self.files_read += 1;
         match read(&path, metadata.size()) {
             Ok(documents) => self.take(name, stamp, documents, touched),
             Err(error) => self.keep(name, Some(stamp), format!("{error:#}; its objects stay as they were")),
@@ -361,6 +365,7 @@ impl Directory {
         Kind::ALL.iter().for_each(|kind| self.health.record(*kind, |health| health.is_connected = true));
         if !touched.is_empty() {
             self.report_conflicts();
+            debug!(objects = touched.len(), files_read = self.files_read, "manifests read");
         }
     }
 
@@ -412,3 +417,6 @@ fn read(path: &Path, size: u64) -> Result<Vec<Document>> {
     }
     document::read(text.trim_start_matches('\u{feff}')).context("is refused")
 }
+
+#[cfg(test)]
+mod tests;

@@ -324,3 +324,6 @@ fn to_yaml<T: Serialize>(objects: impl IntoIterator<Item = T>) -> Result<String>
     }
     Ok(text)
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,6 +10,8 @@ mod own;
 mod pod;
 mod policy;
 mod service;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,0 +1,590 @@
+//! Documents to whole values, and broken documents to the words that say why.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::*;
+use crate::model::{
+    NamedPort, Peer, PolicyRule, PortMatch, PortSelector, Protocol, PublishedEndpoint, Requirement, Selector,
+    ServicePort, SliceBackend,
+};
+
+fn value(yaml: &str) -> Value {
+    serde_yaml::from_str(yaml).expect("the test's YAML is well formed")
+}
+
+fn converted(kind: Kind, yaml: &str) -> Result<Converted> {
+    let document = value(yaml);
+    let id = identify(kind, &Field::root(&document, true))?;
+    convert(&id, &document, true)
+}
+
+fn object(kind: Kind, yaml: &str) -> Object {
+    let converted = converted(kind, yaml).unwrap_or_else(|error| panic!("{error} in {yaml}"));
+    assert_eq!(converted.warnings, []);
+    converted.object.expect("the object makes a row")
+}
+
+fn error(kind: Kind, yaml: &str) -> String {
+    match converted(kind, yaml) {
+        Ok(converted) => format!("accepted: {converted:?}"),
+        Err(error) => error.to_string(),
+    }
+}
+
+fn labels(pairs: &[(&str, &str)]) -> Labels {
+    pairs.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
+}
+
+fn strings(values: &[&str]) -> BTreeSet<String> {
+    values.iter().map(ToString::to_string).collect()
+}
+
+fn is(key: &str, value: &str) -> Requirement {
+    Requirement::In(key.to_owned(), strings(&[value]))
+}
+
+fn select(requirements: &[Requirement]) -> Selector {
+    Selector { requirements: requirements.to_vec() }
+}
+
+fn port(name: &str, protocol: Protocol, port: u16) -> ServicePort {
+    ServicePort { name: name.to_owned(), protocol, port }
+}
+
+fn policy(spec: &str) -> NetworkPolicy {
+    match object(Kind::NetworkPolicy, &format!("{{metadata: {{name: p, namespace: shop}}, spec: {spec}}}")) {
+        Object::NetworkPolicy(policy) => Arc::unwrap_or_clone(policy),
+        other => panic!("{other:?} is no policy"),
+    }
+}
+
+fn policy_error(spec: &str) -> String {
+    error(Kind::NetworkPolicy, &format!("{{metadata: {{name: p, namespace: shop}}, spec: {spec}}}"))
+}
+
+/// The peers and ports of the only ingress rule.
+fn ingress(rule: &str) -> PolicyRule {
+    let rules =
+        policy(&format!("{{podSelector: {{}}, ingress: [{rule}]}}")).ingress.expect("ingress is enforced");
+    <[PolicyRule; 1]>::try_from(rules).map(|[rule]| rule).expect("one rule is given")
+}
+
+#[test]
+fn policy_types_default_to_ingress_and_to_egress_with_rules() {
+    let policy_with = |ingress, egress| NetworkPolicy {
+        key: ObjectKey::new("shop", "p"),
+        pod_selector: Selector::default(),
+        ingress,
+        egress,
+    };
+    let all = || Some(vec![PolicyRule { peers: None, ports: None }]);
+    let nothing = || Some(vec![]);
+    for (spec, expected) in [
+        ("{}", policy_with(nothing(), None)),
+        ("{podSelector: {}}", policy_with(nothing(), None)),
+        ("{podSelector: null, policyTypes: []}", policy_with(nothing(), None)),
+        ("{policyTypes: [Egress]}", policy_with(None, nothing())),
+        ("{policyTypes: [Ingress, Egress]}", policy_with(nothing(), nothing())),
+        ("{ingress: [{}]}", policy_with(all(), None)),
+        ("{ingress: [{from: [], ports: []}]}", policy_with(all(), None)),
+        ("{ingress: [{from: null}], egress: [{to: []}]}", policy_with(all(), all())),
+        ("{egress: []}", policy_with(nothing(), None)),
+        ("{policyTypes: [Ingress], egress: [{}]}", policy_with(nothing(), None)),
+        ("{policyTypes: [Egress], ingress: [{}]}", policy_with(None, nothing())),
+    ] {
+        assert_eq!(policy(spec), expected, "{spec}");
+    }
+}
+
+#[test]
+fn selectors_have_all_four_operators() {
+    let spec = "{podSelector: {matchLabels: {app: web, tier: front}, matchExpressions: [
+        {key: zone, operator: In, values: [b, a]}, {key: role, operator: NotIn, values: [admin]},
+        {key: x.io/seen, operator: Exists}, {key: gone, operator: DoesNotExist, values: []}]}}";
+    let expected = select(&[
+        is("app", "web"),
+        is("tier", "front"),
+        Requirement::In("zone".to_owned(), strings(&["a", "b"])),
+        Requirement::NotIn("role".to_owned(), strings(&["admin"])),
+        Requirement::Exists("x.io/seen".to_owned()),
+        Requirement::DoesNotExist("gone".to_owned()),
+    ]);
+    assert_eq!(policy(spec).pod_selector, expected);
+}
+
+#[test]
+fn peers_tell_absent_selectors_from_empty_ones() {
+    let pods = |namespaces: Option<&[Requirement]>, pods: &[Requirement]| Peer::Pods {
+        namespaces: namespaces.map(select),
+        pods: select(pods),
+    };
+    for (peer, expected) in [
+        ("{podSelector: {}}", pods(None, &[])),
+        ("{podSelector: {matchLabels: {a: b}}}", pods(None, &[is("a", "b")])),
+        ("{namespaceSelector: {}}", pods(Some(&[]), &[])),
+        ("{namespaceSelector: {matchLabels: {n: m}}, podSelector: null}", pods(Some(&[is("n", "m")]), &[])),
+        (
+            "{namespaceSelector: {matchLabels: {n: m}}, podSelector: {matchLabels: {a: b}}}",
+            pods(Some(&[is("n", "m")]), &[is("a", "b")]),
+        ),
+    ] {
+        assert_eq!(ingress(&format!("{{from: [{peer}]}}")).peers, Some(vec![expected]), "{peer}");
+    }
+}
+
+#[test]
+fn blocks_are_canonical() {
+    let block = |cidr: &str, except: &[&str]| {
+        let net = |text: &str| text.parse().expect("the test's CIDR is well formed");
+        Peer::Block { cidr: net(cidr), except: except.iter().map(|text| net(text)).collect() }
+    };
+    for (given, expected) in [
+        ("{cidr: 10.0.0.0/8}", block("10.0.0.0/8", &[])),
+        (
+            "{cidr: 10.1.2.3/8, except: [10.1.2.3/16, 10.9.9.9/32]}",
+            block("10.0.0.0/8", &["10.1.0.0/16", "10.9.9.9/32"]),
+        ),
+        ("{cidr: '::/0', except: ['2001:db8::/32']}", block("::/0", &["2001:db8::/32"])),
+        ("{cidr: '::ffff:10.0.0.0/104'}", block("10.0.0.0/8", &[])),
+    ] {
+        assert_eq!(
+            ingress(&format!("{{from: [{{ipBlock: {given}}}]}}")).peers,
+            Some(vec![expected]),
+            "{given}"
+        );
+    }
+}
+
+#[test]
+fn ports_are_numbers_names_ranges_or_all() {
+    let port = |protocol, port| PortMatch { protocol, port };
+    for (given, expected) in [
+        ("{}", port(Protocol::Tcp, PortSelector::Any)),
+        ("{protocol: SCTP}", port(Protocol::Sctp, PortSelector::Any)),
+        ("{port: 80}", port(Protocol::Tcp, PortSelector::Range(80, 80))),
+        ("{port: 8000, endPort: 8000, protocol: UDP}", port(Protocol::Udp, PortSelector::Range(8000, 8000))),
+        ("{port: 1, endPort: 65535}", port(Protocol::Tcp, PortSelector::Range(1, 65535))),
+        ("{port: http-alt}", port(Protocol::Tcp, PortSelector::Named("http-alt".to_owned()))),
+    ] {
+        assert_eq!(ingress(&format!("{{ports: [{given}]}}")).ports, Some(vec![expected]), "{given}");
+    }
+}
+
+#[test]
+fn a_broken_policy_says_where_and_what_is_allowed() {
+    for (spec, expected) in [
+        ("[]", "spec: is a list, must be an object"),
+        (
+            "{podselector: {}}",
+            "spec.podselector: unknown field; known are podSelector, policyTypes, ingress, egress",
+        ),
+        ("{policyTypes: [ingress]}", "spec.policyTypes[0]: \"ingress\" is not Ingress or Egress"),
+        ("{ingress: {}}", "spec.ingress: is an object, must be a list"),
+        ("{ingress: [{to: []}]}", "spec.ingress[0].to: unknown field; known are from, ports"),
+        ("{ingress: [7]}", "spec.ingress[0]: is a number, must be an object"),
+        (
+            "{ingress: [{from: [{podSelector: {}}, {}]}]}",
+            "spec.ingress[0].from[1]: is empty; one of podSelector, namespaceSelector and ipBlock is required",
+        ),
+        (
+            "{ingress: [{from: [null]}]}",
+            "spec.ingress[0].from[0]: is empty; one of podSelector, namespaceSelector and ipBlock is required",
+        ),
+        (
+            "{ingress: [{from: [{podSelector: {}, ipBlock: {cidr: 10.0.0.0/8}}]}]}",
+            "spec.ingress[0].from[0]: has ipBlock and a selector; a peer is either addresses or pods",
+        ),
+        ("{ingress: [{from: [{ipBlock: {}}]}]}", "spec.ingress[0].from[0].ipBlock.cidr: is required"),
+        (
+            "{ingress: [{from: [{podSelector: {}}, {ipBlock: {cidr: 10.0.0.0/33}}]}]}",
+            "spec.ingress[0].from[1].ipBlock.cidr: \"10.0.0.0/33\" is not a CIDR such as 10.0.0.0/8 or 2001:db8::/32",
+        ),
+        (
+            "{egress: [{to: [{ipBlock: {cidr: 10.0.0.0}}]}]}",
+            "spec.egress[0].to[0].ipBlock.cidr: \"10.0.0.0\" is not a CIDR such as 10.0.0.0/8 or 2001:db8::/32",
+        ),
+        (
+            "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [11.0.0.0/16]}}]}]}",
+            "spec.ingress[0].from[0].ipBlock.except[0]: 11.0.0.0/16 is not a part of cidr 10.0.0.0/8",
+        ),
+        (
+            "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.0.0.0/8]}}]}]}",
+            "spec.ingress[0].from[0].ipBlock.except[0]: 10.0.0.0/8 is not a part of cidr 10.0.0.0/8",
+        ),
+        (
+            "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: ['::/0']}}]}]}",
+            "spec.ingress[0].from[0].ipBlock.except[0]: ::/0 is not a part of cidr 10.0.0.0/8",
+        ),
+        (
+            "{ingress: [{ports: [{port: 0}]}]}",
+            "spec.ingress[0].ports[0].port: 0 is not a port number (1 to 65535)",
+        ),
+        (
+            "{ingress: [{ports: [{port: 65536}]}]}",
+            "spec.ingress[0].ports[0].port: 65536 is not a port number (1 to 65535)",
+        ),
+        (
+            "{ingress: [{ports: [{port: 8.5}]}]}",
+            "spec.ingress[0].ports[0].port: 8.5 is not a port number (1 to 65535)",
+        ),
+        (
+            "{ingress: [{ports: [{port: true}]}]}",
+            "spec.ingress[0].ports[0].port: is true or false, must be a port number (1 to 65535)",
+        ),
+        (
+            "{ingress: [{ports: [{port: '80'}]}]}",
+            "spec.ingress[0].ports[0].port: \"80\" is neither a number nor a port's name (at most 15 lower-case letters, \
+             digits and single '-', at least one letter)",
+        ),
+        (
+            "{ingress: [{ports: [{port: 90, endPort: 80}]}]}",
+            "spec.ingress[0].ports[0].endPort: 80 is less than port 90",
+        ),
+        ("{ingress: [{ports: [{endPort: 80}]}]}", "spec.ingress[0].ports[0].endPort: needs port beside it"),
+        (
+            "{ingress: [{ports: [{port: http, endPort: 80}]}]}",
+            "spec.ingress[0].ports[0].endPort: needs a numeric port beside it",
+        ),
+        (
+            "{ingress: [{ports: [{protocol: ICMP}]}]}",
+            "spec.ingress[0].ports[0].protocol: \"ICMP\" is not TCP, UDP or SCTP",
+        ),
+        (
+            "{podSelector: {matchExpressions: [{key: a, operator: in, values: [b]}]}}",
+            "spec.podSelector.matchExpressions[0].operator: \"in\" is not In, NotIn, Exists or DoesNotExist",
+        ),
+        (
+            "{podSelector: {matchExpressions: [{key: a, operator: In}]}}",
+            "spec.podSelector.matchExpressions[0].values: is required with operators In and NotIn",
+        ),
+        (
+            "{podSelector: {matchExpressions: [{key: a, operator: Exists, values: [b]}]}}",
+            "spec.podSelector.matchExpressions[0].values: must be empty with operators Exists and DoesNotExist",
+        ),
+        (
+            "{podSelector: {matchExpressions: [{operator: Exists}]}}",
+            "spec.podSelector.matchExpressions[0].key: is required",
+        ),
+        (
+            "{podSelector: {matchExpressions: [{key: a, operator: In, values: [-]}]}}",
+            "spec.podSelector.matchExpressions[0].values[0]: \"-\" is not a label value",
+        ),
+        (
+            "{podSelector: {matchLabels: {app: 7}}}",
+            "spec.podSelector.matchLabels.app: is a number, must be a string",
+        ),
+        (
+            "{podSelector: {matchLabels: {a b: c}}}",
+            "spec.podSelector.matchLabels: \"a b\" is not a label key",
+        ),
+    ] {
+        assert_eq!(policy_error(spec), expected, "{spec}");
+    }
+}
+
+#[test]
+fn what_a_newer_api_server_adds_is_left_alone() {
+    let document = value("{metadata: {name: p, namespace: shop}, spec: {podSelector: {}, mood: good}}");
+    let id = identify(Kind::NetworkPolicy, &Field::root(&document, false)).expect("the name is good");
+    assert!(convert(&id, &document, false).is_ok());
+}
+
+#[test]
+fn pods_have_defaults_and_the_ports_of_what_keeps_running() {
+    let yaml = "{metadata: {name: web, uid: u, labels: {app: web}}, spec: {containers: [
+        {ports: [{name: http, containerPort: 80}, {containerPort: 81}]},
+        {ports: [{name: http, containerPort: 80}, {name: http, containerPort: 80, protocol: UDP}]}], initContainers: [
+        {restartPolicy: Always, ports: [{name: side, containerPort: 9}]}, {ports: [{name: once, containerPort: 1}]}]}}";
+    let named = |protocol, port| NamedPort { protocol, port };
+    let expected = Pod {
+        key: ObjectKey::new("default", "web"),
+        uid: "u".to_owned(),
+        labels: labels(&[("app", "web")]),
+        service_account: "default".to_owned(),
+        node: None,
+        host_network: false,
+        is_terminal: false,
+        named_ports: BTreeMap::from([
+            ("http".to_owned(), vec![named(Protocol::Tcp, 80), named(Protocol::Udp, 80)]),
+            ("side".to_owned(), vec![named(Protocol::Tcp, 9)]),
+        ]),
+    };
+    assert_eq!(object(Kind::Pod, yaml), Object::Pod(Arc::new(expected)));
+}
+
+#[test]
+fn pods_say_where_they_run_and_when_they_are_over() {
+    let yaml = "{metadata: {name: web, namespace: shop}, spec: {serviceAccountName: sa, nodeName: a, hostNetwork: true},
+        status: {phase: Failed}}";
+    let expected = Pod {
+        key: ObjectKey::new("shop", "web"),
+        uid: String::new(),
+        labels: Labels::new(),
+        service_account: "sa".to_owned(),
+        node: Some("a".to_owned()),
+        host_network: true,
+        is_terminal: true,
+        named_ports: BTreeMap::new(),
+    };
+    assert_eq!(object(Kind::Pod, yaml), Object::Pod(Arc::new(expected)));
+}
+
+#[test]
+fn namespaces_have_their_name_as_a_label_whatever_they_say() {
+    for yaml in [
+        "{metadata: {name: shop, labels: {team: red}}}",
+        "{metadata: {name: shop, labels: {team: red, kubernetes.io/metadata.name: kube-system}}}",
+    ] {
+        let expected =
+            Namespace { labels: labels(&[("team", "red"), ("kubernetes.io/metadata.name", "shop")]) };
+        assert_eq!(object(Kind::Namespace, yaml), Object::Namespace(Arc::new(expected)), "{yaml}");
+    }
+}
+
+#[test]
+fn nodes_have_internal_addresses_and_one_cidr_or_several() {
+    let node = |cidrs: &[&str]| {
+        Object::Node(Arc::new(Node {
+            name: "a".to_owned(),
+            labels: labels(&[("zone", "one")]),
+            addresses: vec!["10.0.0.1".parse().expect("an address"), "fd00::1".parse().expect("an address")],
+            pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().expect("a CIDR")).collect(),
+        }))
+    };
+    for (spec, expected) in [
+        ("{podCIDR: 10.1.0.0/24, podCIDRs: [10.1.0.0/24, 'fd01::/64']}", node(&["10.1.0.0/24", "fd01::/64"])),
+        ("{podCIDR: 10.1.0.0/24}", node(&["10.1.0.0/24"])),
+        ("{}", node(&[])),
+    ] {
+        let yaml = format!(
+            "{{metadata: {{name: a, labels: {{zone: one}}}}, spec: {spec}, status: {{addresses: [
+             {{type: ExternalIP, address: 1.2.3.4}}, {{type: InternalIP, address: 10.0.0.1}},
+             {{type: InternalIP, address: 'fd00::1'}}, {{type: Hostname, address: a}}]}}}}"
+        );
+        assert_eq!(object(Kind::Node, &yaml), expected, "{spec}");
+    }
+}
+
+#[test]
+fn services_have_addresses_unless_they_are_headless() {
+    let service = |addresses: &[&str], ports: Vec<ServicePort>| Service {
+        key: ObjectKey::new("shop", "web"),
+        addresses: addresses.iter().map(|address| address.parse().expect("an address")).collect(),
+        ports,
+    };
+    for (spec, expected) in [
+        (
+            "{clusterIP: 10.96.0.1, ports: [{port: 80}]}",
+            service(&["10.96.0.1"], vec![port("", Protocol::Tcp, 80)]),
+        ),
+        (
+            "{clusterIP: 10.96.0.1, clusterIPs: [10.96.0.1, 'fd00::1'], ports: [{name: a, port: 53, protocol: UDP}, \
+             {name: b, port: 53}]}",
+            service(
+                &["10.96.0.1", "fd00::1"],
+                vec![port("a", Protocol::Udp, 53), port("b", Protocol::Tcp, 53)],
+            ),
+        ),
+        ("{clusterIP: None, ports: [{port: 80}]}", service(&[], vec![port("", Protocol::Tcp, 80)])),
+        ("{clusterIP: None, clusterIPs: [None]}", service(&[], vec![])),
+        ("{type: NodePort, clusterIP: '::1:2'}", service(&["::1:2"], vec![])),
+    ] {
+        let yaml = format!("{{metadata: {{name: web, namespace: shop}}, spec: {spec}}}");
+        assert_eq!(object(Kind::Service, &yaml), Object::Service(Arc::new(expected)), "{spec}");
+    }
+    for (kind, yaml) in [
+        (Kind::Service, "{metadata: {name: a}, spec: {type: ExternalName, externalName: example.com}}"),
+        (
+            Kind::Service,
+            "{metadata: {name: a, labels: {service.kubernetes.io/service-proxy-name: other}}, spec: {clusterIP: 10.0.0.1}}",
+        ),
+        (
+            Kind::EndpointSlice,
+            "{metadata: {name: a, labels: {kubernetes.io/service-name: b}}, addressType: FQDN}",
+        ),
+        (Kind::EndpointSlice, "{metadata: {name: a}, addressType: IPv4}"),
+    ] {
+        assert_eq!(converted(kind, yaml), Ok(Converted { object: None, warnings: vec![] }), "{yaml}");
+    }
+}
+
+#[test]
+fn broken_services_slices_nodes_and_pods_say_why() {
+    let service = |spec: &str| format!("{{metadata: {{name: web}}, spec: {spec}}}");
+    for (kind, yaml, expected) in [
+        (
+            Kind::Service,
+            service("{}"),
+            "spec.clusterIP: is required: an address, or None for a headless Service",
+        ),
+        (
+            Kind::Service,
+            service("{type: Best}"),
+            "spec.type: \"Best\" is not a type of Service; known are ClusterIP, NodePort, LoadBalancer and ExternalName",
+        ),
+        (
+            Kind::Service,
+            service("{clusterIP: 10.0.0}"),
+            "spec.clusterIP: \"10.0.0\" is not an IPv4 or IPv6 address",
+        ),
+        (Kind::Service, service("{clusterIP: 127.0.0.1}"), "spec.clusterIP: 127.0.0.1 is a loopback address"),
+        (
+            Kind::Service,
+            service("{clusterIPs: [10.0.0.1, 10.0.0.2]}"),
+            "spec.clusterIPs[1]: is a second address of its family; at most one of each is allowed",
+        ),
+        (Kind::Service, service("{clusterIP: None, ports: [{}]}"), "spec.ports[0].port: is required"),
+        (
+            Kind::Service,
+            service("{clusterIP: None, ports: [{port: 1}, {port: 2}]}"),
+            "spec.ports[0].name: is required where a Service has several ports",
+        ),
+        (
+            Kind::Service,
+            service("{clusterIP: None, ports: [{name: a, port: 1}, {name: a, port: 2}]}"),
+            "spec.ports[1].name: \"a\" is the name of another port of this Service",
+        ),
+        (
+            Kind::Service,
+            service("{clusterIP: None, ports: [{name: a, port: 1}, {name: b, port: 1}]}"),
+            "spec.ports[1].port: TCP 1 is there already",
+        ),
+        (
+            Kind::Service,
+            service("{clusterIP: None, ports: [{name: A, port: 1}]}"),
+            "spec.ports[0].name: \"A\" is not a port's name (lower-case letters, digits and '-', at most 63 characters)",
+        ),
+        (Kind::EndpointSlice, "{metadata: {name: a}}".to_owned(), "addressType: is required"),
+        (
+            Kind::EndpointSlice,
+            "{metadata: {name: a}, addressType: IPv5}".to_owned(),
+            "addressType: \"IPv5\" is not IPv4, IPv6 or FQDN",
+        ),
+        (
+            Kind::Pod,
+            "{metadata: {name: a, labels: {a: -}}}".to_owned(),
+            "metadata.labels.a: \"-\" is not a label value (at most 63 letters, digits, '-', '_' and '.')",
+        ),
+        (
+            Kind::Pod,
+            "{metadata: {name: a, namespace: a.b}}".to_owned(),
+            "metadata.namespace: \"a.b\" is not a namespace's name (lower-case letters, digits and '-', at most 63 characters)",
+        ),
+        (
+            Kind::Pod,
+            "{metadata: {name: a}, spec: {containers: [{ports: [{name: x}]}]}}".to_owned(),
+            "spec.containers[0].ports[0].containerPort: is required",
+        ),
+        (
+            Kind::Node,
+            "{metadata: {name: a}, spec: {podCIDRs: [10.0.0.1]}}".to_owned(),
+            "spec.podCIDRs[0]: \"10.0.0.1\" is not a CIDR such as 10.0.0.0/8 or 2001:db8::/32",
+        ),
+        (
+            Kind::Node,
+            "{metadata: {name: a}, status: {addresses: [{type: InternalIP, address: x}]}}".to_owned(),
+            "status.addresses[0].address: \"x\" is not an IPv4 or IPv6 address",
+        ),
+        (
+            Kind::Identity,
+            "{metadata: {name: '255'}, spec: {}}".to_owned(),
+            "metadata.name: \"255\" is not an identity's number (256 to 16777215)",
+        ),
+        (
+            Kind::Identity,
+            "{metadata: {name: '0300'}, spec: {}}".to_owned(),
+            "metadata.name: \"0300\" is not an identity's number (256 to 16777215)",
+        ),
+        (
+            Kind::Identity,
+            "{metadata: {name: '300'}, spec: {namespace: a}}".to_owned(),
+            "spec.serviceAccount: is required",
+        ),
+        (
+            Kind::NodeEndpoints,
+            "{metadata: {name: b-0}, spec: {node: a}}".to_owned(),
+            "spec.node: \"a\" does not fit the object's name \"b-0\"; it must be a-NUMBER",
+        ),
+        (
+            Kind::NodeEndpoints,
+            "{metadata: {name: a-0}, spec: {node: a, endpoints: [{namespace: n, name: p, identity: 7}]}}"
+                .to_owned(),
+            "spec.endpoints[0].identity: must be an identity's number (256 to 16777215)",
+        ),
+    ] {
+        assert_eq!(error(kind, &yaml), expected, "{yaml}");
+    }
+}
+
+#[test]
+fn slices_have_conditions_by_default_and_backends_that_may_be_reached() {
+    let yaml = "{metadata: {name: web-1, namespace: shop, labels: {kubernetes.io/service-name: web}}, addressType: IPv4,
+        ports: [{port: 80}, {name: all}, {name: dns, port: 53, protocol: UDP}], endpoints: [
+        {addresses: [10.0.0.1]}, {addresses: [10.0.0.2], conditions: {ready: false}, nodeName: a},
+        {addresses: [10.0.0.3], conditions: {ready: false, serving: true, terminating: true}},
+        {addresses: [127.0.0.1]}, {addresses: [169.254.169.254]}, {addresses: [224.0.0.1]}, {addresses: ['fd00::1']}]}";
+    let backend = |address: &str, ready, serving, terminating, node: Option<&str>| SliceBackend {
+        addresses: vec![address.parse().expect("an address")],
+        ready,
+        serving,
+        terminating,
+        node: node.map(str::to_owned),
+    };
+    let expected = EndpointSlice {
+        key: ObjectKey::new("shop", "web-1"),
+        service: ObjectKey::new("shop", "web"),
+        ports: vec![port("", Protocol::Tcp, 80), port("dns", Protocol::Udp, 53)],
+        backends: vec![
+            backend("10.0.0.1", true, true, false, None),
+            backend("10.0.0.2", false, false, false, Some("a")),
+            backend("10.0.0.3", false, true, true, None),
+        ],
+    };
+    let converted = converted(Kind::EndpointSlice, yaml).expect("the slice is well formed");
+    assert_eq!(converted.object, Some(Object::EndpointSlice(Arc::new(expected))));
+    let warnings: Vec<String> = converted.warnings.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        warnings,
+        [
+            "endpoints[3].addresses[0]: 127.0.0.1 is a loopback address; left out",
+            "endpoints[4].addresses[0]: 169.254.169.254 is a link-local address; left out",
+            "endpoints[5].addresses[0]: 224.0.0.1 is a multicast address; left out",
+            "endpoints[6].addresses[0]: fd00::1 is not of the slice's addressType; left out",
+        ]
+    );
+}
+
+#[test]
+fn own_kinds_are_read_as_they_are_written() {
+    let identity = IdentityLabels {
+        namespace: "shop".to_owned(),
+        namespace_labels: labels(&[("team", "red")]),
+        service_account: "web".to_owned(),
+        pod_labels: labels(&[("app", "web")]),
+        named_ports: BTreeMap::from([(
+            "http".to_owned(),
+            vec![NamedPort { protocol: Protocol::Tcp, port: 80 }],
+        )]),
+    };
+    let written = crate::kube::crd::Identity::new("4711", (&identity).into());
+    let written = serde_yaml::to_string(&written).expect("plain data");
+    assert_eq!(object(Kind::Identity, &written), Object::Identity(IdentityId(4711), Arc::new(identity)));
+
+    let endpoints = NodeEndpoints {
+        node: "a-0".to_owned(),
+        internal_addresses: vec!["10.1.0.1".parse().expect("an address")],
+        endpoints: vec![PublishedEndpoint {
+            pod: ObjectKey::new("shop", "web"),
+            addresses: vec!["10.1.0.2".parse().expect("an address"), "fd00::2".parse().expect("an address")],
+            identity: IdentityId(4711),
+        }],
+    };
+    let spec = crate::kube::crd::NodeEndpointsSpec {
+        node: endpoints.node.clone(),
+        internal_addresses: endpoints.internal_addresses.iter().map(ToString::to_string).collect(),
+        endpoints: endpoints.endpoints.iter().map(Into::into).collect(),
+    };
+    let written =
+        serde_yaml::to_string(&crate::kube::crd::NodeEndpoints::new("a-0-3", spec)).expect("plain data");
+    assert_eq!(object(Kind::NodeEndpoints, &written), Object::NodeEndpoints(Arc::new(endpoints)));
+}
