@@ -17,8 +17,8 @@ use libbpf_rs::{
 use serde::Serialize;
 
 use super::Datapath;
-use super::load::with_messages;
-use super::probe::find_cgroup_root;
+use super::messages::with_messages;
+use super::probe::find_or_mount_cgroup_root;
 use crate::model::EndpointId;
 
 /// Programs of devices: `from_*` sees what a device receives, `to_*` what it sends.
@@ -85,8 +85,7 @@ impl Datapath {
     pub fn attach_sockets(&self) -> Result<()> {
         let root = match &self.cgroup_root {
             Some(root) => root.clone(),
-            None => find_cgroup_root()?
-                .context("no cgroup v2 file system is mounted: mount one, or name it with --cgroup-root")?,
+            None => find_or_mount_cgroup_root()?,
         };
         let directory =
             File::open(&root).with_context(|| format!("opening the cgroup root {}", root.display()))?;

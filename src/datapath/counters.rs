@@ -28,15 +28,6 @@ pub struct MetricRow {
     pub bytes: u64,
 }
 
-/// Events since the map was made: offered = delivered + lost.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct EventTotals {
-    /// That the programs wanted to report.
-    pub offered: u64,
-    /// That did not fit into the ring buffer.
-    pub lost: u64,
-}
-
 /// How full a map is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MapFill {
@@ -103,14 +94,14 @@ impl Datapath {
         Ok(rows)
     }
 
-    /// Events offered and lost.
-    pub fn event_counts(&self) -> Result<EventTotals> {
-        let mut totals = EventTotals::default();
+    /// Events offered, and how many of them were lost because the ring buffer was full.
+    pub fn event_counts(&self) -> Result<(u64, u64)> {
+        let (mut offered, mut lost) = (0, 0);
         per_cpu(&self.map("event_counts")?, |_, values: Vec<EventCount>| {
-            totals.offered += values.iter().map(|value| value.offered).sum::<u64>();
-            totals.lost += values.iter().map(|value| value.lost).sum::<u64>();
+            offered += values.iter().map(|value| value.offered).sum::<u64>();
+            lost += values.iter().map(|value| value.lost).sum::<u64>();
         })?;
-        Ok(totals)
+        Ok((offered, lost))
     }
 
     /// How full the maps are. Counts of maps that the programs write may be 10 s old.

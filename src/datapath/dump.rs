@@ -38,7 +38,7 @@ pub fn dump(pins: &Path, map: &str) -> Result<Vec<Value>> {
     if !MAP_NAMES.contains(&map) {
         bail!("there is no map {map}; there are {}", MAP_NAMES.join(", "));
     }
-    super::load::collect_libbpf_messages();
+    super::messages::collect_libbpf_messages();
     let path = super::pins::maps(pins).join(map);
     let handle = MapHandle::from_pinned_path_with_file_flags(&path, libbpf_sys::BPF_F_RDONLY)
         .with_context(|| format!("opening {}: has an agent run on this node?", path.display()))?;

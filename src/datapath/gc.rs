@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, setns};
 use serde::Serialize;
 
 use super::Datapath;
-use super::load::with_messages;
+use super::messages::with_messages;
 
 /// What a round of garbage collection did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -35,31 +35,27 @@ impl Datapath {
     }
 
     /// Ends UDP sockets that are connected to backends which are gone, in each of
-    /// the network namespaces. The error of one does not spare the others.
+    /// the network namespaces; all are tried, the first error is returned.
     pub fn destroy_stale_sockets(&self, namespaces: &[BorrowedFd<'_>]) -> Result<u64> {
         if self.is_left_out("destroy_sockets") {
             return Ok(0);
         }
         let link = self.program("destroy_sockets")?.attach().map_err(with_messages);
         let link = &link.context("attaching destroy_sockets")?;
-        // The iterator walks the namespace of the thread that opens it, so each
-        // one gets a thread that ends with it.
+        // The iterator walks the namespace of the thread that opens it. The thread
+        // ends with the work, so that nobody else finds itself in a pod.
+        let work = || {
+            let results = namespaces.iter().map(|namespace| {
+                setns(namespace, CloneFlags::CLONE_NEWNET).context("entering a network namespace")?;
+                read_to_end(link).context("running destroy_sockets")
+            });
+            results.fold(Ok(0), |total: Result<u64>, destroyed| match (total, destroyed) {
+                (Ok(total), Ok(destroyed)) => Ok(total + destroyed),
+                (Err(error), _) | (_, Err(error)) => Err(error),
+            })
+        };
         std::thread::scope(|scope| {
-            let threads: Vec<_> = namespaces
-                .iter()
-                .map(|namespace| {
-                    scope.spawn(move || -> Result<u64> {
-                        setns(namespace, CloneFlags::CLONE_NEWNET).context("entering a network namespace")?;
-                        read_to_end(link).context("running destroy_sockets")
-                    })
-                })
-                .collect();
-            let mut total = Ok(0);
-            for thread in threads {
-                let destroyed = thread.join().expect("reading an iterator does not panic");
-                total = total.and_then(|total: u64| Ok(total + destroyed?));
-            }
-            total
+            scope.spawn(work).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use libbpf_rs::libbpf_sys;
 use nix::libc;
+use nix::mount::{MsFlags, mount};
 use nix::sys::utsname::uname;
 use nix::time::{ClockId, clock_getres};
 use serde::Serialize;
@@ -178,6 +179,20 @@ pub(super) fn has_socket_destroy() -> bool {
 pub fn find_cgroup_root() -> Result<Option<PathBuf>> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("reading /proc/self/mountinfo")?;
     Ok(cgroup_root_of(&mounts))
+}
+
+/// Where the cgroup v2 hierarchy is mounted, after mounting it when it is nowhere.
+pub(super) fn find_or_mount_cgroup_root() -> Result<PathBuf> {
+    if let Some(root) = find_cgroup_root()? {
+        return Ok(root);
+    }
+    let root = Path::new("/run/weir/cgroup");
+    fs::create_dir_all(root).with_context(|| format!("making {}", root.display()))?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("cgroup2"), root, Some("cgroup2"), flags, None::<&str>)
+        .with_context(|| format!("mounting cgroup v2 at {}", root.display()))?;
+    tracing::info!(directory = %root.display(), "mounted cgroup v2");
+    Ok(root.to_owned())
 }
 
 fn cgroup_root_of(mounts: &str) -> Option<PathBuf> {

@@ -1,0 +1,127 @@
+//! What the datapath is loaded with: where the pins are, how large maps are, and
+//! the settings that the programs read.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::abi::{self, addr_of};
+use super::attach::AttachMode;
+
+/// How to load the datapath.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The pin directory, `<bpffs>/weir/v<ABI>`.
+    pub pins: PathBuf,
+    /// The cgroup v2 hierarchy; found in /proc/self/mountinfo when `None`.
+    pub cgroup_root: Option<PathBuf>,
+    /// How to attach to devices.
+    pub attach: AttachMode,
+    /// Rows that maps can hold.
+    pub map_sizes: MapSizes,
+    /// What the programs are told.
+    pub settings: Settings,
+}
+
+/// Rows that maps can hold, by name; what is not given is as in `maps.h`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MapSizes(pub BTreeMap<String, u32>);
+
+impl MapSizes {
+    /// Sets the size of one map.
+    pub fn with(mut self, map: &str, entries: u32) -> Self {
+        self.0.insert(map.to_owned(), entries);
+        self
+    }
+}
+
+/// The settings of a node, which are fixed while the programs run (`bpf/config.h`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Source of tunnels and of masquerading.
+    pub node_ipv4: Option<Ipv4Addr>,
+    /// Source of tunnels and of masquerading.
+    pub node_ipv6: Option<Ipv6Addr>,
+    /// Stands for a pod that reaches itself through a service.
+    pub loopback_ipv4: Ipv4Addr,
+    /// Stands for a pod that reaches itself through a service.
+    pub loopback_ipv6: Ipv6Addr,
+    /// The VXLAN device; `None`: native routing.
+    pub tunnel_ifindex: Option<u32>,
+    /// UDP port of the tunnels.
+    pub tunnel_port: u16,
+    /// A running flow is reported this often.
+    pub flow_report: Duration,
+    /// Established TCP connections are forgotten after this much silence.
+    pub tcp_timeout: Duration,
+    /// TCP connections without an answer.
+    pub tcp_opening: Duration,
+    /// TCP connections that both sides ended.
+    pub tcp_closing: Duration,
+    /// Everything else.
+    pub other_timeout: Duration,
+    /// Ports for masquerading.
+    pub nat_ports: RangeInclusive<u16>,
+    /// Masquerade IPv4.
+    pub masquerade_ipv4: bool,
+    /// Masquerade IPv6.
+    pub masquerade_ipv6: bool,
+    /// Report flows.
+    pub flow_events: bool,
+    /// Translate services at the socket.
+    pub socket_lb: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            node_ipv4: None,
+            node_ipv6: None,
+            loopback_ipv4: Ipv4Addr::new(169, 254, 42, 1),
+            loopback_ipv6: Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0x2a, 1),
+            tunnel_ifindex: None,
+            tunnel_port: 8472,
+            flow_report: Duration::from_secs(5),
+            tcp_timeout: Duration::from_secs(7440),
+            tcp_opening: Duration::from_secs(60),
+            tcp_closing: Duration::from_secs(10),
+            other_timeout: Duration::from_secs(60),
+            nat_ports: 10240..=29999,
+            masquerade_ipv4: true,
+            masquerade_ipv6: true,
+            flow_events: true,
+            socket_lb: true,
+        }
+    }
+}
+
+impl Settings {
+    /// As the programs read it.
+    pub(super) fn encode(&self, jiffies_per_second: u32) -> abi::Settings {
+        let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
+        let address = |ip: Option<IpAddr>| ip.map(addr_of).unwrap_or_default();
+        abi::Settings {
+            node_ipv4: address(self.node_ipv4.map(IpAddr::V4)),
+            node_ipv6: address(self.node_ipv6.map(IpAddr::V6)),
+            loopback_ipv4: addr_of(self.loopback_ipv4.into()),
+            loopback_ipv6: addr_of(self.loopback_ipv6.into()),
+            jiffies_per_second,
+            tunnel_ifindex: self.tunnel_ifindex.unwrap_or(0),
+            flow_report_seconds: seconds(self.flow_report),
+            tcp_timeout_seconds: seconds(self.tcp_timeout),
+            tcp_opening_seconds: seconds(self.tcp_opening),
+            tcp_closing_seconds: seconds(self.tcp_closing),
+            other_timeout_seconds: seconds(self.other_timeout),
+            nat_port_min: *self.nat_ports.start(),
+            nat_port_max: *self.nat_ports.end(),
+            tunnel_port: self.tunnel_port,
+            masquerade_ipv4: self.masquerade_ipv4.into(),
+            masquerade_ipv6: self.masquerade_ipv6.into(),
+            flow_events: self.flow_events.into(),
+            socket_lb: self.socket_lb.into(),
+            pad: [0; 2],
+        }
+    }
+}
