@@ -3,6 +3,7 @@
 //! A new test goes into the module that names its subject; a new subject gets a module.
 
 mod cni;
+mod datapath;
 mod demo;
 #[path = "../lab/mod.rs"]
 mod lab;
