@@ -24,17 +24,46 @@ pub struct AgentArgs {
     #[arg(long, env = "WEIR_KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
 
+    /// API servers to begin with, as HOST:PORT; later those of the `kubernetes` Service's
+    /// EndpointSlice, which are remembered in the state directory.
+    #[arg(
+        long,
+        env = "WEIR_API_SERVERS",
+        value_name = "HOST:PORT",
+        value_delimiter = ',',
+        conflicts_with_all = ["manifests", "kubeconfig"]
+    )]
+    pub api_servers: Vec<String>,
+
     /// Where the BPF file system is, or is to be mounted.
     #[arg(long, env = "WEIR_BPFFS", value_name = "DIR", default_value = "/sys/fs/bpf")]
     pub bpffs: PathBuf,
 
-    /// Where the cgroup v2 hierarchy is; found in /proc/self/mountinfo by default.
+    /// Where the cgroup v2 hierarchy is, or a directory above its mount; found in
+    /// /proc/self/mountinfo by default.
     #[arg(long, env = "WEIR_CGROUP_ROOT", value_name = "DIR")]
     pub cgroup_root: Option<PathBuf>,
 
     /// What must survive a restart of the agent.
     #[arg(long, env = "WEIR_STATE_DIR", value_name = "DIR", default_value = "/var/lib/weir")]
     pub state_dir: PathBuf,
+
+    /// Where the node's kernel settings are; in a container /proc/sys can only be read.
+    #[arg(long, env = "WEIR_PROC_SYS", value_name = "DIR", default_value = "/proc/sys")]
+    pub proc_sys: PathBuf,
+
+    /// Where the container runtime looks for CNI plugins: weir-cni is put there at start.
+    #[arg(long, env = "WEIR_CNI_BIN_DIR", value_name = "DIR")]
+    pub cni_bin_dir: Option<PathBuf>,
+
+    /// Where the container runtime looks for network configurations: ours is put there once
+    /// pods can be connected, and stays.
+    #[arg(long, env = "WEIR_CNI_CONFIG_DIR", value_name = "DIR")]
+    pub cni_config_dir: Option<PathBuf>,
+
+    /// Move other plugins' network configurations aside; `weir cni uninstall` moves them back.
+    #[arg(long, env = "WEIR_CNI_EXCLUSIVE", action = ArgAction::Set, default_value_t = true)]
+    pub cni_exclusive: bool,
 
     /// The socket that weir-cni and the command line use.
     #[arg(long, env = "WEIR_SOCKET", value_name = "PATH", default_value = "/run/weir/agent.sock")]
@@ -199,9 +228,49 @@ impl TryFrom<AgentArgs> for Config {
         if !(1..=3600).contains(&args.flow_report_seconds) {
             return refuse("flow-report-seconds", args.flow_report_seconds.to_string(), "must be 1 to 3600");
         }
+        for (setting, path) in [("cni-bin-dir", &args.cni_bin_dir), ("cni-config-dir", &args.cni_config_dir)]
+        {
+            if let Some(path) = path.as_ref().filter(|path| !path.is_absolute()) {
+                return refuse(setting, path.display().to_string(), "must be an absolute path");
+            }
+        }
+        if let Some(server) = args.api_servers.iter().find(|server| !is_server(server)) {
+            return refuse("api-servers", server.clone(), "must be HOST:PORT, an IPv6 address in brackets");
+        }
         let pins = pin_directory(&args.bpffs);
         Ok(Self { args, pins })
     }
+}
+
+/// Refuses environment variables that look like settings and are none: a misspelled one would
+/// silently do nothing.
+pub fn check_variables(variables: impl IntoIterator<Item = String>) -> Result<(), UnknownVariable> {
+    let command = AgentArgs::augment_args(clap::Command::new("agent"));
+    let known: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_env()?.to_str()).collect();
+    let unknown = |name: &String| name.starts_with("WEIR_") && !known.contains(&name.as_str());
+    match variables.into_iter().find(unknown) {
+        None => Ok(()),
+        Some(name) => Err(UnknownVariable { name, known: known.join(", ") }),
+    }
+}
+
+/// A variable of the environment that is no setting.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("{name} is no setting; there are {known}")]
+pub struct UnknownVariable {
+    name: String,
+    known: String,
+}
+
+/// HOST:PORT, where HOST is a name, an IPv4 address or a bracketed IPv6 address.
+fn is_server(text: &str) -> bool {
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return address.port() != 0;
+    }
+    text.rsplit_once(':').is_some_and(|(host, port)| {
+        let is_host = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.';
+        !host.is_empty() && host.bytes().all(is_host) && port.parse::<u16>().is_ok_and(|port| port != 0)
+    })
 }
 
 fn is_node_name(name: &str) -> bool {
@@ -250,7 +319,25 @@ mod tests {
         ] {
             assert_eq!(config(&flags).err().as_deref(), Some(message));
         }
+        assert!(config(&["--cni-bin-dir", "opt/cni/bin"]).is_err());
         assert!(config(&["--node-name", "../etc"]).is_err());
         assert!(config(&["--routing", "magic"]).is_err());
+    }
+
+    #[test]
+    fn api_servers_are_hosts_and_ports() {
+        let config = config(&["--api-servers", "10.0.0.1:6443,[fd00::1]:6443,api.example.org:443"]);
+        assert_eq!(config.map(|config| config.args.api_servers.len()), Ok(3));
+        for nonsense in ["10.0.0.1", "https://10.0.0.1:6443", "fd00::1", ":6443", "host:0", "host:70000"] {
+            assert!(!is_server(nonsense), "{nonsense}");
+        }
+    }
+
+    #[test]
+    fn a_misspelled_variable_is_refused_by_name() {
+        let check = |names: &[&str]| check_variables(names.iter().map(|name| (*name).to_owned()));
+        assert_eq!(check(&["PATH", "WEIR_MTU", "WEIR_NODE_NAME", "HOME"]), Ok(()));
+        let message = check(&["WEIR_MTUU"]).expect_err("no such setting").to_string();
+        assert!(message.starts_with("WEIR_MTUU is no setting; there are WEIR_NODE_NAME, "), "{message}");
     }
 }

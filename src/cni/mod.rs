@@ -10,6 +10,7 @@
 //! with it; nothing of it ever becomes part of a path.
 
 mod error;
+pub mod install;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
