@@ -4,7 +4,7 @@
 
 export KEEP SUITE UPDATE
 .DEFAULT_GOAL := help
-.PHONY: setup build check test golden verify bench demo clean help
+.PHONY: setup build check test golden verify bench demo image kind kind-down deploy undeploy clean help
 
 setup: ## install what the build needs and the machine lacks (Debian, Ubuntu)
 	@scripts/setup
@@ -31,9 +31,24 @@ bench: setup ## measure; tables here, JSON in target/bench (root)
 demo: setup ## two nodes, a small shop, its policies and its flows (root)
 	cargo build --bins && cargo run --example demo
 
+image: setup ## the container image, into docker, podman or buildah
+	@scripts/image
+
+kind: ## a kind cluster without a network: two workers, dual stack
+	@scripts/kind up
+
+kind-down: ## delete it
+	@scripts/kind down
+
+deploy: setup ## build the image, install Weir in the cluster of kubectl's context
+	@scripts/deploy up
+
+undeploy: ## take Weir and all its traces off the cluster
+	@scripts/deploy down
+
 clean: ## remove what was built, and labs that were left behind
 	tests/lab/clean --dead
 	cargo clean
 
 help:
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 12
