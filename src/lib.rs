@@ -16,3 +16,4 @@ pub mod node;
 pub mod policy;
 pub mod service;
 pub mod tables;
+pub mod telemetry;
