@@ -12,6 +12,7 @@
 //! ends them. Only root may ask: the socket's mode says so, and the server looks
 //! at every peer's credentials again.
 
+pub mod answers;
 mod client;
 mod server;
 
@@ -23,7 +24,7 @@ use serde::{Deserialize, Serialize};
 pub use client::{Client, Stream};
 pub use server::{Gone, Handler, Reply, bind, serve, serve_on};
 
-use crate::cni;
+use crate::{cni, flow};
 
 /// Where the agent listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/weir/agent.sock";
@@ -59,7 +60,7 @@ pub enum Request {
     /// Services and their backends.
     Services,
     /// Flows, past and to come; a stream.
-    Observe(serde_json::Value),
+    Observe(flow::Query),
 }
 
 /// The agent's refusal, with the codes of the CNI specification.

@@ -9,10 +9,11 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
 use imbl::ordmap::DiffItem;
-use ipnet::IpNet;
 
 use crate::datapath::types::{direction, event_flags, event_type};
-use crate::model::{Endpoint, EndpointId, IdentityId, IdentityLabels, NodeEndpoints, ObjectKey, Service};
+use crate::model::{
+    Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, NodeEndpoints, ObjectKey, Service,
+};
 use crate::tables::Snapshot;
 
 use super::record::{
@@ -46,9 +47,8 @@ pub trait NameSource: Send + Sync + 'static {
     fn tables(&self) -> NameTables;
     /// What a cluster identity stands for.
     fn identity(&self, id: IdentityId) -> Option<Arc<IdentityLabels>>;
-    /// What an identity of this node's own stands for: a cluster identity, if any, and the prefixes
-    /// that cover it.
-    fn local_identity(&self, id: IdentityId) -> Option<(Option<IdentityId>, Vec<IpNet>)>;
+    /// What an identity of this node's own stands for.
+    fn local_identity(&self, id: IdentityId) -> Option<LocalIdentity>;
     /// The policy that a rule number of the maps comes from.
     fn rule_origin(&self, rule_id: u32) -> Option<Arc<ObjectKey>>;
 }
@@ -179,7 +179,9 @@ impl Names {
         if !identity.is_local() {
             return self.source.identity(identity).map_or_else(Vec::new, |labels| cluster_labels(&labels));
         }
-        let Some((base, prefixes)) = self.source.local_identity(identity) else { return Vec::new() };
+        let Some(LocalIdentity { base, prefixes }) = self.source.local_identity(identity) else {
+            return Vec::new();
+        };
         let mut labels: Vec<String> = prefixes.iter().map(|prefix| format!("cidr:{prefix}")).collect();
         labels.extend(match base {
             Some(base) if !base.is_local() => self.make_labels(base),

@@ -7,6 +7,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::Event;
@@ -28,7 +29,7 @@ struct Ring {
 }
 
 /// What became of the events so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecorderCounts {
     /// Arrived from the kernel.
     pub seen: u64,

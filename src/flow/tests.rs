@@ -3,14 +3,13 @@
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
-use ipnet::IpNet;
 use serde_json::json;
 
 use super::*;
 use crate::datapath::abi::addr_of;
 use crate::datapath::types::{direction, event_flags, event_type};
 use crate::model::{
-    Endpoint, EndpointId, IdentityId, IdentityLabels, MacAddress, NodeEndpoints, ObjectKey,
+    Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, MacAddress, NodeEndpoints, ObjectKey,
     PublishedEndpoint, Service,
 };
 
@@ -38,13 +37,13 @@ impl NameSource for Cluster {
         }))
     }
 
-    fn local_identity(&self, id: IdentityId) -> Option<(Option<IdentityId>, Vec<IpNet>)> {
-        let prefix = || vec!["10.1.0.0/16".parse().expect("a prefix")];
-        match id.0 {
-            0x100_0000 => Some((None, prefix())),
-            0x100_0001 => Some((Some(IdentityId(300)), prefix())),
-            _ => None,
-        }
+    fn local_identity(&self, id: IdentityId) -> Option<LocalIdentity> {
+        let base = match id.0 {
+            0x100_0000 => None,
+            0x100_0001 => Some(IdentityId(300)),
+            _ => return None,
+        };
+        Some(LocalIdentity { base, prefixes: ["10.1.0.0/16".parse().expect("a prefix")].into() })
     }
 
     fn rule_origin(&self, rule_id: u32) -> Option<Arc<ObjectKey>> {

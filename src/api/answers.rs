@@ -1,0 +1,171 @@
+//! What the agent answers to the command line's questions.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::flow::RecorderCounts;
+use crate::model::{EndpointId, IdentityId, ObjectKey};
+use crate::telemetry::{MapFill, ObjectCounts};
+
+/// How the agent is: the answer to `Status`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusAnswer {
+    /// The agent's version.
+    pub version: String,
+    /// The node that it serves.
+    pub node: String,
+    /// The kernel's release.
+    pub kernel: String,
+    /// For how long it has run.
+    pub uptime_seconds: u64,
+    /// What it waits for before it is ready; empty: it is.
+    pub pending: Vec<String>,
+    /// Where its objects come from: `kubernetes`, or the manifest directory.
+    pub source: String,
+    /// Every kind of object.
+    pub kinds: Vec<KindRow>,
+    /// Documents and objects that are not as they should be.
+    pub broken: Vec<BrokenRow>,
+    /// Ways that were taken, by what this kernel can.
+    pub features: Vec<FeatureRow>,
+    /// How many of everything.
+    pub objects: ObjectCounts,
+    /// Pods whose policy is not in force yet, and why.
+    pub waiting: Vec<WaitingRow>,
+    /// Every map.
+    pub maps: Vec<MapFill>,
+    /// What became of the flow records.
+    pub flows: RecorderCounts,
+}
+
+impl StatusAnswer {
+    /// True when everything is in force that was there when the agent started.
+    pub fn is_ready(&self) -> bool {
+        self.pending.is_empty()
+    }
+}
+
+/// The source of one kind of objects.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KindRow {
+    /// Which kind.
+    pub kind: String,
+    /// How many there are.
+    pub objects: u64,
+    /// The first full list has come.
+    pub is_synced: bool,
+    /// The source answers; when it does not, what it last said stands.
+    pub is_connected: bool,
+    /// Seconds since it last said anything.
+    pub silent_seconds: Option<u64>,
+    /// How often it could not be read.
+    pub errors_total: u64,
+}
+
+/// A document or object that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BrokenRow {
+    /// The file, or `kubernetes`.
+    pub source: String,
+    /// The document's number in the file, from 1.
+    pub document: Option<usize>,
+    /// The line where it begins.
+    pub line: Option<usize>,
+    /// The object, where that much could be read.
+    pub object: Option<String>,
+    /// What is wrong, and what was done about it.
+    pub reason: String,
+}
+
+/// Something that depends on the kernel or the settings.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FeatureRow {
+    /// What.
+    pub name: String,
+    /// The way that was taken.
+    pub value: String,
+}
+
+/// A pod whose policy is not in force yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitingRow {
+    /// Its number.
+    pub endpoint: EndpointId,
+    /// Why not.
+    pub reason: String,
+}
+
+/// A pod of this node: a row of the answer to `Endpoints`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointRow {
+    /// Its number.
+    pub id: EndpointId,
+    /// Namespace and name.
+    pub pod: ObjectKey,
+    /// Its IPv4 address.
+    pub ipv4: Option<Ipv4Addr>,
+    /// Its IPv6 address.
+    pub ipv6: Option<Ipv6Addr>,
+    /// Its identity, once claimed.
+    pub identity: Option<IdentityId>,
+    /// The identity's labels.
+    pub labels: Vec<String>,
+    /// The compiled policy; 0: none.
+    pub policy_id: u32,
+    /// What comes in is judged.
+    pub enforces_ingress: bool,
+    /// What goes out is judged.
+    pub enforces_egress: bool,
+    /// The NetworkPolicies that select it.
+    pub policies: Vec<ObjectKey>,
+    /// Its policy is in force and its programs are attached.
+    pub is_enforced: bool,
+    /// Why not.
+    pub waiting_for: Option<String>,
+    /// The host side of its link.
+    pub host_interface: String,
+    /// Its index.
+    pub host_ifindex: u32,
+    /// `CNI_CONTAINERID`.
+    pub container_id: String,
+}
+
+/// An identity that this node knows: a row of the answer to `Identities`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdentityRow {
+    /// Its number.
+    pub id: IdentityId,
+    /// Its labels, each with its source.
+    pub labels: Vec<String>,
+    /// Known addresses that have it.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// A NetworkPolicy: a row of the answer to `Policies`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyRow {
+    /// Namespace and name.
+    pub policy: ObjectKey,
+    /// Rules for what comes in; `None`: it does not judge that.
+    pub ingress_rules: Option<usize>,
+    /// Rules for what goes out; `None`: it does not judge that.
+    pub egress_rules: Option<usize>,
+    /// Pods of this node that it selects.
+    pub endpoints: Vec<EndpointId>,
+}
+
+/// A frontend of a Service: a row of the answer to `Services`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceRow {
+    /// Namespace and name.
+    pub service: ObjectKey,
+    /// A cluster IP.
+    pub address: IpAddr,
+    /// The frontend's port.
+    pub port: u16,
+    /// `TCP`, `UDP` or `SCTP`.
+    pub protocol: String,
+    /// Ready backends; none: connections are refused.
+    pub backends: Vec<SocketAddr>,
+}
