@@ -4,6 +4,7 @@
 //! Events move the other way and never write a table. See ARCHITECTURE.md.
 
 pub mod api;
+pub mod cli;
 pub mod cni;
 pub mod config;
 pub mod datapath;

@@ -4,9 +4,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::datapath::MapFill;
 use crate::flow::RecorderCounts;
 use crate::model::{EndpointId, IdentityId, ObjectKey};
-use crate::telemetry::{MapFill, ObjectCounts};
+use crate::telemetry::ObjectCounts;
 
 /// How the agent is: the answer to `Status`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapHandle};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::Datapath;
 use super::abi::{EventCount, Metric, Plain};
@@ -29,7 +29,7 @@ pub struct MetricRow {
 }
 
 /// How full a map is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MapFill {
     /// Its name.
     pub map: String,

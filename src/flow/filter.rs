@@ -5,9 +5,11 @@ use std::net::IpAddr;
 use crate::datapath::types::event_flags;
 use crate::model::IdentityId;
 
-use super::names::{direction_of, event_type_of, has_flag};
+use super::names::{event_type_of, has_flag};
 use super::query::{IdentityPattern, NamePattern};
-use super::{DropReason, Event, Filter, Flow, L4Protocol, LabelPattern, Party, Query, Verdict, ip_of};
+use super::{
+    Direction, DropReason, Event, Filter, Flow, L4Protocol, LabelPattern, Party, Query, Verdict, ip_of,
+};
 
 impl Query {
     /// False if the raw record alone tells that this flow is not asked for.
@@ -32,7 +34,7 @@ impl Filter {
         any(&self.verdict, |wanted| *wanted == verdict)
             && any(&self.drop_reason, |wanted| *wanted == DropReason(event.reason))
             && any(&self.protocol, |wanted| *wanted == L4Protocol::from(event.protocol))
-            && any(&self.direction, |wanted| *wanted == direction_of(event))
+            && any(&self.direction, |wanted| *wanted == Direction::from(event.direction))
             && any(&self.event_type, |wanted| *wanted == event_type_of(event))
             && self.matches_ports(event)
             && self.matches_addresses(event)

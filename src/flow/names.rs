@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use imbl::ordmap::DiffItem;
 
-use crate::datapath::types::{direction, event_flags, event_type};
+use crate::datapath::types::{event_flags, event_type};
 use crate::model::{
     Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, NodeEndpoints, ObjectKey, Service,
 };
@@ -128,7 +128,7 @@ impl Names {
             event_type: event_type_of(event),
             verdict: if event.reason == 0 { Verdict::Forwarded } else { Verdict::Dropped },
             drop_reason_desc: (event.reason != 0).then_some(DropReason(event.reason)),
-            traffic_direction: direction_of(event),
+            traffic_direction: Direction::from(event.direction),
             is_reply: has_flag(event, event_flags::EVENT_REPLY),
             protocol,
             source,
@@ -349,14 +349,6 @@ fn sides<'a, K, V>(change: DiffItem<'a, 'a, K, V>) -> (Option<&'a V>, Option<&'a
 
 pub(super) fn has_flag(event: &Event, flag: event_flags) -> bool {
     u32::from(event.flags) & flag.0 != 0
-}
-
-pub(super) fn direction_of(event: &Event) -> Direction {
-    match direction(u32::from(event.direction)) {
-        direction::DIRECTION_INGRESS => Direction::Ingress,
-        direction::DIRECTION_EGRESS => Direction::Egress,
-        _ => Direction::Unknown,
-    }
 }
 
 pub(super) fn event_type_of(event: &Event) -> EventType {

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tracing::warn;
 
 use super::{Event, Names, Recorder};
+use crate::datapath::{Datapath, EventReader};
 
 /// Between two looks while events arrive.
 const BUSY: Duration = Duration::from_millis(5);
@@ -27,6 +28,30 @@ pub trait EventSource: Send {
     fn consume(&mut self, each: &mut dyn FnMut(&Event)) -> Result<usize>;
     /// How many events did not fit so far.
     fn lost(&self) -> Result<u64>;
+}
+
+/// The ring buffer of a loaded datapath.
+pub struct KernelEvents {
+    reader: EventReader,
+    datapath: Arc<Datapath>,
+}
+
+impl KernelEvents {
+    /// Takes the one reader of the ring buffer.
+    pub fn open(datapath: Arc<Datapath>) -> Result<Self> {
+        Ok(Self { reader: datapath.events()?, datapath })
+    }
+}
+
+impl EventSource for KernelEvents {
+    fn consume(&mut self, each: &mut dyn FnMut(&Event)) -> Result<usize> {
+        self.reader.consume(each)
+    }
+
+    fn lost(&self) -> Result<u64> {
+        let (_offered, lost) = self.datapath.event_counts()?;
+        Ok(lost)
+    }
 }
 
 /// Moves events from `source` to `recorder` until `shutdown` is true, and keeps `names` current,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use crate::datapath::types::direction;
 use crate::model::{EndpointId, IdentityId, ObjectKey};
 
 use super::DropReason;
@@ -160,6 +161,17 @@ named! {
         Ingress = "INGRESS",
         /// Out of the pod.
         Egress = "EGRESS",
+    }
+}
+
+impl From<u8> for Direction {
+    /// From `enum direction`.
+    fn from(number: u8) -> Self {
+        match direction(u32::from(number)) {
+            direction::DIRECTION_INGRESS => Self::Ingress,
+            direction::DIRECTION_EGRESS => Self::Egress,
+            _ => Self::Unknown,
+        }
     }
 }
 

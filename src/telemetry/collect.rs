@@ -13,38 +13,25 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
+use crate::datapath::{Datapath, MapFill, MetricRow};
 use crate::flow::{Direction, DropReason, Recorder};
 
 /// What the programs count, and how full the maps are.
 pub trait KernelCounters: Send + Sync + 'static {
     /// Packets and bytes by reason and direction, summed over all CPUs; rows of zeros may be left out.
-    fn packets(&self) -> Result<Vec<PacketCount>>;
+    fn packets(&self) -> Result<Vec<MetricRow>>;
     /// Every map with the number of its entries, as far as that can be told.
     fn maps(&self) -> Result<Vec<MapFill>>;
 }
 
-/// A row of the kernel's `metrics`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PacketCount {
-    /// Why they were dropped; `None`: they were not.
-    pub reason: Option<DropReason>,
-    /// Which way, seen from the pod.
-    pub direction: Direction,
-    /// How many.
-    pub packets: u64,
-    /// How long, added up.
-    pub bytes: u64,
-}
+impl KernelCounters for Datapath {
+    fn packets(&self) -> Result<Vec<MetricRow>> {
+        self.metrics()
+    }
 
-/// How full a map is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MapFill {
-    /// Its name in maps.h.
-    pub name: String,
-    /// What it holds.
-    pub entries: u64,
-    /// What it can hold.
-    pub max_entries: u64,
+    fn maps(&self) -> Result<Vec<MapFill>> {
+        self.map_fill()
+    }
 }
 
 /// How many objects the agent works with.
@@ -142,26 +129,23 @@ impl Collector for Kernel {
                 return Ok(());
             }
         };
-        let rows = |value: fn(&MapFill) -> u64| {
-            maps.iter().map(move |map| ([("map", map.name.clone())], value(map) as f64))
+        let rows = |value: fn(&MapFill) -> usize| {
+            maps.iter().map(move |map| ([("map", map.map.clone())], value(map) as f64))
         };
-        gauges(&mut encoder, "map_entries", "What a map holds", rows(|map| map.entries))?;
-        gauges(&mut encoder, "map_max_entries", "What a map can hold", rows(|map| map.max_entries))
+        gauges(&mut encoder, "map_entries", "What a map holds", rows(|map| map.used))?;
+        gauges(&mut encoder, "map_max_entries", "What a map can hold", rows(|map| map.capacity))
     }
 }
 
-fn encode_packets(encoder: &mut DescriptorEncoder, packets: &[PacketCount]) -> Encoded {
-    let forwarded = |value: fn(&PacketCount) -> u64| {
-        packets
-            .iter()
-            .filter(|row| row.reason.is_none())
-            .map(move |row| ([("direction", row.direction.to_string())], value(row)))
+fn encode_packets(encoder: &mut DescriptorEncoder, packets: &[MetricRow]) -> Encoded {
+    let direction = |row: &MetricRow| ("direction", Direction::from(row.direction).to_string());
+    let forwarded = |value: fn(&MetricRow) -> u64| {
+        let rows = packets.iter().filter(|row| row.reason == 0);
+        rows.map(move |row| ([direction(row)], value(row)))
     };
-    let dropped = |value: fn(&PacketCount) -> u64| {
-        packets.iter().filter_map(move |row| {
-            let reason = ("reason", row.reason?.to_string());
-            Some(([reason, ("direction", row.direction.to_string())], value(row)))
-        })
+    let dropped = |value: fn(&MetricRow) -> u64| {
+        let rows = packets.iter().filter(|row| row.reason != 0);
+        rows.map(move |row| ([("reason", DropReason(row.reason).to_string()), direction(row)], value(row)))
     };
     counters(encoder, "forwarded_packets", "Packets delivered", forwarded(|row| row.packets))?;
     counters(encoder, "forwarded_bytes", "Bytes of packets delivered", forwarded(|row| row.bytes))?;

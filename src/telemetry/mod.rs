@@ -20,7 +20,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-pub use collect::{KernelCounters, MapFill, ObjectCounts, PacketCount, WatchHealth};
+pub use collect::{KernelCounters, ObjectCounts, WatchHealth};
 pub use http::{serve, serve_on};
 pub use ready::{Ready, ReadyGuard};
 

@@ -1,0 +1,122 @@
+//! The command line for people: asks the agent over its socket, or reads the pins.
+
+mod list;
+mod map;
+mod observe;
+mod output;
+mod status;
+mod table;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::api;
+
+/// Networking, security and observability for Kubernetes on eBPF.
+#[derive(Parser)]
+#[command(name = "weir", version, propagate_version = true, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show flows: who talked to whom, what became of it, and why.
+    Observe(Box<observe::ObserveArgs>),
+    /// Show how the agent is; exits with 3 when it is not ready.
+    Status(status::StatusArgs),
+    /// Show the pods of this node.
+    #[command(subcommand)]
+    Endpoint(list::EndpointCommand),
+    /// Show identities: the sets of labels that policy knows.
+    #[command(subcommand)]
+    Identity(list::IdentityCommand),
+    /// Show network policies and whom they select.
+    #[command(subcommand)]
+    Policy(list::PolicyCommand),
+    /// Show services and their backends.
+    #[command(subcommand)]
+    Service(list::ServiceCommand),
+    /// Read BPF maps, with or without an agent.
+    #[command(subcommand)]
+    Map(map::MapCommand),
+    /// Load every program with everything on, and show what the verifier needed.
+    Verify(map::VerifyArgs),
+    /// Print the custom resource definitions as YAML.
+    Crds,
+}
+
+/// How to reach the agent.
+#[derive(Args, Clone, Debug)]
+struct Connection {
+    /// The agent's socket.
+    #[arg(long, env = "WEIR_SOCKET", value_name = "PATH", default_value = api::DEFAULT_SOCKET)]
+    socket: PathBuf,
+}
+
+impl Connection {
+    fn connect(&self) -> Result<api::Client, Failure> {
+        Ok(api::Client::connect(&self.socket)?)
+    }
+}
+
+/// Form of what is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// Aligned columns.
+    Table,
+    /// JSON.
+    Json,
+}
+
+/// Why a command did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// Asked for readiness, and there is none.
+    #[error("{0}")]
+    NotReady(String),
+    /// The agent could not be asked, or said no.
+    #[error("{0}")]
+    Api(#[from] api::Error),
+    /// Writing the answer; a reader that went away is not worth a word.
+    #[error("writing: {0}")]
+    Output(#[from] io::Error),
+    /// Anything else.
+    #[error("{0:#}")]
+    Other(#[from] anyhow::Error),
+}
+
+impl Failure {
+    /// True when whoever read the output has seen enough.
+    pub fn is_broken_pipe(&self) -> bool {
+        matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+}
+
+fn crds() -> Result<(), Failure> {
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    for definition in crate::kube::crd::crds() {
+        let yaml = serde_yaml::to_string(&definition).context("writing a definition as YAML")?;
+        writeln!(out, "---\n{}", yaml.trim_end())?;
+    }
+    Ok(out.flush()?)
+}
+
+/// Does what was typed.
+pub fn run(cli: Cli) -> Result<(), Failure> {
+    match cli.command {
+        Command::Observe(args) => observe::run(*args),
+        Command::Status(args) => status::run(&args),
+        Command::Endpoint(command) => list::endpoint(command),
+        Command::Identity(command) => list::identity(command),
+        Command::Policy(command) => list::policy(command),
+        Command::Service(command) => list::service(command),
+        Command::Map(command) => map::run(command),
+        Command::Verify(args) => map::verify(&args),
+        Command::Crds => crds(),
+    }
+}

@@ -1,0 +1,234 @@
+//! `weir status`.
+
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use jiff::SignedDuration;
+
+use super::{Connection, Failure, Format, output, table};
+use crate::api::answers::StatusAnswer;
+use crate::api::{self, Request};
+use crate::flow::escape;
+
+/// Between two questions while waiting.
+const POLL: Duration = Duration::from_millis(100);
+/// An agent that is busy starting answers within this.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+
+#[derive(Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    connection: Connection,
+    /// Wait until the agent is ready, at most so long.
+    #[arg(
+        long,
+        value_name = "DURATION",
+        num_args = 0..=1,
+        default_missing_value = "60s",
+        value_parser = duration,
+    )]
+    wait: Option<Duration>,
+    /// Form of what is printed.
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Format,
+}
+
+pub fn run(args: &StatusArgs) -> Result<(), Failure> {
+    let deadline = args.wait.map(|wait| Instant::now() + wait);
+    let status = loop {
+        let answer = ask(&args.connection);
+        let is_ready = answer.as_ref().is_ok_and(StatusAnswer::is_ready);
+        if is_ready || deadline.is_none_or(|deadline| Instant::now() >= deadline) {
+            break answer;
+        }
+        std::thread::sleep(POLL);
+    };
+    let status = status.map_err(|error| match error {
+        Failure::Api(error @ api::Error::Unavailable { .. }) => Failure::NotReady(error.to_string()),
+        error => error,
+    })?;
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    match args.output {
+        Format::Json => output::write_json(&mut out, &status)?,
+        Format::Table => write(&mut out, &status)?,
+    }
+    out.flush()?;
+    match status.is_ready() {
+        true => Ok(()),
+        false => Err(Failure::NotReady(format!("not ready: waiting for {}", status.pending.join(", ")))),
+    }
+}
+
+fn ask(connection: &Connection) -> Result<StatusAnswer, Failure> {
+    Ok(connection.connect()?.with_timeout(ANSWER_WITHIN)?.call(&Request::Status)?)
+}
+
+fn write(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
+    let ready = if status.is_ready() { "ready" } else { "NOT READY" };
+    let up = SignedDuration::from_secs(i64::try_from(status.uptime_seconds).unwrap_or(i64::MAX));
+    writeln!(
+        out,
+        "Agent:       {ready}, version {}, up {up:#}, node {}, Linux {}",
+        escape(&status.version),
+        escape(&status.node),
+        escape(&status.kernel)
+    )?;
+    for pending in &status.pending {
+        writeln!(out, "  waiting for {}", escape(pending))?;
+    }
+    let objects = &status.objects;
+    writeln!(out, "Endpoints:   {} of {} enforced", objects.endpoints_enforced, objects.endpoints)?;
+    for waiting in &status.waiting {
+        writeln!(out, "  {}: {}", waiting.endpoint, escape(&waiting.reason))?;
+    }
+    writeln!(out, "Policies:    {} ({} compiled)", objects.policies, objects.compiled_policies)?;
+    writeln!(out, "Services:    {}", objects.services)?;
+    writeln!(
+        out,
+        "Identities:  {} of the cluster, {} of this node",
+        objects.identities, objects.local_identities
+    )?;
+    writeln!(out, "Nodes:       {}", objects.nodes)?;
+    let flows = &status.flows;
+    writeln!(
+        out,
+        "Flows:       {} seen, {} of {} kept, {} lost in the kernel, {} missed by observers",
+        flows.seen, flows.held, flows.capacity, flows.lost_in_kernel, flows.missed_by_readers
+    )?;
+    for feature in &status.features {
+        writeln!(out, "{:<12} {}", format!("{}:", escape(&feature.name)), escape(&feature.value))?;
+    }
+    write_source(out, status)?;
+    let maps = status.maps.iter().map(|map| {
+        let percent = map.used as f64 * 100.0 / map.capacity.max(1) as f64;
+        [map.map.clone(), map.used.to_string(), map.capacity.to_string(), format!("{percent:.1} %")]
+    });
+    let maps: Vec<_> = maps.into_iter().collect();
+    if !maps.is_empty() {
+        writeln!(out)?;
+        table::write(out, ["MAP", "ENTRIES", "MAX", "FULL"], &maps)?;
+    }
+    Ok(())
+}
+
+fn write_source(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
+    writeln!(out, "Source:      {}", escape(&status.source))?;
+    if !status.broken.is_empty() {
+        writeln!(out, "  {} not as they should be:", status.broken.len())?;
+    }
+    for broken in &status.broken {
+        let number = |name: &str, number: Option<usize>| {
+            number.map(|number| format!(" {name} {number}")).unwrap_or_default()
+        };
+        let object = broken.object.as_deref().map(|object| format!(" ({object})")).unwrap_or_default();
+        let place = format!(
+            "{}{}{}{object}: {}",
+            broken.source,
+            number("document", broken.document),
+            number("line", broken.line),
+            broken.reason
+        );
+        writeln!(out, "  {}", escape(&place))?;
+    }
+    let rows: Vec<_> = status
+        .kinds
+        .iter()
+        .map(|kind| {
+            let health = match (kind.is_synced, kind.is_connected) {
+                (_, false) => "away",
+                (false, true) => "first list awaited",
+                (true, true) => "ok",
+            };
+            let silent = kind.silent_seconds.map(|seconds| format!("{seconds} s ago")).unwrap_or_default();
+            [
+                kind.kind.clone(),
+                kind.objects.to_string(),
+                health.to_owned(),
+                silent,
+                kind.errors_total.to_string(),
+            ]
+        })
+        .collect();
+    if !rows.is_empty() {
+        writeln!(out)?;
+        table::write(out, ["KIND", "OBJECTS", "SOURCE", "LAST NEWS", "ERRORS"], &rows)?;
+    }
+    Ok(())
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let duration: SignedDuration = text.parse().map_err(|_| "not a duration as 500ms, 90s, 5m".to_owned())?;
+    duration.try_into().map_err(|_| "a duration cannot be negative".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::answers::{BrokenRow, FeatureRow, KindRow, WaitingRow};
+    use crate::datapath::MapFill;
+    use crate::flow::RecorderCounts;
+    use crate::model::EndpointId;
+    use crate::telemetry::ObjectCounts;
+
+    #[test]
+    fn a_status_for_people() {
+        let status = StatusAnswer {
+            version: "0.1.0".into(),
+            node: "a".into(),
+            kernel: "6.18.0".into(),
+            uptime_seconds: 3725,
+            pending: vec!["the first round".into()],
+            source: "/etc/manifests".into(),
+            kinds: vec![KindRow {
+                kind: "Pod".into(),
+                objects: 2,
+                is_synced: true,
+                is_connected: true,
+                silent_seconds: Some(3),
+                errors_total: 0,
+            }],
+            broken: vec![BrokenRow {
+                source: "shop.yaml".into(),
+                document: Some(2),
+                line: None,
+                object: Some("NetworkPolicy shop/web".into()),
+                reason: "spec.ingress[0].ports[0].port: 70000 is no port".into(),
+            }],
+            features: vec![FeatureRow { name: "Attach".into(), value: "tcx".into() }],
+            objects: ObjectCounts {
+                endpoints: 2,
+                endpoints_enforced: 1,
+                policies: 3,
+                ..ObjectCounts::default()
+            },
+            waiting: vec![WaitingRow { endpoint: EndpointId(3), reason: "no Pod object yet".into() }],
+            maps: vec![MapFill { map: "nat".into(), used: 1024, capacity: 131_072 }],
+            flows: RecorderCounts { seen: 5, held: 5, capacity: 16_384, ..RecorderCounts::default() },
+        };
+        let mut out = Vec::new();
+        write(&mut out, &status).expect("memory");
+        let expected = "\
+Agent:       NOT READY, version 0.1.0, up 1h 2m 5s, node a, Linux 6.18.0
+  waiting for the first round
+Endpoints:   1 of 2 enforced
+  3: no Pod object yet
+Policies:    3 (0 compiled)
+Services:    0
+Identities:  0 of the cluster, 0 of this node
+Nodes:       0
+Flows:       5 seen, 5 of 16384 kept, 0 lost in the kernel, 0 missed by observers
+Attach:      tcx
+Source:      /etc/manifests
+  1 not as they should be:
+  shop.yaml document 2 (NetworkPolicy shop/web): spec.ingress[0].ports[0].port: 70000 is no port
+
+KIND  OBJECTS  SOURCE  LAST NEWS  ERRORS
+Pod   2        ok      3 s ago    0
+
+MAP  ENTRIES  MAX     FULL
+nat  1024     131072  0.8 %
+";
+        assert_eq!(String::from_utf8(out).expect("text"), expected);
+    }
+}
