@@ -136,7 +136,7 @@ pub async fn serve_on(
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
-            _ = shutdown.wait_for(|stop| *stop) => break,
+            () = stopped(&mut shutdown) => break,
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
                     connections.spawn(connection(stream, Arc::clone(&handler), Arc::clone(&slots)));
@@ -200,4 +200,9 @@ async fn read_request(stream: &mut UnixStream) -> io::Result<Option<Request>> {
             return Err(io::Error::other("it is longer than any request may be"));
         }
     }
+}
+
+async fn stopped(shutdown: &mut watch::Receiver<bool>) {
+    // An error: nobody can ask for a shutdown any more, which is one.
+    let _ = shutdown.wait_for(|stop| *stop).await.map(drop);
 }

@@ -24,7 +24,7 @@ use std::os::fd::AsRawFd;
 
 use super::connection::{Connection, Request};
 use super::route::{Route, new_neighbour, new_route, permanent_neighbours, routes, routes_with_protocol};
-use super::{Error, Result, delete_link, link, namespace, set_sysctl};
+use super::{Error, Link, Result, delete_link, link, namespace, set_sysctl};
 use crate::model::MacAddress;
 
 /// Next hop of every pod's IPv4 default route.
@@ -162,8 +162,9 @@ pub fn raise_pod_link(spec: &PodLinkSpec, host_ifindex: u32) -> Result<()> {
     namespace::within(&namespace, || wait_until_operational(&spec.interface))
 }
 
-/// An error that names the first thing that is not as `create_pod_link` and `raise_pod_link` made it.
-pub fn verify_pod_link(spec: &PodLinkSpec, host_ifindex: u32) -> Result<()> {
+/// The host side, or an error that names the first thing that is not as `create_pod_link` and
+/// `raise_pod_link` made it. The MTU may have been changed since: it is not compared.
+pub fn verify_pod_link(spec: &PodLinkSpec, host_ifindex: u32) -> Result<Link> {
     let namespace = namespace::open_namespace(&spec.netns)?;
     let host = link(&spec.host_interface)?;
     let host = host.ok_or_else(|| different(&spec.host_interface, "is gone"))?;
@@ -178,7 +179,8 @@ pub fn verify_pod_link(spec: &PodLinkSpec, host_ifindex: u32) -> Result<()> {
             return Err(Error::Different(format!("the node's route to {} is gone", route.prefix)));
         }
     }
-    namespace::within(&namespace, || verify_pod_side(spec))
+    namespace::within(&namespace, || verify_pod_side(spec))?;
+    Ok(host)
 }
 
 fn configure_host_side(host_interface: &str) -> Result<()> {

@@ -1,0 +1,88 @@
+//! The network configuration, as the runtime writes it to standard input.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::request::is_identifier;
+use super::{Attachment, Error, ErrorCode, Result, VERSIONS};
+use crate::api::DEFAULT_SOCKET;
+
+/// Longer ones no runtime has; a GC that lists a full node's pods has a tenth.
+pub(super) const CONFIG_BYTES_MAX: u64 = 1024 * 1024;
+const DEFAULT_STATE_DIRECTORY: &str = "/var/lib/weir";
+const NAME_MAX: usize = 255;
+
+/// The keys that matter to us. Others (`capabilities`, `runtimeConfig`, `args`, ...) claim nothing and are ignored.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub(super) struct Config {
+    #[serde(rename = "cniVersion", default)]
+    pub(super) version: String,
+    #[serde(default)]
+    name: String,
+    /// Where the agent listens.
+    #[serde(default = "default_socket")]
+    pub(super) socket: PathBuf,
+    /// The agent's `--state-dir`: deletions are queued there while it is down.
+    #[serde(rename = "stateDir", default = "default_state_directory")]
+    pub(super) state_directory: PathBuf,
+    #[serde(rename = "prevResult", default)]
+    pub(super) previous_result: Option<Value>,
+    #[serde(rename = "cni.dev/valid-attachments", default)]
+    pub(super) valid_attachments: Option<Vec<Attachment>>,
+}
+
+impl Config {
+    /// Understands a configuration and refuses what cannot be right.
+    pub(super) fn parse(text: &[u8]) -> Result<Self> {
+        let value: Value = serde_json::from_slice(text).map_err(|error| {
+            Error::new(ErrorCode::Decode, "the network configuration is no JSON")
+                .with_details(error.to_string())
+        })?;
+        let config = Self::deserialize(&value).map_err(|error| {
+            invalid("the network configuration has a key of the wrong kind").with_details(error.to_string())
+        })?;
+        if !VERSIONS.contains(&config.version.as_str()) {
+            let shown: String = config.version.chars().take(32).collect();
+            return Err(Error::new(
+                ErrorCode::IncompatibleVersion,
+                "the network configuration has a version that we do not speak",
+            )
+            .with_details(format!("it is {shown:?}, we speak {}", VERSIONS.join(", "))));
+        }
+        if !is_identifier(&config.name) || config.name.len() > NAME_MAX {
+            return Err(invalid("the network's name is missing or not acceptable"));
+        }
+        for (key, path) in [("socket", &config.socket), ("stateDir", &config.state_directory)] {
+            if !is_plain_absolute(path) {
+                return Err(invalid(format!("{key} is no absolute path")));
+            }
+        }
+        Ok(config)
+    }
+
+    /// True if the configuration's version is `version` or newer.
+    pub(super) fn is_at_least(&self, version: &str) -> bool {
+        let place = |wanted: &str| VERSIONS.iter().position(|version| *version == wanted);
+        place(&self.version) >= place(version)
+    }
+}
+
+fn is_plain_absolute(path: &Path) -> bool {
+    use std::path::Component::{Normal, RootDir};
+    let is_plain = path.components().all(|component| matches!(component, RootDir | Normal(_)));
+    path.is_absolute() && is_plain && !path.to_string_lossy().contains('\0')
+}
+
+fn default_socket() -> PathBuf {
+    PathBuf::from(DEFAULT_SOCKET)
+}
+
+fn default_state_directory() -> PathBuf {
+    PathBuf::from(DEFAULT_STATE_DIRECTORY)
+}
+
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(ErrorCode::InvalidConfig, message)
+}
