@@ -13,6 +13,7 @@
 //! ```
 
 mod api;
+pub mod bootstrap;
 mod convert;
 pub mod crd;
 mod document;
