@@ -117,9 +117,9 @@ pub(super) fn prepare(
     Ok(Opened { object, origins })
 }
 
-/// Sections of the object (`.rodata`, `.bss`) belong to one load.
+/// Sections of the object (`.rodata`, `.bss`) and the programs' work space belong to one load.
 fn is_private(map: &str) -> bool {
-    map.contains('.')
+    map.contains('.') || map == "scratch"
 }
 
 fn fill_settings(map: &mut OpenMapMut<'_>, settings: abi::Settings) -> Result<()> {

@@ -113,20 +113,24 @@ impl PolicyWriter {
         self.prune_inherited(policies)?;
         let ids: Vec<PolicyId> = self.held.keys().copied().collect();
         for id in ids {
-            let Some(held) = self.held.get(&id) else { continue };
             let desired = policies.get(&id);
-            let keeps_all = held.partial.is_empty() && desired.is_some();
-            if keeps_all {
+            let Some(held) = self.held.get(&id) else { continue };
+            if held.partial.is_empty() && desired.is_some() {
                 continue;
             }
-            let versions: Vec<_> = held.partial.iter().chain(&held.complete).cloned().collect();
-            for version in &versions {
-                self.delete_policy(id, version, desired.map(AsRef::as_ref))?;
+            let is_complete = held.complete.as_ref() == desired;
+            for version in held.partial.iter().chain(&held.complete).cloned().collect::<Vec<_>>() {
+                self.delete_policy(id, &version, desired.map(AsRef::as_ref))?;
             }
-            match (desired, self.held.get_mut(&id)) {
-                (Some(_), Some(held)) => held.partial.clear(),
-                _ => drop(self.held.remove(&id)),
-            }
+            let held = desired.cloned().map(|desired| match is_complete {
+                true => Held { complete: Some(desired), partial: Vec::new() },
+                // Nothing is left that is not desired, but not all that is.
+                false => Held { complete: None, partial: vec![desired] },
+            });
+            match held {
+                Some(held) => self.held.insert(id, held),
+                None => self.held.remove(&id),
+            };
         }
         Ok(())
     }
