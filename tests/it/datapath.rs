@@ -2,17 +2,17 @@
 //! writers against real maps. Each test has a network and mount namespace and a
 //! BPF file system of its own, which end with its thread.
 
-use std::collections::BTreeMap;
-use std::net::IpAddr;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+mod attach;
+mod events;
+mod restart;
+mod writers;
 
-use anyhow::{Context, Result, ensure};
+use std::path::Path;
+
+use anyhow::Result;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use weir::datapath::abi::{self, Plain};
-use weir::datapath::{AttachMode, Bytes, Datapath, MapError, MapSizes, Options, Settings, types};
-use weir::model::*;
+use weir::datapath::{AttachMode, Datapath, MapSizes, Options, Settings};
 
 use crate::require::require_lab;
 
@@ -34,54 +34,40 @@ fn options(pins: &Path) -> Options {
         pins: pins.to_owned(),
         cgroup_root: None,
         attach: AttachMode::Auto,
-        map_sizes: MapSizes::default().with("connections", 4096).with("nat", 4096),
+        map_sizes: small_maps(),
         settings: Settings::default(),
     }
 }
 
-/// Id of a pinned link and of the program that it runs.
+/// Preallocated maps of production size cost tens of megabytes each.
+fn small_maps() -> MapSizes {
+    MapSizes::default().with("connections", 4096).with("nat", 4096).with("sockets", 4096)
+}
+
+/// Loads the datapath over private maps.
+fn private(sizes: MapSizes) -> Result<Datapath> {
+    Datapath::open_private(&Settings::default(), &sizes)
+}
+
+/// Id of a pinned link, and of the program that it runs.
 fn link_ids(pins: &Path, name: &str) -> Result<(u32, u32)> {
     let info = libbpf_rs::Link::open(pins.join("links").join(name))?.info()?;
     Ok((info.id, info.prog_id))
 }
 
 #[test]
-fn links_and_rows_survive_a_restart() -> Result<()> {
+fn every_program_is_verified_within_the_limit() -> Result<()> {
     require_lab!();
-    isolated(|pins| {
-        let address: BTreeMap<IpAddr, AddressEntry> = [(
-            "10.0.0.1".parse()?,
-            AddressEntry { identity: IdentityId(300), node: None, endpoint: None, kind: AddressKind::Pod },
-        )]
-        .into();
-        let first = Datapath::load(&options(pins))?;
-        first.attach_pod(EndpointId(1), 1)?;
-        first.writers()?.addresses.write(&address, &BTreeMap::new())?;
-        let before = (link_ids(pins, "1-from_pod")?, link_ids(pins, "1-to_pod")?);
-        drop(first);
-        assert_eq!((link_ids(pins, "1-from_pod")?, link_ids(pins, "1-to_pod")?), before);
-
-        let second = Datapath::load(&options(pins))?;
-        second.attach_pod(EndpointId(1), 1)?;
-        let after = (link_ids(pins, "1-from_pod")?, link_ids(pins, "1-to_pod")?);
-        assert_eq!((after.0.0, after.1.0), (before.0.0, before.1.0), "the links are the same");
-        assert_ne!((after.0.1, after.1.1), (before.0.1, before.1.1), "they run the new programs");
-        let rows = weir::datapath::dump(pins, "addresses")?;
-        assert_eq!(rows.len(), 1);
-        assert_eq!(rows[0]["address"], "10.0.0.1");
-        second.detach_pod(EndpointId(1), 1)?;
-        assert_eq!(std::fs::read_dir(pins.join("links"))?.count(), 0);
-        Ok(())
-    })
-}
-
-#[test]
-fn a_second_agent_is_refused() -> Result<()> {
-    require_lab!();
-    isolated(|pins| {
-        let _first = Datapath::load(&options(pins))?;
-        let error = Datapath::load(&options(pins)).err().context("a second agent on the same pins")?;
-        assert!(error.to_string().starts_with("another agent is running on the pins in "), "{error:#}");
-        Ok(())
-    })
+    let rows = weir::datapath::verify(&Settings::default())?;
+    for row in &rows {
+        assert!((1..200_000).contains(&row.verified_instructions), "{row:?}");
+        assert!((1..100_000).contains(&row.loaded_instructions), "{row:?}");
+    }
+    let names: Vec<_> = rows.iter().map(|row| row.program.as_str()).collect();
+    for name in
+        ["from_pod", "to_pod", "from_network", "to_network", "from_overlay", "connect4", "collect_nat"]
+    {
+        assert!(names.contains(&name), "{name} is not among {names:?}");
+    }
+    Ok(())
 }

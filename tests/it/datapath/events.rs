@@ -1,0 +1,90 @@
+//! What the programs report and count, and what garbage collection deletes.
+
+use anyhow::{Context, Result};
+use libbpf_rs::ProgramInput;
+use weir::datapath::abi::{Connection, ConnectionKey, Nat, NatKey, addr_of};
+use weir::datapath::{Datapath, MetricRow, types};
+
+use super::{private, small_maps};
+use crate::require::require_lab;
+
+/// A frame to the endpoint with this id, which does not exist.
+fn drop_a_frame(datapath: &Datapath, endpoint: u16) -> Result<()> {
+    let [high, low] = endpoint.to_be_bytes();
+    let mut frame = vec![0x02, 0x57, 0x65, 0x69, high, low, 2, 0, 0, 0, 0, 1, 0x08, 0x00];
+    frame.extend([0x45, 0, 0, 20, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    frame.resize(64, 0);
+    let input = ProgramInput { data_in: Some(&frame), ..ProgramInput::default() };
+    datapath.program("from_pod")?.test_run(input)?;
+    Ok(())
+}
+
+#[test]
+fn every_event_is_delivered_or_counted_as_lost() -> Result<()> {
+    require_lab!();
+    // The smallest ring that the kernel makes: 32 events with their headers fill most of it.
+    let datapath = private(small_maps().with("events", 4096))?;
+    let mut reader = datapath.events()?;
+    assert_eq!(reader.consume(|_| {})?, 0, "nothing is there, and nobody waits");
+    let mut delivered = Vec::new();
+    for round in 0..7_u64 {
+        for _ in 0..10 * round {
+            drop_a_frame(&datapath, 77)?;
+        }
+        reader.consume(|event| delivered.push(*event))?;
+    }
+    let (offered, lost) = datapath.event_counts()?;
+    assert_eq!(offered, 210);
+    assert!(lost > 0, "the ring was never full");
+    assert_eq!(delivered.len() as u64 + lost, offered);
+    assert_eq!((reader.malformed(), reader.backlog_bytes()), (0, 0));
+    assert!(delivered.iter().all(|event| event.r#type == types::event_type::EVENT_DROP.0 as u8));
+    assert!(delivered.is_sorted_by_key(|event| event.timestamp_ns));
+    let reason = delivered.first().context("an event")?.reason;
+    let metrics = datapath.metrics()?;
+    let egress = types::direction::DIRECTION_EGRESS.0 as u8;
+    assert_eq!(metrics, [MetricRow { reason, direction: egress, packets: 210, bytes: 210 * 64 }]);
+    Ok(())
+}
+
+#[test]
+fn garbage_collection_deletes_what_has_expired() -> Result<()> {
+    require_lab!();
+    let datapath = private(small_maps())?;
+    let connections = datapath.typed::<ConnectionKey, Connection>("connections")?;
+    let nat = datapath.typed::<NatKey, Nat>("nat")?;
+    let key = |port: u16| ConnectionKey {
+        addr: [addr_of([10, 0, 0, 1].into()), addr_of([10, 0, 0, 2].into())],
+        port: [port.to_be(), 80_u16.to_be()],
+        protocol: 6,
+        ..ConnectionKey::default()
+    };
+    for port in 1..=1000 {
+        // Even ports were last seen when the machine started, odd ones will be in 500 million years.
+        let last_seen_jiffies = if port % 2 == 0 { 0 } else { u64::MAX / 2 };
+        connections.insert(&key(port), &Connection { last_seen_jiffies, ..Connection::default() })?;
+    }
+    nat.insert(&NatKey { direction: 2, protocol: 6, ..NatKey::default() }, &Nat::default())?;
+    let report = datapath.collect_garbage()?;
+    assert_eq!((report.connections, report.nat), (500, 1));
+    let left = connections.rows()?;
+    assert_eq!(left.len(), 500);
+    assert!(left.keys().all(|key| u16::from_be(key.0.port[0]) % 2 == 1));
+    assert!(nat.rows()?.is_empty());
+    let fill = datapath.map_fill()?;
+    let connections = fill.iter().find(|fill| fill.map == "connections").context("a row of connections")?;
+    assert_eq!((connections.used, connections.capacity), (500, 4096));
+    Ok(())
+}
+
+#[test]
+fn walking_a_map_misses_nothing() -> Result<()> {
+    require_lab!();
+    let datapath = private(small_maps())?;
+    let addresses = datapath.typed::<weir::datapath::abi::Addr, weir::datapath::abi::Address>("addresses")?;
+    for number in 0..50_000_u32 {
+        addresses.insert(&addr_of(std::net::Ipv4Addr::from(number).into()), &Default::default())?;
+    }
+    assert_eq!(addresses.rows()?.len(), 50_000);
+    Ok(())
+}

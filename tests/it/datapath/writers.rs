@@ -1,0 +1,364 @@
+//! The writers against real maps: what is desired goes in, a dump comes out.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use ipnet::IpNet;
+use serde_json::{Value, json};
+use weir::datapath::{Datapath, MapSizes, Options, Writers, dump};
+use weir::model::*;
+
+use super::{isolated, options, private, small_maps};
+use crate::require::require_lab;
+
+type Addresses = BTreeMap<IpAddr, AddressEntry>;
+type Prefixes = BTreeMap<IpNet, PrefixEntry>;
+type Policies = BTreeMap<PolicyId, Arc<CompiledPolicy>>;
+type Frontends = BTreeMap<FrontendKey, Frontend>;
+
+fn pod(identity: u32, endpoint: Option<u16>) -> AddressEntry {
+    let node = endpoint.is_none().then(|| IpAddr::from([192, 0, 2, 2]));
+    let endpoint = endpoint.map(EndpointId);
+    AddressEntry { identity: IdentityId(identity), node, endpoint, kind: AddressKind::Pod }
+}
+
+fn addresses() -> Result<Addresses> {
+    let node =
+        AddressEntry { identity: IdentityId::HOST, node: None, endpoint: None, kind: AddressKind::Node };
+    Ok([
+        ("10.0.0.1".parse()?, pod(256, Some(1))),
+        ("fd00::2".parse()?, pod(257, None)),
+        ("192.0.2.1".parse()?, node),
+    ]
+    .into())
+}
+
+fn prefixes() -> Result<Prefixes> {
+    let cidr = PrefixEntry { identity: IdentityId::UNKNOWN, is_pod_cidr: true };
+    let block = PrefixEntry { identity: IdentityId::FIRST_LOCAL, is_pod_cidr: false };
+    Ok([("10.0.0.0/8".parse()?, cidr), ("0.0.0.0/0".parse()?, block), ("2001:db8::/32".parse()?, block)]
+        .into())
+}
+
+/// Class 1 may use TCP 80 and 8080 to 8095, class 0 nothing.
+fn policy(origin: &str, peers: &[u32]) -> Arc<CompiledPolicy> {
+    let origin = Arc::new(ObjectKey::new("shop", origin));
+    let rule = |port, port_prefix_length, protocol| {
+        let key = CompiledRuleKey { class: 1, protocol, port, port_prefix_length };
+        (key, CompiledRule { is_allowed: true, origin: origin.clone() })
+    };
+    let ingress = CompiledDirection {
+        peers: peers.iter().map(|identity| (IdentityId(*identity), 1)).collect(),
+        rules: [rule(80, 16, Some(6)), rule(8080, 12, Some(6)), rule(0, 0, Some(17))].into(),
+    };
+    Arc::new(CompiledPolicy { ingress: Some(ingress), egress: None })
+}
+
+fn endpoints(policy: PolicyId) -> BTreeMap<EndpointId, EndpointEntry> {
+    let endpoint = Endpoint {
+        id: EndpointId(1),
+        container_id: "c1".to_owned(),
+        interface: "eth0".to_owned(),
+        netns: "/run/netns/c1".into(),
+        pod: ObjectKey::new("shop", "frontend"),
+        pod_uid: None,
+        ipv4: Some([10, 0, 0, 1].into()),
+        ipv6: None,
+        host_interface: "weir1".to_owned(),
+        host_ifindex: 11,
+        mac: MacAddress([2, 0, 0, 0, 0, 1]),
+    };
+    let entry = EndpointEntry {
+        endpoint: Arc::new(endpoint),
+        identity: IdentityId(256),
+        policy,
+        enforces_ingress: true,
+        enforces_egress: false,
+    };
+    [(EndpointId(1), entry)].into()
+}
+
+fn frontends(backends: &[&str]) -> Result<Frontends> {
+    let service = Arc::new(ObjectKey::new("shop", "frontend"));
+    let address = "10.96.0.1".parse()?;
+    let backends = backends.iter().map(|backend| backend.parse()).collect::<Result<Vec<SocketAddr>, _>>()?;
+    let tcp = FrontendKey { address, port: 80, protocol: Some(Protocol::Tcp) };
+    let rest = FrontendKey { address, port: 0, protocol: None };
+    Ok([
+        (tcp, Frontend { service: service.clone(), backends }),
+        (rest, Frontend { service, backends: Vec::new() }),
+    ]
+    .into())
+}
+
+fn write_all(writers: &mut Writers, policy_id: PolicyId) -> Result<()> {
+    let policies: Policies = [(policy_id, policy("web", &[257]))].into();
+    let (addresses, prefixes, endpoints) = (addresses()?, prefixes()?, endpoints(policy_id));
+    let frontends = frontends(&["10.0.0.1:8080", "[fd00::2]:8080"])?;
+    writers.policies.write(&policies)?;
+    writers.addresses.write(&addresses, &prefixes)?;
+    writers.endpoints.write(&endpoints)?;
+    writers.services.write(&frontends)?;
+    writers.services.prune(&frontends)?;
+    writers.endpoints.prune(&endpoints)?;
+    writers.addresses.prune(&addresses, &prefixes)?;
+    writers.policies.prune(&policies)
+}
+
+const WRITTEN: [&str; 7] =
+    ["addresses", "prefixes", "endpoints", "policy_peers", "policy_rules", "services", "backends"];
+
+fn dumps(pins: &Path, maps: &[&str]) -> Result<Vec<Vec<Value>>> {
+    maps.iter().map(|map| dump(pins, map)).collect()
+}
+
+fn expected(policy: u32, first_rule: u32) -> Vec<Value> {
+    let rule = |port: Value, protocol: &str| {
+        json!({ "policy": policy, "direction": "ingress", "class": 1, "protocol": protocol, "port": port,
+                "verdict": "allow", "rule": first_rule, "proxy_port": 0 })
+    };
+    vec![
+        json!([
+            { "address": "10.0.0.1", "identity": 256, "node": null, "endpoint": 1, "flags": ["pod", "local"] },
+            { "address": "192.0.2.1", "identity": 1, "node": null, "endpoint": 0, "flags": ["node", "local"] },
+            { "address": "fd00::2", "identity": 257, "node": "192.0.2.2", "endpoint": 0, "flags": ["pod"] },
+        ]),
+        json!([
+            { "prefix": "0.0.0.0/0", "identity": 16777216, "flags": [] },
+            { "prefix": "10.0.0.0/8", "identity": 0, "flags": ["pod-cidr"] },
+            { "prefix": "2001:db8::/32", "identity": 16777216, "flags": [] },
+        ]),
+        json!([{ "id": 1, "epoch": 1, "policy": policy, "enforces": ["ingress"], "ipv4": "10.0.0.1", "ipv6": null,
+                 "ifindex": 11, "identity": 256, "mac": "02:00:00:00:00:01", "flags": ["ready"] }]),
+        json!([{ "policy": policy, "direction": "ingress", "identity": 257, "class": 1 }]),
+        json!([rule(json!(80), "TCP"), rule(json!("8080-8095"), "TCP"), rule(json!("any"), "UDP")]),
+        json!([
+            { "address": "10.96.0.1", "port": 0, "protocol": 0, "service": 1, "generation": 1, "backends": 0,
+              "flags": ["wildcard"] },
+            { "address": "10.96.0.1", "port": 80, "protocol": "TCP", "service": 2, "generation": 1, "backends": 2,
+              "flags": [] },
+        ]),
+        json!([
+            { "service": 2, "generation": 1, "slot": 0, "address": "10.0.0.1", "port": 8080, "protocol": "TCP" },
+            { "service": 2, "generation": 1, "slot": 1, "address": "fd00::2", "port": 8080, "protocol": "TCP" },
+        ]),
+    ]
+}
+
+#[test]
+fn maps_hold_what_is_desired_and_a_restart_changes_only_policy_ids() -> Result<()> {
+    require_lab!();
+    isolated(|pins| {
+        let datapath = Datapath::load(&options(pins))?;
+        let mut writers = datapath.writers()?;
+        assert_eq!(writers.policies.next_free_id(), PolicyId(1));
+        assert_eq!(writers.addresses.highest_local_identity(), IdentityId(IdentityId::FIRST_LOCAL.0 - 1));
+        write_all(&mut writers, PolicyId(1))?;
+        assert_eq!(
+            Value::from(dumps(pins, &WRITTEN)?.into_iter().map(Value::from).collect::<Vec<_>>()),
+            json!(expected(1, 1))
+        );
+        let fill: BTreeMap<_, _> =
+            datapath.map_fill()?.into_iter().map(|fill| (fill.map, fill.used)).collect();
+        assert_eq!(WRITTEN.map(|map| fill[map]), [3, 3, 1, 1, 3, 2, 2]);
+        let epoch = dump(pins, "node_state")?;
+        drop((writers, datapath));
+
+        let datapath = Datapath::load(&options(pins))?;
+        let mut writers = datapath.writers()?;
+        assert_eq!(writers.policies.next_free_id(), PolicyId(2));
+        assert_eq!(writers.addresses.highest_local_identity(), IdentityId::FIRST_LOCAL);
+        // The same policy id stands for an unchanged desired state: nothing is written.
+        write_all(&mut writers, PolicyId(1))?;
+        assert_eq!(dump(pins, "node_state")?, epoch);
+        assert_eq!(dump(pins, "endpoints")?[0]["epoch"], 1);
+        // What an agent does: the same policy under a new id, old rows pruned.
+        write_all(&mut writers, PolicyId(2))?;
+        let mut after = expected(2, 2);
+        after[2][0]["epoch"] = json!(2);
+        assert_eq!(json!(dumps(pins, &WRITTEN)?), json!(after));
+        assert_eq!(writers.policies.rule_origin(1), None, "a rule of the former process");
+        assert_eq!(writers.policies.rule_origin(2).as_deref(), Some(&ObjectKey::new("shop", "web")));
+
+        let nothing = BTreeMap::new();
+        writers.services.prune(&Frontends::new())?;
+        writers.endpoints.prune(&BTreeMap::new())?;
+        writers.addresses.prune(&Addresses::new(), &Prefixes::new())?;
+        writers.policies.prune(&nothing)?;
+        assert_eq!(dumps(pins, &WRITTEN)?, vec![Vec::<Value>::new(); WRITTEN.len()]);
+        let fill: BTreeMap<_, _> =
+            datapath.map_fill()?.into_iter().map(|fill| (fill.map, fill.used)).collect();
+        assert_eq!(WRITTEN.map(|map| fill[map]), [0; 7]);
+        Ok(())
+    })
+}
+
+#[test]
+fn the_address_epoch_rises_when_an_identity_may_have_changed() -> Result<()> {
+    require_lab!();
+    let datapath = private(small_maps())?;
+    let mut writer = datapath.writers()?.addresses;
+    let state = datapath.typed::<u32, weir::datapath::abi::NodeState>("node_state")?;
+    let mut epoch = state.get(&0)?.context("the row of node_state")?.address_epoch;
+    assert!(epoch > 1_700_000_000, "a new map does not begin where an old connection may have been judged");
+    let mut risen = || -> Result<bool> {
+        let before =
+            std::mem::replace(&mut epoch, state.get(&0)?.context("the row of node_state")?.address_epoch);
+        Ok(before != epoch)
+    };
+    let (mut addresses, mut prefixes) = (addresses()?, prefixes()?);
+    writer.write(&addresses, &prefixes)?;
+    assert!(risen()?, "new addresses");
+    writer.write(&addresses, &prefixes)?;
+    assert!(!risen()?, "nothing new");
+    addresses
+        .insert("fd00::2".parse()?, AddressEntry { node: Some([192, 0, 2, 3].into()), ..pod(257, None) });
+    writer.write(&addresses, &prefixes)?;
+    assert!(!risen()?, "another node, the same identity");
+    addresses.insert("fd00::2".parse()?, pod(258, None));
+    writer.write(&addresses, &prefixes)?;
+    assert!(risen()?, "another identity");
+    prefixes.remove(&"10.0.0.0/8".parse()?);
+    writer.write(&addresses, &prefixes)?;
+    assert!(!risen()?, "writing removes nothing");
+    writer.prune(&addresses, &prefixes)?;
+    assert!(risen()?, "a prefix removed");
+    addresses.remove(&"10.0.0.1".parse()?);
+    writer.prune(&addresses, &prefixes)?;
+    assert!(risen()?, "an address removed");
+    writer.prune(&addresses, &prefixes)?;
+    assert!(!risen()?, "nothing to remove");
+    Ok(())
+}
+
+#[test]
+fn a_policy_that_does_not_fit_leaves_nothing_behind() -> Result<()> {
+    require_lab!();
+    isolated(|pins| {
+        let map_sizes = small_maps().with("policy_rules", 5).with("policy_peers", 4);
+        let datapath = Datapath::load(&Options { map_sizes, ..options(pins) })?;
+        let mut writer = datapath.writers()?.policies;
+        let mut policies: Policies = [(PolicyId(1), policy("a", &[300, 301]))].into();
+        writer.write(&policies)?;
+        let held = dumps(pins, &["policy_peers", "policy_rules"])?;
+        policies.insert(PolicyId(2), policy("b", &[300, 301]));
+        let error = writer.write(&policies).err().context("the sixth rule of five")?;
+        assert_eq!(
+            error.to_string(),
+            "map policy_rules is full (5 rows): raise it with --map-size policy_rules=10"
+        );
+        policies.remove(&PolicyId(2));
+        writer.prune(&policies)?;
+        assert_eq!(dumps(pins, &["policy_peers", "policy_rules"])?, held);
+        // Peers are written last; three new ones do not fit.
+        let grown: Policies = [(PolicyId(1), policy("a", &[300, 301, 302, 303, 304]))].into();
+        assert!(writer.write(&grown).is_err());
+        writer.prune(&policies)?;
+        assert_eq!(dumps(pins, &["policy_peers", "policy_rules"])?, held);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_class_is_added_and_removed_within_one_policy_id() -> Result<()> {
+    require_lab!();
+    isolated(|pins| {
+        let datapath = Datapath::load(&options(pins))?;
+        let mut writer = datapath.writers()?.policies;
+        let peers = || -> Result<Vec<Value>> {
+            Ok(dump(pins, "policy_peers")?.into_iter().map(|row| row["identity"].clone()).collect())
+        };
+        let write = |writer: &mut weir::datapath::PolicyWriter, identities: &[u32]| -> Result<Policies> {
+            let policies: Policies = [(PolicyId(7), policy("a", identities))].into();
+            writer.write(&policies)?;
+            Ok(policies)
+        };
+        write(&mut writer, &[300])?;
+        write(&mut writer, &[300, 301])?;
+        assert_eq!(peers()?, [300, 301]);
+        let policies = write(&mut writer, &[301])?;
+        assert_eq!(peers()?, [300, 301], "writing removes nothing");
+        writer.prune(&policies)?;
+        assert_eq!(peers()?, [301]);
+        // Removed and desired again before a prune: the row must stay.
+        write(&mut writer, &[])?;
+        let policies = write(&mut writer, &[301])?;
+        writer.prune(&policies)?;
+        assert_eq!(peers()?, [301]);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_changed_set_of_backends_is_a_new_generation() -> Result<()> {
+    require_lab!();
+    isolated(|pins| {
+        let datapath = Datapath::load(&options(pins))?;
+        let mut writer = datapath.writers()?.services;
+        let slots = || -> Result<Vec<(u64, String)>> {
+            let rows = dump(pins, "backends")?;
+            let slot = |row: &Value| Some((row["generation"].as_u64()?, row["address"].as_str()?.to_owned()));
+            rows.iter().map(|row| slot(row).context("a row of backends")).collect()
+        };
+        assert_eq!(writer.write(&frontends(&["10.0.0.1:8080", "10.0.0.2:8080"])?)?, []);
+        assert_eq!(slots()?, [(1, "10.0.0.1".to_owned()), (1, "10.0.0.2".to_owned())]);
+        let removed = writer.write(&frontends(&["10.0.0.2:8080", "10.0.0.3:8080"])?)?;
+        assert_eq!(removed, ["10.0.0.1:8080".parse()?]);
+        assert_eq!(slots()?, [(2, "10.0.0.2".to_owned()), (2, "10.0.0.3".to_owned())]);
+        assert_eq!(writer.write(&frontends(&["10.0.0.2:8080", "10.0.0.3:8080"])?)?, []);
+        assert_eq!(slots()?.len(), 2, "an unchanged set is not written again");
+        drop(writer);
+        // Rows of a generation that never came into force.
+        let rows =
+            datapath.typed::<weir::datapath::abi::BackendKey, weir::datapath::abi::Backend>("backends")?;
+        let stray = weir::datapath::abi::BackendKey { service_id: 2, generation: 3, slot: 0 };
+        rows.insert(&stray, &Default::default())?;
+        let mut writer = datapath.writers()?.services;
+        writer.write(&frontends(&["10.0.0.2:8080", "10.0.0.3:8080"])?)?;
+        assert_eq!(slots()?, [(2, "10.0.0.2".to_owned()), (2, "10.0.0.3".to_owned())]);
+        assert_eq!(writer.prune(&Frontends::new())?, ["10.0.0.2:8080".parse()?, "10.0.0.3:8080".parse()?]);
+        assert_eq!((slots()?, dump(pins, "services")?), (vec![], vec![]));
+        Ok(())
+    })
+}
+
+#[test]
+fn a_set_of_backends_that_does_not_fit_leaves_the_old_one_in_force() -> Result<()> {
+    require_lab!();
+    isolated(|pins| {
+        let map_sizes = small_maps().with("backends", 4);
+        let datapath = Datapath::load(&Options { map_sizes, ..options(pins) })?;
+        let mut writer = datapath.writers()?.services;
+        writer.write(&frontends(&["10.0.0.1:80", "10.0.0.2:80"])?)?;
+        let before = dumps(pins, &["services", "backends"])?;
+        let many: Vec<String> = (1..=5).map(|host| format!("10.0.1.{host}:80")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        let error = writer.write(&frontends(&many)?).err().context("seven backends in a map of four")?;
+        assert!(error.to_string().starts_with("map backends is full (4 rows)"), "{error:#}");
+        assert_eq!(dumps(pins, &["services", "backends"])?, before);
+        // It recovers as soon as it fits.
+        writer.write(&frontends(&["10.0.0.3:80"])?)?;
+        assert_eq!(dump(pins, "backends")?[0]["address"], "10.0.0.3");
+        Ok(())
+    })
+}
+
+#[test]
+fn unknown_sizes_and_maps_are_refused() -> Result<()> {
+    require_lab!();
+    let error = private(MapSizes::default().with("conections", 1)).err().context("a misspelt map")?;
+    assert_eq!(error.to_string(), "there is no map conections to set the size of");
+    isolated(|pins| {
+        let error = dump(pins, "conections").err().context("a misspelt map")?;
+        assert!(
+            error.to_string().starts_with("there is no map conections; there are addresses, "),
+            "{error:#}"
+        );
+        let error = dump(pins, "connections").err().context("a node without Weir")?;
+        assert!(error.to_string().ends_with("has an agent run on this node?"), "{error:#}");
+        Ok(())
+    })
+}
