@@ -42,10 +42,12 @@ impl Filter {
     }
 
     fn matches_ports(&self, event: &Event) -> bool {
+        let has_ports = L4Protocol::from(event.protocol).has_ports();
         let uses_service = has_flag(event, event_flags::EVENT_SERVICE);
-        let is_source = |port: &u16| port.to_be() == event.source_port;
+        let is_source = |port: &u16| has_ports && port.to_be() == event.source_port;
         let is_destination = |port: &u16| {
-            port.to_be() == event.destination_port || uses_service && port.to_be() == event.service_port
+            let is_service = uses_service && port.to_be() == event.service_port;
+            has_ports && (port.to_be() == event.destination_port || is_service)
         };
         any(&self.port, |port| is_source(port) || is_destination(port))
             && any(&self.from_port, is_source)

@@ -99,6 +99,7 @@ impl Names {
     /// The flow that `event` records.
     pub fn flow(&self, event: &Event, clock: &Clock) -> Flow {
         let mut index = self.index.lock().expect("nobody panics while it holds the index");
+        let protocol = L4Protocol::from(event.protocol);
         let mut party = |addr, port: u16, identity, endpoint| {
             let ip = ip_of(addr);
             let identity = IdentityId(identity);
@@ -106,7 +107,7 @@ impl Names {
             let labels = self.labels(&mut index.labels, identity);
             Party {
                 ip,
-                port: u16::from_be(port),
+                port: if protocol.has_ports() { u16::from_be(port) } else { 0 },
                 identity,
                 endpoint: (endpoint != 0).then_some(EndpointId(endpoint)),
                 namespace: pod.as_ref().map_or_else(|| namespace_of(&labels), |pod| pod.namespace.clone()),
@@ -121,7 +122,6 @@ impl Names {
             event.destination_identity,
             event.destination_endpoint,
         );
-        let protocol = L4Protocol::from(event.protocol);
         Flow {
             time: clock.wall(event.timestamp_ns),
             node_name: self.node.clone(),

@@ -218,6 +218,11 @@ impl L4Protocol {
             Self::Other(number) => number,
         }
     }
+
+    /// False where the ports of a record are something else: ICMP's identifier.
+    pub fn has_ports(self) -> bool {
+        matches!(self, Self::Tcp | Self::Udp | Self::Sctp)
+    }
 }
 
 impl From<u8> for L4Protocol {

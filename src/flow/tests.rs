@@ -204,8 +204,6 @@ fn lines() {
         icmp_type: 128,
         source: addr_of(ip("fd00::99")),
         destination: addr_of(ip("fd00::8")),
-        source_port: 0,
-        destination_port: 0,
         source_identity: 0,
         ..dropped()
     };
