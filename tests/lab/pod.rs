@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -35,7 +36,8 @@ pub struct Pod {
     addresses: Vec<IpAddr>,
     result: Value,
     plugin: Plugin,
-    _server: Option<Server>,
+    add_took: Duration,
+    _server: Server,
     space: Space,
 }
 
@@ -100,7 +102,9 @@ impl<'a> PodSpec<'a> {
     pub fn create(self) -> Result<Pod> {
         self.write_manifest()?;
         let (space, plugin, container_id) = self.prepare()?;
+        let began = Instant::now();
         let result = self.add(&space, &plugin, &container_id)?;
+        let add_took = began.elapsed();
         let addresses = addresses_of(&result)?;
         let mut ports: Vec<u16> =
             PORTS.into_iter().chain(self.ports.iter().map(|(_, _, port)| *port)).collect();
@@ -116,7 +120,8 @@ impl<'a> PodSpec<'a> {
             addresses,
             result,
             plugin,
-            _server: Some(server),
+            add_took,
+            _server: server,
             space,
         })
     }
@@ -206,6 +211,11 @@ impl Pod {
     /// What CNI ADD answered.
     pub fn result(&self) -> &Value {
         &self.result
+    }
+
+    /// How long CNI ADD took.
+    pub fn add_took(&self) -> Duration {
+        self.add_took
     }
 
     /// Its addresses.

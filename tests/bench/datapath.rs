@@ -1,0 +1,203 @@
+//! The suite `datapath`: what a packet, a connection, a pod and an agent cost.
+
+use std::fs;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::lab::{Lab, Pod, Setup};
+use crate::load::{self, Load, LoadServer, Path, measure, median, pin};
+use crate::reference::{OtherPlugin, Reference};
+use crate::row::Row;
+
+/// Pods of the rows about a node that is not empty.
+const PODS: usize = 50;
+
+/// Both ends are selected, both directions are enforced, and every packet is allowed.
+const POLICY: &str = "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: bench, namespace: bench}
+spec:
+  podSelector: {}
+  policyTypes: [Ingress, Egress]
+  ingress: [{from: [{podSelector: {matchLabels: {role: bench}}}]}]
+  egress: [{to: [{podSelector: {matchLabels: {role: bench}}}]}]
+";
+
+/// Measures every row; what cannot be measured is a row that says why.
+pub fn rows() -> Result<Vec<Row>> {
+    pin()?;
+    let mut rows = Vec::new();
+    rows.extend(same_node().unwrap_or_else(|error| skipped("tcp_rr/same_node/vs_direct", error)));
+    for (routing, case, against) in
+        [("tunnel", "two_nodes_vxlan", "kernel_vxlan"), ("native", "two_nodes_native", "routed")]
+    {
+        let measured = two_nodes(routing, case, against);
+        rows.extend(measured.unwrap_or_else(|error| skipped(&format!("tcp_rr/{case}/vs_{against}"), error)));
+    }
+    rows.extend(agent().unwrap_or_else(|error| skipped("agent/ready_seconds", error)));
+    rows.extend(cni_add().unwrap_or_else(|error| skipped("cni/add_p50/vs_ptp", error)));
+    Ok(rows)
+}
+
+fn skipped(row: &str, error: anyhow::Error) -> Vec<Row> {
+    vec![Row::skipped(row, "", format!("{error:#}"))]
+}
+
+/// A pair of pods that may talk to each other because a policy says so.
+struct Pair {
+    client: Pod,
+    server: Pod,
+    _lab: Lab,
+}
+
+impl Pair {
+    fn start(nodes: usize, routing: &str, agent_arguments: &[&str]) -> Result<Self> {
+        let agent_arguments = agent_arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let lab =
+            Lab::start(Setup { nodes, routing: routing.to_owned(), agent_arguments, ..Setup::default() })?;
+        lab.manifests().apply(POLICY)?;
+        let client = lab.pod(1, "bench/client").label("role", "bench").create()?;
+        let server = lab.pod(nodes, "bench/server").label("role", "bench").create()?;
+        Ok(Self { client, server, _lab: lab })
+    }
+
+    fn path(&self, name: &'static str) -> Path<'_> {
+        Path {
+            name,
+            client: self.client.space(),
+            server: self.server.space(),
+            target: self.server.address(true),
+        }
+    }
+}
+
+fn path<'a>(name: &'static str, reference: &'a Reference) -> Path<'a> {
+    Path { name, client: &reference.client, server: &reference.server, target: reference.address }
+}
+
+fn same_node() -> Result<Vec<Row>> {
+    let weir = Pair::start(1, "tunnel", &[])?;
+    let silent = Pair::start(1, "tunnel", &["--flow-events", "false"])?;
+    let prefix = format!("weirlab-{}-ref", std::process::id());
+    let directory = std::path::PathBuf::from(format!("/tmp/{prefix}"));
+    let (direct, again) =
+        (Reference::direct(&format!("{prefix}-d"))?, Reference::direct(&format!("{prefix}-a"))?);
+    let routed = Reference::routed(&format!("{prefix}-r"))?;
+    let bridge = Reference::bridge(&format!("{prefix}-b"), &directory);
+    let mut paths = vec![
+        path("direct", &direct),
+        path("again", &again),
+        path("routed", &routed),
+        weir.path("weir"),
+        silent.path("silent"),
+    ];
+    if let Ok(bridge) = &bridge {
+        paths.push(path("bridge", bridge));
+    }
+    let _servers: Vec<LoadServer> = paths.iter().map(LoadServer::start).collect::<Result<_>>()?;
+    let mut rows = Vec::new();
+    for load in Load::ALL {
+        let samples = measure(load, &paths)?;
+        let noise = (samples.ratio("again", "direct") - 1.0).abs();
+        let row = |path: &str, other: &str, name: String| {
+            Row::new(format!("{}/{name}", load.name()), load.unit(), samples.median(path))
+                .against(samples.median(other), Some(samples.ratio(path, other)))
+                .noise(noise)
+        };
+        let aim = match load {
+            Load::Transactions => 0.95,
+            Load::Connections => 0.91,
+            Load::Stream => 0.98,
+        };
+        rows.push(row("weir", "direct", "same_node/vs_direct".to_owned()).at_least(aim));
+        rows.push(row("weir", "routed", "same_node/vs_routed".to_owned()));
+        match &bridge {
+            Ok(_) => rows.push(row("weir", "bridge", "same_node/vs_bridge".to_owned())),
+            Err(error) => {
+                let name = format!("{}/same_node/vs_bridge", load.name());
+                rows.push(Row::skipped(name, load.unit(), format!("{error:#}")));
+            }
+        }
+        rows.push(row("weir", "silent", "same_node/flows_on_vs_off".to_owned()).at_least(0.98));
+        rows.push(row("routed", "direct", "routed/vs_direct".to_owned()));
+    }
+    fs::remove_dir_all(&directory).or_else(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    })?;
+    Ok(rows)
+}
+
+fn two_nodes(routing: &str, case: &str, against: &'static str) -> Result<Vec<Row>> {
+    let weir = Pair::start(2, routing, &[])?;
+    let prefix = format!("weirlab-{}-ref-{against}", std::process::id());
+    let kernel = Reference::two_nodes(&format!("{prefix}-k"), routing == "tunnel")?;
+    let again = Reference::two_nodes(&format!("{prefix}-a"), routing == "tunnel")?;
+    let paths = [path("kernel", &kernel), path("again", &again), weir.path("weir")];
+    let _servers: Vec<LoadServer> = paths.iter().map(LoadServer::start).collect::<Result<_>>()?;
+    let mut rows = Vec::new();
+    for load in Load::ALL {
+        let samples = measure(load, &paths)?;
+        rows.push(
+            Row::new(format!("{}/{case}/vs_{against}", load.name()), load.unit(), samples.median("weir"))
+                .against(samples.median("kernel"), Some(samples.ratio("weir", "kernel")))
+                .noise((samples.ratio("again", "kernel") - 1.0).abs())
+                .at_least(1.0),
+        );
+    }
+    Ok(rows)
+}
+
+fn agent() -> Result<Vec<Row>> {
+    let lab = Lab::start(Setup::default())?;
+    let node = lab.node(1);
+    let ready = || -> Result<f64> {
+        let mut seconds = Vec::new();
+        for _ in 0..5 {
+            node.kill_agent()?;
+            let began = Instant::now();
+            node.start_agent()?;
+            node.wait_ready()?;
+            seconds.push(began.elapsed().as_secs_f64());
+        }
+        Ok(median(seconds))
+    };
+    let empty = ready()?;
+    let mut pods = Vec::new();
+    for number in 0..PODS {
+        pods.push(lab.pod(1, &format!("bench/pod{number}")).label("role", "bench").create()?);
+    }
+    lab.manifests().apply(POLICY)?;
+    let full = ready()?;
+    let pid = node.agent_pid().context("the agent runs")?;
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+    let kib: f64 = resident.trim().trim_end_matches(" kB").parse()?;
+    Ok(vec![
+        Row::new("agent/ready_seconds/empty", "s", empty).at_most(1.0),
+        Row::new(format!("agent/ready_seconds/{PODS}_pods"), "s", full).at_most(1.0),
+        Row::new("agent/rss_mib", "MiB", kib / 1024.0).at_most(30.0),
+    ])
+}
+
+fn cni_add() -> Result<Vec<Row>> {
+    let lab = Lab::start(Setup::default())?;
+    let directory = lab.directory().join("ptp");
+    let plugin = OtherPlugin::ptp(&directory);
+    let node = crate::lab::Space::create(&format!("{}-ptp", lab.name()), None)?;
+    let (mut ours, mut theirs, mut pods, mut others) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for number in 0..PODS {
+        let pod = lab.pod(1, &format!("bench/pod{number}"));
+        pod.write_manifest()?;
+        let pod = pod.create()?;
+        ours.push(pod.add_took().as_secs_f64() * 1e3);
+        pods.push(pod);
+        let other = crate::lab::Space::create(&format!("{}-ptp{number}", lab.name()), None)?;
+        theirs.push(plugin.add(&node, &other)?.1.as_secs_f64() * 1e3);
+        others.push(other);
+    }
+    let (ours, theirs) = (load::median(ours), load::median(theirs));
+    Ok(vec![Row::new("cni/add_p50/vs_ptp", "ms", ours).against(theirs, None).at_most(1.5)])
+}

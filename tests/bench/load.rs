@@ -1,0 +1,255 @@
+//! Load: TCP transactions, connections and streams between two namespaces.
+//!
+//! Client and server are processes of their own, and with the agents they are all on
+//! one processor: what is measured is the processor time of the path, with little
+//! noise. Paths alternate within a round, and every ratio is the median of the
+//! ratios of single rounds.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+use crate::lab::Space;
+
+const ECHO_PORT: u16 = 7000;
+const SINK_PORT: u16 = 7001;
+const ROUNDS: usize = 15;
+const SAMPLE: Duration = Duration::from_millis(300);
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Load {
+    /// One byte each way on one connection, again and again.
+    Transactions,
+    /// Connect, one byte each way, close.
+    Connections,
+    /// As many bytes as go.
+    Stream,
+}
+
+impl Load {
+    /// All of them.
+    pub const ALL: [Load; 3] = [Load::Transactions, Load::Connections, Load::Stream];
+
+    /// The first part of its rows' names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Load::Transactions => "tcp_rr",
+            Load::Connections => "tcp_crr",
+            Load::Stream => "tcp_stream",
+        }
+    }
+
+    /// Of its values.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Load::Transactions => "transactions/s",
+            Load::Connections => "connections/s",
+            Load::Stream => "Gbit/s",
+        }
+    }
+}
+
+/// Two ends between which load goes.
+pub struct Path<'a> {
+    /// By which rows name it.
+    pub name: &'static str,
+    /// Where the client is.
+    pub client: &'a Space,
+    /// Where the server is.
+    pub server: &'a Space,
+    /// The server's address.
+    pub target: IpAddr,
+}
+
+/// The samples of some paths: `samples[path][round]`.
+pub struct Samples(Vec<(&'static str, Vec<f64>)>);
+
+impl Samples {
+    /// The median of a path.
+    pub fn median(&self, path: &str) -> f64 {
+        median(self.of(path).to_vec())
+    }
+
+    /// The median of the ratios of `path` to `other` within rounds.
+    pub fn ratio(&self, path: &str, other: &str) -> f64 {
+        median(self.of(path).iter().zip(self.of(other)).map(|(value, against)| value / against).collect())
+    }
+
+    fn of(&self, path: &str) -> &[f64] {
+        let found = self.0.iter().find(|(name, _)| *name == path);
+        &found.expect("only measured paths are compared").1
+    }
+}
+
+/// The processor for everything that is measured: the last one.
+pub fn pin() -> Result<()> {
+    let mut cpus = CpuSet::new();
+    cpus.set(std::thread::available_parallelism().map_or(0, |count| count.get() - 1))?;
+    sched_setaffinity(Pid::from_raw(0), &cpus).context("staying on one processor")
+}
+
+/// A server process, ended when dropped.
+pub struct LoadServer(Child);
+
+impl LoadServer {
+    /// Starts the server of a path and readies its client.
+    pub fn start(path: &Path<'_>) -> Result<Self> {
+        // Else the ports of a client run out within a few rounds of connections.
+        path.client.set_sysctls(&[("ipv4/tcp_max_tw_buckets", "64")])?;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("serve").stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = path.server.run(move || command.spawn()).context("starting a server of load")?;
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().context("its output")?).read_line(&mut line)?;
+        ensure!(line == "listening\n", "the server of load on {} did not start", path.name);
+        Ok(Self(child))
+    }
+}
+
+impl Drop for LoadServer {
+    fn drop(&mut self) {
+        // One that has ended by itself is no matter.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// If this process was started as the server or the client of a load: is that, and ends.
+pub fn run_if_asked() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["serve"] => serve_all()?,
+        ["sample", load, target] => println!("{}", sample(load, target.parse()?)?),
+        _ => return Ok(()),
+    }
+    std::process::exit(0)
+}
+
+/// Measures `load` on all `paths` in alternating rounds.
+pub fn measure(load: Load, paths: &[Path<'_>]) -> Result<Samples> {
+    let mut samples: Vec<(&'static str, Vec<f64>)> =
+        paths.iter().map(|path| (path.name, Vec::new())).collect();
+    for round in 0..=ROUNDS {
+        for turn in 0..paths.len() {
+            // Nobody always follows the same neighbour.
+            let index = (turn + round) % paths.len();
+            let path = &paths[index];
+            let mut command = Command::new(std::env::current_exe()?);
+            command.args(["sample", load.name(), &path.target.to_string()]);
+            let written = path.client.command(command, "").with_context(|| format!("on {}", path.name))?;
+            let sample: f64 = written.trim().parse()?;
+            // The first round warms up.
+            if round > 0 {
+                samples[index].1.push(sample);
+            }
+        }
+    }
+    Ok(Samples(samples))
+}
+
+fn sample(load: &str, target: IpAddr) -> Result<f64> {
+    pin()?;
+    match Load::ALL.into_iter().find(|known| known.name() == load).context("an unknown load")? {
+        Load::Transactions => transactions(SocketAddr::new(target, ECHO_PORT)),
+        Load::Connections => connections(SocketAddr::new(target, ECHO_PORT)),
+        Load::Stream => stream(SocketAddr::new(target, SINK_PORT)),
+    }
+}
+
+fn transactions(target: SocketAddr) -> Result<f64> {
+    let mut stream = TcpStream::connect(target)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let began = Instant::now();
+    let mut count = 0;
+    while began.elapsed() < SAMPLE {
+        transact(&mut stream)?;
+        count += 1;
+    }
+    Ok(f64::from(count) / began.elapsed().as_secs_f64())
+}
+
+fn connections(target: SocketAddr) -> Result<f64> {
+    let began = Instant::now();
+    let mut count = 0;
+    while began.elapsed() < SAMPLE {
+        let mut stream = TcpStream::connect(target)?;
+        transact(&mut stream)?;
+        count += 1;
+    }
+    Ok(f64::from(count) / began.elapsed().as_secs_f64())
+}
+
+fn transact(stream: &mut TcpStream) -> Result<()> {
+    stream.write_all(b"x")?;
+    stream.read_exact(&mut [0])?;
+    Ok(())
+}
+
+fn stream(target: SocketAddr) -> Result<f64> {
+    let mut stream = TcpStream::connect(target)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let chunk = vec![0; 128 * 1024];
+    let began = Instant::now();
+    while began.elapsed() < SAMPLE {
+        stream.write_all(&chunk)?;
+    }
+    stream.shutdown(Shutdown::Write)?;
+    let mut total = [0; 8];
+    stream.read_exact(&mut total)?;
+    Ok(u64::from_be_bytes(total) as f64 * 8.0 / 1e9 / began.elapsed().as_secs_f64())
+}
+
+fn serve_all() -> Result<()> {
+    pin()?;
+    let any = Ipv6Addr::UNSPECIFIED;
+    let (echo, sink) = (TcpListener::bind((any, ECHO_PORT))?, TcpListener::bind((any, SINK_PORT))?);
+    println!("listening");
+    thread::spawn(move || serve(&sink, swallow));
+    serve(&echo, echo_bytes);
+    Ok(())
+}
+
+fn serve(listener: &TcpListener, answer: fn(TcpStream) -> std::io::Result<()>) {
+    for stream in listener.incoming() {
+        // A client that went away ends its own sample with an error.
+        let _ = stream.and_then(answer);
+    }
+}
+
+fn echo_bytes(mut stream: TcpStream) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut byte = [0];
+    while stream.read(&mut byte)? > 0 {
+        stream.write_all(&byte)?;
+    }
+    Ok(())
+}
+
+fn swallow(mut stream: TcpStream) -> std::io::Result<()> {
+    let mut chunk = vec![0; 256 * 1024];
+    let mut total = 0u64;
+    loop {
+        match stream.read(&mut chunk)? {
+            0 => return stream.write_all(&total.to_be_bytes()),
+            length => total += length as u64,
+        }
+    }
+}
+
+/// The middle of some values.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => f64::NAN,
+        length if length % 2 == 1 => values[length / 2],
+        length => (values[length / 2 - 1] + values[length / 2]) / 2.0,
+    }
+}

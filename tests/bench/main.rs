@@ -1,0 +1,32 @@
+//! `make bench`: every suite, or the one that SUITE names; tables here, JSON in `target/bench`.
+
+mod datapath;
+#[path = "../lab/mod.rs"]
+mod lab;
+mod load;
+mod reference;
+mod row;
+
+use anyhow::{Result, bail};
+
+use row::Row;
+
+/// Every suite, by name.
+const SUITES: [(&str, fn() -> Result<Vec<Row>>); 1] = [("datapath", datapath::rows)];
+
+fn main() -> Result<()> {
+    load::run_if_asked()?;
+    if let Some(lack) = lab::machine_lacks() {
+        bail!("the benchmarks: {lack}");
+    }
+    let wanted = std::env::var("SUITE").unwrap_or_default();
+    let names: Vec<&str> = SUITES.iter().map(|(name, _)| *name).collect();
+    if !wanted.is_empty() && !names.contains(&&*wanted) {
+        bail!("no suite {wanted}: there are {}", names.join(", "));
+    }
+    for (name, rows) in SUITES.iter().filter(|(name, _)| wanted.is_empty() || *name == wanted) {
+        println!("suite {name}");
+        row::report(name, &rows()?)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,157 @@
+//! What Weir is compared with: the kernel's own ways, and the CNI plugins of the distribution.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::lab::Space;
+
+/// Where Debian and Ubuntu put the plugins of `containernetworking-plugins`.
+const PLUGINS: &str = "/usr/lib/cni";
+
+/// Two namespaces, and what lies between them.
+pub struct Reference {
+    /// Where the client is.
+    pub client: Space,
+    /// Where the server is.
+    pub server: Space,
+    /// The server's IPv4 address.
+    pub address: std::net::IpAddr,
+    _between: Vec<Space>,
+}
+
+impl Reference {
+    /// One veth pair: the floor.
+    pub fn direct(name: &str) -> Result<Self> {
+        let (client, server) = ends(name)?;
+        client.configure(&[
+            &format!("link add eth0 type veth peer name eth0 netns {}", server.name()),
+            "addr add 10.3.0.1/24 dev eth0",
+            "link set eth0 up",
+        ])?;
+        server.configure(&["addr add 10.3.0.2/24 dev eth0", "link set eth0 up"])?;
+        Ok(Self { client, server, address: [10, 3, 0, 2].into(), _between: Vec::new() })
+    }
+
+    /// Two veth pairs, and a node that forwards between them.
+    pub fn routed(name: &str) -> Result<Self> {
+        let (client, server) = ends(name)?;
+        let node = Space::create(&format!("{name}-node"), None)?;
+        node.set_sysctls(&[("ipv4/ip_forward", "1")])?;
+        plug_pod(&node, &client, "10.3.1.1", 1500)?;
+        plug_pod(&node, &server, "10.3.1.2", 1500)?;
+        Ok(Self { client, server, address: [10, 3, 1, 2].into(), _between: vec![node] })
+    }
+
+    /// Two nodes on a wire that route to each other's pods, through VXLAN if asked for.
+    pub fn two_nodes(name: &str, is_vxlan: bool) -> Result<Self> {
+        let (client, server) = ends(name)?;
+        let wire = Space::create(&format!("{name}-wire"), None)?;
+        wire.configure(&["link add wire type bridge", "link set wire up"])?;
+        let mut between = Vec::new();
+        for (number, pod) in [(1u8, &client), (2, &server)] {
+            let other = 3 - number;
+            let node = Space::create(&format!("{name}-node{number}"), None)?;
+            node.set_sysctls(&[("ipv4/ip_forward", "1")])?;
+            wire.configure(&[
+                &format!("link add node{number} type veth peer name eth0 netns {}", node.name()),
+                &format!("link set node{number} master wire up"),
+            ])?;
+            node.configure(&[&format!("addr add 10.201.0.{number}/24 dev eth0"), "link set eth0 up"])?;
+            if is_vxlan {
+                node.configure(&[
+                    &format!("link add vxlan0 type vxlan id 1 remote 10.201.0.{other} dev eth0 dstport 8472"),
+                    &format!("addr add 10.202.0.{number}/24 dev vxlan0"),
+                    "link set vxlan0 mtu 1450 up",
+                    &format!("route add 10.3.{other}.0/24 via 10.202.0.{other}"),
+                ])?;
+            } else {
+                node.configure(&[&format!("route add 10.3.{other}.0/24 via 10.201.0.{other}")])?;
+            }
+            plug_pod(&node, pod, &format!("10.3.{number}.1"), if is_vxlan { 1450 } else { 1500 })?;
+            between.push(node);
+        }
+        between.push(wire);
+        Ok(Self { client, server, address: [10, 3, 2, 1].into(), _between: between })
+    }
+
+    /// Two pods of one node, connected by the CNI bridge plugin.
+    pub fn bridge(name: &str, directory: &Path) -> Result<Self> {
+        let (client, server) = ends(name)?;
+        let node = Space::create(&format!("{name}-node"), None)?;
+        let plugin = OtherPlugin::bridge(directory);
+        plugin.add(&node, &client)?;
+        let address = plugin.add(&node, &server)?.0;
+        Ok(Self { client, server, address, _between: vec![node] })
+    }
+}
+
+/// A plugin of the distribution, with host-local addresses, IPv4 only: with IPv6 it would wait for
+/// duplicate-address detection.
+pub struct OtherPlugin {
+    program: PathBuf,
+    config: Value,
+}
+
+impl OtherPlugin {
+    /// The bridge plugin.
+    pub fn bridge(directory: &Path) -> Self {
+        Self::new("bridge", directory, json!({"bridge": "cni0", "isGateway": true}))
+    }
+
+    /// The plugin that makes a veth pair and routes, as Weir does.
+    pub fn ptp(directory: &Path) -> Self {
+        Self::new("ptp", directory, json!({}))
+    }
+
+    fn new(name: &str, directory: &Path, mut config: Value) -> Self {
+        config["cniVersion"] = json!("1.0.0");
+        config["name"] = json!("reference");
+        config["type"] = json!(name);
+        config["ipam"] = json!({
+            "type": "host-local", "dataDir": directory.join(name),
+            "ranges": [[{"subnet": "10.4.0.0/16"}]], "routes": [{"dst": "0.0.0.0/0"}],
+        });
+        Self { program: Path::new(PLUGINS).join(name), config }
+    }
+
+    /// Connects `pod` to `node`: its address, and how long that took.
+    pub fn add(&self, node: &Space, pod: &Space) -> Result<(std::net::IpAddr, Duration)> {
+        if !self.program.exists() {
+            bail!("{} is not installed (containernetworking-plugins)", self.program.display());
+        }
+        let mut command = Command::new(&self.program);
+        command.env("CNI_COMMAND", "ADD").env("CNI_CONTAINERID", pod.name()).env("CNI_IFNAME", "eth0");
+        command.env("CNI_NETNS", pod.path()).env("CNI_PATH", PLUGINS);
+        let began = Instant::now();
+        let written = node.command(command, &self.config.to_string())?;
+        let took = began.elapsed();
+        let result: Value = serde_json::from_str(&written).context("parsing its result")?;
+        let address = result["ips"][0]["address"].as_str().context("a result without address")?;
+        Ok((address.split('/').next().unwrap_or_default().parse()?, took))
+    }
+}
+
+fn ends(name: &str) -> Result<(Space, Space)> {
+    Ok((Space::create(&format!("{name}-client"), None)?, Space::create(&format!("{name}-server"), None)?))
+}
+
+/// A pod as `ptp` makes it: a veth pair, a /32 and a gateway that is on-link.
+fn plug_pod(node: &Space, pod: &Space, address: &str, mtu: u32) -> Result<()> {
+    let device = format!("pod{}", address.replace('.', ""));
+    node.configure(&[
+        &format!("link add {device} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}", pod.name()),
+        &format!("addr add 169.254.1.1/32 dev {device}"),
+        &format!("link set {device} up"),
+        &format!("route add {address}/32 dev {device}"),
+    ])?;
+    pod.configure(&[
+        &format!("addr add {address}/32 dev eth0"),
+        "link set eth0 up",
+        "route add 169.254.1.1/32 dev eth0",
+        "route add default via 169.254.1.1",
+    ])
+}
