@@ -3,6 +3,7 @@
 //! State moves one way: watch -> tables -> pure compile -> reconcile -> maps.
 //! Events move the other way and never write a table. See ARCHITECTURE.md.
 
+pub mod agent;
 pub mod api;
 pub mod cli;
 pub mod cni;
@@ -17,6 +18,7 @@ pub mod model;
 pub mod netlink;
 pub mod node;
 pub mod policy;
+pub mod reconcile;
 pub mod service;
 pub mod tables;
 pub mod telemetry;

@@ -110,6 +110,9 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 	case ROUTE_NODE:
 		return forward_to_node(ctx, packet);
 	case ROUTE_STACK:
+		/* Who asked the pod by its own address hears from that address. */
+		if (packet->flags & PACKET_REPLY)
+			ctx->mark = MARK_JUDGED;
 		return TC_ACT_OK;
 	}
 	return -DROP_UNROUTABLE_IP;

@@ -1,5 +1,6 @@
 //! The command line for people: asks the agent over its socket, or reads the pins.
 
+mod agent;
 mod list;
 mod map;
 mod observe;
@@ -14,6 +15,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::api;
+use crate::config::AgentArgs;
 
 /// Networking, security and observability for Kubernetes on eBPF.
 #[derive(Parser)]
@@ -25,6 +27,8 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run the agent of this node.
+    Agent(Box<AgentArgs>),
     /// Show flows: who talked to whom, what became of it, and why.
     Observe(Box<observe::ObserveArgs>),
     /// Show how the agent is; exits with 3 when it is not ready.
@@ -109,6 +113,7 @@ fn crds() -> Result<(), Failure> {
 /// Does what was typed.
 pub fn run(cli: Cli) -> Result<(), Failure> {
     match cli.command {
+        Command::Agent(args) => agent::run(*args),
         Command::Observe(args) => observe::run(*args),
         Command::Status(args) => status::run(&args),
         Command::Endpoint(command) => list::endpoint(command),

@@ -71,6 +71,27 @@ impl Datapath {
             .with_context(|| format!("detaching from the device of endpoint {id}"))
     }
 
+    /// Verifies that a pod's device is under `from_pod` and `to_pod`; the error names what is not.
+    pub fn verify_pod(&self, ifindex: u32) -> Result<()> {
+        for name in ["from_pod", "to_pod"] {
+            if self.features.attach == AttachMode::Clsact {
+                let program = self.program(name)?;
+                let mut hook = clsact_hook(&program, ifindex, name)?;
+                if filter_program(&mut hook)?.as_deref() != Some(name) {
+                    bail!("{name} is not attached to device {ifindex}");
+                }
+                continue;
+            }
+            let path = self.link_pin(&format!("{ifindex}-{name}"))?;
+            let link = Link::open(&path).with_context(|| format!("opening the link {}", path.display()))?;
+            let info = link.info().context("reading a link")?;
+            if !matches!(info.info, LinkTypeInfo::Tcx(found) if found.ifindex == ifindex) {
+                bail!("{name} is not attached to device {ifindex}");
+            }
+        }
+        Ok(())
+    }
+
     /// Puts a device that leads to the network under `from_network` and `to_network`.
     pub fn attach_network(&self, ifindex: u32) -> Result<()> {
         self.attach_device(ifindex, &["from_network", "to_network"]).context("attaching to a network device")

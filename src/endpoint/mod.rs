@@ -19,7 +19,7 @@ mod store;
 use sha2::{Digest, Sha256};
 
 pub use enforced::{Enforced, Progress};
-pub use manager::{Manager, Options};
+pub use manager::{Manager, Options, VerifyPrograms};
 pub use store::Store;
 
 use crate::cni::Attachment;
@@ -56,4 +56,3 @@ fn digest(attachment: &Attachment) -> [u8; 32] {
     hash.update(&attachment.interface);
     hash.finalize().into()
 }
-

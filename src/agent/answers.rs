@@ -1,0 +1,392 @@
+//! Answers to `weir-cni` and the command line, and what the flow names and the
+//! metrics ask: everything that is read from the agent.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Arc, OnceLock};
+use std::time::{Instant, SystemTime};
+
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+
+use super::compute::Desired;
+use super::rounds::Current;
+use crate::api::answers::{
+    BrokenRow, EndpointRow, FeatureRow, IdentityRow, KindRow, PolicyRow, ServiceRow, StatusAnswer, WaitingRow,
+};
+use crate::api::{Handler, Refusal, Reply, Request};
+use crate::config::Config;
+use crate::datapath::{Datapath, MapFill, RuleOrigins};
+use crate::endpoint::{Manager, Progress};
+use crate::flow::{NameSource, NameTables, Names, Query, Recorder, Stream};
+use crate::kube::{Health, Tables};
+use crate::model::{Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Protocol};
+use crate::tables::Table;
+use crate::telemetry::{ObjectCounts, Telemetry, WatchHealth};
+
+/// Everything that the agent knows, to be read from anywhere.
+pub struct Known {
+    pub(super) config: Config,
+    pub(super) tables: Arc<Tables>,
+    pub(super) health: Arc<Health>,
+    pub(super) telemetry: Arc<Telemetry>,
+    pub(super) endpoints: Arc<Table<EndpointId, Arc<Endpoint>>>,
+    pub(super) current: Arc<Current>,
+    pub(super) recorder: Arc<Recorder>,
+    progress: watch::Receiver<Progress>,
+    loaded: OnceLock<Loaded>,
+    started: Instant,
+}
+
+/// What there is once the programs run.
+struct Loaded {
+    datapath: Arc<Datapath>,
+    rule_origins: RuleOrigins,
+}
+
+impl Known {
+    /// Knows nothing yet.
+    pub fn new(
+        config: Config,
+        telemetry: Arc<Telemetry>,
+        endpoints: Arc<Table<EndpointId, Arc<Endpoint>>>,
+        progress: watch::Receiver<Progress>,
+    ) -> Self {
+        let recorder = Arc::new(Recorder::new(config.args.flow_buffer));
+        Self {
+            config,
+            tables: Arc::default(),
+            health: Arc::default(),
+            telemetry,
+            endpoints,
+            current: Arc::new(ArcSwap::from_pointee(Desired::default())),
+            recorder,
+            progress,
+            loaded: OnceLock::new(),
+            started: Instant::now(),
+        }
+    }
+
+    /// The programs run.
+    pub fn loaded(self: &Arc<Self>, datapath: Arc<Datapath>, rule_origins: RuleOrigins) {
+        if self.loaded.set(Loaded { datapath: datapath.clone(), rule_origins }).is_ok() {
+            self.telemetry.show_kernel(datapath);
+        }
+    }
+
+    /// Lets the metrics read what is counted elsewhere.
+    pub fn show(self: &Arc<Self>) {
+        self.telemetry.show_flows(self.recorder.clone());
+        let known = self.clone();
+        self.telemetry.show_objects(move || known.counts());
+        let known = self.clone();
+        self.telemetry.show_watches(move || known.watches());
+    }
+
+    /// Answers CHECK: are an endpoint's programs attached?
+    pub fn verify_programs(self: Arc<Self>) -> Box<crate::endpoint::VerifyPrograms> {
+        Box::new(move |endpoint| {
+            let Some(loaded) = self.loaded.get() else {
+                return Err("the datapath is not loaded yet".to_owned());
+            };
+            loaded.datapath.verify_pod(endpoint.host_ifindex).map_err(|error| format!("{error:#}"))
+        })
+    }
+
+    fn counts(&self) -> ObjectCounts {
+        let current = self.current.load();
+        let count = |length: usize| length as u64;
+        ObjectCounts {
+            endpoints: count(self.endpoints.snapshot().len()),
+            endpoints_enforced: count(self.progress.borrow().enforced.len()),
+            identities: count(self.tables.identities.snapshot().len()),
+            local_identities: count(current.local_identities.len()),
+            nodes: count(self.tables.nodes.snapshot().len()),
+            policies: count(self.tables.policies.snapshot().len()),
+            compiled_policies: count(current.policies.len()),
+            services: count(self.tables.services.snapshot().len()),
+            addresses: count(current.addresses.len()),
+        }
+    }
+
+    fn watches(&self) -> Vec<WatchHealth> {
+        let watch = |(kind, health): (crate::kube::Kind, crate::kube::KindHealth)| WatchHealth {
+            kind: kind.to_string(),
+            is_synced: health.is_synced,
+            is_connected: health.is_connected,
+            last_event: health.last_event,
+            errors_total: health.errors_total,
+        };
+        self.health.kinds().into_iter().map(watch).collect()
+    }
+
+    fn objects_of(&self, kind: crate::kube::Kind) -> u64 {
+        use crate::kube::Kind;
+        let tables = &self.tables;
+        let length = match kind {
+            Kind::Namespace => tables.namespaces.snapshot().len(),
+            Kind::Pod => tables.pods.snapshot().len(),
+            Kind::Node => tables.nodes.snapshot().len(),
+            Kind::Service => tables.services.snapshot().len(),
+            Kind::EndpointSlice => tables.slices.snapshot().len(),
+            Kind::NetworkPolicy => tables.policies.snapshot().len(),
+            Kind::Identity => tables.identities.snapshot().len(),
+            Kind::NodeEndpoints => tables.node_endpoints.snapshot().len(),
+        };
+        length as u64
+    }
+
+    fn status(&self) -> StatusAnswer {
+        let progress = self.progress.borrow().clone();
+        let waiting = progress.waiting.into_iter().map(|(endpoint, reason)| WaitingRow { endpoint, reason });
+        let source = match &self.config.args.manifests {
+            Some(directory) => directory.display().to_string(),
+            None => "kubernetes".to_owned(),
+        };
+        StatusAnswer {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: self.config.args.node_name.clone(),
+            kernel: self
+                .loaded
+                .get()
+                .map(|loaded| loaded.datapath.features().kernel.clone())
+                .unwrap_or_default(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            pending: self.telemetry.ready().pending(),
+            source,
+            kinds: self.kinds(),
+            broken: self.broken(),
+            features: self.features(),
+            objects: self.counts(),
+            waiting: waiting.collect(),
+            maps: self.maps(),
+            flows: self.recorder.counts(),
+        }
+    }
+
+    fn maps(&self) -> Vec<MapFill> {
+        let Some(loaded) = self.loaded.get() else { return Vec::new() };
+        loaded.datapath.map_fill().unwrap_or_else(|error| {
+            tracing::warn!(error = format!("{error:#}"), "counting the rows of maps");
+            Vec::new()
+        })
+    }
+
+    fn kinds(&self) -> Vec<KindRow> {
+        let row = |(kind, health): (crate::kube::Kind, crate::kube::KindHealth)| KindRow {
+            kind: kind.to_string(),
+            objects: self.objects_of(kind),
+            is_synced: health.is_synced,
+            is_connected: health.is_connected,
+            silent_seconds: health
+                .last_event
+                .and_then(|last| SystemTime::now().duration_since(last).ok())
+                .map(|silence| silence.as_secs()),
+            errors_total: health.errors_total,
+        };
+        self.health.kinds().into_iter().map(row).collect()
+    }
+
+    fn broken(&self) -> Vec<BrokenRow> {
+        let reports = self.health.reports().into_iter().map(|report| BrokenRow {
+            source: report.source,
+            document: report.document,
+            line: report.line,
+            object: report.object,
+            reason: report.reason,
+        });
+        let current = self.current.load();
+        let conflicts = current.conflicts.iter().map(|reason| BrokenRow {
+            source: "objects".to_owned(),
+            document: None,
+            line: None,
+            object: None,
+            reason: reason.clone(),
+        });
+        reports.chain(conflicts).collect()
+    }
+
+    fn features(&self) -> Vec<FeatureRow> {
+        let args = &self.config.args;
+        let mut rows = vec![("routing", format!("{:?}", args.routing).to_lowercase())];
+        if let Some(loaded) = self.loaded.get() {
+            let features = loaded.datapath.features();
+            rows.push(("attach", format!("{:?}", features.attach).to_lowercase()));
+            rows.push(("ends stale UDP sockets", features.has_socket_destroy.to_string()));
+            for (program, reason) in &features.not_loaded {
+                rows.push(("left out", format!("{program}: {reason}")));
+            }
+        }
+        rows.push(("socket load balancing", args.socket_lb.to_string()));
+        rows.push(("masquerade", args.masquerade.to_string()));
+        rows.push(("flow events", args.flow_events.to_string()));
+        rows.into_iter().map(|(name, value)| FeatureRow { name: name.to_owned(), value }).collect()
+    }
+
+    fn endpoint_rows(&self, names: &Names) -> Vec<EndpointRow> {
+        let current = self.current.load();
+        let progress = self.progress.borrow().clone();
+        let row = |(id, endpoint): (&EndpointId, &Arc<Endpoint>)| {
+            let entry = current.endpoints.get(id);
+            let identity = entry.map(|entry| entry.identity);
+            EndpointRow {
+                id: *id,
+                pod: endpoint.pod.clone(),
+                ipv4: endpoint.ipv4,
+                ipv6: endpoint.ipv6,
+                identity,
+                labels: identity.map(|identity| labels(names, identity)).unwrap_or_default(),
+                policy_id: entry.map(|entry| entry.policy.0).unwrap_or_default(),
+                enforces_ingress: entry.is_some_and(|entry| entry.enforces_ingress),
+                enforces_egress: entry.is_some_and(|entry| entry.enforces_egress),
+                policies: current.selected_by.get(id).map(|policies| policies.to_vec()).unwrap_or_default(),
+                is_enforced: progress.enforced.contains(id),
+                waiting_for: progress.waiting.get(id).cloned(),
+                host_interface: endpoint.host_interface.clone(),
+                host_ifindex: endpoint.host_ifindex,
+                container_id: endpoint.container_id.clone(),
+            }
+        };
+        self.endpoints.snapshot().iter().map(row).collect()
+    }
+
+    fn identity_rows(&self, names: &Names) -> Vec<IdentityRow> {
+        let current = self.current.load();
+        let mut addresses: BTreeMap<IdentityId, Vec<IpAddr>> = BTreeMap::new();
+        for (address, entry) in current.addresses.iter() {
+            addresses.entry(entry.identity).or_default().push(*address);
+        }
+        let reserved = [IdentityId::HOST, IdentityId::WORLD, IdentityId::REMOTE_NODE];
+        let cluster: Vec<IdentityId> = self.tables.identities.snapshot().keys().copied().collect();
+        let ids = reserved.into_iter().chain(cluster).chain(current.local_identities.keys().copied());
+        let row = |id| IdentityRow {
+            id,
+            labels: labels(names, id),
+            addresses: addresses.get(&id).cloned().unwrap_or_default(),
+        };
+        ids.map(row).collect()
+    }
+
+    fn policy_rows(&self) -> Vec<PolicyRow> {
+        let current = self.current.load();
+        let selects = |policy: &ObjectKey| {
+            let selected = current.selected_by.iter().filter(|(_, policies)| policies.contains(policy));
+            selected.map(|(endpoint, _)| *endpoint).collect()
+        };
+        let row = |(key, policy): (&ObjectKey, &Arc<crate::model::NetworkPolicy>)| PolicyRow {
+            policy: key.clone(),
+            ingress_rules: policy.ingress.as_ref().map(Vec::len),
+            egress_rules: policy.egress.as_ref().map(Vec::len),
+            endpoints: selects(key),
+        };
+        self.tables.policies.snapshot().iter().map(row).collect()
+    }
+
+    fn service_rows(&self) -> Vec<ServiceRow> {
+        let current = self.current.load();
+        let row = |(key, frontend): (&crate::model::FrontendKey, &crate::model::Frontend)| {
+            let protocol: Protocol = key.protocol?;
+            Some(ServiceRow {
+                service: ObjectKey::clone(&frontend.service),
+                address: key.address,
+                port: key.port,
+                protocol: protocol.to_string(),
+                backends: frontend.backends.clone(),
+            })
+        };
+        current.frontends.iter().filter_map(row).collect()
+    }
+}
+
+fn labels(names: &Names, identity: IdentityId) -> Vec<String> {
+    names.labels_of(identity).iter().map(ToString::to_string).collect()
+}
+
+impl NameSource for Known {
+    fn tables(&self) -> NameTables {
+        NameTables {
+            endpoints: self.endpoints.snapshot(),
+            node_endpoints: self.tables.node_endpoints.snapshot(),
+            services: self.tables.services.snapshot(),
+        }
+    }
+
+    fn identity(&self, id: IdentityId) -> Option<Arc<IdentityLabels>> {
+        self.tables.identities.get(&id)
+    }
+
+    fn local_identity(&self, id: IdentityId) -> Option<LocalIdentity> {
+        self.current.load().local_identities.get(&id).cloned()
+    }
+
+    fn rule_origin(&self, rule_id: u32) -> Option<Arc<ObjectKey>> {
+        self.loaded.get()?.rule_origins.get(rule_id)
+    }
+}
+
+/// Answers the requests of the socket.
+pub struct Answers {
+    known: Arc<Known>,
+    manager: Arc<Manager>,
+    names: Arc<Names>,
+}
+
+impl Answers {
+    /// Answers from what is known, and lets `manager` work.
+    pub fn new(known: Arc<Known>, manager: Arc<Manager>, names: Arc<Names>) -> Self {
+        Self { known, manager, names }
+    }
+
+    async fn cni<T: serde::Serialize>(
+        &self,
+        command: &'static str,
+        reply: Reply,
+        work: impl Future<Output = Result<T, crate::cni::Error>>,
+    ) {
+        let start = Instant::now();
+        let outcome = work.await;
+        let code = outcome.as_ref().err().map_or(0, |error| error.0.code);
+        self.known.telemetry.cni_request(command, code, start.elapsed());
+        // The runtime that has gone away asks again, or for a DEL.
+        let _ = reply.finish(outcome).await;
+    }
+
+    async fn observe(&self, query: Query, mut reply: Reply) {
+        self.names.refresh();
+        let mut stream = Stream::new(self.known.recorder.clone(), self.names.clone(), query);
+        loop {
+            let items = tokio::select! {
+                items = stream.next() => items,
+                () = reply.closed() => return,
+            };
+            let Some(items) = items else { return };
+            for item in items {
+                if reply.send(&item).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl Handler for Answers {
+    async fn handle(&self, request: Request, reply: Reply) {
+        let known = &self.known;
+        let answered = match request {
+            Request::CniAdd(request) => return self.cni("ADD", reply, self.manager.add(request)).await,
+            Request::CniDel(request) => return self.cni("DEL", reply, self.manager.delete(request)).await,
+            Request::CniCheck(request) => return self.cni("CHECK", reply, self.manager.check(request)).await,
+            Request::CniGc { valid } => return self.cni("GC", reply, self.manager.gc(valid)).await,
+            Request::CniStatus => return self.cni("STATUS", reply, async { self.manager.status() }).await,
+            Request::Observe(query) => return self.observe(query, reply).await,
+            Request::Status => reply.finish(Ok::<_, Refusal>(known.status())).await,
+            Request::Endpoints => reply.finish(Ok::<_, Refusal>(known.endpoint_rows(&self.names))).await,
+            Request::Identities => reply.finish(Ok::<_, Refusal>(known.identity_rows(&self.names))).await,
+            Request::Policies => reply.finish(Ok::<_, Refusal>(known.policy_rows())).await,
+            Request::Services => reply.finish(Ok::<_, Refusal>(known.service_rows())).await,
+        };
+        if answered.is_err() {
+            tracing::debug!("a client went away before its answer");
+        }
+    }
+}

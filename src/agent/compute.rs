@@ -1,0 +1,258 @@
+//! From one look at all tables to what the kernel should hold.
+//!
+//! Pure but for what it remembers: the numbers that the policy compiler gave
+//! out, and the last identity of each endpoint, which stays in force while a
+//! new one is being claimed.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use crate::identity;
+use crate::kube::Tables;
+use crate::model::{
+    AddressEntry, CompiledPolicy, Endpoint, EndpointEntry, EndpointId, EndpointSlice, Frontend, FrontendKey,
+    IdentityId, IdentityLabels, LocalIdentity, Namespace, NetworkPolicy, Node, NodeEndpoints, ObjectKey, Pod,
+    PolicyId, PrefixEntry, PublishedEndpoint, Service,
+};
+use crate::tables::{Snapshot, Table};
+use crate::{node, policy, service};
+
+/// Every table at one moment.
+pub struct View {
+    namespaces: Snapshot<Arc<str>, Arc<Namespace>>,
+    pods: Snapshot<ObjectKey, Arc<Pod>>,
+    nodes: Snapshot<Arc<str>, Arc<Node>>,
+    services: Snapshot<ObjectKey, Arc<Service>>,
+    slices: Snapshot<ObjectKey, Arc<EndpointSlice>>,
+    policies: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
+    identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
+    node_endpoints: Snapshot<Arc<str>, Arc<NodeEndpoints>>,
+    endpoints: Snapshot<EndpointId, Arc<Endpoint>>,
+}
+
+impl View {
+    /// Takes the snapshots.
+    pub fn of(tables: &Tables, endpoints: &Table<EndpointId, Arc<Endpoint>>) -> Self {
+        Self {
+            namespaces: tables.namespaces.snapshot(),
+            pods: tables.pods.snapshot(),
+            nodes: tables.nodes.snapshot(),
+            services: tables.services.snapshot(),
+            slices: tables.slices.snapshot(),
+            policies: tables.policies.snapshot(),
+            identities: tables.identities.snapshot(),
+            node_endpoints: tables.node_endpoints.snapshot(),
+            endpoints: endpoints.snapshot(),
+        }
+    }
+}
+
+/// What the kernel should hold, what other nodes should know, and what is still missing.
+#[derive(Clone, Debug, Default)]
+pub struct Desired {
+    /// Rows of `policy_peers` and `policy_rules`.
+    pub policies: BTreeMap<PolicyId, Arc<CompiledPolicy>>,
+    /// Rows of `addresses`.
+    pub addresses: Arc<BTreeMap<IpAddr, AddressEntry>>,
+    /// Rows of `prefixes`.
+    pub prefixes: Arc<BTreeMap<IpNet, PrefixEntry>>,
+    /// Rows of `endpoints`.
+    pub endpoints: BTreeMap<EndpointId, EndpointEntry>,
+    /// Rows of `services` and `backends`.
+    pub frontends: BTreeMap<FrontendKey, Frontend>,
+    /// What this node's local identities mean.
+    pub local_identities: Arc<BTreeMap<IdentityId, LocalIdentity>>,
+    /// The policies that select each endpoint.
+    pub selected_by: BTreeMap<EndpointId, Arc<[ObjectKey]>>,
+    /// The other nodes, for routes.
+    pub nodes: Vec<Arc<Node>>,
+    /// This node's pods, for the other nodes.
+    pub published: Vec<PublishedEndpoint>,
+    /// Endpoints that cannot be enforced yet, and why.
+    pub waiting: BTreeMap<EndpointId, String>,
+    /// Label sets without a number.
+    pub unclaimed: Vec<Arc<IdentityLabels>>,
+    /// Objects that contradict one another, said for people.
+    pub conflicts: Vec<String>,
+}
+
+/// Endpoints whose identity is known.
+type Resolved = BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>;
+
+/// Turns views into desired states.
+pub struct Compute {
+    node_name: Arc<str>,
+    internal_addresses: Vec<IpAddr>,
+    compiler: policy::Compiler,
+    numbers: HashMap<Arc<IdentityLabels>, IdentityId>,
+    numbers_from: Snapshot<IdentityId, Arc<IdentityLabels>>,
+    last_identity: BTreeMap<EndpointId, (ObjectKey, IdentityId)>,
+}
+
+impl Compute {
+    /// Starts numbering above what the maps hold from the agent before.
+    pub fn new(
+        node_name: &str,
+        internal_addresses: Vec<IpAddr>,
+        first_policy: PolicyId,
+        first_local: IdentityId,
+    ) -> Self {
+        Self {
+            node_name: node_name.into(),
+            internal_addresses,
+            compiler: policy::Compiler::new(first_policy, first_local),
+            numbers: HashMap::new(),
+            numbers_from: Snapshot::new(),
+            last_identity: BTreeMap::new(),
+        }
+    }
+
+    /// What `view` asks of the kernel.
+    pub fn desired(&mut self, view: &View) -> Result<Desired, policy::Error> {
+        self.learn_numbers(&view.identities);
+        let mut desired = Desired::default();
+        let endpoints = self.resolve(view, &mut desired);
+        let owners = node::addresses(&node::Input {
+            this_node: &self.node_name,
+            internal_addresses: &self.internal_addresses,
+            endpoints: &endpoints,
+            nodes: &view.nodes,
+            node_endpoints: &view.node_endpoints,
+        });
+        let identities = endpoints.iter().map(|(id, (_, identity))| (*id, *identity)).collect();
+        let pod_cidrs: Vec<IpNet> = view.nodes.values().flat_map(|node| node.pod_cidrs.clone()).collect();
+        let compiled = self.compiler.compile(&policy::Input {
+            policies: &view.policies,
+            identities: &view.identities,
+            endpoints: &identities,
+            addresses: &owners.addresses,
+            pod_cidrs: &pod_cidrs,
+        })?;
+        let services = service::frontends(&view.services, &view.slices);
+        desired.conflicts = conflicts(&owners.conflicts, &services.conflicts, &compiled.ignored_labels);
+        desired.published = endpoints.values().map(publish).collect();
+        desired.endpoints = endpoint_entries(&endpoints, &compiled);
+        desired.policies = compiled.policies;
+        desired.addresses = compiled.addresses;
+        desired.prefixes = compiled.prefixes;
+        desired.local_identities = compiled.local_identities;
+        desired.selected_by = compiled.selected_by;
+        desired.frontends = services.frontends;
+        desired.nodes = view.nodes.values().filter(|node| *node.name != *self.node_name).cloned().collect();
+        Ok(desired)
+    }
+
+    /// Keeps the way back from labels to numbers; the lowest number wins.
+    fn learn_numbers(&mut self, identities: &Snapshot<IdentityId, Arc<IdentityLabels>>) {
+        if self.numbers_from.ptr_eq(identities) {
+            return;
+        }
+        self.numbers.clear();
+        for (number, labels) in identities.iter().rev() {
+            self.numbers.insert(labels.clone(), *number);
+        }
+        self.numbers_from = identities.clone();
+    }
+
+    /// The identity of every endpoint that has one; the others are waiting.
+    fn resolve(&mut self, view: &View, desired: &mut Desired) -> Resolved {
+        let mut resolved = BTreeMap::new();
+        self.last_identity.retain(|id, (pod, _)| view.endpoints.get(id).is_some_and(|at| at.pod == *pod));
+        for (id, endpoint) in &view.endpoints {
+            match self.identity_of(view, endpoint, desired) {
+                Ok(identity) => {
+                    self.last_identity.insert(*id, (endpoint.pod.clone(), identity));
+                    resolved.insert(*id, (endpoint.clone(), identity));
+                }
+                Err(reason) => match self.last_identity.get(id) {
+                    Some((_, identity)) => drop(resolved.insert(*id, (endpoint.clone(), *identity))),
+                    None => drop(desired.waiting.insert(*id, reason)),
+                },
+            }
+        }
+        resolved
+    }
+
+    fn identity_of(
+        &self,
+        view: &View,
+        endpoint: &Endpoint,
+        desired: &mut Desired,
+    ) -> Result<IdentityId, String> {
+        let pod = view.pods.get(&endpoint.pod).ok_or_else(|| {
+            format!("the pod {} is not known yet from the API or the manifests", endpoint.pod)
+        })?;
+        if let Some(uid) = &endpoint.pod_uid
+            && !pod.uid.is_empty()
+            && *uid != pod.uid
+        {
+            return Err(format!("the pod {} known has another UID: waiting for {uid}", endpoint.pod));
+        }
+        let namespace = view.namespaces.get(&endpoint.pod.namespace);
+        let labels = identity::labels_of(pod, namespace.map(Arc::as_ref));
+        match self.numbers.get(&labels) {
+            Some(number) => Ok(*number),
+            None => {
+                let labels = Arc::new(labels);
+                if !desired.unclaimed.contains(&labels) {
+                    desired.unclaimed.push(labels);
+                }
+                Err(format!("claiming an identity number for the labels of {}", endpoint.pod))
+            }
+        }
+    }
+}
+
+fn publish((endpoint, identity): &(Arc<Endpoint>, IdentityId)) -> PublishedEndpoint {
+    PublishedEndpoint {
+        pod: endpoint.pod.clone(),
+        addresses: endpoint.addresses().collect(),
+        identity: *identity,
+    }
+}
+
+/// An endpoint whose policy the compiler does not know yet is left out: what may
+/// reach it is not known, so nothing may.
+fn endpoint_entries(endpoints: &Resolved, compiled: &policy::Output) -> BTreeMap<EndpointId, EndpointEntry> {
+    let entry = |(id, (endpoint, identity)): (&EndpointId, &(Arc<Endpoint>, IdentityId))| {
+        let policy = *compiled.of_endpoint.get(id)?;
+        let rules = compiled.policies.get(&policy);
+        let entry = EndpointEntry {
+            endpoint: endpoint.clone(),
+            identity: *identity,
+            policy,
+            enforces_ingress: rules.is_some_and(|rules| rules.ingress.is_some()),
+            enforces_egress: rules.is_some_and(|rules| rules.egress.is_some()),
+        };
+        Some((*id, entry))
+    };
+    endpoints.iter().filter_map(entry).collect()
+}
+
+fn conflicts(
+    addresses: &[node::Conflict],
+    services: &[service::Conflict],
+    ignored_labels: &BTreeMap<ObjectKey, BTreeSet<String>>,
+) -> Vec<String> {
+    let addresses = addresses.iter().map(|conflict| {
+        let why = match &conflict.reason {
+            node::ConflictReason::OwnedBy(owner) => format!("{owner} has it"),
+            node::ConflictReason::ForeignIdentity(identity) => {
+                format!("with the identity {identity}, which no pod has")
+            }
+        };
+        format!("node {} claims the address {}: {why}", conflict.node, conflict.address)
+    });
+    let services = services.iter().map(|conflict| {
+        let service::Conflict { service, address, owner } = conflict;
+        format!("Service {service} has the cluster IP {address}, which is Service {owner}'s")
+    });
+    let labels = ignored_labels.iter().map(|(policy, labels)| {
+        let labels = labels.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+        format!("NetworkPolicy {policy} selects by {labels}, which identities leave out")
+    });
+    addresses.chain(services).chain(labels).collect()
+}

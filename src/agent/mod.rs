@@ -1,0 +1,274 @@
+//! `weir agent`: the program of a node.
+//!
+//! Wires sources, compilers, the datapath and the flow recorder together, and is
+//! the only place that starts long tasks. One task, `rounds`, owns everything
+//! that is written to the kernel.
+//!
+//! ```text
+//! kube::run ──> Tables ──┐
+//! cni ──> endpoint::Manager ──> rounds ──> reconcile ──> kernel
+//!                        ^────── Enforced ──┘               │
+//! api, telemetry <── flow::Recorder <── flow::reader <──────┘
+//! ```
+
+mod answers;
+mod compute;
+mod node;
+mod publish;
+mod rounds;
+mod upkeep;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+pub use compute::{Compute, Desired, View};
+pub use node::Devices;
+
+use crate::api;
+use crate::cni::install;
+use crate::config::{Attach, Config};
+use crate::datapath::{AttachMode, Datapath, MapSizes, Options, Settings};
+use crate::endpoint::{self, Enforced};
+use crate::flow::reader::KernelEvents;
+use crate::flow::{self, Names};
+use crate::kube::{self, Publisher, Source};
+use crate::model::{Node, NodeEndpoints};
+use crate::reconcile::Reconciler;
+use crate::tables::Table;
+use crate::telemetry::{self, ReadyGuard, Telemetry};
+use answers::{Answers, Known};
+use rounds::Rounds;
+
+/// An ADD that is not enforced within this time gives up; kubelet tries again.
+const ENFORCED_WITHIN: Duration = Duration::from_secs(10);
+
+/// What is there before the node is known.
+struct Start {
+    config: Config,
+    source: Source,
+    known: Arc<Known>,
+    manager: Arc<endpoint::Manager>,
+    names: Arc<Names>,
+    enforced: Enforced,
+    programmed: ReadyGuard,
+}
+
+/// Runs the agent until SIGTERM or SIGINT. The datapath stays in force afterwards.
+pub async fn run(config: Config) -> Result<()> {
+    let (stop, stopping) = watch::channel(false);
+    tokio::spawn(wait_for_signal(stop));
+    let state_dir = &config.args.state_dir;
+    std::fs::create_dir_all(state_dir).with_context(|| format!("making {}", state_dir.display()))?;
+
+    let telemetry = Arc::new(Telemetry::new());
+    let programmed = telemetry.ready().register("the datapath");
+    let source = source(&config).await?;
+    let endpoints = Arc::new(Table::new());
+    let enforced = Enforced::new();
+    let known =
+        Arc::new(Known::new(config.clone(), telemetry.clone(), endpoints.clone(), enforced.subscribe()));
+    known.show();
+    let options = endpoint::Options {
+        state_directory: state_dir.clone(),
+        enforced_within: ENFORCED_WITHIN,
+        verify_programs: known.clone().verify_programs(),
+    };
+    let manager = endpoint::Manager::open(options, endpoints, &enforced)
+        .context("reading the endpoints of this node back")?;
+    let names = Arc::new(Names::new(config.args.node_name.as_str(), known.clone()));
+
+    let answers = Arc::new(Answers::new(known.clone(), manager.clone(), names.clone()));
+    let socket = config.args.socket.clone();
+    let serving = api::serve(&socket, answers, stopping.clone());
+    let metrics = telemetry::serve(config.args.metrics_address, telemetry, stopping.clone());
+    let start = Start { config, source, known, manager, names, enforced, programmed };
+    let working = work(start, stopping);
+    tokio::select! {
+        served = serving => served.context("serving the API socket"),
+        served = metrics => served.context("serving metrics"),
+        worked = working => worked,
+    }
+}
+async fn source(config: &Config) -> Result<Source> {
+    match &config.args.manifests {
+        Some(directory) => Ok(Source::Manifests(directory.clone())),
+        None => {
+            let client = kubernetes(config.args.kubeconfig.as_deref()).await?;
+            Ok(Source::Kubernetes(client, config.args.node_name.clone()))
+        }
+    }
+}
+
+async fn kubernetes(kubeconfig: Option<&Path>) -> Result<::kube::Client> {
+    let config = match kubeconfig {
+        Some(file) => {
+            let read = ::kube::config::Kubeconfig::read_from(file)
+                .with_context(|| format!("reading --kubeconfig {}", file.display()))?;
+            ::kube::Config::from_custom_kubeconfig(read, &Default::default()).await?
+        }
+        None => ::kube::Config::incluster()
+            .context("there is neither --manifests nor --kubeconfig, and this is no pod of a cluster")?,
+    };
+    ::kube::Client::try_from(config).context("preparing to speak to the API server")
+}
+
+/// The life of the agent: learn what this node is, load, then keep the kernel up to date.
+async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
+    let Start { config, source, known, manager, names, enforced, programmed } = start;
+    let tables = known.tables.clone();
+    let publisher = Arc::new(Publisher::new(&source, &config.args.node_name, tables.clone())?);
+    tokio::spawn(kube::run(source, tables.clone(), known.health.clone()));
+    let node = tokio::select! {
+        node = node::discover(&config, &tables) => node?,
+        _ = stopping.wait_for(|stop| *stop) => return Ok(()),
+    };
+    let (devices, datapath) = tokio::task::block_in_place(|| load(&config, &node))?;
+    let writers = datapath.writers().context("reading the maps back")?;
+    let compute = Compute::new(
+        &config.args.node_name,
+        devices.internal_addresses.clone(),
+        writers.policies.next_free_id(),
+        writers.addresses.highest_local_identity(),
+    );
+    known.loaded(datapath.clone(), writers.policies.rule_origins());
+
+    let events = KernelEvents::open(datapath.clone()).context("opening the ring buffer of events")?;
+    tokio::spawn(flow::reader::run(events, known.recorder.clone(), names, stopping.clone()));
+    let (published, to_publish) = watch::channel(None);
+    tokio::spawn(publish::publish_endpoints(publisher.clone(), to_publish));
+    let (removed_backends, ended_backends) = mpsc::unbounded_channel();
+    tokio::spawn(upkeep::end_stale_sockets(datapath.clone(), known.endpoints.clone(), ended_backends));
+    tokio::spawn(upkeep::collect_garbage(datapath.clone()));
+
+    manager.work_off_deletes().await;
+    manager.configure(&node.pod_cidrs, devices.mtu);
+    tokio::spawn(async move {
+        if let Err(error) = manager.watch_deletes(stopping).await {
+            tracing::error!(error = format!("{error:#}"), "queued deletions wait for the next start");
+        }
+    });
+    let rounds = Rounds {
+        tables,
+        endpoints: known.endpoints.clone(),
+        compute,
+        reconciler: Reconciler::new(datapath, writers, devices.clone()),
+        claims: publish::Claims::new(publisher),
+        enforced,
+        published,
+        current: known.current.clone(),
+        removed_backends,
+        telemetry: known.telemetry.clone(),
+        this_node: NodeEndpoints {
+            node: config.args.node_name.clone(),
+            internal_addresses: if devices.overlay.is_some() {
+                devices.internal_addresses
+            } else {
+                Vec::new()
+            },
+            endpoints: Vec::new(),
+        },
+    };
+    let offering = offer_pods(config, known.telemetry.clone());
+    tokio::select! {
+        () = rounds.run(programmed) => Ok(()),
+        failed = offering => failed.context("offering the node's network to the runtime"),
+    }
+}
+
+/// Puts the plugin and, once pods can be connected, its configuration where the
+/// container runtime looks; returns only if that does not work.
+async fn offer_pods(config: Config, telemetry: Arc<Telemetry>) -> Result<()> {
+    let args = &config.args;
+    if let (Some(binaries), Some(configurations)) = (&args.cni_bin_dir, &args.cni_config_dir) {
+        let directories =
+            install::Directories { binaries: binaries.clone(), configurations: configurations.clone() };
+        install::install_binary(&directories)?;
+        telemetry.ready().wait().await;
+        install::write_configuration(
+            &directories,
+            &install::Configuration {
+                socket: &args.socket,
+                state_dir: &args.state_dir,
+                is_exclusive: args.cni_exclusive,
+            },
+        )?;
+    }
+    std::future::pending().await
+}
+
+/// Loads and attaches everything but the pods' programs, which the rounds attach.
+fn load(config: &Config, node: &Node) -> Result<(Devices, Arc<Datapath>)> {
+    let devices = node::prepare(config, node)?;
+    let datapath = Datapath::load(&options(config, node, &devices)).context("loading the datapath")?;
+    for ifindex in &devices.network {
+        datapath.attach_network(*ifindex).context("attaching to the network device")?;
+    }
+    if let Some(overlay) = devices.overlay {
+        datapath.attach_overlay(overlay).context("attaching to the tunnel device")?;
+    }
+    if config.args.socket_lb {
+        datapath.attach_sockets().context("attaching to sockets")?;
+    } else {
+        datapath.detach_sockets().context("detaching from sockets")?;
+    }
+    let zombies = datapath.collect_zombie_links().context("collecting links of devices that are gone")?;
+    tracing::info!(node = node.name, mtu = devices.mtu, zombies, "loaded the datapath");
+    Ok((devices, Arc::new(datapath)))
+}
+
+fn options(config: &Config, node: &Node, devices: &Devices) -> Options {
+    let args = &config.args;
+    let node_ipv4 = node.addresses.iter().find_map(|address| match address {
+        std::net::IpAddr::V4(address) => Some(*address),
+        std::net::IpAddr::V6(_) => None,
+    });
+    let node_ipv6 = node.addresses.iter().find_map(|address| match address {
+        std::net::IpAddr::V4(_) => None,
+        std::net::IpAddr::V6(address) => Some(*address),
+    });
+    Options {
+        pins: config.pins.clone(),
+        cgroup_root: args.cgroup_root.clone(),
+        attach: match args.attach {
+            Attach::Auto => AttachMode::Auto,
+            Attach::Tcx => AttachMode::Tcx,
+            Attach::Clsact => AttachMode::Clsact,
+        },
+        map_sizes: MapSizes::default()
+            .with("connections", args.connections_max)
+            .with("nat", args.nat_max)
+            .with("sockets", args.sockets_max),
+        settings: Settings {
+            node_ipv4,
+            node_ipv6,
+            tunnel_ifindex: devices.overlay,
+            tunnel_port: args.tunnel_port,
+            flow_report: std::time::Duration::from_secs(args.flow_report_seconds.into()),
+            nat_ports: args.nat_port_min..=args.nat_port_max,
+            masquerade_ipv4: args.masquerade && node_ipv4.is_some(),
+            masquerade_ipv6: args.masquerade && node_ipv6.is_some(),
+            flow_events: args.flow_events,
+            socket_lb: args.socket_lb,
+            ..Settings::default()
+        },
+    }
+}
+
+async fn wait_for_signal(stop: watch::Sender<bool>) {
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
+        tracing::error!("the process gets no signals: end it with SIGKILL, the datapath stays in force");
+        return;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping; pods keep their connections");
+    stop.send_replace(true);
+}

@@ -1,0 +1,188 @@
+//! This node: what the cluster says of it, its devices, its kernel settings.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use ipnet::IpNet;
+
+use crate::config::{Config, Routing};
+use crate::kube::Tables;
+use crate::model::Node;
+use crate::netlink;
+use crate::reconcile::OVERLAY_DEVICE;
+
+/// Bytes that VXLAN adds: outer Ethernet, IP, UDP and VXLAN headers.
+const TUNNEL_OVERHEAD_IPV4: u32 = 50;
+const TUNNEL_OVERHEAD_IPV6: u32 = 70;
+
+/// Where the last known facts of this node are kept, for a start without the API.
+const FACTS_FILE: &str = "node.json";
+
+/// The devices of this node, as the datapath needs them.
+#[derive(Clone, Debug)]
+pub struct Devices {
+    /// Leads to other nodes and the world.
+    pub network: Vec<u32>,
+    /// The tunnel's device; `None` with native routing.
+    pub overlay: Option<u32>,
+    /// MTU of the pods' devices, bytes.
+    pub mtu: u32,
+    /// The node's own addresses in the pod network: the first of each pod CIDR.
+    pub internal_addresses: Vec<IpAddr>,
+}
+
+/// The Node object of this node: from the tables once they have it, or as it was
+/// known when the agent ran last, when the source is away.
+pub async fn discover(config: &Config, tables: &Tables) -> Result<Arc<Node>> {
+    let name = config.args.node_name.as_str();
+    let facts = config.args.state_dir.join(FACTS_FILE);
+    let mut state = tables.nodes.subscribe();
+    if let Some(node) = remembered(&facts, name)
+        && !state.borrow_and_update().is_synced
+    {
+        let patience = std::time::Duration::from_secs(1);
+        let synced = tokio::time::timeout(patience, state.wait_for(|state| state.is_synced)).await;
+        if synced.is_err() {
+            tracing::warn!(
+                node = name,
+                "the source of objects is away: starting with what was known of this node"
+            );
+            return Ok(Arc::new(node));
+        }
+    }
+    loop {
+        if let Some(node) = tables.nodes.get(&name.into()) {
+            match missing(&node) {
+                None => {
+                    remember(&facts, &node)?;
+                    return Ok(node);
+                }
+                Some(what) => tracing::warn!(node = name, missing = what, "waiting for the Node object"),
+            }
+        } else if tables.nodes.is_synced() {
+            tracing::warn!(node = name, "waiting: there is no Node object of this name");
+        }
+        state.changed().await.context("watching nodes")?;
+    }
+}
+
+fn missing(node: &Node) -> Option<&'static str> {
+    if node.addresses.is_empty() {
+        Some("status.addresses has no InternalIP")
+    } else if node.pod_cidrs.is_empty() {
+        Some("spec.podCIDRs is empty")
+    } else {
+        None
+    }
+}
+
+fn remembered(facts: &Path, name: &str) -> Option<Node> {
+    let text = std::fs::read(facts).ok()?;
+    match serde_json::from_slice::<Node>(&text) {
+        Ok(node) if node.name == name => Some(node),
+        Ok(_) => None,
+        Err(error) => {
+            tracing::warn!(file = %facts.display(), %error, "ignoring what was remembered of this node");
+            None
+        }
+    }
+}
+
+fn remember(facts: &Path, node: &Node) -> Result<()> {
+    let text = serde_json::to_vec(node).context("encoding this node's facts")?;
+    let draft = facts.with_extension("json.new");
+    std::fs::write(&draft, text).with_context(|| format!("writing {}", draft.display()))?;
+    std::fs::rename(&draft, facts).with_context(|| format!("writing {}", facts.display()))
+}
+
+/// Makes and sets up what is to be attached to: forwarding, the tunnel device,
+/// the node's address inside the pod network.
+pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
+    let network = network_devices(config, node)?;
+    let device_mtu =
+        network.iter().map(|device| device.mtu).min().context("finding the MTU of the node's devices")?;
+    enable_forwarding(node, &network)?;
+    let ipv6_underlay = node.addresses.iter().all(IpAddr::is_ipv6);
+    let overhead = if ipv6_underlay { TUNNEL_OVERHEAD_IPV6 } else { TUNNEL_OVERHEAD_IPV4 };
+    let mtu = match (config.args.mtu, config.args.routing) {
+        (0, Routing::Tunnel) => device_mtu.saturating_sub(overhead),
+        (0, Routing::Native) => device_mtu,
+        (mtu, _) => mtu,
+    };
+    let internal_addresses = node.pod_cidrs.iter().filter_map(internal_address).collect::<Vec<_>>();
+    let overlay = match config.args.routing {
+        Routing::Native => None,
+        Routing::Tunnel => {
+            let ifindex = netlink::ensure_vxlan(OVERLAY_DEVICE, config.args.tunnel_port, mtu)
+                .context("making the tunnel device")?;
+            for address in &internal_addresses {
+                netlink::add_address(ifindex, IpNet::from(*address))
+                    .with_context(|| format!("giving {address} to {OVERLAY_DEVICE}"))?;
+            }
+            Some(ifindex)
+        }
+    };
+    let network = network.iter().map(|device| device.index).collect();
+    Ok(Devices { network, overlay, mtu, internal_addresses })
+}
+
+fn network_devices(config: &Config, node: &Node) -> Result<Vec<netlink::Link>> {
+    if config.args.device.is_empty() {
+        let devices = netlink::devices_with(&node.addresses).context("looking for the node's devices")?;
+        if devices.is_empty() {
+            bail!(
+                "no device has an address of the Node object ({:?}): name it with --device",
+                node.addresses
+            );
+        }
+        return Ok(devices);
+    }
+    let find = |name: &String| {
+        netlink::link(name)?.with_context(|| format!("--device {name}: there is no such device on this node"))
+    };
+    config.args.device.iter().map(find).collect()
+}
+
+/// Pods' packets pass the stack on their way out. A device that takes its IPv6
+/// routes from router advertisements keeps doing so although it now forwards.
+fn enable_forwarding(node: &Node, network: &[netlink::Link]) -> Result<()> {
+    if node.pod_cidrs.iter().any(|prefix| prefix.addr().is_ipv4()) {
+        netlink::set_sysctl("net/ipv4/ip_forward", "1")?;
+    }
+    if node.pod_cidrs.iter().any(|prefix| prefix.addr().is_ipv6()) {
+        for device in network {
+            let accept = format!("net/ipv6/conf/{}/accept_ra", device.name);
+            if netlink::get_sysctl(&accept)?.as_deref() == Some("1") {
+                netlink::set_sysctl(&accept, "2")?;
+            }
+        }
+        netlink::set_sysctl("net/ipv6/conf/all/forwarding", "1")?;
+    }
+    Ok(())
+}
+
+/// The first address of a pod CIDR; address allocation leaves it to the node.
+pub fn internal_address(prefix: &IpNet) -> Option<IpAddr> {
+    prefix.hosts().next().map(|first| match (first, prefix) {
+        // The IPv6 iterator begins with the subnet-router anycast address.
+        (IpAddr::V6(first), IpNet::V6(prefix)) if first == prefix.network() => {
+            IpAddr::V6((u128::from(first) + 1).into())
+        }
+        (first, _) => first,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_address_of_each_family_is_the_nodes() {
+        let first =
+            |prefix: &str| internal_address(&prefix.parse().expect("a prefix")).map(|ip| ip.to_string());
+        assert_eq!(first("10.1.2.0/24").as_deref(), Some("10.1.2.1"));
+        assert_eq!(first("fd00:1::/64").as_deref(), Some("fd00:1::1"));
+    }
+}

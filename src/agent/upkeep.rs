@@ -1,0 +1,62 @@
+//! Work in the background that no table asks for: expired connections, sockets
+//! of backends that are gone.
+
+use std::fs::File;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::sync::mpsc;
+
+use crate::datapath::Datapath;
+use crate::model::{Endpoint, EndpointId};
+use crate::tables::Table;
+
+/// How often expired connections are deleted.
+const GARBAGE_INTERVAL: Duration = Duration::from_secs(15);
+
+/// Deletes expired connections for ever.
+pub async fn collect_garbage(datapath: Arc<Datapath>) {
+    let mut ticks = tokio::time::interval(GARBAGE_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let datapath = datapath.clone();
+        match tokio::task::spawn_blocking(move || datapath.collect_garbage()).await {
+            Ok(Ok(report)) => tracing::debug!(?report, "collected expired connections"),
+            Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "collecting expired connections"),
+            Err(error) => tracing::error!(%error, "collecting expired connections"),
+        }
+    }
+}
+
+/// Ends UDP sockets, of pods and of the node, whose backend was taken out of its service.
+pub async fn end_stale_sockets(
+    datapath: Arc<Datapath>,
+    endpoints: Arc<Table<EndpointId, Arc<Endpoint>>>,
+    mut removed: mpsc::UnboundedReceiver<Vec<SocketAddr>>,
+) {
+    while let Some(mut backends) = removed.recv().await {
+        while let Ok(more) = removed.try_recv() {
+            backends.extend(more);
+        }
+        let (datapath, endpoints) = (datapath.clone(), endpoints.snapshot());
+        let ended = tokio::task::spawn_blocking(move || {
+            let mut namespaces =
+                vec![File::open("/proc/self/ns/net").context("opening the node's own namespace")?];
+            // A namespace that is gone has no sockets either.
+            namespaces.extend(endpoints.values().filter_map(|endpoint| File::open(&endpoint.netns).ok()));
+            let descriptors: Vec<_> = namespaces.iter().map(AsFd::as_fd).collect();
+            datapath.destroy_stale_sockets(&descriptors)
+        });
+        match ended.await {
+            Ok(Ok(sockets)) => tracing::debug!(sockets, ?backends, "ended sockets of removed backends"),
+            Ok(Err(error)) => {
+                tracing::warn!(error = format!("{error:#}"), "ending sockets of removed backends")
+            }
+            Err(error) => tracing::error!(%error, "ending sockets of removed backends"),
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! Makes the kernel hold what is desired.
+//!
+//! The order is the safety: what a packet could need is written before what
+//! makes it needed (rules, then identities of addresses, then the flip of an
+//! endpoint's policy), and nothing is deleted before everything is written.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use ipnet::IpNet;
+
+use crate::agent::{Desired, Devices};
+use crate::datapath::{Datapath, Writers};
+use crate::model::{EndpointId, Node};
+use crate::netlink::{self, Route};
+
+/// The device of VXLAN tunnels.
+pub const OVERLAY_DEVICE: &str = "weir_vxlan";
+
+/// What one round did.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// Endpoints whose policy is in force and whose programs are attached.
+    pub enforced: BTreeSet<EndpointId>,
+    /// Backends that are no longer behind any service.
+    pub removed_backends: Vec<SocketAddr>,
+}
+
+/// Owns every map that the agent writes, the pods' links and the routes.
+pub struct Reconciler {
+    datapath: Arc<Datapath>,
+    writers: Writers,
+    devices: Devices,
+    attached: BTreeMap<EndpointId, u32>,
+    routed: Option<Vec<Arc<Node>>>,
+}
+
+impl Reconciler {
+    /// Takes the writers; nothing is written yet.
+    pub fn new(datapath: Arc<Datapath>, writers: Writers, devices: Devices) -> Self {
+        Self { datapath, writers, devices, attached: BTreeMap::new(), routed: None }
+    }
+
+    /// The policy that a rule number of an event stands for.
+    pub fn writers(&self) -> &Writers {
+        &self.writers
+    }
+
+    /// Writes the difference between `desired` and the kernel.
+    pub fn apply(&mut self, desired: &Desired) -> Result<Applied> {
+        let writers = &mut self.writers;
+        writers.policies.write(&desired.policies).context("writing policies")?;
+        writers.addresses.write(&desired.addresses, &desired.prefixes).context("writing addresses")?;
+        writers.endpoints.write(&desired.endpoints).context("writing endpoints")?;
+        let removed_backends = writers.services.write(&desired.frontends).context("writing services")?;
+        let enforced = self.attach(desired)?;
+        self.route(&desired.nodes).context("writing routes")?;
+        self.prune(desired)?;
+        Ok(Applied { enforced, removed_backends })
+    }
+
+    fn prune(&mut self, desired: &Desired) -> Result<()> {
+        let gone: Vec<EndpointId> =
+            self.attached.keys().filter(|id| !desired.endpoints.contains_key(id)).copied().collect();
+        for id in gone {
+            if let Some(ifindex) = self.attached.remove(&id) {
+                self.datapath.detach_pod(id, ifindex).context("detaching an endpoint's programs")?;
+            }
+        }
+        let writers = &mut self.writers;
+        writers.services.prune(&desired.frontends).context("pruning services")?;
+        writers.endpoints.prune(&desired.endpoints).context("pruning endpoints")?;
+        writers.addresses.prune(&desired.addresses, &desired.prefixes).context("pruning addresses")?;
+        writers.policies.prune(&desired.policies).context("pruning policies")
+    }
+
+    /// Attaches the programs of endpoints that are new; an endpoint whose device
+    /// has gone meanwhile is left out, its DEL is on the way.
+    fn attach(&mut self, desired: &Desired) -> Result<BTreeSet<EndpointId>> {
+        let mut enforced = BTreeSet::new();
+        for (id, entry) in &desired.endpoints {
+            let ifindex = entry.endpoint.host_ifindex;
+            if self.attached.get(id) != Some(&ifindex) {
+                if let Err(error) = self.datapath.attach_pod(*id, ifindex) {
+                    let pod = &entry.endpoint.pod;
+                    tracing::warn!(endpoint = id.0, %pod, error = format!("{error:#}"), "attaching an endpoint");
+                    continue;
+                }
+                self.attached.insert(*id, ifindex);
+            }
+            enforced.insert(*id);
+        }
+        Ok(enforced)
+    }
+
+    fn route(&mut self, nodes: &[Arc<Node>]) -> Result<()> {
+        if self.routed.as_deref() == Some(nodes) {
+            return Ok(());
+        }
+        let wanted = nodes.iter().flat_map(|node| node.pod_cidrs.iter().map(move |prefix| (node, *prefix)));
+        let routes: Vec<Route> = wanted.filter_map(|(node, prefix)| self.route_to(node, prefix)).collect();
+        netlink::sync_routes(&routes)?;
+        self.routed = Some(nodes.to_vec());
+        Ok(())
+    }
+
+    /// To another node's pods: through the tunnel for the node's own packets (pods'
+    /// are sent there by from_pod), or by way of that node's address.
+    fn route_to(&self, node: &Node, prefix: IpNet) -> Option<Route> {
+        let same_family = |address: &&IpAddr| address.is_ipv4() == prefix.addr().is_ipv4();
+        if let Some(overlay) = self.devices.overlay {
+            let source = self.devices.internal_addresses.iter().find(same_family).copied();
+            return Some(Route {
+                prefix,
+                gateway: None,
+                device_ifindex: overlay,
+                source,
+                mtu: self.devices.mtu,
+            });
+        }
+        let gateway = node.addresses.iter().find(same_family).copied();
+        if gateway.is_none() {
+            tracing::warn!(node = node.name, %prefix, "the node has no address of this family: no route to its pods");
+        }
+        let device_ifindex = *self.devices.network.first()?;
+        gateway.map(|gateway| Route { prefix, gateway: Some(gateway), device_ifindex, source: None, mtu: 0 })
+    }
+}
