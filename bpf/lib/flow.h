@@ -223,6 +223,9 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 	}
 	if (side)
 		packet->flags |= PACKET_REPLY;
+	/* Before the verdict: a denial names the service, too. */
+	if (!connection && packet->flags & PACKET_FROM_POD)
+		flow_find_socket(ctx, packet);
 	if (ret)
 		return ret;
 	/* An answer that nobody asked for must not become a question. */
@@ -280,8 +283,6 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 		return 0;
 	}
 
-	if (packet->flags & PACKET_FROM_POD)
-		flow_find_socket(ctx, packet);
 	/* Too large for the stack beside the rest; no one preempts us. */
 	fresh = bpf_map_lookup_elem(&scratch, &zero);
 	if (!fresh)
