@@ -7,6 +7,7 @@
  */
 #include "lib/flow.h"
 #include "lib/forward.h"
+#include "lib/icmp.h"
 #include "lib/nat.h"
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
@@ -18,7 +19,9 @@ static __always_inline int network_is_for_pod(struct __sk_buff *ctx,
 	struct address *address;
 
 	if (addr_equal(&packet->destination, nat_node_addr(packet)))
-		return nat_restore(ctx, packet);
+		return packet->flags & PACKET_ICMP_ERROR ?
+			       icmp_translate(ctx, packet, DIRECTION_INGRESS) :
+			       nat_restore(ctx, packet);
 	address = bpf_map_lookup_elem(&addresses, &packet->destination);
 	return address && address->endpoint_id;
 }
@@ -38,8 +41,8 @@ int from_network(struct __sk_buff *ctx)
 		return TC_ACT_OK;
 	if (ret > 0)
 		ret = parsed;
-	if (!ret && !flow_established(ctx, &packet))
-		ret = flow_open(ctx, &packet);
+	if (!ret)
+		ret = judge(ctx, &packet);
 	if (ret)
 		return finish(ctx, &packet, ret);
 	if (packet.route != ROUTE_ENDPOINT)
@@ -83,7 +86,13 @@ int to_network(struct __sk_buff *ctx)
 	packet.source_endpoint = address->endpoint_id;
 	packet.source_identity = address->identity;
 	ret = parsed ? parsed : network_must_masquerade(&packet);
-	if (ret > 0)
+	if (ret > 0 && packet.flags & PACKET_ICMP_ERROR) {
+		ret = icmp_translate(ctx, &packet, DIRECTION_EGRESS);
+		/* Pods' addresses do not go out. */
+		if (!ret)
+			ret = -DROP_NO_NAT_MAPPING;
+	} else if (ret > 0) {
 		ret = nat_masquerade(ctx, &packet);
+	}
 	return finish(ctx, &packet, ret < 0 ? ret : TC_ACT_OK);
 }

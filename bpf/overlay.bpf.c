@@ -6,6 +6,7 @@
  */
 #include "lib/flow.h"
 #include "lib/forward.h"
+#include "lib/icmp.h"
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
 
@@ -57,16 +58,14 @@ int from_overlay(struct __sk_buff *ctx)
 		ret = overlay_check_sender(ctx, &packet);
 	if (!ret && packet.flags & PACKET_CONTROL)
 		ret = -DROP_FORBIDDEN_ICMPV6;
-	if (!ret && !flow_established(ctx, &packet))
-		ret = flow_open(ctx, &packet);
+	if (!ret)
+		ret = judge(ctx, &packet);
 	if (ret)
 		return finish(ctx, &packet, ret);
 
 	/* The inner frame is addressed to nobody here. */
 	if (bpf_skb_change_type(ctx, PACKET_HOST))
 		return finish(ctx, &packet, -DROP_WRITE_ERROR);
-	if (packet.route == ROUTE_NODE)
-		return finish(ctx, &packet, -DROP_UNROUTABLE_IP);
 	return finish(ctx, &packet, forward(ctx, &packet));
 }
 

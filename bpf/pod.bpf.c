@@ -7,6 +7,7 @@
  */
 #include "lib/flow.h"
 #include "lib/forward.h"
+#include "lib/icmp.h"
 #include "lib/neighbour.h"
 #include "lib/refuse.h"
 #include "lib/service.h"
@@ -57,7 +58,11 @@ int from_pod(struct __sk_buff *ctx)
 		return finish(ctx, &packet, -DROP_ENDPOINT_NOT_READY);
 	packet.flags |= PACKET_FROM_POD;
 
-	if (!flow_established(ctx, &packet)) {
+	if (packet.flags & PACKET_ICMP_ERROR) {
+		ret = icmp_judge(ctx, &packet);
+		if (ret)
+			return finish(ctx, &packet, ret);
+	} else if (!flow_established(ctx, &packet)) {
 		ret = from_pod_translate(ctx, &packet);
 		if (!ret)
 			ret = flow_open(ctx, &packet);
@@ -67,11 +72,24 @@ int from_pod(struct __sk_buff *ctx)
 	return finish(ctx, &packet, forward(ctx, &packet));
 }
 
+/* Of a packet that the stack sends by this device: whose pod it is for. */
+static __always_inline bool to_pod_is_addressee(struct __sk_buff *ctx,
+						const struct packet *packet)
+{
+	struct address *address;
+	struct endpoint *endpoint;
+
+	address = bpf_map_lookup_elem(&addresses, &packet->destination);
+	if (!address || !address->endpoint_id)
+		return false;
+	endpoint = endpoint_by_id(address->endpoint_id);
+	return endpoint && endpoint->ifindex == ctx->ifindex;
+}
+
 SEC("tcx/egress")
 int to_pod(struct __sk_buff *ctx)
 {
 	struct packet packet = { .direction = DIRECTION_INGRESS };
-	struct endpoint *endpoint;
 	int ret;
 
 	/* from_pod's own answer to this pod. */
@@ -85,13 +103,12 @@ int to_pod(struct __sk_buff *ctx)
 	if (!ctx->ingress_ifindex)
 		packet.flags |= PACKET_FROM_HOST;
 
-	if (!ret && !flow_established(ctx, &packet))
-		ret = flow_open(ctx, &packet);
+	if (!ret && !to_pod_is_addressee(ctx, &packet))
+		ret = -DROP_UNROUTABLE_IP;
+	if (!ret)
+		ret = judge(ctx, &packet);
 	if (ret)
 		return finish(ctx, &packet, ret);
-	endpoint = endpoint_by_id(packet.destination_endpoint);
-	if (!endpoint || endpoint->ifindex != ctx->ifindex)
-		return finish(ctx, &packet, -DROP_UNROUTABLE_IP);
 	if (packet.flags & (PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION))
 		ret = rewrite_apply(ctx, &packet);
 	return finish(ctx, &packet, ret ? ret : TC_ACT_OK);

@@ -27,6 +27,25 @@ static __always_inline bool flow_end_is_current(const struct connection *of,
 		endpoint_has(endpoint, addr, packet));
 }
 
+/*
+ * Whoever knows a flow's tuple must not be able to put packets into it: a pod's
+ * come from its own device, those of other nodes' pods by the tunnel, the
+ * node's own from its stack. What comes another way is judged, and refused.
+ */
+static __always_inline bool flow_came_by_its_way(const struct connection *of,
+						 const struct packet *packet,
+						 __u32 side)
+{
+	if (of->endpoint[side] != packet->source_endpoint)
+		return false;
+	if (packet->flags & PACKET_FROM_POD)
+		return true;
+	if (of->identity[side] == IDENTITY_HOST)
+		return packet->flags & PACKET_FROM_HOST;
+	return !settings.tunnel_ifindex || of->route[side] != ROUTE_NODE ||
+	       packet->flags & PACKET_FROM_OVERLAY;
+}
+
 /* Answers come from where the question was sent to. */
 static __always_inline void
 flow_restore_service(struct packet *packet, const struct connection *connection)
@@ -66,8 +85,7 @@ static __always_inline bool flow_established(struct __sk_buff *ctx,
 	packet->route = connection->route[side ^ 1];
 	if (!packet->route)
 		return false;
-	if (packet->flags & PACKET_FROM_POD &&
-	    connection->endpoint[side] != packet->source_endpoint)
+	if (!flow_came_by_its_way(connection, packet, side))
 		return false;
 	if (connection->endpoint[side] &&
 	    !flow_end_is_current(connection, packet, &packet->source, side))
@@ -138,7 +156,12 @@ static __always_inline int flow_resolve(struct packet *packet,
 		if (!source->flags)
 			source->identity = packet->source_identity;
 		source->route = ROUTE_NODE;
-	} else if (settings.tunnel_ifindex && source->flags & ADDRESS_POD) {
+		/* What came by the tunnel does not go on by it. */
+		if (destination->route == ROUTE_NODE)
+			return -DROP_UNROUTABLE_IP;
+	} else if (settings.tunnel_ifindex &&
+		   (source->route == ROUTE_NODE ||
+		    source->route == ROUTE_NOWHERE)) {
 		/* Pods of other nodes come by the tunnel. */
 		return -DROP_INVALID_SOURCE_IP;
 	}

@@ -31,6 +31,18 @@ static __always_inline void identity_of_address(const struct address *address,
 		peer->route = ROUTE_STACK;
 }
 
+/* Groups, everybody on the link, and what only stands for a pod itself. */
+static __always_inline bool identity_is_nobody(const struct addr *addr)
+{
+	if (addr_is_ipv4(addr))
+		return (addr->w[3] & bpf_htonl(0xf0000000)) ==
+			       bpf_htonl(0xe0000000) ||
+		       addr->w[3] == 0xffffffff ||
+		       addr->w[3] == settings.loopback_ipv4.w[3];
+	return (addr->w[0] & bpf_htonl(0xff000000)) == bpf_htonl(0xff000000) ||
+	       addr_equal(addr, (const struct addr *)&settings.loopback_ipv6);
+}
+
 static __noinline void identity_of_prefix(const struct addr *addr,
 					  struct peer *peer)
 {
@@ -40,7 +52,7 @@ static __noinline void identity_of_prefix(const struct addr *addr,
 	peer->identity = IDENTITY_WORLD;
 	peer->endpoint = 0;
 	peer->flags = 0;
-	peer->route = ROUTE_STACK;
+	peer->route = identity_is_nobody(addr) ? ROUTE_NOWHERE : ROUTE_STACK;
 	if (!prefix)
 		return;
 	if (prefix->identity)

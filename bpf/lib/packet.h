@@ -342,6 +342,9 @@ static __always_inline int packet_parse_ipv6(struct __sk_buff *ctx,
 				return -DROP_INVALID_EXTENSION_HEADER;
 			id = extension.id;
 			if (extension.fragment & bpf_htons(0xfff8)) {
+				if (bpf_ntohs(extension.fragment) <
+				    sizeof(struct tcphdr))
+					return -DROP_FRAGMENT_UNSUPPORTED;
 				packet->flags |= PACKET_LATER_FRAGMENT;
 				packet->protocol = extension.next_header;
 				return packet_track_fragment(packet, id);

@@ -72,7 +72,15 @@ static __always_inline int rewrite_address(struct __sk_buff *ctx,
 	    bpf_skb_store_bytes(ctx, offset, to, 16, 0))
 		return -DROP_WRITE_ERROR;
 	difference = bpf_csum_diff(old.w, 16, (__be32 *)to->w, 16, 0);
-	if (checksum &&
+	if (!checksum)
+		return 0;
+	/*
+	 * With a checksum of the whole packet from the device, the change of the
+	 * address and that of the checksum cancel out; kernels that know so want
+	 * to be told that it is IPv6, the others refuse the flag.
+	 */
+	if (bpf_l4_csum_replace(ctx, checksum, 0, difference,
+				BPF_F_PSEUDO_HDR | BPF_F_IPV6 | mangled) &&
 	    bpf_l4_csum_replace(ctx, checksum, 0, difference,
 				BPF_F_PSEUDO_HDR | mangled))
 		return -DROP_WRITE_ERROR;

@@ -80,7 +80,7 @@ impl Default for Settings {
             node_ipv4: None,
             node_ipv6: None,
             loopback_ipv4: Ipv4Addr::new(169, 254, 42, 1),
-            loopback_ipv6: Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0x2a, 1),
+            loopback_ipv6: Ipv6Addr::new(0xfd57, 0x6569, 0x7200, 0, 0, 0, 0x2a, 1),
             tunnel_ifindex: None,
             tunnel_port: 8472,
             flow_report: Duration::from_secs(5),

@@ -8,6 +8,7 @@ mod demo;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod lab_itself;
+mod packets;
 mod policies;
 mod policy_changes;
 mod require;

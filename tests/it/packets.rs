@@ -1,0 +1,8 @@
+//! Packets through the real programs by BPF_PROG_TEST_RUN: what is given, the
+//! packet, the verdict, what comes out, what is reported and remembered.
+
+mod drops;
+mod flows;
+mod frame;
+mod services;
+mod world;

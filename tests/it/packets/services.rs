@@ -1,0 +1,244 @@
+//! Services per packet, for pods whose sockets the hooks do not see.
+
+use std::net::IpAddr;
+
+use anyhow::{Result, ensure};
+use weir::datapath::ip_of;
+use weir::datapath::types::connection_flags;
+
+use super::frame::{ACK, FIN, Layer4, Packet, RST, SYN, host_mac, tcp, udp, unreachable};
+use super::world::{A, B, Cast, EGRESS, INGRESS, MARK, REDIRECT, SHOT, World, casts, settings, within};
+use crate::require::require_lab;
+
+fn in_both_families(work: impl Fn(&mut World, Cast) -> Result<()> + Copy + Send + 'static) -> Result<()> {
+    for cast in casts() {
+        within(settings(), move |world| work(world, cast))?;
+    }
+    Ok(())
+}
+
+/// Sends through from_pod; what comes out must be `expected`, byte by byte.
+fn becomes(world: &mut World, packet: &Packet, expected: &Packet) -> Result<()> {
+    let outcome = world.send("from_pod", packet)?;
+    ensure!(outcome.action == REDIRECT, "counted {:?} for {packet:?}", outcome.counted);
+    let expected = Packet { macs: packet.macs, ..expected.clone() }.bytes();
+    ensure!(outcome.frame == expected, "came out  {:02x?}\nexpected {expected:02x?}", outcome.frame);
+    Ok(())
+}
+
+#[test]
+fn a_service_leads_to_its_backend_and_back() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, service, backend) = ((cast.a, 40000), (cast.service, 80), (cast.b, 8080));
+        for (flags, answer) in [(SYN, SYN | ACK), (ACK, ACK), (FIN | ACK, FIN | ACK)] {
+            becomes(world, &tcp(client, service, flags).by(1), &tcp(client, backend, flags))?;
+            becomes(world, &tcp(backend, client, answer).by(2), &tcp(service, client, answer))?;
+        }
+        let flows = world.connections(0)?;
+        ensure!(flows.len() == 1, "{flows:?}");
+        let flow = flows[0].1;
+        assert_eq!((ip_of(flow.service), u16::from_be(flow.service_port)), service);
+        ensure!(u32::from(flow.flags) & connection_flags::CONNECTION_TRANSLATED.0 != 0);
+        assert_eq!(world.connections(1)?.len(), 1);
+        Ok(())
+    })
+}
+
+#[test]
+fn datagrams_are_translated_with_and_without_checksum() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, service, backend) = ((cast.a, 40000), (cast.service, 80), (cast.b, 8080));
+        becomes(world, &udp(client, service).by(1), &udp(client, backend))?;
+        becomes(world, &udp(backend, client).by(2), &udp(service, client))?;
+        if cast.a.is_ipv4() {
+            let without = |packet: Packet| match packet.layer4 {
+                Layer4::Udp { ports, .. } => {
+                    Packet { layer4: Layer4::Udp { ports, has_checksum: false }, ..packet }
+                }
+                _ => packet,
+            };
+            becomes(world, &without(udp(client, service).by(1)), &without(udp(client, backend)))?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn policy_sees_the_backend_and_its_port() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        world.enforce(1, &[EGRESS])?;
+        world.enforce(2, &[INGRESS])?;
+        let syn = tcp((cast.a, 40000), (cast.service, 80), SYN).by(1);
+        ensure!(world.send("from_pod", &syn)?.action == SHOT);
+        world.allow(1, EGRESS, B, (6, 80))?;
+        world.allow(2, INGRESS, A, (6, 80))?;
+        let outcome = world.send("from_pod", &syn)?;
+        ensure!(outcome.action == SHOT);
+        let event = outcome.events[0];
+        assert_eq!(ip_of(event.service), cast.service);
+        assert_eq!((ip_of(event.destination), u16::from_be(event.destination_port)), (cast.b, 8080));
+        world.allow(1, EGRESS, B, (6, 8080))?;
+        world.allow(2, INGRESS, A, (6, 8080))?;
+        ensure!(world.send("from_pod", &syn)?.action == REDIRECT);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_pod_reaches_itself_through_its_service() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        // Whatever policy says: it is the pod itself.
+        world.enforce(1, &[EGRESS, INGRESS])?;
+        let (client, service, backend) = ((cast.a, 40000), (cast.service, 81), (cast.a, 8081));
+        let stand_in = (cast.loopback, 40000);
+        for (flags, answer) in [(SYN, SYN | ACK), (ACK, ACK)] {
+            becomes(world, &tcp(client, service, flags).by(1), &tcp(stand_in, backend, flags))?;
+            becomes(world, &tcp(backend, stand_in, answer).by(1), &tcp(service, client, answer))?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn new_connections_spread_over_the_backends() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let backends = [(cast.b, 8080), (cast.remote, 8080), (cast.other_node, 9090)];
+        world.service((cast.service, 80, 6), 500, 1, &backends)?;
+        for port in 0..300 {
+            let outcome =
+                world.send("from_pod", &tcp((cast.a, 1000 + port), (cast.service, 80), SYN).by(1))?;
+            ensure!(outcome.action != SHOT, "counted {:?}", outcome.counted);
+        }
+        let chosen: Vec<IpAddr> = world.connections(1)?.iter().map(|(_, flow)| ip_of(flow.service)).collect();
+        for (backend, _) in backends {
+            let count = chosen.iter().filter(|address| **address == backend).count();
+            ensure!((60..=140).contains(&count), "{backend} was chosen {count} times of 300");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_removed_backend_gets_nothing_new() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let service = (cast.service, 80);
+        let to = |world: &mut World, packet: &Packet| -> Result<IpAddr> {
+            let outcome = world.send("from_pod", packet)?;
+            ensure!(outcome.action != SHOT, "counted {:?}", outcome.counted);
+            Ok(destination_of(&outcome.frame))
+        };
+        for protocol in [6, 17] {
+            world.service((cast.service, 80, protocol), 600, 1, &[(cast.b, 8080)])?;
+            assert_eq!(to(world, &tcp((cast.a, 4000), service, SYN).by(1)).ok(), Some(cast.b));
+            assert_eq!(to(world, &udp((cast.a, 4000), service).by(1))?, cast.b);
+        }
+        // Still there among others: everything stays where it is.
+        for protocol in [6, 17] {
+            let backends = [(cast.remote, 8080), (cast.b, 8080)];
+            world.service((cast.service, 80, protocol), 600, 2, &backends)?;
+        }
+        for _ in 0..20 {
+            assert_eq!(to(world, &tcp((cast.a, 4000), service, SYN).by(1))?, cast.b);
+            assert_eq!(to(world, &udp((cast.a, 4000), service).by(1))?, cast.b);
+        }
+        // Gone: what is established stays, the rest goes elsewhere.
+        assert_eq!(to(world, &tcp((cast.a, 4000), service, ACK).by(1))?, cast.b);
+        for protocol in [6, 17] {
+            world.service((cast.service, 80, protocol), 600, 3, &[(cast.remote, 8080)])?;
+        }
+        assert_eq!(to(world, &tcp((cast.a, 4000), service, ACK).by(1))?, cast.b);
+        assert_eq!(to(world, &udp((cast.a, 4000), service).by(1))?, cast.remote);
+        assert_eq!(to(world, &tcp((cast.a, 4001), service, SYN).by(1))?, cast.remote);
+        // The same port again is a new connection.
+        assert_eq!(to(world, &tcp((cast.a, 4000), service, SYN).by(1))?, cast.remote);
+        Ok(())
+    })
+}
+
+fn destination_of(frame: &[u8]) -> IpAddr {
+    if frame[12..14] == [0x08, 0] {
+        IpAddr::from(<[u8; 4]>::try_from(&frame[30..34]).expect("four bytes"))
+    } else {
+        IpAddr::from(<[u8; 16]>::try_from(&frame[38..54]).expect("sixteen bytes"))
+    }
+}
+
+#[test]
+fn nobody_there_is_said_at_once() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        for port in [82, 99] {
+            let (client, service) = ((cast.a, 40000), (cast.service, port));
+            let syn = tcp(client, service, SYN).by(1).payload(b"abc");
+            let reset =
+                Layer4::Tcp { ports: (port, 40000), sequence: 0, acknowledgment: 1004, flags: RST | ACK };
+            answers(world, &syn, Packet::new(cast.service, cast.a, reset))?;
+
+            let mut late = tcp(client, service, ACK).by(1).payload(&[9; 1200]);
+            late.layer4 = Layer4::Tcp { ports: (40000, port), sequence: 5, acknowledgment: 77, flags: ACK };
+            let reset = Layer4::Tcp { ports: (port, 40000), sequence: 77, acknowledgment: 0, flags: RST };
+            answers(world, &late, Packet::new(cast.service, cast.a, reset))?;
+
+            let datagram = udp(client, service).by(1);
+            answers(world, &datagram, unreachable(cast.service, &datagram))?;
+        }
+        assert_eq!(world.connections(0)?.len() + world.connections(1)?.len(), 0);
+        Ok(())
+    })
+}
+
+/// The packet is turned into this answer, and sent back with the MAC addresses swapped.
+fn answers(world: &mut World, packet: &Packet, answer: Packet) -> Result<()> {
+    let outcome = world.send("from_pod", packet)?;
+    ensure!(outcome.action == REDIRECT && outcome.mark == MARK, "{outcome:?}");
+    let answer = Packet { macs: (packet.macs.1, host_mac(1)), is_unfragmentable: true, ..answer };
+    ensure!(
+        outcome.frame == answer.bytes(),
+        "answered {:02x?}\nexpected {:02x?}",
+        outcome.frame,
+        answer.bytes()
+    );
+    Ok(())
+}
+
+#[test]
+fn an_error_from_the_backend_seems_to_be_about_the_service() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, service, backend) = ((cast.a, 40000), (cast.service, 80), (cast.b, 8080));
+        let question = udp(client, service).by(1);
+        becomes(world, &question, &udp(client, backend))?;
+        let error = unreachable(cast.b, &udp(client, backend)).by(2);
+        let outcome = world.send("from_pod", &error)?;
+        ensure!(outcome.action == REDIRECT, "{outcome:?}");
+        let mut expected = unreachable(cast.service, &question);
+        expected.macs = error.macs;
+        // The quoted checksum of layer 4 covers what is not quoted: it is left as it was.
+        let check = expected.payload.len() - 2..;
+        expected.payload[check.clone()].copy_from_slice(&error.payload[check]);
+        ensure!(
+            outcome.frame == expected.bytes(),
+            "came out {:02x?}\nexpected {:02x?}",
+            outcome.frame,
+            expected.bytes()
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn a_service_reached_from_outside_is_nothing() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        // A cluster IP means something to pods of this node only.
+        let outcome = world.send("from_network", &tcp((cast.world, 1), (cast.service, 80), SYN))?;
+        ensure!(outcome.action == 0 && outcome.events.is_empty(), "{outcome:?}");
+        Ok(())
+    })
+}

@@ -1,0 +1,484 @@
+//! The world that the packets live in: two pods of this node, one that is not
+//! ready, one of another node, the nodes, somebody outside, and services; and
+//! the real programs over private maps, run by BPF_PROG_TEST_RUN in a network
+//! namespace of the test's own.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, ProgramInput};
+use nix::sched::{CloneFlags, unshare};
+use weir::datapath::abi::{
+    Address, Backend, BackendKey, Connection, ConnectionKey, Endpoint, Event, NodeState, PolicyPeer,
+    PolicyPeerKey, PolicyRule, PolicyRuleKey, Prefix, PrefixKey, Service, ServiceKey,
+};
+use weir::datapath::abi::{Fragment, FragmentKey, Nat, NatKey, Plain, SocketKey, SocketOrigin};
+use weir::datapath::types::{
+    address_flags, direction as way, endpoint_flags, policy_bits, policy_verdict, prefix_flags,
+};
+use weir::datapath::{Datapath, EventReader, GarbageReport, MapSizes, Settings, addr_of};
+
+use super::frame::Packet;
+
+/// TC_ACT_OK, TC_ACT_SHOT, TC_ACT_REDIRECT.
+pub const PASS: u32 = 0;
+/// The packet is gone.
+pub const SHOT: u32 = 2;
+/// The packet goes out of another device.
+pub const REDIRECT: u32 = 7;
+
+/// `MARK_JUDGED`.
+pub const MARK: u32 = 0x5765_6900;
+
+/// A direction of policy.
+pub const INGRESS: u32 = way::DIRECTION_INGRESS.0;
+/// A direction of policy.
+pub const EGRESS: u32 = way::DIRECTION_EGRESS.0;
+
+/// Identities.
+pub const A: u32 = 301;
+/// Identities.
+pub const B: u32 = 302;
+/// Identities.
+pub const R: u32 = 303;
+/// Identities.
+pub const OUTSIDE: u32 = 2;
+
+/// Who is where, in one family.
+#[derive(Clone, Copy, Debug)]
+pub struct Cast {
+    /// Pod of this node, endpoint 1.
+    pub a: IpAddr,
+    /// Pod of this node, endpoint 2.
+    pub b: IpAddr,
+    /// Pod of this node, endpoint 3, not ready.
+    pub unready: IpAddr,
+    /// Pod of this node, endpoint 4, on another device.
+    pub elsewhere: IpAddr,
+    /// Pod of the other node.
+    pub remote: IpAddr,
+    /// In the other node's pod CIDR; nobody has it.
+    pub nobody: IpAddr,
+    /// This node.
+    pub node: IpAddr,
+    /// The other node.
+    pub other_node: IpAddr,
+    /// Outside.
+    pub world: IpAddr,
+    /// Service: TCP and UDP 80 to b 8080; TCP 81 to a 8081; TCP 82 to nobody.
+    pub service: IpAddr,
+    /// Stands for a pod that reaches itself.
+    pub loopback: IpAddr,
+}
+
+fn ip(address: &str) -> IpAddr {
+    address.parse().expect("an address of the table")
+}
+
+/// Both families' casts.
+pub fn casts() -> [Cast; 2] {
+    let cast = |v: [&str; 11]| {
+        let [a, b, unready, elsewhere, remote, nobody, node, other_node, world, service, loopback] =
+            v.map(ip);
+        Cast { a, b, unready, elsewhere, remote, nobody, node, other_node, world, service, loopback }
+    };
+    [
+        cast([
+            "10.1.0.1",
+            "10.1.0.2",
+            "10.1.0.3",
+            "10.1.0.4",
+            "10.2.0.1",
+            "10.2.0.99",
+            "192.0.2.1",
+            "192.0.2.2",
+            "198.51.100.9",
+            "10.96.0.1",
+            "169.254.42.1",
+        ]),
+        cast([
+            "fd01::1",
+            "fd01::2",
+            "fd01::3",
+            "fd01::4",
+            "fd02::1",
+            "fd02::99",
+            "2001:db8:1::1",
+            "2001:db8:1::2",
+            "2001:db8:ffff::9",
+            "fd96::1",
+            "fd57:6569:7200::2a:1",
+        ]),
+    ]
+}
+
+/// How a packet arrives, beside its bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Arrival {
+    /// skb->mark.
+    pub mark: u32,
+    /// Sent by the node's own stack: came from no device.
+    pub is_from_stack: bool,
+    /// Came by the tunnel: from this node, with this VNI.
+    pub tunnel: Option<(Option<IpAddr>, u32)>,
+    /// Has this VLAN tag.
+    pub vlan: u16,
+}
+
+/// What became of a packet.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What the program answered.
+    pub action: u32,
+    /// The frame afterwards.
+    pub frame: Vec<u8>,
+    /// skb->mark afterwards.
+    pub mark: u32,
+    /// What it reported.
+    pub events: Vec<Event>,
+    /// What it counted: reason and direction.
+    pub counted: Vec<(u8, u8)>,
+}
+
+/// The programs and the world in their maps.
+pub struct World {
+    /// The programs and their maps.
+    pub datapath: Datapath,
+    events: EventReader,
+    arrive: Object,
+    _directory: tempfile::TempDir,
+}
+
+/// The settings of the tests: this node of the cast, tunnels unless told otherwise.
+pub fn settings() -> Settings {
+    Settings {
+        node_ipv4: Some(Ipv4Addr::new(192, 0, 2, 1)),
+        node_ipv6: Some("2001:db8:1::1".parse::<Ipv6Addr>().expect("an address")),
+        tunnel_ifindex: Some(1),
+        nat_ports: 20000..=20003,
+        ..Settings::default()
+    }
+}
+
+/// Runs `work` with a fresh world, in a network namespace of its own.
+pub fn within(
+    settings: Settings,
+    work: impl FnOnce(&mut World) -> Result<()> + Send + 'static,
+) -> Result<()> {
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).context("making a network namespace")?;
+        work(&mut World::new(&settings)?)
+    });
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+impl World {
+    fn new(settings: &Settings) -> Result<Self> {
+        let sizes = ["connections", "nat", "fragments", "sockets"]
+            .into_iter()
+            .fold(MapSizes::default(), |sizes, map| sizes.with(map, 4096));
+        let datapath = Datapath::open_private(settings, &sizes)?;
+        let events = datapath.events()?;
+        let directory = tempfile::tempdir()?;
+        let arrive = load_arrive(directory.path())?;
+        let world = Self { datapath, events, arrive, _directory: directory };
+        world.populate()?;
+        Ok(world)
+    }
+
+    fn populate(&self) -> Result<()> {
+        let [four, six] = casts();
+        let pods = [
+            (1_u32, A, four.a, six.a),
+            (2, B, four.b, six.b),
+            (3, 304, four.unready, six.unready),
+            (4, 305, four.elsewhere, six.elsewhere),
+        ];
+        for (id, identity, ipv4, ipv6) in pods {
+            let row = Endpoint {
+                epoch: 1,
+                ipv4: addr_of(ipv4),
+                ipv6: addr_of(ipv6),
+                ifindex: if id == 4 { 77 } else { 1 },
+                identity,
+                flags: if id == 3 { 0 } else { endpoint_flags::ENDPOINT_READY.0 as u16 },
+                ..Endpoint::default()
+            };
+            self.put("endpoints", &id, &row)?;
+            for address in [ipv4, ipv6] {
+                self.address(address, identity, id as u16, 0b101, None)?;
+            }
+        }
+        for cast in [four, six] {
+            let (pod, node) = (address_flags::ADDRESS_POD.0 as u16, address_flags::ADDRESS_NODE.0 as u16);
+            self.address(cast.remote, R, 0, pod, Some(four.other_node))?;
+            self.address(cast.node, 1, 0, node | address_flags::ADDRESS_LOCAL.0 as u16, None)?;
+            self.address(cast.other_node, 6, 0, node, None)?;
+        }
+        for (prefix, length) in [("10.0.0.0", 96 + 14), ("fd00::", 14)] {
+            let key = PrefixKey { prefix_length: length, addr: addr_of(ip(prefix)) };
+            let flags = prefix_flags::PREFIX_POD_CIDR.0;
+            self.put("prefixes", &key, &Prefix { identity: OUTSIDE, flags })?;
+        }
+        for (number, cast) in [four, six].into_iter().enumerate() {
+            let first = number as u32 * 10;
+            self.service((cast.service, 80, 6), first + 1, 1, &[(cast.b, 8080)])?;
+            self.service((cast.service, 80, 17), first + 2, 1, &[(cast.b, 8080)])?;
+            self.service((cast.service, 81, 6), first + 3, 1, &[(cast.a, 8081)])?;
+            self.service((cast.service, 82, 6), first + 4, 1, &[])?;
+            self.service((cast.service, 82, 17), first + 5, 1, &[])?;
+            self.service((cast.service, 0, 0), first + 6, 1, &[])?;
+        }
+        Ok(())
+    }
+
+    /// Back to the beginning: no policy, no flows, everybody known.
+    pub fn reset(&self) -> Result<()> {
+        self.forget_flows()?;
+        self.forget_rules()?;
+        self.populate()
+    }
+
+    fn put<K: Plain, V: Plain>(&self, map: &str, key: &K, value: &V) -> Result<()> {
+        Ok(self.datapath.typed::<K, V>(map)?.insert(key, value)?)
+    }
+
+    /// Says who has an address.
+    pub fn address(
+        &self,
+        address: IpAddr,
+        identity: u32,
+        endpoint_id: u16,
+        flags: u16,
+        node: Option<IpAddr>,
+    ) -> Result<()> {
+        let node = node.map(addr_of).unwrap_or_default();
+        self.put("addresses", &addr_of(address), &Address { node, identity, endpoint_id, flags })
+    }
+
+    /// Says that nobody has an address.
+    pub fn forget_address(&self, address: IpAddr) -> Result<()> {
+        let map = self.datapath.typed::<_, Address>("addresses")?;
+        ensure!(map.remove(&addr_of(address))?, "nobody has {address}");
+        Ok(())
+    }
+
+    /// Writes a service with its backends as one generation.
+    pub fn service(
+        &self,
+        (address, port, protocol): (IpAddr, u16, u8),
+        service_id: u32,
+        generation: u32,
+        backends: &[(IpAddr, u16)],
+    ) -> Result<()> {
+        for (slot, (address, port)) in backends.iter().enumerate() {
+            let key = BackendKey { service_id, generation, slot: slot as u32 };
+            let row = Backend { addr: addr_of(*address), port: port.to_be(), protocol, flags: 0 };
+            self.put("backends", &key, &row)?;
+        }
+        let key = ServiceKey { addr: addr_of(address), port: port.to_be(), protocol, scope: 0 };
+        let row = Service {
+            service_id,
+            generation,
+            backend_count: backends.len() as u32,
+            flags: u32::from(port == 0),
+        };
+        self.put("services", &key, &row)
+    }
+
+    /// Changes an endpoint's row and raises its epoch.
+    pub fn change_endpoint(&self, id: u32, change: impl FnOnce(&mut Endpoint)) -> Result<()> {
+        let map = self.datapath.typed::<u32, Endpoint>("endpoints")?;
+        let mut row = map.get(&id)?.context("no such endpoint")?;
+        change(&mut row);
+        row.epoch += 1;
+        Ok(map.insert(&id, &row)?)
+    }
+
+    /// Puts an endpoint under a policy of its own, number 10 + id, for these directions.
+    pub fn enforce(&self, id: u32, directions: &[u32]) -> Result<()> {
+        self.change_endpoint(id, |row| {
+            row.policy = if directions.is_empty() { 0 } else { 10 + id };
+            for direction in directions {
+                row.policy |= match *direction {
+                    INGRESS => policy_bits::POLICY_ENFORCE_INGRESS.0,
+                    _ => policy_bits::POLICY_ENFORCE_EGRESS.0,
+                };
+            }
+        })
+    }
+
+    /// Adds a rule to an endpoint's policy: this peer, protocol (0: any), port (0: any).
+    pub fn rule(
+        &self,
+        id: u32,
+        direction: u32,
+        peer: u32,
+        (protocol, port): (u8, u16),
+        verdict: policy_verdict,
+    ) -> Result<()> {
+        let policy_id = 10 + id;
+        // Each peer is a class of its own here.
+        let key = PolicyPeerKey { policy_id, identity: peer, direction };
+        self.put("policy_peers", &key, &PolicyPeer { class: peer })?;
+        let key = PolicyRuleKey {
+            prefix_length: match (protocol, port) {
+                (0, _) => 72,
+                (_, 0) => 80,
+                _ => 96,
+            },
+            policy_id: policy_id.to_be(),
+            class: peer.to_be(),
+            direction: direction as u8,
+            protocol,
+            port: port.to_be(),
+        };
+        let rule_id = 1000 + u32::from(port);
+        let row = PolicyRule { rule_id, verdict: verdict.0 as u8, ..PolicyRule::default() };
+        self.put("policy_rules", &key, &row)
+    }
+
+    /// A rule that allows.
+    pub fn allow(&self, id: u32, direction: u32, peer: u32, what: (u8, u16)) -> Result<()> {
+        self.rule(id, direction, peer, what, policy_verdict::POLICY_ALLOW)
+    }
+
+    /// Takes every rule away, and every peer.
+    pub fn forget_rules(&self) -> Result<()> {
+        self.datapath.typed::<PolicyRuleKey, PolicyRule>("policy_rules")?.sync(&Default::default())?;
+        self.datapath.typed::<PolicyPeerKey, PolicyPeer>("policy_peers")?.sync(&Default::default())?;
+        Ok(())
+    }
+
+    /// As after the identity of an address has changed.
+    pub fn raise_address_epoch(&self) -> Result<()> {
+        let map = self.datapath.typed::<u32, NodeState>("node_state")?;
+        let mut row = map.get(&0)?.context("an array has every row")?;
+        row.address_epoch += 1;
+        Ok(map.insert(&0, &row)?)
+    }
+
+    /// Forgets every flow.
+    pub fn forget_flows(&self) -> Result<()> {
+        self.datapath.typed::<ConnectionKey, Connection>("connections")?.sync(&Default::default())?;
+        self.datapath.typed::<NatKey, Nat>("nat")?.sync(&Default::default())?;
+        self.datapath.typed::<FragmentKey, Fragment>("fragments")?.sync(&Default::default())?;
+        self.datapath.typed::<SocketKey, SocketOrigin>("sockets")?.sync(&Default::default())?;
+        Ok(())
+    }
+
+    /// Every connection of a kind, with its key.
+    pub fn connections(&self, kind: u8) -> Result<Vec<(ConnectionKey, Connection)>> {
+        let rows = self.datapath.typed::<ConnectionKey, Connection>("connections")?.rows()?;
+        Ok(rows.into_iter().map(|(key, row)| (key.0, row)).filter(|(key, _)| key.kind == kind).collect())
+    }
+
+    /// Changes every connection.
+    pub fn change_connections(&self, change: impl Fn(&ConnectionKey, &mut Connection)) -> Result<()> {
+        let map = self.datapath.typed::<ConnectionKey, Connection>("connections")?;
+        for (key, mut row) in map.rows()? {
+            change(&key.0, &mut row);
+            map.insert(&key.0, &row)?;
+        }
+        Ok(())
+    }
+
+    /// Collects what has expired; the report, and what was reported.
+    pub fn collect_garbage(&mut self) -> Result<(GarbageReport, Vec<Event>)> {
+        self.events.consume(|_| {})?;
+        let report = self.datapath.collect_garbage()?;
+        let mut events = Vec::new();
+        self.events.consume(|event| events.push(*event))?;
+        Ok((report, events))
+    }
+
+    /// Runs a program on a packet.
+    pub fn send(&mut self, program: &str, packet: &Packet) -> Result<Outcome> {
+        self.send_bytes(program, &packet.bytes(), Arrival::default())
+    }
+
+    /// Runs a program on a packet that arrives in some way.
+    pub fn send_as(&mut self, program: &str, packet: &Packet, arrival: Arrival) -> Result<Outcome> {
+        self.send_bytes(program, &packet.bytes(), arrival)
+    }
+
+    /// Runs a program on a frame.
+    pub fn send_bytes(&mut self, program: &str, bytes: &[u8], arrival: Arrival) -> Result<Outcome> {
+        let before = self.datapath.metrics()?;
+        self.events.consume(|_| {})?;
+        let mut context = [0; 192];
+        context[8..12].copy_from_slice(&arrival.mark.to_ne_bytes());
+        context[36..40].copy_from_slice(&u32::from(!arrival.is_from_stack).to_ne_bytes());
+        let (mut context_out, mut frame) = ([0; 192], vec![0; bytes.len() + 512]);
+        let needs_help = arrival.tunnel.is_some() || arrival.vlan != 0;
+        let program = if needs_help {
+            self.prepare_arrival(program, arrival)?;
+            self.arrive.progs_mut().next().context("arrive.bpf.c has a program")?
+        } else {
+            self.datapath.program(program)?
+        };
+        let output = program
+            .test_run(ProgramInput {
+                context_in: Some(&mut context),
+                context_out: Some(&mut context_out),
+                data_in: Some(bytes),
+                data_out: Some(&mut frame),
+                ..ProgramInput::default()
+            })
+            .with_context(|| format!("running on {} bytes", bytes.len()))?;
+        let action = output.return_value;
+        let length = output.data.map_or(0, |data| data.len());
+        frame.truncate(length);
+        let mut events = Vec::new();
+        self.events.consume(|event| events.push(*event))?;
+        let counted = self
+            .datapath
+            .metrics()?
+            .into_iter()
+            .filter(|row| !before.contains(row))
+            .map(|row| (row.reason, row.direction))
+            .collect();
+        let mark = u32::from_ne_bytes([context_out[8], context_out[9], context_out[10], context_out[11]]);
+        Ok(Outcome { action, frame, mark, events, counted })
+    }
+
+    fn prepare_arrival(&self, program: &str, arrival: Arrival) -> Result<()> {
+        let mut row = [0_u8; 56];
+        if let Some((node, vni)) = arrival.tunnel {
+            row[0..4].copy_from_slice(&vni.to_ne_bytes());
+            match node {
+                Some(IpAddr::V4(node)) => row[28..32].copy_from_slice(&node.to_bits().to_ne_bytes()),
+                Some(IpAddr::V6(node)) => {
+                    row[28..44].copy_from_slice(&node.octets());
+                    row[48] = 1;
+                }
+                None => {}
+            }
+            row[44] = u8::from(node.is_some());
+        }
+        row[52..54].copy_from_slice(&arrival.vlan.to_ne_bytes());
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(&self.datapath.program(program)?));
+        for (map, value) in [("arrivals", &row[..]), ("next", &fd.to_ne_bytes()[..])] {
+            let map = self.arrive.maps().find(|found| found.name() == map).context("no such map")?;
+            map.update(&0_u32.to_ne_bytes(), value, MapFlags::ANY)?;
+        }
+        Ok(())
+    }
+}
+
+fn load_arrive(directory: &Path) -> Result<Object> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/packets/arrive.bpf.c");
+    let object = directory.join("arrive.bpf.o");
+    let clang = (15..=22).rev().map(|version| format!("clang-{version}")).chain(["clang".to_owned()]);
+    let clang = std::env::var("CLANG").into_iter().chain(clang).find(|clang| {
+        Command::new(clang).arg("--version").output().is_ok_and(|output| output.status.success())
+    });
+    let output = Command::new(clang.context("no clang")?)
+        .args(["-g", "-O2", "-target", "bpf", "-mcpu=v3", "-c", "-o"])
+        .args([&object, &source])
+        .output()?;
+    ensure!(output.status.success(), "compiling arrive: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(ObjectBuilder::default().open_file(&object)?.load()?)
+}
