@@ -18,6 +18,7 @@ use serde::Serialize;
 
 use super::Datapath;
 use super::messages::with_messages;
+use super::pins::{links, other_versions};
 use super::probe::find_or_mount_cgroup_root;
 use crate::model::EndpointId;
 
@@ -143,6 +144,17 @@ impl Datapath {
         Ok(removed)
     }
 
+    /// Removes what an agent of another ABI version has left: links of devices that
+    /// nobody attached since, and its maps. Only when everything is attached.
+    pub fn remove_other_versions(&self) -> Result<()> {
+        let Some(pins) = &self.pins else { return Ok(()) };
+        for version in other_versions(pins.root())? {
+            tracing::info!(directory = %version.display(), "removing the pins of another version");
+            fs::remove_dir_all(&version).with_context(|| format!("removing {}", version.display()))?;
+        }
+        Ok(())
+    }
+
     fn attach_device(&self, ifindex: u32, names: &[&str]) -> Result<()> {
         for &name in names {
             let program = self.program(name)?;
@@ -203,6 +215,7 @@ impl Datapath {
         create: impl FnOnce() -> Result<Link>,
     ) -> Result<bool> {
         let pin = pin?;
+        self.adopt_link(&pin)?;
         if update_pinned(&pin, program, is_ours)? {
             return Ok(false);
         }
@@ -213,10 +226,29 @@ impl Datapath {
     }
 }
 
+impl Datapath {
+    /// Moves the link of this name here from another ABI version's directory.
+    fn adopt_link(&self, pin: &Path) -> Result<()> {
+        let (Some(pins), Some(name)) = (&self.pins, pin.file_name()) else { return Ok(()) };
+        for version in other_versions(pins.root())? {
+            let old = links(&version).join(name);
+            if !old.exists() {
+                continue;
+            }
+            if pin.exists() {
+                remove_pin(&old)?;
+            } else {
+                fs::rename(&old, pin).with_context(|| format!("taking over the link {}", old.display()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Removes every link pin, every filter of ours on a device of this network
 /// namespace, and every map pin: what `weir uninstall` does.
 pub fn detach_all(pins: &Path) -> Result<()> {
-    for path in pinned_links(&super::pins::links(pins))? {
+    for path in pinned_links(&links(pins))? {
         remove_pin(&path)?;
     }
     for device in nix::net::if_::if_nameindex().context("listing the devices")?.iter() {

@@ -28,8 +28,6 @@ pub(super) fn load(
     attach: AttachMode,
     pins: Option<&Pins>,
 ) -> Result<Loaded> {
-    collect_libbpf_messages();
-    probe::check_requirements()?;
     let mut features = probe::probe(attach)?;
     let opened = prepare(settings, sizes, pins, &features)?;
     let (mut object, origins) = match load_object(opened.object) {

@@ -87,6 +87,7 @@ impl Datapath {
     /// Loads the programs over the pinned maps, making and pinning those that are
     /// missing. Nothing that runs is changed before something is attached.
     pub fn load(options: &Options) -> Result<Self> {
+        probe::check_requirements()?;
         let pins = Pins::open(&options.pins)?;
         let loaded = load::load(&options.settings, &options.map_sizes, options.attach, Some(&pins))?;
         Ok(Self {
@@ -101,6 +102,7 @@ impl Datapath {
     /// Loads the programs over maps of their own, for BPF_PROG_TEST_RUN: nothing
     /// is pinned and nothing can be attached.
     pub fn open_private(settings: &Settings, map_sizes: &MapSizes) -> Result<Self> {
+        probe::check_requirements()?;
         let loaded = load::load(settings, map_sizes, AttachMode::Auto, None)?;
         Ok(Self {
             object: loaded.object,

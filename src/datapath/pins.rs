@@ -1,5 +1,9 @@
 //! The directory in the BPF file system that outlives the agent: `maps/` by
 //! name, `links/` by device and program. One process at a time owns it.
+//!
+//! Its name carries the ABI version. An agent of another version makes its own
+//! beside it, takes over the links one by one when it attaches (two programs on
+//! a hook would be one too many), and at last removes what is left of the other.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -30,7 +34,7 @@ impl Pins {
         for directory in [root, &maps(root), &links(root)] {
             make_private(directory)?;
         }
-        let lock = lock(root)?;
+        let lock = lock(root.parent().unwrap_or(root))?;
         Ok(Self { root: root.to_owned(), _lock: lock })
     }
 
@@ -39,10 +43,37 @@ impl Pins {
         maps(&self.root).join(name)
     }
 
+    /// The directory itself.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Where the links are pinned.
     pub(super) fn links(&self) -> PathBuf {
         links(&self.root)
     }
+}
+
+/// The pin directories of other ABI versions beside this one.
+pub(super) fn other_versions(root: &Path) -> Result<Vec<PathBuf>> {
+    let Some(parent) = root.parent() else { return Ok(Vec::new()) };
+    let entries = match fs::read_dir(parent) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(|| format!("listing {}", parent.display()))?,
+    };
+    let mut versions = Vec::new();
+    for entry in entries {
+        let path = entry.with_context(|| format!("listing {}", parent.display()))?.path();
+        if path != root && is_version(&path) {
+            versions.push(path);
+        }
+    }
+    Ok(versions)
+}
+
+fn is_version(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    name.strip_prefix('v').is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
 /// Where maps are pinned.

@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result};
 use libbpf_rs::ProgramInput;
-use weir::datapath::abi::{Connection, ConnectionKey, Nat, NatKey, addr_of};
-use weir::datapath::{Datapath, MetricRow, types};
+use weir::datapath::abi::{Addr, Address, Connection, ConnectionKey, Nat, NatKey, addr_of};
+use weir::datapath::{Bytes, Changes, Datapath, MetricRow, types};
 
 use super::{private, small_maps};
 use crate::require::require_lab;
@@ -78,13 +78,23 @@ fn garbage_collection_deletes_what_has_expired() -> Result<()> {
 }
 
 #[test]
-fn walking_a_map_misses_nothing() -> Result<()> {
+fn walking_a_map_misses_nothing_and_sync_writes_the_difference() -> Result<()> {
     require_lab!();
     let datapath = private(small_maps())?;
-    let addresses = datapath.typed::<weir::datapath::abi::Addr, weir::datapath::abi::Address>("addresses")?;
+    let addresses = datapath.typed::<Addr, Address>("addresses")?;
     for number in 0..50_000_u32 {
         addresses.insert(&addr_of(std::net::Ipv4Addr::from(number).into()), &Default::default())?;
     }
-    assert_eq!(addresses.rows()?.len(), 50_000);
+    let mut rows = addresses.rows()?;
+    assert_eq!(rows.len(), 50_000);
+    // A sync of the same rows less one, with one changed and one added.
+    rows.pop_first();
+    rows.values_mut().for_each(|row| row.identity = 0);
+    if let Some(mut first) = rows.first_entry() {
+        first.get_mut().identity = 7;
+    }
+    rows.insert(Bytes(addr_of([192, 0, 2, 1].into())), Address::default());
+    assert_eq!(addresses.sync(&rows)?, Changes { written: 2, deleted: 1 });
+    assert_eq!(addresses.sync(&rows)?, Changes::default());
     Ok(())
 }

@@ -113,6 +113,29 @@ fn the_bpf_file_system_is_mounted_where_it_is_missing() -> Result<()> {
 }
 
 #[test]
+fn another_abi_version_takes_over_the_links() -> Result<()> {
+    require_lab!();
+    isolated(|pins| {
+        let old = pins.with_file_name("v0");
+        let datapath = Datapath::load(&options(&old))?;
+        datapath.attach_pod(EndpointId(1), 1)?;
+        datapath.attach_network(1)?;
+        let before = pod_links(&old)?;
+        drop(datapath);
+        let datapath = Datapath::load(&options(pins))?;
+        datapath.attach_pod(EndpointId(1), 1)?;
+        let after = pod_links(pins)?;
+        assert_eq!(after.map(|(link, _)| link), before.map(|(link, _)| link), "the links are the same");
+        assert_ne!(after.map(|(_, program)| program), before.map(|(_, program)| program));
+        assert_eq!(std::fs::read_dir(old.join("links"))?.count(), 2, "not attached by the new version yet");
+        datapath.remove_other_versions()?;
+        assert!(!old.exists());
+        assert_eq!(pod_links(pins)?, after);
+        Ok(())
+    })
+}
+
+#[test]
 fn a_second_agent_is_refused() -> Result<()> {
     require_lab!();
     isolated(|pins| {
