@@ -160,32 +160,41 @@ pub async fn serve_on(
 }
 
 async fn connection(mut stream: UnixStream, handler: Arc<impl Handler>, slots: Arc<Semaphore>) {
-    if !stream.peer_cred().is_ok_and(|peer| peer.uid() == 0) {
-        let refusal = Refusal::new(cni::ErrorCode::InvalidEnvironment, "only root may talk to the agent");
-        let _ = Reply { stream }.refuse(refusal).await;
-        return;
-    }
-    let Ok(_slot) = slots.try_acquire() else {
-        let refusal = Refusal::new(cni::ErrorCode::TryAgainLater, "the agent has too many requests at once");
-        let _ = Reply { stream }.refuse(refusal).await;
-        return;
-    };
+    let slot = slots.try_acquire();
+    let is_root = stream.peer_cred().is_ok_and(|peer| peer.uid() == 0);
+    // Read in any case: to hang up on what was not read would take our answer from the client.
     let request = match timeout(REQUEST_WITHIN, read_request(&mut stream)).await {
-        Ok(Ok(Some(request))) => request,
         // Connected and hung up: somebody who looked whether we are there.
         Ok(Ok(None)) | Err(_) => return,
-        Ok(Err(error)) => {
-            debug!(%error, "refusing a request");
-            let refusal = Refusal::new(cni::ErrorCode::Decode, "the request is not understood")
-                .with_details(error.to_string());
-            let _ = Reply { stream }.refuse(refusal).await;
-            return;
-        }
+        Ok(Ok(Some(line))) => line,
+        Ok(Err(error)) => return refuse(stream, not_understood(&error)).await,
     };
-    handler.handle(request, Reply { stream }).await;
+    if !is_root {
+        let refusal = Refusal::new(cni::ErrorCode::InvalidEnvironment, "only root may talk to the agent");
+        return refuse(stream, refusal).await;
+    }
+    if slot.is_err() {
+        let refusal = Refusal::new(cni::ErrorCode::TryAgainLater, "the agent has too many requests at once");
+        return refuse(stream, refusal).await;
+    }
+    match serde_json::from_slice(&request) {
+        Ok(request) => handler.handle(request, Reply { stream }).await,
+        Err(error) => refuse(stream, not_understood(&error)).await,
+    }
 }
 
-async fn read_request(stream: &mut UnixStream) -> io::Result<Option<Request>> {
+fn not_understood(error: &dyn std::error::Error) -> Refusal {
+    debug!(%error, "refusing a request");
+    Refusal::new(cni::ErrorCode::Decode, "the request is not understood").with_details(error.to_string())
+}
+
+async fn refuse(stream: UnixStream, refusal: Refusal) {
+    // A client that does not stay for its refusal does not need it.
+    let _ = Reply { stream }.refuse(refusal).await;
+}
+
+/// One line; `None` from a client that hangs up without a word.
+async fn read_request(stream: &mut UnixStream) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::with_capacity(1024);
     loop {
         // The client sends nothing behind its only line.
@@ -194,7 +203,7 @@ async fn read_request(stream: &mut UnixStream) -> io::Result<Option<Request>> {
             return if line.is_empty() { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
         }
         if line[before..].contains(&b'\n') {
-            return Ok(Some(serde_json::from_slice(&line)?));
+            return Ok(Some(line));
         }
         if line.len() > REQUEST_BYTES_MAX {
             return Err(io::Error::other("it is longer than any request may be"));

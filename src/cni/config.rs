@@ -40,6 +40,9 @@ impl Config {
             Error::new(ErrorCode::Decode, "the network configuration is no JSON")
                 .with_details(error.to_string())
         })?;
+        if !value.is_object() {
+            return Err(invalid("the network configuration is no object"));
+        }
         let config = Self::deserialize(&value).map_err(|error| {
             invalid("the network configuration has a key of the wrong kind").with_details(error.to_string())
         })?;

@@ -31,3 +31,6 @@ pub const NEWEST_VERSION: &str = VERSIONS[VERSIONS.len() - 1];
 
 /// The result of everything here that can refuse.
 pub type Result<T> = std::result::Result<T, Error>;
+
+#[cfg(test)]
+mod tests;

@@ -142,7 +142,7 @@ impl Manager {
         match created.unwrap_or_else(|panic| Err(internal(&panic))) {
             Ok(host_ifindex) => endpoint.host_ifindex = host_ifindex,
             Err(error) => {
-                self.forget(&endpoint)?;
+                self.forget(&endpoint);
                 return Err(error);
             }
         }
@@ -158,7 +158,10 @@ impl Manager {
             }
             Err(error) => {
                 info!(pod = %endpoint.pod, %error, "pod not connected");
-                self.remove(endpoint).await?;
+                if let Err(undoing) = self.remove(endpoint).await {
+                    // It stays allocated, and its row in the table, until the runtime's DEL comes.
+                    warn!(error = %undoing, "undoing an ADD");
+                }
                 Err(error)
             }
         }
@@ -306,16 +309,16 @@ impl Manager {
     }
 
     /// Lets go of an endpoint that has no device and no row any more: its file, its addresses, its id.
-    pub(super) fn forget(&self, endpoint: &Endpoint) -> Result<(), Error> {
-        self.store.remove(endpoint.id).map_err(|error| {
-            Error::new(ErrorCode::Io, "removing an endpoint file").with_details(error.to_string())
-        })?;
+    pub(super) fn forget(&self, endpoint: &Endpoint) {
+        if let Err(error) = self.store.remove(endpoint.id) {
+            // The next start forgets it: it has no device.
+            warn!(endpoint = %endpoint.id, %error, "removing an endpoint file");
+        }
         let mut allocations = self.allocations();
         allocations.ipam.release(endpoint.addresses());
         if let Some(attachment) = allocations.by_id.remove(&endpoint.id) {
             allocations.by_attachment.remove(&attachment);
         }
-        Ok(())
     }
 
     fn allocations(&self) -> MutexGuard<'_, Allocations> {

@@ -56,3 +56,6 @@ fn digest(attachment: &Attachment) -> [u8; 32] {
     hash.update(&attachment.interface);
     hash.finalize().into()
 }
+
+#[cfg(test)]
+mod tests;

@@ -119,7 +119,8 @@ impl Manager {
     pub(super) async fn remove(&self, endpoint: Endpoint) -> Result<(), Error> {
         delete_device(endpoint.host_interface.clone()).await?;
         self.table.delete(&endpoint.id);
-        self.forget(&endpoint)
+        self.forget(&endpoint);
+        Ok(())
     }
 }
 

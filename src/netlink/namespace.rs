@@ -1,7 +1,7 @@
 //! Work in a pod's network namespace: a thread that enters it and ends there.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::{fs, io, thread};
@@ -10,6 +10,9 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
 use super::{Error, Result};
+
+/// NS_GET_NSTYPE of linux/nsfs.h, `_IO(0xb7, 3)`; the kernel has it since 4.11.
+const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
 
 /// Opens `path` if it is a network namespace and not the agent's own.
 pub fn open_namespace(path: &Path) -> Result<File> {
@@ -20,6 +23,9 @@ pub fn open_namespace(path: &Path) -> Result<File> {
     if kind != NSFS_MAGIC {
         // What is left of a mounted namespace is an empty file.
         return Err(refuse("is no namespace".to_owned(), true));
+    }
+    if !is_network_namespace(&file) {
+        return Err(refuse("is another kind of namespace".to_owned(), false));
     }
     let its = file.metadata().map_err(|error| refuse(error.to_string(), false))?;
     let ours = fs::metadata("/proc/thread-self/ns/net").map_err(|error| refuse(error.to_string(), false))?;
@@ -44,4 +50,11 @@ pub fn within<T: Send>(namespace: &File, work: impl FnOnce() -> Result<T> + Send
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+#[allow(unsafe_code)]
+fn is_network_namespace(namespace: &File) -> bool {
+    // SAFETY: the descriptor is open; this request takes no argument and writes no memory.
+    let kind = unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_NSTYPE) };
+    kind == libc::CLONE_NEWNET
 }

@@ -4,3 +4,4 @@ mod agent;
 mod netlink;
 mod netns;
 mod plugin;
+mod socket;

@@ -55,7 +55,7 @@ fn root_pod_link_carries_packets_as_soon_as_it_is_raised() {
             ),
         ] {
             let on_node = UdpSocket::bind((node, 0)).expect("binding on the node");
-            on_node.set_read_timeout(Some(std::time::Duration::from_secs(2))).expect("a timeout");
+            on_node.set_read_timeout(Some(std::time::Duration::from_secs(10))).expect("a timeout");
             let to = on_node.local_addr().expect("its address");
             pod.run(|| {
                 let in_pod = UdpSocket::bind((address, 0)).expect("binding in the pod");
