@@ -23,7 +23,7 @@ golden: setup ## YAML in, map dump out: compare the golden files
 	cargo test --test it golden
 
 verify: setup ## verified instructions of every BPF program (root)
-	cargo build --bins && cargo run --bin weir -- verify
+	cargo build --bins && cargo run --bin weir -- verify --limit 200000
 
 bench: setup ## measure; tables here, JSON in target/bench (root)
 	cargo build --release --bins && cargo run --release --example bench

@@ -5,9 +5,12 @@
 mod cni;
 mod datapath;
 mod demo;
+mod flows;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod lab_itself;
+mod life_cycle;
+mod malformed;
 mod packets;
 mod policies;
 mod policy_changes;

@@ -90,7 +90,7 @@ fn a_pod_cannot_send_from_an_address_that_is_not_its_own() -> Result<()> {
     let lab = Lab::start(Setup::default())?;
     let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(1, "shop/b").create()?);
     expect_full_mesh(&[&a, &b])?;
-    let drops = || lab.node(1).metric("weir_dropped_packets_total", &["invalid_source_ip"]);
+    let drops = || lab.node(1).metric("weir_dropped_packets_total", &["INVALID_SOURCE_IP"]);
     let before = drops()?;
     a.space()
         .configure(&["addr add 10.1.1.250/32 dev eth0", "addr add fd00:1:0:1::250/128 dev eth0 nodad"])?;

@@ -104,7 +104,7 @@ impl Node {
         if agent.is_some() {
             bail!("the agent of {} runs already", self.name);
         }
-        let log = OpenOptions::new().create(true).append(true).open(self.log())?;
+        let log = OpenOptions::new().create(true).append(true).open(self.log_file())?;
         let mut command = Command::new(binary("weir")?);
         command.args(&self.arguments).args(more).env("RUST_BACKTRACE", "1");
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
@@ -183,7 +183,8 @@ impl Node {
         let mut command = Command::new(binary("weir")?);
         command.args(["map", "dump", name, "--bpffs"]).arg(self.directory.join("bpf"));
         let written = output_of(&mut command, "")?;
-        serde_json::from_str(&written).with_context(|| format!("parsing the dump of {name}: {written}"))
+        let rows = written.lines().map(serde_json::from_str).collect::<Result<_, _>>();
+        rows.with_context(|| format!("parsing the dump of {name}: {written}"))
     }
 
     /// The value of a metric, summed over the labels that contain all of `labels`.
@@ -199,13 +200,18 @@ impl Node {
         Ok(rows.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
     }
 
-    fn log(&self) -> PathBuf {
+    fn log_file(&self) -> PathBuf {
         self.directory.join("agent.log")
+    }
+
+    /// All that the agent logged.
+    pub fn log(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.log_file())?)
     }
 
     /// The last lines of the agent's log.
     pub fn log_tail(&self) -> String {
-        let log = fs::read_to_string(self.log()).unwrap_or_default();
+        let log = self.log().unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
         let tail = &lines[lines.len().saturating_sub(80)..];
         format!("--- log of the agent of {}:\n{}\n---", self.name, tail.join("\n"))

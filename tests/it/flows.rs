@@ -1,0 +1,138 @@
+//! What `weir observe`, the lists and the metrics say about real packets.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::lab::{Lab, METRICS, Node, OUTSIDE, ServicePort, Setup, Via, socket_address, wait_for};
+use crate::require::require_lab;
+use crate::verdicts::{Expected, Row, expect_all};
+
+const POLICIES: &str = "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: server, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: server}}
+  ingress: [{from: [{podSelector: {matchLabels: {app: client}}}], ports: [{port: 80}]}]
+";
+
+/// The flows of `weir observe ARGUMENTS`.
+fn observe(node: &Node, arguments: &[&str]) -> Result<Vec<Value>> {
+    let written = node.weir(&[&["observe", "--all", "-o", "json"], arguments].concat())?;
+    let lines = written.lines().map(|line| {
+        let item: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
+        Ok(item.get("flow").cloned())
+    });
+    lines.filter_map(Result::transpose).collect()
+}
+
+#[test]
+fn a_flow_names_pods_policy_service_and_verdict() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup::default())?;
+    let node = lab.node(1);
+    let server = lab.pod(1, "shop/server").label("app", "server").create()?;
+    let client = lab.pod(1, "shop/client").label("app", "client").create()?;
+    lab.manifests().apply(POLICIES)?;
+    lab.service("shop/server", &["10.96.0.30"], &[ServicePort::from(("web", "TCP", 1080, 80))], &[&server])?;
+    let service = socket_address("10.96.0.30", 1080);
+    let denied = SocketAddr::new(server.address(true), 81);
+    expect_all(&[
+        Row::new(&client, Via::Tcp, service, Expected::Answered),
+        Row::new(&client, Via::Tcp, denied, Expected::Denied),
+    ])?;
+    let mut allowed_flow = Value::Null;
+    wait_for("the forwarded flow", || {
+        let filters =
+            ["--from-pod", "shop/client", "--verdict", "forwarded", "--protocol", "tcp", "--port", "80"];
+        allowed_flow = observe(node, &filters)?.pop().unwrap_or_default();
+        Ok(allowed_flow["service"].is_object())
+    })?;
+    assert_eq!(allowed_flow["source"]["pod_name"], "client");
+    assert_eq!(allowed_flow["source"]["namespace"], "shop");
+    assert_eq!(allowed_flow["destination"]["pod_name"], "server");
+    assert_eq!(allowed_flow["destination"]["port"], 80);
+    assert_eq!(allowed_flow["service"]["name"], "server");
+    assert_eq!(allowed_flow["service"]["port"], 1080);
+    assert!(allowed_flow["policy"].to_string().contains("server"), "{allowed_flow}");
+    assert!(allowed_flow["source"]["labels"].to_string().contains("app=client"), "{allowed_flow}");
+    let mut denied_flow = Value::Null;
+    wait_for("the dropped flow", || {
+        denied_flow =
+            observe(node, &["--to-pod", "shop/server", "--verdict", "dropped"])?.pop().unwrap_or_default();
+        Ok(!denied_flow.is_null())
+    })?;
+    assert_eq!(denied_flow["destination"]["port"], 81);
+    assert_eq!(denied_flow["traffic_direction"], "INGRESS");
+    assert_eq!(denied_flow["drop_reason_desc"], "POLICY_DENIED");
+    assert_eq!(denied_flow["tcp_flags"], serde_json::json!(["SYN"]));
+    Ok(())
+}
+
+#[test]
+fn icmp_udp_and_the_world_have_flows_too() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup::default())?;
+    let client = lab.pod(1, "shop/client").create()?;
+    let targets = [(Via::Ping, OUTSIDE[0]), (Via::Udp, OUTSIDE[1]), (Via::Tcp, OUTSIDE[2])];
+    let rows: Vec<Row<'_>> = targets
+        .iter()
+        .map(|(via, target)| Row::new(&client, *via, socket_address(target, 80), Expected::Answered))
+        .collect();
+    expect_all(&rows)?;
+    for (_, target) in targets {
+        wait_for(&format!("a flow to {target}"), || {
+            let flows = observe(lab.node(1), &["--from-pod", "shop/client", "--to-identity", "world"])?;
+            Ok(flows.iter().any(|flow| flow["destination"]["ip"] == target && flow["verdict"] == "FORWARDED"))
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_lists_tell_what_is_there() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup::default())?;
+    let node = lab.node(1);
+    let server = lab.pod(1, "shop/server").label("app", "server").create()?;
+    lab.manifests().apply(POLICIES)?;
+    lab.service("shop/web", &["10.96.0.31"], &[ServicePort::from(("web", "TCP", 80, 8080))], &[&server])?;
+    for (list, wanted) in [
+        ("endpoint", server.address(true).to_string()),
+        ("identity", "app=server".to_owned()),
+        ("policy", "shop/server".to_owned()),
+        ("service", "10.96.0.31".to_owned()),
+    ] {
+        wait_for(&format!("{wanted} in weir {list} list"), || {
+            Ok(node.weir(&[list, "list"])?.contains(&wanted))
+        })?;
+        assert!(node.weir_json(&[list, "list"])?.is_array(), "weir {list} list -o json");
+    }
+    assert!(node.weir(&["status"])?.contains("node1"));
+    assert_eq!(node.map("endpoints")?.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn metrics_and_health_are_served() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup::default())?;
+    let node = lab.node(1);
+    let server = lab.pod(1, "shop/server").label("app", "server").create()?;
+    let client = lab.pod(1, "shop/client").create()?;
+    lab.manifests().apply(POLICIES)?;
+    expect_all(&[Row::new(&client, Via::Tcp, SocketAddr::new(server.address(true), 80), Expected::Denied)])?;
+    assert_eq!(node.space().http_get(METRICS.parse()?, "/healthz")?.0, 200);
+    for (metric, labels) in [
+        ("weir_dropped_packets_total", &["POLICY_DENIED", "INGRESS"][..]),
+        ("weir_forwarded_packets_total", &[]),
+        ("weir_policy_computations_total", &[]),
+        ("weir_flow_events_seen_total", &[]),
+        ("weir_endpoints", &[]),
+    ] {
+        wait_for(&format!("{metric} above 0"), || Ok(node.metric(metric, labels)? > 0.0))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,96 @@
+//! Manifests that are wrong: said, skipped, and no reason to forget what was right.
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+
+use crate::lab::{Lab, Setup, Via, wait_for};
+use crate::require::require_lab;
+use crate::verdicts::{Expected, Row, expect_all};
+
+const DENY: &str = "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: deny, namespace: shop}
+spec: {podSelector: {matchLabels: {app: server}}, policyTypes: [Ingress]}
+";
+
+/// Files, and what is wrong in them.
+const BROKEN: [(&str, &str); 6] = [
+    ("not-yaml.yaml", "{[ this is no YAML"),
+    ("no-kind.yaml", "apiVersion: v1\nmetadata: {name: x}\n"),
+    ("no-name.yaml", "apiVersion: v1\nkind: Namespace\nmetadata: {}\n"),
+    (
+        "bad-selector.yaml",
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: bad, namespace: shop}\nspec: {podSelector: {matchExpressions: [{key: a, operator: Sometimes}]}}\n",
+    ),
+    (
+        "bad-cidr.yaml",
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: cidr, namespace: shop}\nspec: {podSelector: {}, egress: [{to: [{ipBlock: {cidr: 10.0.0.0/64}}]}]}\n",
+    ),
+    (
+        "bad-type.yaml",
+        "apiVersion: v1\nkind: Service\nmetadata: {name: s, namespace: shop}\nspec: {ports: seven}\n",
+    ),
+];
+
+#[test]
+fn broken_documents_are_reported_by_file_and_skipped() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup::default())?;
+    let server = lab.pod(1, "shop/server").label("app", "server").create()?;
+    let client = lab.pod(1, "shop/client").create()?;
+    for (name, content) in BROKEN {
+        lab.manifests().write_file(name, content)?;
+    }
+    // One good document among bad ones of its own file.
+    lab.manifests().write_file("mixed.yaml", &format!("kind: Nonsense\n---{DENY}---\n- 1\n- 2\n"))?;
+    let target = SocketAddr::new(server.address(true), 80);
+    expect_all(&[Row::new(&client, Via::Tcp, target, Expected::Denied)])?;
+    for (name, _) in BROKEN {
+        wait_for(&format!("a word about {name}"), || Ok(lab.node(1).log()?.contains(name)))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_last_good_version_of_a_broken_object_stays() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup::default())?;
+    let server = lab.pod(1, "shop/server").label("app", "server").create()?;
+    let client = lab.pod(1, "shop/client").create()?;
+    let target = SocketAddr::new(server.address(true), 80);
+    lab.manifests().write_file("deny.yaml", DENY)?;
+    expect_all(&[Row::new(&client, Via::Tcp, target, Expected::Denied)])?;
+    lab.manifests().write_file("deny.yaml", &DENY.replace("policyTypes: [Ingress]", "policyTypes: 7"))?;
+    wait_for("a word about deny.yaml", || Ok(lab.node(1).log()?.contains("deny.yaml")))?;
+    expect_all(&[Row::new(&client, Via::Tcp, target, Expected::Denied)])?;
+    lab.manifests().remove_file("deny.yaml")?;
+    expect_all(&[Row::new(&client, Via::Tcp, target, Expected::Answered)])
+}
+
+#[test]
+fn several_documents_of_one_file_come_and_go_with_it() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup::default())?;
+    let server = lab.pod(1, "shop/server").label("app", "server").create()?;
+    let client = lab.pod(1, "shop/client").label("friend", "yes").create()?;
+    let other = lab.pod(1, "shop/other").create()?;
+    let target = SocketAddr::new(server.address(false), 80);
+    let friends = DENY.replace("name: deny", "name: friends").replace(
+        "policyTypes: [Ingress]",
+        "ingress: [{from: [{podSelector: {matchLabels: {friend: 'yes'}}}]}]",
+    );
+    lab.manifests().write_file("both.yaml", &format!("{DENY}---{friends}"))?;
+    expect_all(&[
+        Row::new(&client, Via::Tcp, target, Expected::Answered),
+        Row::new(&other, Via::Tcp, target, Expected::Denied),
+    ])?;
+    lab.manifests().write_file("both.yaml", DENY)?;
+    expect_all(&[Row::new(&client, Via::Tcp, target, Expected::Denied)])?;
+    lab.manifests().remove_file("both.yaml")?;
+    expect_all(&[
+        Row::new(&client, Via::Tcp, target, Expected::Answered),
+        Row::new(&other, Via::Tcp, target, Expected::Answered),
+    ])
+}
