@@ -1,11 +1,13 @@
 //! Pods of one node: with one another, with their node, and with the world outside.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::lab::{Lab, OUTSIDE, Outcome, PATIENCE, Setup, Via, ping, probe_udp, socket_address, wait_for};
+use crate::lab::{
+    Lab, OUTSIDE, Outcome, PATIENCE, Server, Setup, Via, ping, probe_udp, socket_address, wait_for,
+};
 use crate::require::require_lab;
 use crate::verdicts::{Expected, Row, expect_all, expect_full_mesh};
 
@@ -33,7 +35,7 @@ fn pods_and_their_node_reach_each_other() -> Result<()> {
     let lab = Lab::start(Setup::default())?;
     let pod = lab.pod(1, "shop/a").create()?;
     let node = lab.node(1);
-    let server = crate::lab::Server::start(node.space(), "node1", &[IpAddr::from([0u16; 8])], &[8080])?;
+    let server = Server::start(node.space(), "node1", node.addresses(), &[8080])?;
     let mut rows = Vec::new();
     for via in [Via::Tcp, Via::Udp, Via::Ping] {
         for (node_address, pod_address) in node.addresses().iter().zip(pod.addresses()) {

@@ -1,6 +1,6 @@
 //! Pods of two nodes, by VXLAN and by native routing.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use anyhow::Result;
 
@@ -41,7 +41,7 @@ fn reach_across(routing: &str) -> Result<()> {
 }
 
 fn nodes_reach_pods(lab: &Lab, a: &crate::lab::Pod, b: &crate::lab::Pod) -> Result<()> {
-    let _server = Server::start(lab.node(2).space(), "node2", &[IpAddr::from([0u16; 8])], &[8080])?;
+    let _server = Server::start(lab.node(2).space(), "node2", lab.node(2).addresses(), &[8080])?;
     let mut rows = Vec::new();
     for via in [Via::Tcp, Via::Udp, Via::Ping] {
         for address in b.addresses() {
