@@ -79,9 +79,13 @@ enum Interruption {
 }
 
 impl Interruption {
-    /// The server answered, and the answer was no.
+    /// The server is well and will not go on from this version: 504 is how it says that
+    /// the version is one that it has yet to see, as after its data was restored.
     fn is_refusal(&self) -> bool {
-        matches!(self, Self::Api(kube::Error::Api(_)))
+        match self {
+            Self::Api(kube::Error::Api(status)) => matches!(status.code, 400..=428 | 430..=499 | 504),
+            _ => false,
+        }
     }
 }
 
@@ -343,3 +347,6 @@ fn jittered(delay: Duration) -> Duration {
 fn random() -> u64 {
     RandomState::new().hash_one(0)
 }
+
+#[cfg(test)]
+mod tests;
