@@ -66,8 +66,8 @@ pub async fn run(client: Client, node: &str, tables: Arc<Tables>, health: Arc<He
 enum Interruption {
     #[error("the server has forgotten the version to go on from")]
     Expired,
-    #[error("the server does not stream lists")]
-    NoStreaming,
+    #[error("the server does not stream lists: {0}")]
+    NoStreaming(String),
     #[error("the connection was silent for too long")]
     Silent,
     #[error("the watch ended at once")]
@@ -89,12 +89,15 @@ impl Interruption {
     }
 }
 
-impl From<kube::core::Status> for Interruption {
-    fn from(status: kube::core::Status) -> Self {
-        match status.code {
-            410 => Self::Expired,
-            _ => Self::Api(kube::Error::Api(Box::new(status))),
+/// What an error means. A server whose storage is too old to stream lists says so with
+/// 500 in the stream, others with 400 or 422.
+fn refused(error: kube::Error, is_streaming_list: bool) -> Interruption {
+    match error {
+        kube::Error::Api(status) if status.code == 410 => Interruption::Expired,
+        kube::Error::Api(status) if is_streaming_list && !matches!(status.code, 429 | 501..=599) => {
+            Interruption::NoStreaming(status.message)
         }
+        error => error.into(),
     }
 }
 
@@ -143,8 +146,8 @@ impl<M: Watchable> Watch<M> {
             let Err(error) = ended else { continue };
             self.health.record_error(M::KIND);
             match error {
-                Interruption::NoStreaming => {
-                    info!(kind = %M::KIND, "this server does not stream lists; listing in pages");
+                Interruption::NoStreaming(reason) => {
+                    info!(kind = %M::KIND, reason, "this server does not stream lists; listing in pages");
                     self.does_stream = false;
                     continue;
                 }
@@ -179,10 +182,10 @@ impl<M: Watchable> Watch<M> {
             Some(version) => self.api.watch(&self.parameters(), version).await,
             None => self.api.watch(&self.parameters().initial_events(), "").await,
         };
-        let mut stream = Box::pin(stream.map_err(|error| self.refused(error))?);
+        let mut stream = Box::pin(stream.map_err(|error| refused(error, listed.is_some()))?);
         self.health.record(M::KIND, |health| health.is_connected = true);
         while let Some(event) = next(&mut stream, listed.is_some()).await? {
-            match event? {
+            match event.map_err(|error| refused(error, listed.is_some()))? {
                 WatchEvent::Added(object) | WatchEvent::Modified(object) => match &mut listed {
                     Some(listed) => listed.push(object),
                     None => self.apply(object),
@@ -192,7 +195,9 @@ impl<M: Watchable> Watch<M> {
                     None => self.delete(object),
                 },
                 WatchEvent::Bookmark(bookmark) => self.bookmark(bookmark, &mut listed),
-                WatchEvent::Error(status) => return Err((*status).into()),
+                WatchEvent::Error(status) => {
+                    return Err(refused(kube::Error::Api(status), listed.is_some()));
+                }
             }
         }
         Ok(())
@@ -207,17 +212,6 @@ impl<M: Watchable> Watch<M> {
         }
     }
 
-    /// What it means that the server refused to start a watch.
-    fn refused(&self, error: kube::Error) -> Interruption {
-        match error {
-            kube::Error::Api(status) if self.version.is_none() && matches!(status.code, 400 | 422) => {
-                Interruption::NoStreaming
-            }
-            kube::Error::Api(status) => (*status).into(),
-            error => error.into(),
-        }
-    }
-
     /// A full list in pages, all of one version.
     async fn list(&mut self) -> Result<(), Interruption> {
         let mut parameters = ListParams::default().limit(PAGE);
@@ -226,8 +220,7 @@ impl<M: Watchable> Watch<M> {
         loop {
             let page = match self.api.list(&parameters).await {
                 Ok(page) => page,
-                Err(kube::Error::Api(status)) => return Err((*status).into()),
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(refused(error, false)),
             };
             listed.extend(page.items);
             parameters.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
@@ -331,7 +324,7 @@ impl<M: Watchable> Watch<M> {
 /// The next event; `None` when the server ended the watch.
 async fn next<S: Stream + Unpin>(stream: &mut S, is_listing: bool) -> Result<Option<S::Item>, Interruption> {
     let (limit, silent) = match is_listing {
-        true => (LIST_SILENCE_MAX, Interruption::NoStreaming),
+        true => (LIST_SILENCE_MAX, Interruption::NoStreaming("silence".to_owned())),
         false => (SILENCE_MAX, Interruption::Silent),
     };
     timeout(limit, stream.next()).await.map_err(|_| silent)

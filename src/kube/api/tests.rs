@@ -259,7 +259,8 @@ async fn a_forgotten_version_means_a_new_list_and_the_rows_stand_until_it_is_the
 #[tokio::test]
 async fn a_server_that_does_not_stream_is_listed_in_pages() {
     let mut lab = Lab::start().await;
-    lab.request().await.refuse(422);
+    let events = lab.request().await.stream();
+    events.event("ERROR", &status(500));
     let page = |names: &[&str], token: &str| {
         let items: Vec<_> = names.iter().map(|name| namespace(name, "1")).collect();
         json!({"apiVersion": "v1", "kind": "NamespaceList", "items": items,
@@ -284,6 +285,20 @@ async fn a_server_that_does_not_stream_is_listed_in_pages() {
     lab.wait_for(&["a=1", "b=1", "c=1"]).await;
     events.event("DELETED", &namespace("a", "9"));
     lab.wait_for(&["b=1", "c=1"]).await;
+}
+
+#[tokio::test]
+async fn whoever_refuses_to_stream_is_asked_for_pages() {
+    for code in [400, 422, 403, 500] {
+        let mut lab = Lab::start().await;
+        lab.request().await.refuse(code);
+        assert_eq!(lab.request().await.query("limit"), Some("250"), "{code}");
+    }
+    for code in [429, 503] {
+        let mut lab = Lab::start().await;
+        lab.request().await.refuse(code);
+        assert_eq!(lab.request().await.query("sendInitialEvents"), Some("true"), "{code}");
+    }
 }
 
 #[tokio::test]
