@@ -89,8 +89,13 @@ impl Manager {
             self.queue.directory().context("making the directory of queued deletions")?.to_owned();
         let changed = Arc::new(Notify::new());
         let notify = Arc::clone(&changed);
-        let mut watcher = notify::recommended_watcher(move |_event| notify.notify_one())
-            .context("watching the queued deletions")?;
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Our own reading of the directory is an event, too: woken by it, we would read for ever.
+            if !event.is_ok_and(|event| event.kind.is_access()) {
+                notify.notify_one();
+            }
+        })
+        .context("watching the queued deletions")?;
         watcher
             .watch(&directory, RecursiveMode::NonRecursive)
             .with_context(|| format!("watching {}", directory.display()))?;
