@@ -7,7 +7,7 @@ use clap::Args;
 use jiff::SignedDuration;
 
 use super::{Connection, Failure, Format, output, table};
-use crate::api::answers::StatusAnswer;
+use crate::api::answers::{BrokenRow, StatusAnswer};
 use crate::api::{self, Request};
 use crate::flow::escape;
 
@@ -67,70 +67,58 @@ fn ask(connection: &Connection) -> Result<StatusAnswer, Failure> {
 fn write(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
     let ready = if status.is_ready() { "ready" } else { "NOT READY" };
     let up = SignedDuration::from_secs(i64::try_from(status.uptime_seconds).unwrap_or(i64::MAX));
-    writeln!(
-        out,
-        "Agent:       {ready}, version {}, up {up:#}, node {}, Linux {}",
-        escape(&status.version),
-        escape(&status.node),
-        escape(&status.kernel)
-    )?;
-    for pending in &status.pending {
-        writeln!(out, "  waiting for {}", escape(pending))?;
-    }
     let objects = &status.objects;
-    writeln!(out, "Endpoints:   {} of {} enforced", objects.endpoints_enforced, objects.endpoints)?;
-    for waiting in &status.waiting {
-        writeln!(out, "  {}: {}", waiting.endpoint, escape(&waiting.reason))?;
-    }
-    writeln!(out, "Policies:    {} ({} compiled)", objects.policies, objects.compiled_policies)?;
-    writeln!(out, "Services:    {}", objects.services)?;
-    writeln!(
-        out,
-        "Identities:  {} of the cluster, {} of this node",
-        objects.identities, objects.local_identities
-    )?;
-    writeln!(out, "Nodes:       {}", objects.nodes)?;
     let flows = &status.flows;
-    writeln!(
-        out,
-        "Flows:       {} seen, {} of {} kept, {} lost in the kernel, {} missed by observers",
-        flows.seen, flows.held, flows.capacity, flows.lost_in_kernel, flows.missed_by_readers
-    )?;
-    for feature in &status.features {
-        writeln!(out, "{:<12} {}", format!("{}:", escape(&feature.name)), escape(&feature.value))?;
+    let mut lines = vec![(
+        "agent",
+        format!(
+            "{ready}, version {}, up {up:#}, node {}, Linux {}",
+            status.version, status.node, status.kernel
+        ),
+    )];
+    lines.extend(status.pending.iter().map(|task| ("", format!("waiting for {task}"))));
+    lines.push(("endpoints", format!("{} of {} enforced", objects.endpoints_enforced, objects.endpoints)));
+    lines.extend(status.waiting.iter().map(|row| ("", format!("{}: {}", row.endpoint, row.reason))));
+    lines.push(("policies", format!("{}, {} compiled", objects.policies, objects.compiled_policies)));
+    lines.push(("services", objects.services.to_string()));
+    let identities =
+        format!("{} of the cluster, {} of this node", objects.identities, objects.local_identities);
+    lines.push(("identities", identities));
+    lines.push(("nodes", objects.nodes.to_string()));
+    lines.push((
+        "flows",
+        format!(
+            "{} seen, {} of {} kept, {} lost in the kernel, {} missed by observers",
+            flows.seen, flows.held, flows.capacity, flows.lost_in_kernel, flows.missed_by_readers
+        ),
+    ));
+    lines.extend(status.features.iter().map(|feature| (&*feature.name, feature.value.clone())));
+    lines.push(("source", status.source.clone()));
+    lines.extend(status.broken.iter().map(|broken| ("", broken_text(broken))));
+
+    let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0) + 1;
+    for (name, value) in &lines {
+        let name = if name.is_empty() { String::new() } else { format!("{}:", escape(name)) };
+        writeln!(out, "{name:<width$}  {}", escape(value))?;
     }
-    write_source(out, status)?;
-    let maps = status.maps.iter().map(|map| {
-        let percent = map.used as f64 * 100.0 / map.capacity.max(1) as f64;
-        [map.map.clone(), map.used.to_string(), map.capacity.to_string(), format!("{percent:.1} %")]
-    });
-    let maps: Vec<_> = maps.into_iter().collect();
-    if !maps.is_empty() {
-        writeln!(out)?;
-        table::write(out, ["MAP", "ENTRIES", "MAX", "FULL"], &maps)?;
-    }
-    Ok(())
+    write_tables(out, status)
 }
 
-fn write_source(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
-    writeln!(out, "Source:      {}", escape(&status.source))?;
-    if !status.broken.is_empty() {
-        writeln!(out, "  {} not as they should be:", status.broken.len())?;
-    }
-    for broken in &status.broken {
-        let number = |name: &str, number: Option<usize>| {
-            number.map(|number| format!(" {name} {number}")).unwrap_or_default()
-        };
-        let object = broken.object.as_deref().map(|object| format!(" ({object})")).unwrap_or_default();
-        let place = format!(
-            "{}{}{}{object}: {}",
-            broken.source,
-            number("document", broken.document),
-            number("line", broken.line),
-            broken.reason
-        );
-        writeln!(out, "  {}", escape(&place))?;
-    }
+fn broken_text(broken: &BrokenRow) -> String {
+    let number = |name: &str, number: Option<usize>| {
+        number.map(|number| format!(" {name} {number}")).unwrap_or_default()
+    };
+    format!(
+        "{}{}{}{}: {}",
+        broken.source,
+        number("document", broken.document),
+        number("line", broken.line),
+        broken.object.as_deref().map(|object| format!(" ({object})")).unwrap_or_default(),
+        broken.reason
+    )
+}
+
+fn write_tables(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
     let rows: Vec<_> = status
         .kinds
         .iter()
@@ -154,6 +142,15 @@ fn write_source(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
         writeln!(out)?;
         table::write(out, ["KIND", "OBJECTS", "SOURCE", "LAST NEWS", "ERRORS"], &rows)?;
     }
+    let maps = status.maps.iter().map(|map| {
+        let percent = map.used as f64 * 100.0 / map.capacity.max(1) as f64;
+        [map.map.clone(), map.used.to_string(), map.capacity.to_string(), format!("{percent:.1} %")]
+    });
+    let maps: Vec<_> = maps.collect();
+    if !maps.is_empty() {
+        writeln!(out)?;
+        table::write(out, ["MAP", "ROWS", "MAX", "FULL"], &maps)?;
+    }
     Ok(())
 }
 
@@ -165,7 +162,7 @@ fn duration(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::answers::{BrokenRow, FeatureRow, KindRow, WaitingRow};
+    use crate::api::answers::{FeatureRow, KindRow, WaitingRow};
     use crate::datapath::MapFill;
     use crate::flow::RecorderCounts;
     use crate::model::EndpointId;
@@ -195,7 +192,7 @@ mod tests {
                 object: Some("NetworkPolicy shop/web".into()),
                 reason: "spec.ingress[0].ports[0].port: 70000 is no port".into(),
             }],
-            features: vec![FeatureRow { name: "Attach".into(), value: "tcx".into() }],
+            features: vec![FeatureRow { name: "attach".into(), value: "tcx".into() }],
             objects: ObjectCounts {
                 endpoints: 2,
                 endpoints_enforced: 1,
@@ -209,25 +206,24 @@ mod tests {
         let mut out = Vec::new();
         write(&mut out, &status).expect("memory");
         let expected = "\
-Agent:       NOT READY, version 0.1.0, up 1h 2m 5s, node a, Linux 6.18.0
-  waiting for the first round
-Endpoints:   1 of 2 enforced
-  3: no Pod object yet
-Policies:    3 (0 compiled)
-Services:    0
-Identities:  0 of the cluster, 0 of this node
-Nodes:       0
-Flows:       5 seen, 5 of 16384 kept, 0 lost in the kernel, 0 missed by observers
-Attach:      tcx
-Source:      /etc/manifests
-  1 not as they should be:
-  shop.yaml document 2 (NetworkPolicy shop/web): spec.ingress[0].ports[0].port: 70000 is no port
+agent:       NOT READY, version 0.1.0, up 1h 2m 5s, node a, Linux 6.18.0
+             waiting for the first round
+endpoints:   1 of 2 enforced
+             3: no Pod object yet
+policies:    3, 0 compiled
+services:    0
+identities:  0 of the cluster, 0 of this node
+nodes:       0
+flows:       5 seen, 5 of 16384 kept, 0 lost in the kernel, 0 missed by observers
+attach:      tcx
+source:      /etc/manifests
+             shop.yaml document 2 (NetworkPolicy shop/web): spec.ingress[0].ports[0].port: 70000 is no port
 
 KIND  OBJECTS  SOURCE  LAST NEWS  ERRORS
 Pod   2        ok      3 s ago    0
 
-MAP  ENTRIES  MAX     FULL
-nat  1024     131072  0.8 %
+MAP  ROWS  MAX     FULL
+nat  1024  131072  0.8 %
 ";
         assert_eq!(String::from_utf8(out).expect("text"), expected);
     }
