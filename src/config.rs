@@ -246,7 +246,9 @@ impl TryFrom<AgentArgs> for Config {
 /// silently do nothing.
 pub fn check_variables(variables: impl IntoIterator<Item = String>) -> Result<(), UnknownVariable> {
     let command = AgentArgs::augment_args(clap::Command::new("agent"));
-    let known: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_env()?.to_str()).collect();
+    let mut known: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_env()?.to_str()).collect();
+    // What is logged is read before settings are.
+    known.push("WEIR_LOG");
     let unknown = |name: &String| name.starts_with("WEIR_") && !known.contains(&name.as_str());
     match variables.into_iter().find(unknown) {
         None => Ok(()),

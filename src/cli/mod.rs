@@ -1,8 +1,10 @@
 //! The command line for people: asks the agent over its socket, or reads the pins.
 
 mod agent;
+mod cni;
 mod list;
 mod map;
+mod node;
 mod observe;
 mod output;
 mod status;
@@ -52,6 +54,13 @@ enum Command {
     Verify(map::VerifyArgs),
     /// Print the custom resource definitions as YAML.
     Crds,
+    /// Put the CNI plugin on this node, or take it away.
+    #[command(subcommand)]
+    Cni(cni::CniCommand),
+    /// Mount what the agent needs and this node lacks.
+    Prepare(node::PrepareArgs),
+    /// Take Weir and all its traces off this node.
+    Uninstall(node::UninstallArgs),
 }
 
 /// How to reach the agent.
@@ -123,5 +132,8 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Map(command) => map::run(command),
         Command::Verify(args) => map::verify(&args),
         Command::Crds => crds(),
+        Command::Cni(command) => cni::run(command),
+        Command::Prepare(args) => node::prepare(&args),
+        Command::Uninstall(args) => node::uninstall(&args),
     }
 }

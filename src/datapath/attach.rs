@@ -19,7 +19,7 @@ use serde::Serialize;
 use super::Datapath;
 use super::messages::with_messages;
 use super::pins::{links, other_versions};
-use super::probe::find_or_mount_cgroup_root;
+use super::probe::{cgroup_root_below, find_or_mount_cgroup_root};
 use crate::model::EndpointId;
 
 /// Programs of devices: `from_*` sees what a device receives, `to_*` what it sends.
@@ -106,7 +106,7 @@ impl Datapath {
     /// Puts every socket of the node under the programs that translate services.
     pub fn attach_sockets(&self) -> Result<()> {
         let root = match &self.cgroup_root {
-            Some(root) => root.clone(),
+            Some(directory) => cgroup_root_below(directory)?,
             None => find_or_mount_cgroup_root()?,
         };
         let directory =

@@ -116,21 +116,33 @@ fn lock(root: &Path) -> Result<Flock<File>> {
 /// some directory on the way is in one already.
 fn mount_if_missing(root: &Path) -> Result<()> {
     let existing = root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-    let found = statfs(existing).with_context(|| format!("looking at {}", existing.display()))?;
-    if found.filesystem_type() == BPF_FS_MAGIC {
+    if is_bpffs(existing)? {
         return Ok(());
     }
     let Some(target) = root.parent().and_then(Path::parent).filter(|target| *target != Path::new("/")) else {
         bail!("{} is in no BPF file system, and none can be mounted above it", root.display());
     };
+    mount_bpffs(target)
+}
+
+/// Mounts the BPF file system at a directory, unless it is there.
+pub fn mount_bpffs(target: &Path) -> Result<()> {
     match fs::create_dir_all(target) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             return Err(error).with_context(|| format!("making {}", target.display()));
         }
         _ => {}
     }
+    if is_bpffs(target)? {
+        return Ok(());
+    }
     mount(Some("bpf"), target, Some("bpf"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0700"))
         .with_context(|| format!("mounting the BPF file system at {}", target.display()))?;
     tracing::info!(directory = %target.display(), "mounted the BPF file system");
     Ok(())
+}
+
+fn is_bpffs(path: &Path) -> Result<bool> {
+    let found = statfs(path).with_context(|| format!("looking at {}", path.display()))?;
+    Ok(found.filesystem_type() == BPF_FS_MAGIC)
 }

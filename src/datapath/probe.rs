@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use libbpf_rs::libbpf_sys;
 use nix::libc;
 use nix::mount::{MsFlags, mount};
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use nix::sys::utsname::uname;
 use nix::time::{ClockId, clock_getres};
 use serde::Serialize;
@@ -183,10 +184,21 @@ pub fn find_cgroup_root() -> Result<Option<PathBuf>> {
 
 /// Where the cgroup v2 hierarchy is mounted, after mounting it when it is nowhere.
 pub(super) fn find_or_mount_cgroup_root() -> Result<PathBuf> {
-    if let Some(root) = find_cgroup_root()? {
-        return Ok(root);
+    match find_cgroup_root()? {
+        Some(root) => Ok(root),
+        None => mount_cgroup(),
     }
-    let root = Path::new("/run/weir/cgroup");
+}
+
+/// Where [`mount_cgroup`] mounts the cgroup v2 hierarchy of a node that has it nowhere.
+const CGROUP_DIRECTORY: &str = "/run/weir/cgroup";
+
+/// Mounts the cgroup v2 hierarchy at /run/weir/cgroup, unless it is there.
+pub fn mount_cgroup() -> Result<PathBuf> {
+    let root = Path::new(CGROUP_DIRECTORY);
+    if is_cgroup_root(root) {
+        return Ok(root.to_owned());
+    }
     fs::create_dir_all(root).with_context(|| format!("making {}", root.display()))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("cgroup2"), root, Some("cgroup2"), flags, None::<&str>)
@@ -195,17 +207,44 @@ pub(super) fn find_or_mount_cgroup_root() -> Result<PathBuf> {
     Ok(root.to_owned())
 }
 
+/// The cgroup v2 hierarchy that is mounted at a directory or below it, as a container sees
+/// the node's; else the one that `weir prepare` has mounted.
+pub fn cgroup_root_below(directory: &Path) -> Result<PathBuf> {
+    if is_cgroup_root(directory) {
+        return Ok(directory.to_owned());
+    }
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("reading /proc/self/mountinfo")?;
+    // A container may have a cgroup namespace of its own, where the node's root has no name.
+    let below = cgroup_mounts(&mounts).map(|(_, mounted)| mounted).filter(|path| path.starts_with(directory));
+    if let Some(root) = below.min_by_key(|path| path.components().count()) {
+        return Ok(root);
+    }
+    let mounted = Path::new(CGROUP_DIRECTORY);
+    if is_cgroup_root(mounted) {
+        return Ok(mounted.to_owned());
+    }
+    bail!("no cgroup v2 is mounted at {} or below it: mount one, or run `weir prepare`", directory.display())
+}
+
+fn is_cgroup_root(directory: &Path) -> bool {
+    statfs(directory).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC)
+}
+
 fn cgroup_root_of(mounts: &str) -> Option<PathBuf> {
-    let mut roots = mounts.lines().filter_map(|line| {
+    cgroup_mounts(mounts).find(|(root, _)| *root == "/").map(|(_, mounted)| mounted)
+}
+
+/// Of each cgroup v2 mount, what of the hierarchy is mounted and where.
+fn cgroup_mounts(mounts: &str) -> impl Iterator<Item = (&str, PathBuf)> {
+    mounts.lines().filter_map(|line| {
         let (mount, file_system) = line.split_once(" - ")?;
         if file_system.split(' ').next() != Some("cgroup2") {
             return None;
         }
         // mount id, parent, device, root within the file system, mount point
         let mut fields = mount.split(' ').skip(3);
-        (fields.next() == Some("/")).then(|| PathBuf::from(fields.next().unwrap_or_default()))
-    });
-    roots.next()
+        Some((fields.next()?, PathBuf::from(fields.next()?)))
+    })
 }
 
 #[cfg(test)]

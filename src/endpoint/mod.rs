@@ -36,7 +36,7 @@ pub fn host_interface_name(attachment: &Attachment) -> String {
 }
 
 /// True for names that `host_interface_name` makes.
-fn is_host_interface_name(name: &str) -> bool {
+pub fn is_host_interface_name(name: &str) -> bool {
     name.strip_prefix(INTERFACE_PREFIX).is_some_and(|digits| {
         digits.len() == INTERFACE_DIGITS
             && digits.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))

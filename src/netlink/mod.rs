@@ -33,7 +33,7 @@ pub use pod::{
     verify_pod_link,
 };
 pub use route::{NODE_ROUTE_PROTOCOL, Route, neighbours, node_routes, sync_neighbours, sync_routes};
-pub use sysctl::{get_sysctl, set_sysctl};
+pub use sysctl::{get_sysctl, set_sysctl, set_sysctl_root};
 
 /// What went wrong between us and the kernel.
 #[derive(Debug, thiserror::Error)]

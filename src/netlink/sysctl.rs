@@ -1,9 +1,17 @@
 //! Settings below /proc/sys; those of `net` are the calling thread's namespace's.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::{fs, io};
 
 use super::{Error, Result};
+
+static ROOT: OnceLock<PathBuf> = OnceLock::new();
+
+/// Takes another directory for /proc/sys, which containers can only read; the first call counts.
+pub fn set_sysctl_root(directory: &Path) {
+    ROOT.get_or_init(|| directory.to_owned());
+}
 
 /// Writes a setting, named by its path below /proc/sys (`net/ipv4/ip_forward`).
 pub fn set_sysctl(name: &str, value: &str) -> Result<()> {
@@ -28,5 +36,5 @@ fn path_of(name: &str) -> Result<PathBuf> {
     if name.is_empty() || name.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
         return Err(Error::Different(format!("{name:?} names no setting")));
     }
-    Ok(PathBuf::from("/proc/sys").join(name))
+    Ok(ROOT.get().map_or(Path::new("/proc/sys"), PathBuf::as_path).join(name))
 }

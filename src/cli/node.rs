@@ -1,0 +1,138 @@
+//! `weir prepare` and `weir uninstall`: what a node needs before its first agent, and what
+//! is to go after its last. Both do nothing that is done already.
+
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+use clap::Args;
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{SigSet, Signal};
+
+use super::Failure;
+use super::cni::DirectoryArgs;
+use crate::cni::install;
+use crate::{api, datapath, endpoint, netlink};
+
+#[derive(Args)]
+pub(super) struct PrepareArgs {
+    /// Where the BPF file system is to be.
+    #[arg(long, env = "WEIR_BPFFS", value_name = "DIR", default_value = "/sys/fs/bpf")]
+    bpffs: PathBuf,
+
+    /// Where to look for the cgroup v2 hierarchy; it is mounted at /run/weir/cgroup when it
+    /// is neither there nor below.
+    #[arg(long, env = "WEIR_CGROUP_ROOT", value_name = "DIR", default_value = "/sys/fs/cgroup")]
+    cgroup_root: PathBuf,
+}
+
+/// Mounts what the agent needs and the node lacks.
+pub(super) fn prepare(args: &PrepareArgs) -> Result<(), Failure> {
+    datapath::mount_bpffs(&args.bpffs)?;
+    let cgroup = datapath::cgroup_root_below(&args.cgroup_root).or_else(|_| datapath::mount_cgroup())?;
+    let mut output = std::io::stdout().lock();
+    writeln!(output, "BPF file system at {}, cgroup v2 at {}", args.bpffs.display(), cgroup.display())?;
+    Ok(())
+}
+
+#[derive(Args)]
+pub(super) struct UninstallArgs {
+    #[command(flatten)]
+    directories: DirectoryArgs,
+
+    /// The BPF file system with the pins.
+    #[arg(long, env = "WEIR_BPFFS", value_name = "DIR", default_value = "/sys/fs/bpf")]
+    bpffs: PathBuf,
+
+    /// The agent's state directory.
+    #[arg(long, env = "WEIR_STATE_DIR", value_name = "DIR", default_value = "/var/lib/weir")]
+    state_dir: PathBuf,
+
+    /// The agent's socket.
+    #[arg(long, env = "WEIR_SOCKET", value_name = "PATH", default_value = api::DEFAULT_SOCKET)]
+    socket: PathBuf,
+
+    /// Afterwards stay until SIGTERM, as a DaemonSet's container has to.
+    #[arg(long)]
+    wait: bool,
+}
+
+/// Takes Weir off this node: the pods that it connected have no network any more.
+pub(super) fn uninstall(args: &UninstallArgs) -> Result<(), Failure> {
+    if api::Client::connect(&args.socket).is_ok() {
+        return Err(anyhow!("the agent is running ({} answers): stop it first", args.socket.display()).into());
+    }
+    let mut output = std::io::stdout().lock();
+    install::uninstall(&args.directories.directories())?;
+    writeln!(output, "removed the CNI plugin and its configuration")?;
+    for pins in entries(&args.bpffs.join("weir"))? {
+        datapath::detach_all(&pins)?;
+        writeln!(output, "removed links and maps in {}", pins.display())?;
+    }
+    remove_directory(&args.bpffs.join("weir"))?;
+    for name in delete_devices()? {
+        writeln!(output, "removed the device {name}")?;
+    }
+    netlink::sync_routes(&[]).context("removing routes")?;
+    let run = args.socket.parent().unwrap_or(Path::new("/run/weir"));
+    // Where `weir prepare` may have mounted cgroup v2.
+    let _ = umount2(&run.join("cgroup"), MntFlags::MNT_DETACH);
+    for directory in [run, &args.state_dir] {
+        for path in entries(directory)? {
+            remove(&path)?;
+        }
+        writeln!(output, "emptied {}", directory.display())?;
+    }
+    output.flush()?;
+    if args.wait {
+        wait()?;
+    }
+    Ok(())
+}
+
+/// The tunnel's device, and the node's ends of the pods' links; their routes go with them.
+fn delete_devices() -> Result<Vec<String>> {
+    let mut deleted = Vec::new();
+    for link in netlink::links().context("listing the devices")? {
+        let is_pods = link.kind == "veth" && endpoint::is_host_interface_name(&link.name);
+        let is_tunnel = link.kind == "vxlan" && link.name.starts_with("weir");
+        if (is_pods || is_tunnel) && netlink::delete_link(&link.name).context("removing a device")? {
+            deleted.push(link.name);
+        }
+    }
+    Ok(deleted)
+}
+
+fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
+    let found = match fs::read_dir(directory) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        found => found.with_context(|| format!("listing {}", directory.display()))?,
+    };
+    let paths: std::io::Result<Vec<PathBuf>> = found.map(|entry| Ok(entry?.path())).collect();
+    paths.with_context(|| format!("listing {}", directory.display()))
+}
+
+fn remove(path: &Path) -> Result<()> {
+    let is_directory = fs::symlink_metadata(path).is_ok_and(|found| found.is_dir());
+    let removed = if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    match removed {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn remove_directory(path: &Path) -> Result<()> {
+    if path.exists() { remove(path) } else { Ok(()) }
+}
+
+fn wait() -> Result<()> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGINT);
+    signals.thread_block().context("blocking signals")?;
+    signals.wait().context("waiting for a signal")?;
+    Ok(())
+}
