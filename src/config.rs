@@ -342,4 +342,26 @@ mod tests {
         let message = check(&["WEIR_MTUU"]).expect_err("no such setting").to_string();
         assert!(message.starts_with("WEIR_MTUU is no setting; there are WEIR_NODE_NAME, "), "{message}");
     }
+
+    #[test]
+    fn the_manifests_have_every_setting_with_its_default() {
+        let settings = include_str!("../deploy/base/settings.env");
+        let agent = include_str!("../deploy/base/agent.yaml");
+        let command = AgentArgs::augment_args(clap::Command::new("agent"));
+        // Not for pods.
+        let elsewhere = ["WEIR_MANIFESTS", "WEIR_KUBECONFIG"];
+        for argument in command.get_arguments() {
+            let Some(name) = argument.get_env().and_then(|name| name.to_str()) else { continue };
+            let default = argument.get_default_values().first().and_then(|value| value.to_str());
+            let line = match default {
+                Some(default) => format!("\n{name}={default}\n"),
+                None => format!("\n#{name}="),
+            };
+            let is_there = settings.contains(&line) || agent.contains(&format!("name: {name}"));
+            assert!(is_there || elsewhere.contains(&name), "deploy/base has no {}", line.trim());
+        }
+        let names = settings.lines().filter_map(|line| line.trim_start_matches('#').split_once('='));
+        let names = names.map(|(name, _)| name.to_owned()).filter(|name| name.starts_with("WEIR_"));
+        assert_eq!(check_variables(names), Ok(()));
+    }
 }

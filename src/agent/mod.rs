@@ -18,7 +18,6 @@ mod publish;
 mod rounds;
 mod upkeep;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,13 +30,15 @@ pub use node::Devices;
 
 use crate::api;
 use crate::cni::install;
-use crate::config::{Attach, Config};
+use crate::config::{AgentArgs, Attach, Config};
 use crate::datapath::{AttachMode, Datapath, MapSizes, Options, Settings};
 use crate::endpoint::{self, Enforced};
 use crate::flow::reader::KernelEvents;
 use crate::flow::{self, Names};
-use crate::kube::{self, Publisher, Source};
+use crate::kube::bootstrap::Servers;
+use crate::kube::{self, Publisher, Source, Tables};
 use crate::model::{Node, NodeEndpoints};
+use crate::netlink;
 use crate::reconcile::Reconciler;
 use crate::tables::Table;
 use crate::telemetry::{self, ReadyGuard, Telemetry};
@@ -60,6 +61,7 @@ struct Start {
 
 /// Runs the agent until SIGTERM or SIGINT. The datapath stays in force afterwards.
 pub async fn run(config: Config) -> Result<()> {
+    netlink::set_sysctl_root(&config.args.proc_sys);
     let (stop, stopping) = watch::channel(false);
     tokio::spawn(wait_for_signal(stop));
     let state_dir = &config.args.state_dir;
@@ -67,12 +69,12 @@ pub async fn run(config: Config) -> Result<()> {
 
     let telemetry = Arc::new(Telemetry::new());
     let programmed = telemetry.ready().register("the datapath");
-    let source = source(&config).await?;
     let endpoints = Arc::new(Table::new());
     let enforced = Enforced::new();
     let known =
         Arc::new(Known::new(config.clone(), telemetry.clone(), endpoints.clone(), enforced.subscribe()));
     known.show();
+    let source = source(&config, &known.tables).await?;
     let options = endpoint::Options {
         state_directory: state_dir.clone(),
         enforced_within: ENFORCED_WITHIN,
@@ -94,26 +96,26 @@ pub async fn run(config: Config) -> Result<()> {
         worked = working => worked,
     }
 }
-async fn source(config: &Config) -> Result<Source> {
+async fn source(config: &Config, tables: &Arc<Tables>) -> Result<Source> {
     match &config.args.manifests {
         Some(directory) => Ok(Source::Manifests(directory.clone())),
         None => {
-            let client = kubernetes(config.args.kubeconfig.as_deref()).await?;
+            let client = kubernetes(&config.args, tables).await?;
             Ok(Source::Kubernetes(client, config.args.node_name.clone()))
         }
     }
 }
 
-async fn kubernetes(kubeconfig: Option<&Path>) -> Result<::kube::Client> {
-    let config = match kubeconfig {
-        Some(file) => {
-            let read = ::kube::config::Kubeconfig::read_from(file)
-                .with_context(|| format!("reading --kubeconfig {}", file.display()))?;
-            ::kube::Config::from_custom_kubeconfig(read, &Default::default()).await?
-        }
-        None => ::kube::Config::incluster()
-            .context("there is neither --manifests nor --kubeconfig, and this is no pod of a cluster")?,
+async fn kubernetes(args: &AgentArgs, tables: &Arc<Tables>) -> Result<::kube::Client> {
+    let Some(file) = &args.kubeconfig else {
+        let servers = Servers::new(&args.api_servers, &args.state_dir, |name| std::env::var(name).ok());
+        let client = servers.client().context("there is neither --manifests nor --kubeconfig")?;
+        tokio::spawn(servers.follow(tables.clone()));
+        return Ok(client);
     };
+    let read = ::kube::config::Kubeconfig::read_from(file)
+        .with_context(|| format!("reading --kubeconfig {}", file.display()))?;
+    let config = ::kube::Config::from_custom_kubeconfig(read, &Default::default()).await?;
     ::kube::Client::try_from(config).context("preparing to speak to the API server")
 }
 

@@ -56,10 +56,17 @@ pub(super) struct UninstallArgs {
     /// Afterwards stay until SIGTERM, as a DaemonSet's container has to.
     #[arg(long)]
     wait: bool,
+
+    /// Only look: fails when anything is left.
+    #[arg(long, conflicts_with = "wait")]
+    check: bool,
 }
 
 /// Takes Weir off this node: the pods that it connected have no network any more.
 pub(super) fn uninstall(args: &UninstallArgs) -> Result<(), Failure> {
+    if args.check {
+        return Ok(check(args)?);
+    }
     if api::Client::connect(&args.socket).is_ok() {
         return Err(anyhow!("the agent is running ({} answers): stop it first", args.socket.display()).into());
     }
@@ -91,17 +98,40 @@ pub(super) fn uninstall(args: &UninstallArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+fn check(args: &UninstallArgs) -> Result<()> {
+    let directories = args.directories.directories();
+    let mut left = vec![
+        directories.binaries.join(install::PLUGIN),
+        directories.configurations.join(install::CONFIGURATION),
+        args.bpffs.join("weir"),
+    ];
+    left.retain(|path| path.exists());
+    left.extend(entries(&args.state_dir)?);
+    left.extend(devices()?.into_iter().map(PathBuf::from));
+    match left.first() {
+        None => Ok(()),
+        Some(first) => Err(anyhow!("{} and {} more are left", first.display(), left.len() - 1)),
+    }
+}
+
 /// The tunnel's device, and the node's ends of the pods' links; their routes go with them.
 fn delete_devices() -> Result<Vec<String>> {
     let mut deleted = Vec::new();
-    for link in netlink::links().context("listing the devices")? {
-        let is_pods = link.kind == "veth" && endpoint::is_host_interface_name(&link.name);
-        let is_tunnel = link.kind == "vxlan" && link.name.starts_with("weir");
-        if (is_pods || is_tunnel) && netlink::delete_link(&link.name).context("removing a device")? {
-            deleted.push(link.name);
+    for name in devices()? {
+        if netlink::delete_link(&name).context("removing a device")? {
+            deleted.push(name);
         }
     }
     Ok(deleted)
+}
+
+fn devices() -> Result<Vec<String>> {
+    let is_ours = |link: &netlink::Link| {
+        let is_pods = link.kind == "veth" && endpoint::is_host_interface_name(&link.name);
+        is_pods || (link.kind == "vxlan" && link.name.starts_with("weir"))
+    };
+    let links = netlink::links().context("listing the devices")?;
+    Ok(links.into_iter().filter(is_ours).map(|link| link.name).collect())
 }
 
 fn entries(directory: &Path) -> Result<Vec<PathBuf>> {

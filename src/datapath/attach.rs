@@ -17,7 +17,7 @@ use libbpf_rs::{
 use serde::Serialize;
 
 use super::Datapath;
-use super::messages::with_messages;
+use super::messages::{collect_libbpf_messages, with_messages};
 use super::pins::{links, other_versions};
 use super::probe::{cgroup_root_below, find_or_mount_cgroup_root};
 use crate::model::EndpointId;
@@ -248,6 +248,7 @@ impl Datapath {
 /// Removes every link pin, every filter of ours on a device of this network
 /// namespace, and every map pin: what `weir uninstall` does.
 pub fn detach_all(pins: &Path) -> Result<()> {
+    collect_libbpf_messages();
     for path in pinned_links(&links(pins))? {
         remove_pin(&path)?;
     }
