@@ -54,11 +54,14 @@ static __always_inline void event_from_connection(struct event *event,
 	event->service = from->service;
 	event->source_identity = from->identity[0];
 	event->destination_identity = from->identity[1];
-	/* The rule at the end whose direction the record has. */
-	event->rule_id = from->endpoint[0] ? from->egress_rule :
-					     from->ingress_rule;
-	event->direction = from->endpoint[0] ? DIRECTION_EGRESS :
-					       DIRECTION_INGRESS;
+	/* Seen from the initiator, unless only the responder's rule decided. */
+	if (from->endpoint[0] && (from->egress_rule || !from->ingress_rule)) {
+		event->rule_id = from->egress_rule;
+		event->direction = DIRECTION_EGRESS;
+	} else {
+		event->rule_id = from->ingress_rule;
+		event->direction = DIRECTION_INGRESS;
+	}
 	event->source_port = first ? key->port[1] : key->port[0];
 	event->destination_port = first ? key->port[0] : key->port[1];
 	event->service_port = from->service_port;

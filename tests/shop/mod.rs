@@ -31,6 +31,8 @@ pub struct Attempt {
     pub to: &'static str,
     /// Destination port.
     pub port: u16,
+    /// The same, behind a service.
+    pub backend_port: u16,
     /// Whether the policies let it.
     pub is_allowed: bool,
 }
@@ -39,17 +41,27 @@ pub struct Attempt {
 pub const ATTEMPTS: [Attempt; 9] = [
     attempt("customer", "shop/frontend", 8080, true),
     attempt("customer", "shop/backend", 8080, false),
-    attempt("shop/frontend", "service shop/backend", 80, true),
+    through_service("shop/frontend", "service shop/backend", 80, 8080, true),
     attempt("shop/frontend", "service data/database", 5432, false),
     attempt("shop/backend", "service data/database", 5432, true),
     attempt("shop/backend", "data/database", 80, false),
-    attempt("data/database", "service shop/frontend", 80, false),
+    through_service("data/database", "service shop/frontend", 80, 8080, false),
     attempt("data/database", "customer", 80, false),
     attempt("shop/frontend", "customer", 80, true),
 ];
 
 const fn attempt(from: &'static str, to: &'static str, port: u16, is_allowed: bool) -> Attempt {
-    Attempt { from, to, port, is_allowed }
+    through_service(from, to, port, port, is_allowed)
+}
+
+const fn through_service(
+    from: &'static str,
+    to: &'static str,
+    port: u16,
+    backend_port: u16,
+    is_allowed: bool,
+) -> Attempt {
+    Attempt { from, to, port, backend_port, is_allowed }
 }
 
 /// What the flows say about an attempt.
@@ -117,16 +129,18 @@ impl Shop {
         Ok(outcomes)
     }
 
-    /// What the flows of the nodes say about an attempt: the newest record of it that judges it.
-    pub fn seen(&self, attempt: &Attempt, flows: &[Value]) -> Result<Option<Seen>> {
-        let target = self.target(attempt)?;
-        let matching = flows.iter().rfind(|flow| {
+    /// What the flows of the nodes say about an attempt: the newest record of it, of the node that judged if there is one.
+    pub fn seen(&self, attempt: &Attempt, flows: &[Value]) -> Option<Seen> {
+        let is_of = |flow: &&Value| {
             self.is_party(attempt.from, &flow["source"])
-                && (flow["destination"]["port"] == target.port() || flow["service"]["port"] == target.port())
+                && flow["destination"]["port"] == attempt.backend_port
                 && self.is_party(attempt.to, &flow["destination"])
                 && (flow["verdict"] == "FORWARDED") == attempt.is_allowed
-        });
-        Ok(matching.map(|flow| Seen { verdict: text(&flow["verdict"]), why: why(flow) }))
+        };
+        // Of the records of a connection, that of the node which judged says who decided.
+        let judged = flows.iter().rfind(|flow| is_of(flow) && !flow["policy"].is_null());
+        let matching = judged.or_else(|| flows.iter().rfind(is_of));
+        matching.map(|flow| Seen { verdict: text(&flow["verdict"]), why: why(flow) })
     }
 
     /// Every flow that the nodes remember, oldest first.
@@ -235,7 +249,7 @@ fn why(flow: &Value) -> String {
         _ => None,
     };
     match (flow["verdict"] == "FORWARDED", policy) {
-        (true, Some(policy)) => format!("allowed by {policy}"),
+        (true, Some(policy)) => format!("allowed by {policy} ({direction})"),
         (true, None) => "no policy says otherwise".to_owned(),
         (false, Some(policy)) => format!("{} by {policy} ({direction})", text(&flow["drop_reason_desc"])),
         (false, None) => format!("{}: no policy allows this {direction}", text(&flow["drop_reason_desc"])),
