@@ -98,13 +98,15 @@ pub fn devices_with(addresses: &[IpAddr]) -> Result<Vec<Link>> {
 /// Makes the VXLAN device whose tunnel keys BPF programs set per packet, and sets it up; its index.
 /// One that exists with the same port is kept, so that a restart interrupts nothing.
 pub fn ensure_vxlan(name: &str, port: u16, mtu: u32) -> Result<u32> {
+    // Nobody answers ARP in a tunnel: the inner frame's address means nothing.
+    let up = LinkFlags::Up | LinkFlags::Noarp;
     let mut connection = Connection::open()?;
     if let Some((link, message)) = get_with_message(&mut connection, name)? {
         if is_our_vxlan(&message, port) {
             let mut change = LinkMessage::default();
             change.header.index = link.index;
-            change.header.flags = LinkFlags::Up;
-            change.header.change_mask = LinkFlags::Up;
+            change.header.flags = up;
+            change.header.change_mask = up;
             if link.mtu != mtu {
                 change.attributes.push(LinkAttribute::Mtu(mtu));
             }
@@ -115,8 +117,8 @@ pub fn ensure_vxlan(name: &str, port: u16, mtu: u32) -> Result<u32> {
         delete_link(name)?;
     }
     let mut message = LinkMessage::default();
-    message.header.flags = LinkFlags::Up;
-    message.header.change_mask = LinkFlags::Up;
+    message.header.flags = up;
+    message.header.change_mask = up;
     message.attributes = vec![
         LinkAttribute::IfName(name.to_owned()),
         LinkAttribute::Mtu(mtu),
