@@ -44,6 +44,16 @@ static __always_inline int overlay_check_sender(struct __sk_buff *ctx,
 	return 0;
 }
 
+/* What the node's own stack asked for, or is asked: no pod's policy applies. */
+static __always_inline bool overlay_is_for_node(const struct packet *packet)
+{
+	struct address *address;
+
+	address = bpf_map_lookup_elem(&addresses, &packet->destination);
+	return address && address->flags & ADDRESS_LOCAL &&
+	       !address->endpoint_id;
+}
+
 SEC("tcx/ingress")
 int from_overlay(struct __sk_buff *ctx)
 {
@@ -58,7 +68,9 @@ int from_overlay(struct __sk_buff *ctx)
 		ret = overlay_check_sender(ctx, &packet);
 	if (!ret && packet.flags & PACKET_CONTROL)
 		ret = -DROP_FORBIDDEN_ICMPV6;
-	if (!ret)
+	if (!ret && overlay_is_for_node(&packet))
+		packet.route = ROUTE_STACK;
+	else if (!ret)
 		ret = judge(ctx, &packet);
 	if (ret)
 		return finish(ctx, &packet, ret);
