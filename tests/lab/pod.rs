@@ -161,7 +161,8 @@ impl Plugin {
     /// As node `node`'s runtime calls it: on that node, with its agent's socket in the configuration.
     pub fn of(node: &Node) -> Self {
         let config = json!({
-            "cniVersion": "1.1.0", "name": "weir", "type": "weir-cni", "socket": node.socket(),
+            "cniVersion": "1.1.0", "name": "weir", "type": "weir-cni",
+            "socket": node.socket(), "stateDir": node.directory().join("state"),
         });
         Self { config, node: node.name().to_owned() }
     }
