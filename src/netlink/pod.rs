@@ -159,7 +159,7 @@ pub fn raise_pod_link(spec: &PodLinkSpec, host_ifindex: u32) -> Result<()> {
         requests.push(new_route(&route, POD_ROUTE_PROTOCOL).replace());
     }
     Connection::open()?.execute(requests)?;
-    namespace::within(&namespace, || wait_until_operational(&spec.interface))
+    namespace::within(&namespace, || wait_until_operational(spec))
 }
 
 /// The host side, or an error that names the first thing that is not as `create_pod_link` and
@@ -220,18 +220,26 @@ fn set_ipv6(interface: &str, name: &str, value: &str) -> Result<()> {
     }
 }
 
-/// The kernel activates the pod's queue in its own time after the other end came up; what is sent
-/// before that is lost. Asking for the link makes newer kernels (6.8) do it at once.
-fn wait_until_operational(interface: &str) -> Result<()> {
+/// Two things the kernel does in its own time, and what is sent before them is lost: it activates the
+/// queue of the pod's end after the other end came up (asking for the link makes kernels from 6.8 on
+/// do it at once), and it inserts the local route of an IPv6 address, without detection too.
+fn wait_until_operational(spec: &PodLinkSpec) -> Result<()> {
     let mut connection = Connection::open()?;
     let deadline = Instant::now() + OPERATIONAL_WITHIN;
     loop {
-        match super::link::get(&mut connection, interface)? {
-            Some(link) if link.is_operational => return Ok(()),
-            Some(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_micros(200)),
-            Some(_) => return Err(different(interface, "does not come up")),
-            None => return Err(different(interface, "is gone from the pod")),
+        let link = super::link::get(&mut connection, &spec.interface)?;
+        let link = link.ok_or_else(|| different(&spec.interface, "is gone from the pod"))?;
+        let is_local = match spec.ipv6 {
+            Some(ipv6) => super::route::is_local(&mut connection, ipv6)?,
+            None => true,
+        };
+        if link.is_operational && is_local {
+            return Ok(());
         }
+        if Instant::now() > deadline {
+            return Err(different(&spec.interface, "does not come up"));
+        }
+        std::thread::sleep(Duration::from_micros(200));
     }
 }
 

@@ -1,7 +1,7 @@
 //! Routes and neighbours of ours: kept equal to what is wanted, nobody else's touched.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use netlink_packet_route::neighbour::{
@@ -124,10 +124,20 @@ pub(super) fn routes(
     Ok(found)
 }
 
+/// True if packets to the address are this namespace's own.
+pub(super) fn is_local(connection: &mut Connection, address: Ipv6Addr) -> Result<bool> {
+    let mut request = RouteMessage::default();
+    request.header.address_family = AddressFamily::Inet6;
+    request.header.destination_prefix_length = 128;
+    request.attributes.push(RouteAttribute::Destination(RouteAddress::Inet6(address)));
+    let answer = connection.get("looking for a route", RouteNetlinkMessage::GetRoute(request))?;
+    Ok(matches!(answer, Some(RouteNetlinkMessage::NewRoute(route)) if route.header.kind == RouteType::Local))
+}
+
 fn route_of(message: &RouteMessage) -> Option<Route> {
     let unspecified: IpAddr = match message.header.address_family {
-        AddressFamily::Inet => std::net::Ipv4Addr::UNSPECIFIED.into(),
-        _ => std::net::Ipv6Addr::UNSPECIFIED.into(),
+        AddressFamily::Inet => Ipv4Addr::UNSPECIFIED.into(),
+        _ => Ipv6Addr::UNSPECIFIED.into(),
     };
     let mut destination = unspecified;
     let mut route =

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use weir::model::{EndpointId, MacAddress};
 use weir::netlink::{self, PodLinkSpec, Route};
 
-use super::netns::{Namespace, on_a_node, skip_without_root};
+use super::netns::{Namespace, add_node_address, on_a_node, skip_without_root};
 
 fn spec(namespace: &Namespace) -> PodLinkSpec {
     PodLinkSpec {
@@ -31,9 +31,8 @@ fn root_pod_link_carries_packets_as_soon_as_it_is_raised() {
     on_a_node(|| {
         let pod = Namespace::new();
         let spec = spec(&pod);
-        netlink::add_address(1, "192.0.2.1/32".parse().expect("a prefix")).expect("an address for the node");
-        netlink::add_address(1, "2001:db8::1/128".parse().expect("a prefix"))
-            .expect("an address for the node");
+        add_node_address("192.0.2.1".parse().expect("an address"));
+        add_node_address("2001:db8::1".parse().expect("an address"));
 
         let started = Instant::now();
         let link = netlink::create_pod_link(&spec).expect("making the link");

@@ -1,8 +1,10 @@
 //! Network namespaces that live as long as a thread: nothing to clean up, whatever happens.
 
+use std::net::{IpAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::gettid;
@@ -58,6 +60,25 @@ pub fn on_a_node<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         });
         node.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Gives the node an address on lo that is there when this returns: the kernel inserts the local
+/// route of an IPv6 address in its own time.
+pub fn add_node_address(address: IpAddr) {
+    weir::netlink::add_address(1, address.into()).expect("an address for the node");
+    let socket = UdpSocket::bind((address, 0)).expect("binding to it");
+    socket.set_nonblocking(true).expect("not blocking");
+    let to = socket.local_addr().expect("its address");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        // Fails, or is lost, until there is a route.
+        let _ = socket.send_to(b"own", to);
+        if socket.recv_from(&mut [0; 8]).is_ok() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{address} does not answer");
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// True, loudly, where the test cannot run.

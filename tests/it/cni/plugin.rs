@@ -1,6 +1,7 @@
 //! The real `weir-cni` against the socket server and endpoint manager.
 
 use std::future::Future;
+use std::net::UdpSocket;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use weir::model::{EndpointId, MacAddress};
 use weir::netlink;
 
 use super::agent::{Agent, Enforcing, Runtime};
-use super::netns::{Namespace, on_a_node, skip_without_root};
+use super::netns::{Namespace, add_node_address, on_a_node, skip_without_root};
 
 const CIDRS: [&str; 2] = ["10.0.1.0/24", "fd00:1::/64"];
 
@@ -106,22 +107,37 @@ fn root_add_check_and_del() {
 }
 
 #[test]
-fn root_a_pod_reaches_its_node_at_once_and_only_then() {
+fn root_when_add_answers_packets_pass_both_ways() {
     on_a_node_with_directory(|directory| async move {
         let agent = Agent::start(&directory, &CIDRS, Enforcing::AtOnce).await;
-        netlink::add_address(1, "192.0.2.1/32".parse().expect("a prefix")).expect("an address for the node");
-        let server = std::net::UdpSocket::bind("192.0.2.1:0").expect("binding");
-        server.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
-        let to = server.local_addr().expect("its address");
-        let namespace = Namespace::new();
-        Runtime::new(&directory, "web-0", &namespace).call_async("ADD").await.expect("ADD");
-        namespace.run(|| {
-            let socket = std::net::UdpSocket::bind("10.0.1.2:0").expect("binding in the pod");
-            socket.send_to(b"hello", to).expect("sending");
-        });
-        let mut buffer = [0; 16];
-        let (length, from) = server.recv_from(&mut buffer).expect("the pod's first packet");
-        assert_eq!((&buffer[..length], from.ip().to_string()), (&b"hello"[..], "10.0.1.2".to_owned()));
+        for (node, pod) in [("192.0.2.1", "10.0.1."), ("2001:db8::1", "fd00:1::")] {
+            add_node_address(node.parse().expect("an address"));
+            for place in 2..12 {
+                let on_node = UdpSocket::bind((node, 0)).expect("binding on the node");
+                on_node.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+                let from = on_node.local_addr().expect("its address");
+                let namespace = Namespace::new();
+                let runtime = Runtime::new(&directory, &format!("web-{place}"), &namespace);
+                let result = runtime.call_async("ADD").await.expect("ADD");
+                let ips = result["ips"].as_array().expect("a list");
+                let address =
+                    ips.iter().filter_map(|ip| ip["address"].as_str()).find(|ip| ip.starts_with(pod));
+                let address = address.and_then(|address| address.split('/').next()).expect("an address");
+                namespace.run(|| {
+                    let in_pod = UdpSocket::bind((address, 0)).expect("binding in the pod");
+                    in_pod.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+                    let to = in_pod.local_addr().expect("its address");
+                    let mut buffer = [0; 16];
+                    on_node.send_to(b"to the pod", to).expect("sending from the node");
+                    let (length, _) = in_pod.recv_from(&mut buffer).expect("the first packet to the pod");
+                    assert_eq!(&buffer[..length], b"to the pod");
+                    in_pod.send_to(b"to the node", from).expect("sending from the pod");
+                    let (length, sender) = on_node.recv_from(&mut buffer).expect("the pod's first packet");
+                    assert_eq!((&buffer[..length], sender), (&b"to the node"[..], to));
+                });
+                runtime.call_async("DEL").await.expect("DEL");
+            }
+        }
         agent.stop().await;
     });
 }
