@@ -385,7 +385,8 @@ struct event {
 	struct addr service;  /* the address that the application used */
 	__u32 source_identity;
 	__u32 destination_identity;
-	__u32 rule_id;	      /* that decided; 0: none */
+	__u32 rule_id;	      /* that decided at the end of direction; 0: none */
+	__u32 ingress_rule_id; /* that let a flow in at its destination; 0: none */
 	__u32 ifindex;
 	__be16 source_port;
 	__be16 destination_port;
@@ -400,6 +401,6 @@ struct event {
 	__u8 icmp_type;
 	__u8 icmp_code;
 	__u8 flags;	      /* enum event_flags */
-	__u8 pad[6];
+	__u8 pad[2];
 };
 _Static_assert(sizeof(struct event) == 128, "event");

@@ -62,6 +62,7 @@ static __always_inline void event_from_connection(struct event *event,
 		event->rule_id = from->ingress_rule;
 		event->direction = DIRECTION_INGRESS;
 	}
+	event->ingress_rule_id = from->ingress_rule;
 	event->source_port = first ? key->port[1] : key->port[0];
 	event->destination_port = first ? key->port[0] : key->port[1];
 	event->service_port = from->service_port;
@@ -132,6 +133,7 @@ __weak __noinline int event_drop(struct __sk_buff *ctx, struct packet *packet,
 	event->destination_identity = swap ? packet->source_identity :
 					     packet->destination_identity;
 	event->rule_id = packet->rule_id;
+	event->ingress_rule_id = 0;
 	event->ifindex = ctx->ifindex;
 	event->source_port = swap ? packet->destination_port :
 				    packet->source_port;

@@ -89,7 +89,7 @@ plain! {
     EventCount { offered, lost }
     Event {
         timestamp_ns, packets, bytes, source, destination, service, source_identity,
-        destination_identity, rule_id, ifindex, source_port, destination_port, service_port,
+        destination_identity, rule_id, ingress_rule_id, ifindex, source_port, destination_port, service_port,
         source_endpoint, destination_endpoint, protocol, r#type, reason, direction, tcp_flags,
         icmp_type, icmp_code, flags, pad,
     }

@@ -122,12 +122,17 @@ impl Names {
             event.destination_identity,
             event.destination_endpoint,
         );
+        let is_forwarded = event.reason == 0;
+        let decided = self.policy(event.rule_id);
+        let is_at_source = Direction::from(event.direction) == Direction::Egress;
+        let egress_allowed_by = decided.clone().filter(|_| is_forwarded && is_at_source);
+        let ingress_allowed_by = self.policy(event.ingress_rule_id).filter(|_| is_forwarded);
         Flow {
             time: clock.wall(event.timestamp_ns),
             node_name: self.node.clone(),
             event_type: event_type_of(event),
-            verdict: if event.reason == 0 { Verdict::Forwarded } else { Verdict::Dropped },
-            drop_reason_desc: (event.reason != 0).then_some(DropReason(event.reason)),
+            verdict: if is_forwarded { Verdict::Forwarded } else { Verdict::Dropped },
+            drop_reason_desc: (!is_forwarded).then_some(DropReason(event.reason)),
             traffic_direction: Direction::from(event.direction),
             is_reply: has_flag(event, event_flags::EVENT_REPLY),
             protocol,
@@ -137,14 +142,20 @@ impl Names {
             tcp_flags: TcpFlags(if protocol == L4Protocol::Tcp { event.tcp_flags } else { 0 }),
             icmp: matches!(protocol, L4Protocol::IcmpV4 | L4Protocol::IcmpV6)
                 .then_some(Icmp { r#type: event.icmp_type, code: event.icmp_code }),
-            policy: match event.rule_id {
-                0 => None,
-                rule => self.source.rule_origin(rule).map(|origin| (*origin).clone()),
-            },
+            policy: decided.or_else(|| ingress_allowed_by.clone()),
+            egress_allowed_by,
+            ingress_allowed_by,
             packets: Counts { source: event.packets[0], destination: event.packets[1] },
             bytes: Counts { source: event.bytes[0], destination: event.bytes[1] },
             ifindex: event.ifindex,
         }
+    }
+
+    fn policy(&self, rule_id: u32) -> Option<ObjectKey> {
+        if rule_id == 0 {
+            return None;
+        }
+        self.source.rule_origin(rule_id).map(|origin| ObjectKey::clone(&origin))
     }
 
     /// The labels of an identity, each with its source.

@@ -49,9 +49,15 @@ pub struct Flow {
     /// Of the packet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub icmp: Option<Icmp>,
-    /// The policy whose rule decided; none: no rule did.
+    /// The policy whose rule decided: in the direction of the flow, or at its destination. None: no rule did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<ObjectKey>,
+    /// The policy whose rule let it out at its source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub egress_allowed_by: Option<ObjectKey>,
+    /// The policy whose rule let it in at its destination.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ingress_allowed_by: Option<ObjectKey>,
     /// Packets so far.
     pub packets: Counts,
     /// Bytes so far.

@@ -184,6 +184,7 @@ fn a_record_becomes_a_flow_in_json_and_back() {
         "service": {"ip": "10.96.0.10", "port": 80, "namespace": "shop", "name": "backend"},
         "tcp_flags": ["SYN", "ACK"],
         "policy": {"namespace": "shop", "name": "backend-ingress"},
+        "egress_allowed_by": {"namespace": "shop", "name": "backend-ingress"},
         "packets": {"source": 3, "destination": 2},
         "bytes": {"source": 300, "destination": 2000},
         "ifindex": 9,
@@ -192,6 +193,24 @@ fn a_record_becomes_a_flow_in_json_and_back() {
     assert_eq!(serde_json::from_value::<Flow>(expected).expect("the JSON is a flow"), flow);
     let text = serde_json::to_string(&Item::Flow(Box::new(flow.clone()))).expect("an item is JSON");
     assert_eq!(serde_json::from_str::<Item>(&text).expect("and back"), Item::Flow(Box::new(flow)));
+}
+
+/// Which policies a record names: the one that decided, at the source, at the destination.
+#[test]
+fn policies_of_either_end_are_named() {
+    let of = |event: Event| {
+        let flow = names().flow(&event, &clock());
+        [flow.policy, flow.egress_allowed_by, flow.ingress_allowed_by].map(|policy| policy.is_some())
+    };
+    let (ingress, egress) = (direction::DIRECTION_INGRESS.0 as u8, direction::DIRECTION_EGRESS.0 as u8);
+    let event =
+        |end: u8, rule_id, ingress_rule_id| Event { direction: end, rule_id, ingress_rule_id, ..forwarded() };
+    assert_eq!(of(event(egress, 7, 0)), [true, true, false], "the source's policy alone");
+    assert_eq!(of(event(egress, 0, 7)), [true, false, true], "the destination's, both on this node");
+    assert_eq!(of(event(egress, 7, 7)), [true, true, true]);
+    assert_eq!(of(event(ingress, 7, 7)), [true, false, true], "from another node");
+    assert_eq!(of(event(egress, 0, 0)), [false, false, false]);
+    assert_eq!(of(Event { reason: 181, ..event(ingress, 7, 0) }), [true, false, false], "a deny rule");
 }
 
 #[test]
