@@ -147,6 +147,10 @@ __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 	    connection->flags & CONNECTION_LOOPBACK)
 		return -DROP_UNSUPPORTED_ICMP;
 	end ^= connection->flags & CONNECTION_INITIATOR_HIGH;
+	/* Routers are only where the flow goes; between pods there are none. */
+	if (!(packet->flags & PACKET_FROM_HOST) &&
+	    !flow_came_by_its_way(connection, packet, end ^ 1))
+		return -DROP_UNSUPPORTED_ICMP;
 
 	packet->route = connection->route[end];
 	packet->source_identity = connection->identity[end ^ 1];

@@ -4,5 +4,8 @@
 mod drops;
 mod flows;
 mod frame;
+mod fuzz;
+mod network;
+mod pieces;
 mod services;
 mod world;

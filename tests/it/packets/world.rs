@@ -404,6 +404,20 @@ impl World {
         self.send_bytes(program, &packet.bytes(), arrival)
     }
 
+    /// Runs a program on a frame, asking for nothing but the action and the mark.
+    pub fn act(&self, program: &str, bytes: &[u8]) -> Result<(u32, u32)> {
+        let (mut context, mut context_out) = ([0; 192], [0; 192]);
+        context[36..40].copy_from_slice(&1_u32.to_ne_bytes());
+        let output = self.datapath.program(program)?.test_run(ProgramInput {
+            context_in: Some(&mut context),
+            context_out: Some(&mut context_out),
+            data_in: Some(bytes),
+            ..ProgramInput::default()
+        })?;
+        let action = output.return_value;
+        Ok((action, u32::from_ne_bytes([context_out[8], context_out[9], context_out[10], context_out[11]])))
+    }
+
     /// Runs a program on a frame.
     pub fn send_bytes(&mut self, program: &str, bytes: &[u8], arrival: Arrival) -> Result<Outcome> {
         let before = self.datapath.metrics()?;

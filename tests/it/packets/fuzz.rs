@@ -1,0 +1,270 @@
+//! Frames that nobody would send, made from those that everybody does. Whatever
+//! they are, what policy denies is not delivered, and nothing is remembered of it.
+
+use std::net::IpAddr;
+
+use anyhow::{Result, ensure};
+
+use super::frame::{ACK, Packet, RST, SYN, echo, echo_reply, icmp, solicitation, tcp, udp, unreachable};
+use super::world::{A, Cast, EGRESS, INGRESS, MARK, PASS, REDIRECT, SHOT, World, casts, settings, within};
+use crate::require::require_lab;
+
+/// Frames for each program and family.
+const ROUNDS: usize = 20_000;
+
+/// xorshift64*: the same frames every time.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % end.max(1)
+    }
+
+    /// Mostly the headers, where the decisions are.
+    fn position(&mut self, length: usize) -> usize {
+        let end = if self.below(4) == 0 { length } else { length.min(80) };
+        self.below(end)
+    }
+}
+
+fn mutate(random: &mut Random, seeds: &[Vec<u8>]) -> Vec<u8> {
+    let mut frame = seeds[random.below(seeds.len())].clone();
+    for _ in 0..=random.below(4) {
+        let at = random.position(frame.len());
+        match random.below(7) {
+            0 => frame[at] ^= 1 << random.below(8),
+            1 => frame[at] = random.below(256) as u8,
+            2 => frame[at] = [0, 1, 6, 17, 44, 58, 60, 0x45, 0x4f, 0x60, 0x7f, 0xff][random.below(12)],
+            3 => frame.truncate(14 + random.below(frame.len())),
+            4 => frame.extend(vec![random.below(256) as u8; random.below(40)]),
+            5 => {
+                let other = &seeds[random.below(seeds.len())];
+                let end = frame.len().min(other.len());
+                frame[at.min(end)..end].copy_from_slice(&other[at.min(end)..end]);
+            }
+            _ => {
+                // Address for address: whole fields, not only bits of them.
+                let (from, length) = (14 + random.below(48), [2, 4, 16][random.below(3)]);
+                let other = &seeds[random.below(seeds.len())];
+                if from + length <= frame.len().min(other.len()) {
+                    frame[from..from + length].copy_from_slice(&other[from..from + length]);
+                }
+            }
+        }
+    }
+    frame
+}
+
+fn seeds(cast: &Cast) -> Vec<Vec<u8>> {
+    let (a, b) = ((cast.a, 40000), (cast.b, 80));
+    let mut packets = vec![
+        tcp(a, b, SYN),
+        tcp(a, b, ACK).payload(&[1; 64]),
+        tcp(a, b, RST),
+        tcp(b, a, SYN | ACK).by(2),
+        tcp(a, (cast.b, 81), SYN),
+        udp(a, b),
+        udp(b, a).by(2),
+        udp(a, (cast.service, 80)),
+        tcp(a, (cast.service, 80), SYN),
+        tcp(a, (cast.service, 82), SYN),
+        udp(a, (cast.remote, 80)),
+        udp(a, (cast.world, 53)),
+        udp((cast.world, 53), a),
+        udp((cast.world, 53), (cast.node, 20001)),
+        udp((cast.remote, 53), a),
+        udp(a, (cast.node, 8472)),
+        echo(cast.a, cast.b, 7),
+        echo_reply(cast.b, cast.a, 7).by(2),
+        unreachable(cast.b, &tcp(a, b, ACK)).by(2),
+        unreachable(cast.world, &udp(a, (cast.world, 53))),
+        icmp(cast.a, cast.b, 13, 0).payload(&[0; 12]),
+        udp(a, b).fragment(3, 0, true),
+        udp(a, b).fragment(3, 64, false),
+    ];
+    if cast.a.is_ipv4() {
+        let mut with_options = tcp(a, b, SYN);
+        with_options.options = vec![7, 7, 4, 0, 0, 0, 0, 0];
+        packets.push(with_options);
+    } else {
+        packets.push(tcp(a, b, SYN).extension(0, &[1, 4, 0, 0, 0, 0]).extension(60, &[1, 4, 0, 0, 0, 0]));
+        packets.push(tcp(a, b, SYN).extension(43, &[2, 1, 0, 0, 0, 0]).fragment(9, 0, true));
+        if let (IpAddr::V6(a), IpAddr::V6(b)) = (cast.a, cast.b) {
+            packets.push(solicitation(a, b));
+        }
+    }
+    let is_addressed = |packet: &Packet| packet.macs.0[..2] == [0x02, 0x57] || packet.macs.0[0] == 0x33;
+    packets
+        .into_iter()
+        .map(|packet| if is_addressed(&packet) { packet } else { packet.by(1) })
+        .map(|packet| packet.bytes())
+        .collect()
+}
+
+/// Calls `check` with every frame, the program, and what the program did.
+fn run(
+    world: &World,
+    cast: &Cast,
+    programs: &[&str],
+    check: impl Fn(&[u8], &str, u32, u32) -> Result<()>,
+) -> Result<()> {
+    let seeds = seeds(cast);
+    for program in programs {
+        let mut random = Random(0x5745_4952);
+        for round in 0..ROUNDS {
+            let frame = mutate(&mut random, &seeds);
+            // Without room for an IP header the kernel does not even run the program.
+            let (action, mark) = match world.act(program, &frame) {
+                Err(_) if frame.len() < 54 => continue,
+                result => result?,
+            };
+            let context = || format!("{program} round {round}: action {action} on {frame:02x?}");
+            ensure!([PASS, SHOT, REDIRECT].contains(&action), "{}", context());
+            check(&frame, program, action, mark).map_err(|error| error.context(context()))?;
+        }
+    }
+    Ok(())
+}
+
+fn deny_everything(world: &World, cast: &Cast) -> Result<()> {
+    for id in 1..=4 {
+        world.enforce(id, &[INGRESS, EGRESS])?;
+    }
+    // To itself through a service a pod always may.
+    for (id, port, protocol) in [(900, 80, 6), (901, 80, 17), (902, 81, 6)] {
+        world.service((cast.service, port, protocol), id, 1, &[(cast.remote, 80)])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn nothing_gets_past_a_policy_without_rules() -> Result<()> {
+    require_lab!();
+    for cast in casts() {
+        within(settings(), move |world| {
+            deny_everything(world, &cast)?;
+            let programs = ["from_pod", "from_network", "from_overlay", "to_pod"];
+            run(world, &cast, &programs, |frame, program, action, mark| {
+                let is_ip = matches!(frame[12..14], [0x08, 0x00] | [0x86, 0xdd]);
+                match program {
+                    // Only its own answers: ARP, neighbour discovery, refusals.
+                    "from_pod" => {
+                        ensure!(action == SHOT || (action == REDIRECT && mark == MARK));
+                    }
+                    // Only what is for the node's stack.
+                    "from_network" => ensure!(action != REDIRECT),
+                    "from_overlay" => ensure!(action == SHOT),
+                    _ => ensure!(action == SHOT || !is_ip || is_control(frame)),
+                }
+                Ok(())
+            })?;
+            let flows = world.connections(0)?;
+            ensure!(flows.is_empty(), "denied packets left {flows:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// ICMPv6 of the node's own, wherever its header is.
+fn is_control(frame: &[u8]) -> bool {
+    upper(frame)
+        .is_some_and(|(protocol, rest)| protocol == 58 && matches!(rest.first(), Some(130..=137 | 143)))
+}
+
+/// The protocol and what follows the IP headers, read as the standards say.
+fn upper(frame: &[u8]) -> Option<(u8, &[u8])> {
+    if frame[12..14] == [0x08, 0x00] {
+        let start = 14 + usize::from(frame.get(14)? & 15) * 4;
+        return Some((*frame.get(23)?, frame.get(start..)?));
+    }
+    let (mut next, mut offset) = (*frame.get(20)?, 54);
+    while matches!(next, 0 | 43 | 44 | 60) {
+        let header = frame.get(offset..offset + 8)?;
+        offset += if next == 44 { 8 } else { 8 + usize::from(header[1]) * 8 };
+        next = header[0];
+    }
+    Some((next, frame.get(offset..)?))
+}
+
+fn is_later_fragment(frame: &[u8]) -> bool {
+    if frame[12..14] == [0x08, 0x00] {
+        return frame.len() > 21 && (frame[20] & 0x1f != 0 || frame[21] != 0);
+    }
+    let (mut next, mut offset) = (frame[20], 54);
+    while matches!(next, 0 | 43 | 44 | 60) {
+        let Some(header) = frame.get(offset..offset + 8) else { return false };
+        if next == 44 {
+            return header[2] != 0 || header[3] & 0xf8 != 0;
+        }
+        offset += 8 + usize::from(header[1]) * 8;
+        next = header[0];
+    }
+    false
+}
+
+fn ends(frame: &[u8]) -> Option<(IpAddr, IpAddr)> {
+    let four = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(frame.get(at..at + 4)?).ok()?));
+    let six = |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(frame.get(at..at + 16)?).ok()?));
+    if frame[12..14] == [0x08, 0x00] { Some((four(26)?, four(30)?)) } else { Some((six(22)?, six(38)?)) }
+}
+
+#[test]
+fn only_what_a_rule_allows_is_delivered() -> Result<()> {
+    require_lab!();
+    for cast in casts() {
+        within(settings(), move |world| {
+            deny_everything(world, &cast)?;
+            world.allow(1, EGRESS, super::world::B, (6, 80))?;
+            world.allow(2, INGRESS, A, (6, 80))?;
+            run(
+                world,
+                &cast,
+                &["from_pod", "from_network", "from_overlay"],
+                |frame, program, action, mark| {
+                    if action == SHOT || mark == MARK || (program == "from_network" && action == PASS) {
+                        return Ok(());
+                    }
+                    ensure!(program == "from_pod", "from outside nobody has a rule");
+                    let tuple = ends(frame).zip(upper(frame));
+                    let Some(((source, destination), (protocol, rest))) = tuple else {
+                        anyhow::bail!("it is no packet");
+                    };
+                    let pair = [(cast.a, cast.b), (cast.b, cast.a)].contains(&(source, destination));
+                    if is_later_fragment(frame) {
+                        // Ports are where its first fragment was.
+                        ensure!(pair);
+                        return Ok(());
+                    }
+                    if matches!(protocol, 1 | 58) {
+                        // An error about a flow that may be: to the one end, from the other.
+                        ensure!(pair);
+                        let (kind, quote) = (rest[0], &rest[8..]);
+                        ensure!(if protocol == 1 { [3, 11, 12].contains(&kind) } else { kind < 128 });
+                        let quoted = [&frame[..14], quote].concat();
+                        ensure!(ends(&quoted) == Some((destination, source)));
+                        ensure!(upper(&quoted).is_some_and(|(protocol, _)| protocol == 6));
+                        return Ok(());
+                    }
+                    ensure!(protocol == 6, "the protocol is {protocol}");
+                    let ports = [rest[0], rest[1], rest[2], rest[3]];
+                    let [http_source, http_destination] = [ports[..2] == [0, 80], ports[2..] == [0, 80]];
+                    ensure!(
+                        ((source, destination) == (cast.a, cast.b) && http_destination)
+                            || ((source, destination) == (cast.b, cast.a) && http_source),
+                        "from {source} to {destination} {ports:?}"
+                    );
+                    Ok(())
+                },
+            )?;
+            for (key, flow) in world.connections(0)? {
+                ensure!(flow.identity == [A, super::world::B] && key.protocol == 6, "{key:?} {flow:?}");
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,257 @@
+//! Beyond the node: masquerade, tunnels, direct routes.
+
+use std::net::IpAddr;
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+use weir::datapath::Settings;
+
+use super::frame::{ACK, Packet, SYN, echo, echo_reply, tcp, udp, unreachable};
+use super::world::{
+    Arrival, Cast, EGRESS, INGRESS, MARK, PASS, R, REDIRECT, SHOT, World, casts, settings, within,
+};
+use crate::require::require_lab;
+
+fn in_both_families(work: impl Fn(&mut World, Cast) -> Result<()> + Copy + Send + 'static) -> Result<()> {
+    for cast in casts() {
+        within(settings(), move |world| work(world, cast))?;
+    }
+    Ok(())
+}
+
+fn native() -> Settings {
+    Settings { tunnel_ifindex: None, ..settings() }
+}
+
+/// Sends through a program; what comes out must be `expected`, byte by byte.
+fn becomes(world: &mut World, program: &str, packet: &Packet, action: u32, expected: &Packet) -> Result<()> {
+    let outcome = world.send(program, packet)?;
+    ensure!(outcome.action == action, "{} by {program}: {:?}", outcome.action, outcome.counted);
+    let expected = Packet { macs: packet.macs, ..expected.clone() }.bytes();
+    ensure!(outcome.frame == expected, "came out  {:02x?}\nexpected {expected:02x?}", outcome.frame);
+    Ok(())
+}
+
+/// The source port, or identifier, that a packet leaves the node with.
+fn leaves_by(world: &mut World, packet: &Packet) -> Result<u16> {
+    let outcome = world.send("to_network", packet)?;
+    ensure!(outcome.action == PASS, "counted {:?}", outcome.counted);
+    let layer4 = if packet.source.is_ipv4() { 34 } else { 54 };
+    let protocol = outcome.frame[if packet.source.is_ipv4() { 23 } else { 20 }];
+    let offset = layer4 + if matches!(protocol, 1 | 58) { 4 } else { 0 };
+    Ok(u16::from_be_bytes([outcome.frame[offset], outcome.frame[offset + 1]]))
+}
+
+#[test]
+fn what_leaves_the_cluster_bears_the_nodes_address_and_finds_back() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        type Make = fn((IpAddr, u16), (IpAddr, u16)) -> Packet;
+        let questions: [(Make, Make); 3] = [
+            (|from, to| tcp(from, to, SYN), |from, to| tcp(from, to, SYN | ACK)),
+            (udp, udp),
+            (|from, to| echo(from.0, to.0, from.1), |from, to| echo_reply(from.0, to.0, to.1)),
+        ];
+        for (question, answer) in questions {
+            world.forget_flows()?;
+            let (pod, world_end) = ((cast.a, 40000), (cast.world, 53));
+            ensure!(world.send("from_pod", &question(pod, world_end).by(1))?.action == PASS);
+            let port = leaves_by(world, &question(pod, world_end))?;
+            ensure!((20000..=20003).contains(&port), "the port is {port}");
+            let node = (cast.node, port);
+            becomes(world, "to_network", &question(pod, world_end), PASS, &question(node, world_end))?;
+            becomes(world, "from_network", &answer(world_end, node), REDIRECT, &answer(world_end, pod))?;
+            // From anywhere else that port is nobody's.
+            let stranger = (cast.other_node, 53);
+            becomes(world, "from_network", &answer(stranger, node), PASS, &answer(stranger, node))?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn each_flow_has_a_port_of_its_own_and_keeps_it() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let mut ports = Vec::new();
+        for source in 0..4 {
+            let packet = udp((cast.a, 7000 + source), (cast.world, 53));
+            let port = leaves_by(world, &packet)?;
+            assert_eq!(leaves_by(world, &packet)?, port);
+            ports.push(port);
+        }
+        ports.sort_unstable();
+        assert_eq!(ports, [20000, 20001, 20002, 20003]);
+        // Towards another remote end they are all free again.
+        leaves_by(world, &udp((cast.a, 7009), (cast.world, 54)))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn the_nodes_own_packets_are_left_alone() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let out = tcp((cast.node, 20001), (cast.world, 443), SYN);
+        becomes(world, "to_network", &out, PASS, &out)?;
+        for port in [22, 20001] {
+            let back = tcp((cast.world, 443), (cast.node, port), ACK);
+            becomes(world, "from_network", &back, PASS, &back)?;
+        }
+        let tunnel = udp((cast.other_node, 50000), (cast.node, 8472));
+        becomes(world, "from_network", &tunnel, PASS, &tunnel)?;
+        let error = unreachable(cast.world, &out);
+        becomes(world, "from_network", &error, PASS, &error)?;
+        assert_eq!(world.connections(0)?.len(), 0);
+        Ok(())
+    })
+}
+
+#[test]
+fn the_cluster_is_not_masqueraded() -> Result<()> {
+    require_lab!();
+    for cast in casts() {
+        for (settings, keeps_source_to_nodes) in [(settings(), false), (native(), true)] {
+            within(settings, move |world| {
+                let to_pod = udp((cast.a, 5), (cast.remote, 53));
+                becomes(world, "to_network", &to_pod, PASS, &to_pod)?;
+                let to_node = udp((cast.a, 5), (cast.other_node, 53));
+                let outcome = world.send("to_network", &to_node)?;
+                ensure!((outcome.frame == to_node.bytes()) == keeps_source_to_nodes, "{outcome:?}");
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn errors_about_masqueraded_flows_find_back() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (pod, outside) = ((cast.a, 40000), (cast.world, 53));
+        ensure!(world.send("from_pod", &udp(pod, outside).by(1))?.action == PASS);
+        let node = (cast.node, leaves_by(world, &udp(pod, outside))?);
+
+        // A router on the way, quoting what left the node.
+        let router = cast.other_node;
+        let quoted = udp(node, outside);
+        let arrives = quoting(&unreachable(cast.world, &udp(pod, outside)), &quoted);
+        becomes(world, "from_network", &unreachable(cast.world, &quoted), REDIRECT, &arrives)?;
+        let about_another = udp((cast.node, node.1 ^ 1), outside);
+        let error = unreachable(router, &about_another);
+        becomes(world, "from_network", &error, PASS, &error)?;
+
+        // The pod, quoting what reached it.
+        let answer = udp(outside, pod);
+        let error = unreachable(cast.a, &answer);
+        ensure!(world.send("from_pod", &error.clone().by(1))?.action == PASS);
+        let leaves = quoting(&unreachable(cast.node, &udp(outside, node)), &answer);
+        becomes(world, "to_network", &error, PASS, &leaves)?;
+        Ok(())
+    })
+}
+
+/// The same with the checksum of another packet in the quoted layer 4: it covers
+/// what is not quoted and is left as it was.
+fn quoting(error: &Packet, quoted: &Packet) -> Packet {
+    let mut error = error.clone();
+    let start = if error.source.is_ipv4() { 34 } else { 54 };
+    let end = error.payload.len();
+    error.payload[end - 2..].copy_from_slice(&quoted.bytes()[start + 6..start + 8]);
+    error
+}
+
+#[test]
+fn other_nodes_pods_come_by_the_tunnel_with_their_identity() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        world.enforce(2, &[INGRESS])?;
+        world.allow(2, INGRESS, R, (17, 80))?;
+        let known = udp((cast.remote, 1000), (cast.b, 80));
+        let unknown = udp((cast.nobody, 1000), (cast.b, 80));
+        let by = |vni| Arrival { tunnel: Some((Some(cast.other_node), vni)), ..Arrival::default() };
+        // Our own table decides; the sender's word counts only where it says nothing.
+        for (packet, vni, identity, action) in [
+            (&known, R, R, REDIRECT),
+            (&known, 999, R, REDIRECT),
+            (&unknown, R, R, REDIRECT),
+            (&unknown, 999, 999, SHOT),
+            (&unknown, 1, 6, SHOT),
+        ] {
+            world.forget_flows()?;
+            let outcome = world.send_as("from_overlay", packet, by(vni))?;
+            ensure!(outcome.action == action, "VNI {vni}: {outcome:?}");
+            assert_eq!(outcome.events[0].source_identity, identity);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn packets_for_other_nodes_pods_go_by_the_tunnel() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        for _ in 0..2 {
+            let outcome = world.send("from_pod", &udp((cast.a, 5), (cast.remote, 53)).by(1))?;
+            ensure!(outcome.action == REDIRECT && outcome.mark == MARK, "{outcome:?}");
+        }
+        // to_overlay has nothing to add, and takes the mark off.
+        let marked = Arrival { mark: MARK, ..Arrival::default() };
+        let outcome = world.send_as("to_overlay", &udp((cast.a, 5), (cast.remote, 53)), marked)?;
+        ensure!(outcome.action == PASS && outcome.mark == 0, "{outcome:?}");
+        let outcome = world.send("to_overlay", &udp((cast.node, 5), (cast.remote, 53)))?;
+        ensure!(outcome.action == PASS && outcome.counted == [(0, EGRESS as u8)], "{outcome:?}");
+        // The answer to a tunnelled packet comes by the tunnel, too.
+        let answer = udp((cast.remote, 53), (cast.a, 5));
+        ensure!(world.send("from_network", &answer)?.action == SHOT);
+        let by_tunnel = Arrival { tunnel: Some((Some(cast.other_node), R)), ..Arrival::default() };
+        ensure!(world.send_as("from_overlay", &answer, by_tunnel)?.action == REDIRECT);
+        assert_eq!(world.connections(0)?[0].1.packets, [2, 1]);
+        Ok(())
+    })
+}
+
+#[test]
+fn native_routing_needs_a_route() -> Result<()> {
+    require_lab!();
+    for cast in casts() {
+        within(native(), move |world| {
+            let packet = udp((cast.a, 5), (cast.remote, 53)).by(1);
+            let outcome = world.send("from_pod", &packet)?;
+            ensure!(outcome.action == SHOT && outcome.counted == [(169, EGRESS as u8)], "{outcome:?}");
+            let family = if cast.a.is_ipv4() { "-4" } else { "-6" };
+            let prefix = if cast.a.is_ipv4() { 24 } else { 64 };
+            for line in [
+                "link set lo up".to_owned(),
+                "link add uplink type veth peer name wire".to_owned(),
+                "link set uplink up".to_owned(),
+                "link set wire up".to_owned(),
+                format!("{family} address add {}/{prefix} dev uplink", cast.node)
+                    + if cast.a.is_ipv4() { "" } else { " nodad" },
+                format!("{family} route add {} via {}", cast.remote, cast.other_node),
+            ] {
+                ensure!(Command::new("ip").args(line.split(' ')).status()?.success(), "ip {line}");
+            }
+            set_forwarding()?;
+            let outcome = world.send("from_pod", &packet)?;
+            ensure!(outcome.action == REDIRECT && outcome.mark == MARK, "{outcome:?}");
+            // to_network does not look at it again.
+            let marked = Arrival { mark: MARK, ..Arrival::default() };
+            let outcome = world.send_as("to_network", &packet, marked)?;
+            ensure!(outcome.action == PASS && outcome.counted.is_empty(), "{outcome:?}");
+            let answer = udp((cast.remote, 53), (cast.a, 5));
+            becomes(world, "from_network", &answer, REDIRECT, &answer)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// The routing table refuses to be asked on behalf of a device that does not forward.
+fn set_forwarding() -> Result<()> {
+    for name in ["ipv4/conf/all/forwarding", "ipv6/conf/all/forwarding"] {
+        std::fs::write(format!("/proc/sys/net/{name}"), "1")?;
+    }
+    Ok(())
+}
