@@ -1,0 +1,197 @@
+//! An independent model of NetworkPolicy: the specification read literally, one packet at a
+//! time, without identities, classes or prefixes trees. It shares the objects' types with
+//! Weir and no code that judges them, so that both being wrong in one way is unlikely.
+
+pub mod random;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use weir::model::{
+    Labels, NetworkPolicy, Peer, Pod, PolicyRule, PortSelector, Protocol, Requirement, Selector,
+};
+
+/// A cluster, as far as policy can see it.
+#[derive(Clone, Debug, Default)]
+pub struct Cluster {
+    /// Labels of each namespace, its name's label not among them.
+    pub namespaces: BTreeMap<String, Labels>,
+    /// The pods.
+    pub pods: Vec<ClusterPod>,
+    /// Addresses of nodes other than the two that run the pods.
+    pub nodes: Vec<IpAddr>,
+    /// Addresses of nobody known.
+    pub outside: Vec<IpAddr>,
+    /// The policies, of every namespace.
+    pub policies: Vec<NetworkPolicy>,
+}
+
+/// A pod and where it runs.
+#[derive(Clone, Debug)]
+pub struct ClusterPod {
+    /// The object.
+    pub pod: Pod,
+    /// One of each family.
+    pub addresses: [IpAddr; 2],
+    /// 0 or 1.
+    pub node: usize,
+}
+
+/// One end of a packet.
+#[derive(Clone, Copy, Debug)]
+pub struct Side<'a> {
+    /// What stands in its IP header.
+    pub address: IpAddr,
+    /// Whose address that is, if a pod's.
+    pub pod: Option<&'a ClusterPod>,
+}
+
+/// What a packet carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Payload {
+    /// To a port.
+    Port(Protocol, u16),
+    /// ICMP or ICMPv6 echo.
+    Icmp,
+}
+
+impl Cluster {
+    /// Every end that a packet of the family can have.
+    pub fn sides(&self, is_ipv4: bool) -> Vec<Side<'_>> {
+        let pods = self
+            .pods
+            .iter()
+            .map(|pod| Side { address: pod.addresses[usize::from(!is_ipv4)], pod: Some(pod) });
+        let others = self.nodes.iter().chain(&self.outside).filter(|address| address.is_ipv4() == is_ipv4);
+        pods.chain(others.map(|address| Side { address: *address, pod: None })).collect()
+    }
+
+    /// True if the connection is allowed: by the sender's egress and the receiver's ingress.
+    pub fn allows(&self, from: Side<'_>, to: Side<'_>, payload: Payload) -> bool {
+        self.allows_egress(from, to, payload) && self.allows_ingress(from, to, payload)
+    }
+
+    /// True if the sender may send it.
+    pub fn allows_egress(&self, from: Side<'_>, to: Side<'_>, payload: Payload) -> bool {
+        let Some(pod) = from.pod else { return true };
+        self.permits(pod, |policy| policy.egress.as_ref(), to, to, payload)
+    }
+
+    /// True if the receiver may get it.
+    pub fn allows_ingress(&self, from: Side<'_>, to: Side<'_>, payload: Payload) -> bool {
+        let Some(pod) = to.pod else { return true };
+        self.permits(pod, |policy| policy.ingress.as_ref(), from, to, payload)
+    }
+
+    /// A pod that no policy isolates is open; else some rule of some of them must allow.
+    fn permits(
+        &self,
+        subject: &ClusterPod,
+        rules: impl Fn(&NetworkPolicy) -> Option<&Vec<PolicyRule>>,
+        other: Side<'_>,
+        destination: Side<'_>,
+        payload: Payload,
+    ) -> bool {
+        let mut is_isolated = false;
+        for policy in &self.policies {
+            if policy.key.namespace != subject.pod.key.namespace
+                || !selects(&policy.pod_selector, &subject.pod.labels)
+            {
+                continue;
+            }
+            let Some(rules) = rules(policy) else { continue };
+            is_isolated = true;
+            for rule in rules {
+                if self.has_peer(policy, rule, other) && has_port(rule, destination, payload) {
+                    return true;
+                }
+            }
+        }
+        !is_isolated
+    }
+
+    fn has_peer(&self, policy: &NetworkPolicy, rule: &PolicyRule, other: Side<'_>) -> bool {
+        let Some(peers) = &rule.peers else { return true };
+        for peer in peers {
+            let is_match = match (peer, other.pod) {
+                (Peer::Block { cidr, except }, _) => {
+                    is_within(other.address, cidr)
+                        && !except.iter().any(|hole| is_within(other.address, hole))
+                }
+                (Peer::Pods { namespaces, pods }, Some(pod)) => {
+                    let namespace = &pod.pod.key.namespace;
+                    let is_namespace = match namespaces {
+                        None => *namespace == policy.key.namespace,
+                        Some(selector) => {
+                            let mut labels = self.namespaces.get(&**namespace).cloned().unwrap_or_default();
+                            labels.insert("kubernetes.io/metadata.name".to_owned(), namespace.to_string());
+                            selects(selector, &labels)
+                        }
+                    };
+                    is_namespace && selects(pods, &pod.pod.labels)
+                }
+                (Peer::Pods { .. }, None) => false,
+            };
+            if is_match {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+fn has_port(rule: &PolicyRule, destination: Side<'_>, payload: Payload) -> bool {
+    let Some(ports) = &rule.ports else { return true };
+    let Payload::Port(protocol, number) = payload else { return false };
+    for port in ports {
+        if port.protocol != protocol {
+            continue;
+        }
+        let is_match = match &port.port {
+            PortSelector::Any => true,
+            PortSelector::Range(from, to) => *from <= number && number <= *to,
+            PortSelector::Named(name) => destination.pod.is_some_and(|pod| {
+                let ports = pod.pod.named_ports.iter().filter(|(known, _)| *known == name);
+                ports
+                    .flat_map(|(_, ports)| ports)
+                    .any(|port| port.protocol == protocol && port.port == number)
+            }),
+        };
+        if is_match {
+            return true;
+        }
+    }
+    false
+}
+
+fn selects(selector: &Selector, labels: &Labels) -> bool {
+    for requirement in &selector.requirements {
+        let holds = match requirement {
+            Requirement::In(key, values) => match labels.get(key) {
+                Some(value) => values.iter().any(|allowed| allowed == value),
+                None => false,
+            },
+            Requirement::NotIn(key, values) => match labels.get(key) {
+                Some(value) => values.iter().all(|refused| refused != value),
+                None => true,
+            },
+            Requirement::Exists(key) => labels.get(key).is_some(),
+            Requirement::DoesNotExist(key) => labels.get(key).is_none(),
+        };
+        if !holds {
+            return false;
+        }
+    }
+    true
+}
+
+fn is_within(address: IpAddr, net: &IpNet) -> bool {
+    let (a, b, width) = match (address, net.addr()) {
+        (IpAddr::V4(a), IpAddr::V4(b)) => (u128::from(a.to_bits()), u128::from(b.to_bits()), 32),
+        (IpAddr::V6(a), IpAddr::V6(b)) => (a.to_bits(), b.to_bits(), 128),
+        _ => return false,
+    };
+    let host_bits = width - u32::from(net.prefix_len());
+    host_bits == 128 || (a >> host_bits) == (b >> host_bits)
+}
