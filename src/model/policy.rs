@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
+use imbl::OrdMap;
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
 
@@ -118,8 +119,9 @@ pub struct CompiledPolicy {
 /// One direction of a compiled policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CompiledDirection {
-    /// Identity -> class; what is not here is class 0.
-    pub peers: BTreeMap<IdentityId, u32>,
+    /// Identity -> class; what is not here is class 0. A persistent map: two versions of
+    /// a policy share what is equal, and `diff` costs as much as they differ.
+    pub peers: OrdMap<IdentityId, u32>,
     /// The verdicts of a class.
     pub rules: BTreeMap<CompiledRuleKey, CompiledRule>,
 }

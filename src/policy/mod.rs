@@ -38,7 +38,7 @@ use crate::tables::Snapshot;
 
 use peers::{Member, Peers};
 use prefixes::{Assigned, Locals, Tree};
-use select::{Definition, Selection, Selections};
+use select::{Definition, Selections};
 use value::Value;
 
 /// What policy depends on.
@@ -73,7 +73,7 @@ pub struct Output {
     pub local_identities: Arc<BTreeMap<IdentityId, LocalIdentity>>,
     /// Labels that policies ask pods for although identities leave them out: such a
     /// selector selects by the rest of the cluster's knowledge, as a peer nobody.
-    pub ignored_labels: BTreeMap<ObjectKey, BTreeSet<String>>,
+    pub ignored_labels: Arc<BTreeMap<ObjectKey, BTreeSet<String>>>,
 }
 
 /// Why there is no output. The last one stays true until the agent starts again.
@@ -93,6 +93,7 @@ pub enum Error {
 pub struct Compiler {
     next_policy: PolicyId,
     selections: Selections,
+    endpoints: BTreeMap<EndpointId, IdentityId>,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     prefixes: BTreeSet<IpNet>,
     tree: Tree,
@@ -111,6 +112,7 @@ impl Compiler {
         Self {
             next_policy: first_policy.max(PolicyId(1)),
             selections: Selections::default(),
+            endpoints: BTreeMap::new(),
             identities: Snapshot::new(),
             prefixes: BTreeSet::new(),
             tree: Tree::default(),
@@ -137,15 +139,24 @@ impl Compiler {
 
     fn compile_difference(&mut self, input: &Input<'_>) -> Result<Output, Error> {
         let relabelled = self.relabelled(input.identities);
-        self.selections.update(input.policies);
-        self.selections.forget(relabelled.keys());
-        let selections = self.select(input);
-        let mut changes = self.assign(input, &selections, &relabelled)?;
+        let is_selection_changed = self.select(input, &relabelled);
+        let mut changes = self.assign(input, is_selection_changed, &relabelled)?;
         changes.extend(relabelled.into_iter().map(|(id, labels)| {
             (id, labels.map(|labels| Member { labels: Some(labels), prefixes: Arc::default() }))
         }));
-        self.compile_values(&changes, &selections, input)?;
-        Ok(self.output(input, &selections))
+        let touched = self.peers.apply(&changes);
+        if is_selection_changed {
+            self.drop_unused();
+        }
+        if !touched.is_empty() {
+            self.values.values_mut().for_each(|value| value.update(&touched, &self.peers));
+        }
+        if is_selection_changed {
+            self.add_missing(input.identities)?;
+            let used: HashSet<_> = self.values.values().flat_map(Value::peers).collect();
+            self.peers.retain(&used);
+        }
+        Ok(self.output())
     }
 
     /// The identities that are new, have other labels (a number claimed again), or are gone.
@@ -165,13 +176,22 @@ impl Compiler {
             .collect()
     }
 
-    /// What selects each identity of this node.
-    fn select(&mut self, input: &Input<'_>) -> BTreeMap<IdentityId, Selection> {
+    /// Renews what selects each identity of this node; true if that may have changed.
+    fn select(
+        &mut self,
+        input: &Input<'_>,
+        relabelled: &BTreeMap<IdentityId, Option<Arc<IdentityLabels>>>,
+    ) -> bool {
+        let mut is_changed = self.selections.update(input.policies);
+        is_changed |= self.selections.forget(relabelled.keys());
+        is_changed |= *input.endpoints != self.endpoints;
         let used: BTreeSet<IdentityId> = input.endpoints.values().copied().collect();
-        self.selections.retain(&used);
-        used.into_iter()
-            .filter_map(|id| Some((id, self.selections.select(id, input.identities.get(&id)?))))
-            .collect()
+        is_changed |= used.len() != self.selections.selected().len();
+        if is_changed {
+            self.endpoints.clone_from(input.endpoints);
+            self.selections.select(&used, input.identities);
+        }
+        is_changed
     }
 
     /// Renews the identities of addresses and prefixes; returns the local ones that are
@@ -179,14 +199,13 @@ impl Compiler {
     fn assign(
         &mut self,
         input: &Input<'_>,
-        selections: &BTreeMap<IdentityId, Selection>,
+        is_selection_changed: bool,
         relabelled: &BTreeMap<IdentityId, Option<Arc<IdentityLabels>>>,
     ) -> Result<BTreeMap<IdentityId, Option<Member>>, Error> {
-        let used: BTreeSet<&ObjectKey> =
-            selections.values().flat_map(|selection| selection.policies.iter()).collect();
-        let prefixes = self.selections.prefixes(used.into_iter());
-        let is_same_tree = prefixes == self.prefixes;
-        if !is_same_tree {
+        let prefixes = is_selection_changed.then(|| self.selections.prefixes());
+        let prefixes = prefixes.filter(|prefixes| *prefixes != self.prefixes);
+        let is_same_tree = prefixes.is_none();
+        if let Some(prefixes) = prefixes {
             self.tree = Tree::new(&prefixes);
             self.prefixes = prefixes;
         }
@@ -208,25 +227,17 @@ impl Compiler {
         Ok(gone.chain(changed.map(|(id, local)| (*id, Some(member(local))))).collect())
     }
 
-    /// Brings the values in use up to date, makes the new ones, drops the others.
-    fn compile_values(
-        &mut self,
-        changes: &BTreeMap<IdentityId, Option<Member>>,
-        selections: &BTreeMap<IdentityId, Selection>,
-        input: &Input<'_>,
-    ) -> Result<(), Error> {
+    fn drop_unused(&mut self) {
+        let selected = self.selections.selected().values();
         let used: BTreeSet<&Definition> =
-            selections.values().filter_map(|selection| selection.definition.as_ref()).collect();
-        let count = self.values.len();
+            selected.filter_map(|selection| selection.definition.as_ref()).collect();
         self.values.retain(|definition, _| used.contains(definition));
-        let mut is_changed = self.values.len() != count;
-        let touched = self.peers.apply(changes);
-        if !touched.is_empty() {
-            self.values.values_mut().for_each(|value| value.update(&touched, &self.peers));
-        }
-        for (id, selection) in selections {
+    }
+
+    fn add_missing(&mut self, identities: &Snapshot<IdentityId, Arc<IdentityLabels>>) -> Result<(), Error> {
+        for (id, selection) in self.selections.selected() {
             let Some(definition) = &selection.definition else { continue };
-            let Some(labels) = input.identities.get(id) else { continue };
+            let Some(labels) = identities.get(id) else { continue };
             if self.values.contains_key(definition) {
                 continue;
             }
@@ -238,16 +249,11 @@ impl Compiler {
             let policies = self.selections.policies(selection);
             let value = Value::new(policy, &policies, labels, &mut self.peers);
             self.values.insert(definition.clone(), value);
-            is_changed = true;
-        }
-        if is_changed {
-            let used: HashSet<_> = self.values.values().flat_map(Value::peers).collect();
-            self.peers.retain(&used);
         }
         Ok(())
     }
 
-    fn output(&self, input: &Input<'_>, selections: &BTreeMap<IdentityId, Selection>) -> Output {
+    fn output(&self) -> Output {
         let mut output = Output {
             policies: self.values.values().map(|value| (value.id, value.compiled.clone())).collect(),
             addresses: self.assigned.addresses.clone(),
@@ -256,8 +262,8 @@ impl Compiler {
             ignored_labels: self.selections.ignored_labels(),
             ..Output::default()
         };
-        for (endpoint, id) in input.endpoints {
-            let Some(selection) = selections.get(id) else { continue };
+        for (endpoint, id) in &self.endpoints {
+            let Some(selection) = self.selections.selected().get(id) else { continue };
             let value = selection.definition.as_ref().and_then(|definition| self.values.get(definition));
             output.of_endpoint.insert(*endpoint, value.map_or(PolicyId::default(), |value| value.id));
             output.selected_by.insert(*endpoint, selection.policies.clone());

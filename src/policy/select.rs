@@ -1,6 +1,6 @@
 //! Which policies select which pods of this node, and so which policy value each has.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
@@ -28,7 +28,6 @@ pub struct Definition {
 pub struct Revision(u64);
 
 /// What an identity of this node is selected by.
-#[derive(Clone)]
 pub struct Selection {
     /// The policies, sorted.
     pub policies: Arc<[ObjectKey]>,
@@ -41,7 +40,9 @@ pub struct Selection {
 pub struct Selections {
     snapshot: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
     states: BTreeMap<ObjectKey, State>,
-    selected: HashMap<IdentityId, Selection>,
+    selected: BTreeMap<IdentityId, Arc<Selection>>,
+    /// Labels that policies ask pods for although no identity has them.
+    ignored_labels: Arc<BTreeMap<ObjectKey, BTreeSet<String>>>,
     next: u64,
 }
 
@@ -56,11 +57,12 @@ struct State {
 }
 
 impl Selections {
-    /// Takes in the policies as they are now.
-    pub fn update(&mut self, policies: &Snapshot<ObjectKey, Arc<NetworkPolicy>>) {
+    /// Takes in the policies as they are now; true if any changed.
+    pub fn update(&mut self, policies: &Snapshot<ObjectKey, Arc<NetworkPolicy>>) -> bool {
         let before = std::mem::replace(&mut self.snapshot, policies.clone());
+        let mut is_changed = false;
         for item in before.diff(policies) {
-            self.selected.clear();
+            is_changed = true;
             match item {
                 DiffItem::Add(key, policy) | DiffItem::Update { new: (key, policy), .. } => {
                     let old = self.states.remove(key).filter(|old| {
@@ -74,6 +76,13 @@ impl Selections {
                 }
             }
         }
+        if is_changed {
+            self.selected.clear();
+            let states = self.states.iter().filter(|(_, state)| !state.ignored.is_empty());
+            let ignored = states.map(|(key, state)| (key.clone(), state.ignored.clone()));
+            self.ignored_labels = Arc::new(ignored.collect());
+        }
+        is_changed
     }
 
     fn next_revision(&mut self) -> Revision {
@@ -81,23 +90,36 @@ impl Selections {
         Revision(self.next)
     }
 
-    /// The labels of these identities are others now.
-    pub fn forget<'a>(&mut self, identities: impl Iterator<Item = &'a IdentityId>) {
-        for id in identities {
-            self.selected.remove(id);
+    /// The labels of these identities are others now; true if any is selected here.
+    pub fn forget<'a>(&mut self, identities: impl Iterator<Item = &'a IdentityId>) -> bool {
+        let count = self.selected.len();
+        identities.for_each(|id| drop(self.selected.remove(id)));
+        self.selected.len() != count
+    }
+
+    /// What selects each of `used`, as far as its labels are known.
+    pub fn select(
+        &mut self,
+        used: &BTreeSet<IdentityId>,
+        identities: &Snapshot<IdentityId, Arc<IdentityLabels>>,
+    ) {
+        self.selected.retain(|id, _| used.contains(id));
+        for id in used {
+            if !self.selected.contains_key(id)
+                && let Some(labels) = identities.get(id)
+            {
+                let selection = Arc::new(self.selection_of(labels));
+                self.selected.insert(*id, selection);
+            }
         }
     }
 
-    /// Keeps only what is known of `identities`.
-    pub fn retain(&mut self, identities: &BTreeSet<IdentityId>) {
-        self.selected.retain(|id, _| identities.contains(id));
+    /// The selections, by the identity that is selected.
+    pub fn selected(&self) -> &BTreeMap<IdentityId, Arc<Selection>> {
+        &self.selected
     }
 
-    /// What selects pods of identity `id`, which has `labels`.
-    pub fn select(&mut self, id: IdentityId, labels: &IdentityLabels) -> Selection {
-        if let Some(selection) = self.selected.get(&id) {
-            return selection.clone();
-        }
+    fn selection_of(&self, labels: &IdentityLabels) -> Selection {
         let first = ObjectKey::new(labels.namespace.as_str(), "");
         let states: Vec<&State> = self
             .states
@@ -115,12 +137,10 @@ impl Selections {
         ports.sort_unstable();
         ports.dedup();
         let revisions: Vec<Revision> = states.iter().map(|state| state.revision).collect();
-        let selection = Selection {
+        Selection {
             policies: states.iter().map(|state| state.policy.key.clone()).collect(),
             definition: (!revisions.is_empty()).then_some(Definition { revisions, ports }),
-        };
-        self.selected.insert(id, selection.clone());
-        selection
+        }
     }
 
     /// The policies of a selection.
@@ -130,14 +150,19 @@ impl Selections {
     }
 
     /// Every prefix that rules of the policies in use name.
-    pub fn prefixes<'a>(&self, used: impl Iterator<Item = &'a ObjectKey>) -> BTreeSet<IpNet> {
-        used.filter_map(|key| self.states.get(key)).flat_map(|state| &state.prefixes).copied().collect()
+    pub fn prefixes(&self) -> BTreeSet<IpNet> {
+        let used: BTreeSet<&ObjectKey> =
+            self.selected.values().flat_map(|selection| selection.policies.iter()).collect();
+        used.into_iter()
+            .filter_map(|key| self.states.get(key))
+            .flat_map(|state| &state.prefixes)
+            .copied()
+            .collect()
     }
 
     /// Labels that policies ask pods for although no identity has them.
-    pub fn ignored_labels(&self) -> BTreeMap<ObjectKey, BTreeSet<String>> {
-        let states = self.states.iter().filter(|(_, state)| !state.ignored.is_empty());
-        states.map(|(key, state)| (key.clone(), state.ignored.clone())).collect()
+    pub fn ignored_labels(&self) -> Arc<BTreeMap<ObjectKey, BTreeSet<String>>> {
+        self.ignored_labels.clone()
     }
 }
 

@@ -252,7 +252,7 @@ fn ingress_port_names_are_the_selected_pods() {
     let output = world.compile(&mut compiler());
     let compiled = |rules: &[(CompiledRuleKey, CompiledRule)]| {
         let rules = rules.iter().cloned().collect();
-        CompiledPolicy { ingress: Some(CompiledDirection { peers: BTreeMap::new(), rules }), egress: None }
+        CompiledPolicy { ingress: Some(CompiledDirection { peers: Snapshot::new(), rules }), egress: None }
     };
     let of = |endpoint: u16| &*output.policies[&output.of_endpoint[&EndpointId(endpoint)]];
     assert_eq!(*of(1), compiled(&[row(0, 6, 8080, "web")]));
@@ -412,7 +412,7 @@ fn a_selector_on_a_left_out_label_lets_nobody_in_and_is_reported() {
     let output = world.compile(&mut compiler());
     assert_eq!(output.policies[&PolicyId(1)].ingress, Some(CompiledDirection::default()));
     let labels = BTreeSet::from(["pod-template-hash".to_owned()]);
-    assert_eq!(output.ignored_labels, BTreeMap::from([(ObjectKey::new("shop", "in"), labels)]));
+    assert_eq!(*output.ignored_labels, BTreeMap::from([(ObjectKey::new("shop", "in"), labels)]));
 }
 
 #[test]

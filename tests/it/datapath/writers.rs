@@ -51,7 +51,7 @@ fn policy(origin: &str, peers: &[u32]) -> Arc<CompiledPolicy> {
         (key, CompiledRule { is_allowed: true, origin: origin.clone() })
     };
     let ingress = CompiledDirection {
-        peers: peers.iter().map(|identity| (IdentityId(*identity), 1)).collect(),
+        peers: peers.iter().map(|identity| (IdentityId(*identity), 1_u32)).collect(),
         rules: [rule(80, 16, Some(6)), rule(8080, 12, Some(6)), rule(0, 0, Some(17))].into(),
     };
     Arc::new(CompiledPolicy { ingress: Some(ingress), egress: None })
