@@ -6,6 +6,9 @@
 //! holds the address is believed, else the one of the node whose name sorts first. The
 //! claim that lost is reported.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -1,1 +1,130 @@
+use super::*;
+use crate::model::{Protocol, SliceBackend};
 
+fn service(name: &str, addresses: &[&str], ports: &[(&str, Protocol, u16)]) -> (ObjectKey, Arc<Service>) {
+    let key = ObjectKey::new("shop", name);
+    let addresses = addresses.iter().map(|text| ip(text)).collect();
+    (key.clone(), Arc::new(Service { key, addresses, ports: ports_of(ports) }))
+}
+
+fn slice(
+    name: &str,
+    service: &str,
+    ports: &[(&str, Protocol, u16)],
+    backends: &[SliceBackend],
+) -> (ObjectKey, Arc<EndpointSlice>) {
+    let key = ObjectKey::new("shop", name);
+    let service = ObjectKey::new("shop", service);
+    let (ports, backends) = (ports_of(ports), backends.to_vec());
+    (key.clone(), Arc::new(EndpointSlice { key, service, ports, backends }))
+}
+
+fn ports_of(ports: &[(&str, Protocol, u16)]) -> Vec<ServicePort> {
+    let port = |(name, protocol, port): &(&str, Protocol, u16)| ServicePort {
+        name: name.to_string(),
+        protocol: *protocol,
+        port: *port,
+    };
+    ports.iter().map(port).collect()
+}
+
+fn ready(address: &str) -> SliceBackend {
+    let addresses = vec![ip(address)];
+    SliceBackend { addresses, ready: true, serving: true, terminating: false, node: None }
+}
+
+fn ending(address: &str, serving: bool) -> SliceBackend {
+    SliceBackend { ready: false, serving, terminating: true, ..ready(address) }
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+/// Frontends as `address:port/protocol -> backends`.
+fn shown(output: &Output) -> Vec<String> {
+    let show = |(key, frontend): (&FrontendKey, &Frontend)| {
+        let backends: Vec<String> = frontend.backends.iter().map(SocketAddr::to_string).collect();
+        format!("{key} {} [{}]", frontend.service, backends.join(" "))
+    };
+    output.frontends.iter().map(show).collect()
+}
+
+const TCP: Protocol = Protocol::Tcp;
+const UDP: Protocol = Protocol::Udp;
+
+#[test]
+fn ports_meet_by_name_and_protocol_in_each_family() {
+    let services = [service("dns", &["10.96.0.10", "fd96::a"], &[("dns", UDP, 53), ("dns-tcp", TCP, 53)])];
+    let ports = [("dns", UDP, 5353), ("dns-tcp", TCP, 5354), ("dns", TCP, 1)];
+    let slices = [
+        slice("dns-b", "dns", &ports, &[ready("10.0.0.3")]),
+        slice("dns-a", "dns", &ports, &[ready("10.0.0.9"), ready("10.0.0.3")]),
+        slice("dns-6", "dns", &ports, &[ready("fd00::3")]),
+        slice("other", "web", &ports, &[ready("10.0.0.77")]),
+    ];
+    let output = frontends(&services.into_iter().collect(), &slices.into_iter().collect());
+    assert_eq!(
+        shown(&output),
+        [
+            "10.96.0.10:0/any shop/dns []",
+            "10.96.0.10:53/TCP shop/dns [10.0.0.3:5354 10.0.0.9:5354]",
+            "10.96.0.10:53/UDP shop/dns [10.0.0.3:5353 10.0.0.9:5353]",
+            "[fd96::a]:0/any shop/dns []",
+            "[fd96::a]:53/TCP shop/dns [[fd00::3]:5354]",
+            "[fd96::a]:53/UDP shop/dns [[fd00::3]:5353]",
+        ]
+    );
+    assert_eq!(output.conflicts, []);
+}
+
+#[test]
+fn ending_backends_serve_only_where_none_is_ready() {
+    let web = || service("web", &["10.96.0.1"], &[("", TCP, 80)]);
+    let of = |backends: &[SliceBackend]| {
+        let slices = [slice("web", "web", &[("", TCP, 8080)], backends)];
+        shown(&frontends(&[web()].into_iter().collect(), &slices.into_iter().collect())).remove(1)
+    };
+    let not_ready = SliceBackend { ready: false, serving: false, ..ready("10.0.0.1") };
+    let all = [not_ready.clone(), ending("10.0.0.2", true), ending("10.0.0.3", false), ready("10.0.0.4")];
+    assert_eq!(of(&all), "10.96.0.1:80/TCP shop/web [10.0.0.4:8080]");
+    assert_eq!(of(&all[..3]), "10.96.0.1:80/TCP shop/web [10.0.0.2:8080]");
+    assert_eq!(of(&[not_ready]), "10.96.0.1:80/TCP shop/web []");
+}
+
+#[test]
+fn headless_services_and_unusable_addresses_have_no_rows() {
+    let services = [
+        service("headless", &[], &[("", TCP, 80)]),
+        service("loop", &["127.0.0.1"], &[("", TCP, 80)]),
+        service("web", &["10.96.0.1"], &[("", TCP, 80)]),
+    ];
+    let hostile = ["127.0.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1"].map(ready);
+    let slices = [slice("web", "web", &[("", TCP, 8080)], &hostile)];
+    let output = frontends(&services.into_iter().collect(), &slices.into_iter().collect());
+    assert_eq!(shown(&output), ["10.96.0.1:0/any shop/web []", "10.96.0.1:80/TCP shop/web []"]);
+}
+
+#[test]
+fn an_address_in_two_services_is_the_first_ones() {
+    let services = [
+        service("b", &["10.96.0.1", "10.96.0.2"], &[("", TCP, 80)]),
+        service("a", &["10.96.0.1"], &[("", UDP, 53)]),
+    ];
+    let output = frontends(&services.into_iter().collect(), &Snapshot::new());
+    assert_eq!(
+        shown(&output),
+        [
+            "10.96.0.1:0/any shop/a []",
+            "10.96.0.1:53/UDP shop/a []",
+            "10.96.0.2:0/any shop/b []",
+            "10.96.0.2:80/TCP shop/b []",
+        ]
+    );
+    let conflict = Conflict {
+        service: ObjectKey::new("shop", "b"),
+        address: ip("10.96.0.1"),
+        owner: ObjectKey::new("shop", "a"),
+    };
+    assert_eq!(output.conflicts, [conflict]);
+}
