@@ -271,3 +271,30 @@ proptest! {
 fn cases(default: u32) -> u32 {
     std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
+
+/// The generator's manifests are what a user would write: the source reads the same
+/// namespaces and policies from them.
+#[tokio::test]
+async fn manifests_of_random_clusters_read_back() {
+    for seed in 0..20 {
+        let cluster = random::sample(seed);
+        let directory = tempfile::tempdir().expect("making a directory");
+        let documents: Vec<String> =
+            random::manifests(&cluster).iter().map(serde_json::Value::to_string).collect();
+        std::fs::write(directory.path().join("cluster.yaml"), documents.join("\n---\n")).expect("writing it");
+        let tables = Arc::new(weir::kube::Tables::new());
+        let source = weir::kube::Source::Manifests(directory.path().to_owned());
+        tokio::select! {
+            () = weir::kube::run(source, tables.clone(), Arc::default()) => unreachable!("it never returns"),
+            () = tables.wait_synced() => {}
+        }
+        let facts = Facts::new(&cluster, 0);
+        assert_eq!(tables.policies.snapshot(), facts.policies, "seed {seed}");
+        let namespaces = tables.namespaces.snapshot();
+        for (name, labels) in &cluster.namespaces {
+            let mut labels = labels.clone();
+            labels.insert("kubernetes.io/metadata.name".to_owned(), name.clone());
+            assert_eq!(namespaces.get(&**name).map(|namespace| &namespace.labels), Some(&labels));
+        }
+    }
+}
