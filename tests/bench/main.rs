@@ -4,6 +4,7 @@ mod datapath;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod load;
+mod policy;
 mod reference;
 mod row;
 
@@ -12,7 +13,8 @@ use anyhow::{Result, bail};
 use row::Row;
 
 /// Every suite, by name.
-const SUITES: [(&str, fn() -> Result<Vec<Row>>); 1] = [("datapath", datapath::rows)];
+const SUITES: [(&str, fn() -> Result<Vec<Row>>); 2] =
+    [("datapath", datapath::rows), ("policy", policy::rows)];
 
 fn main() -> Result<()> {
     load::run_if_asked()?;
