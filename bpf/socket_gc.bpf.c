@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
+/*
+ * Ending connected UDP sockets whose backend is gone: nothing else would tell
+ * the application, which would send into the void for as long as it lives. TCP
+ * finds out by itself. Walks the sockets of the network namespace of the thread
+ * that opens the iterator, and writes one byte for each socket it has ended.
+ *
+ * Kernels before 6.5 lack bpf_sock_destroy; the agent then leaves this out.
+ */
+#include "lib/service.h"
+
+#include <bpf/bpf_core_read.h>
+
+char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
+
+/* The state of a UDP socket that is connected. */
+#define TCP_ESTABLISHED 1
+
+struct in6_addr {
+	union {
+		__be32 u6_addr32[4];
+	} in6_u;
+} __attribute__((preserve_access_index));
+
+struct sock_common {
+	__be32 skc_daddr;
+	__be16 skc_dport;
+	unsigned short skc_family;
+	volatile unsigned char skc_state;
+	struct in6_addr skc_v6_daddr;
+} __attribute__((preserve_access_index));
+
+struct sock {
+	struct sock_common __sk_common;
+} __attribute__((preserve_access_index));
+
+struct inet_sock {
+	struct sock sk;
+} __attribute__((preserve_access_index));
+
+struct udp_sock {
+	struct inet_sock inet;
+} __attribute__((preserve_access_index));
+
+struct bpf_iter__udp {
+	struct bpf_iter_meta *meta;
+	struct udp_sock *udp_sk;
+} __attribute__((preserve_access_index));
+
+int bpf_sock_destroy(struct sock_common *sock) __ksym;
+
+static __always_inline void socket_peer(struct sock_common *common,
+					struct socket_key *key)
+{
+	key->port = common->skc_dport;
+	if (common->skc_family == AF_INET) {
+		addr_from_ipv4(&key->backend, common->skc_daddr);
+	} else if (bpf_core_field_exists(common->skc_v6_daddr)) {
+		key->backend.w[0] = common->skc_v6_daddr.in6_u.u6_addr32[0];
+		key->backend.w[1] = common->skc_v6_daddr.in6_u.u6_addr32[1];
+		key->backend.w[2] = common->skc_v6_daddr.in6_u.u6_addr32[2];
+		key->backend.w[3] = common->skc_v6_daddr.in6_u.u6_addr32[3];
+	}
+}
+
+struct search {
+	const struct socket_key *wanted;
+	struct backend_key key;
+	bool is_found;
+};
+
+static long search_slot(__u32 slot, struct search *search)
+{
+	struct backend *backend;
+
+	search->key.slot = slot;
+	backend = bpf_map_lookup_elem(&backends, &search->key);
+	search->is_found = backend && backend->port == search->wanted->port &&
+			   addr_equal(&backend->addr, &search->wanted->backend);
+	return search->is_found;
+}
+
+/*
+ * The service that the socket was connected to still leads to its peer. True in
+ * doubt: when the set changes during the search, or the row is another one's.
+ */
+static __always_inline bool socket_is_current(const struct socket_key *key,
+					      const struct socket_origin *origin)
+{
+	struct service *service =
+		service_find(&origin->service, origin->port, key->protocol);
+	struct search search = { .wanted = key };
+
+	if (!service)
+		return false;
+	search.key.service_id = service->service_id;
+	search.key.generation = service->generation;
+	bpf_loop(service->backend_count, search_slot, &search, 0);
+	if (search.is_found)
+		return true;
+	service = service_find(&origin->service, origin->port, key->protocol);
+	return service && (service->service_id != search.key.service_id ||
+			   service->generation != search.key.generation);
+}
+
+SEC("iter/udp")
+int destroy_sockets(struct bpf_iter__udp *ctx)
+{
+	struct udp_sock *socket = ctx->udp_sk;
+	struct socket_origin *origin;
+	struct socket_key key = {};
+	struct sock_common *common;
+	__u8 mark = 1;
+
+	if (!socket)
+		return 0;
+	common = (struct sock_common *)socket;
+	if (common->skc_state != TCP_ESTABLISHED)
+		return 0;
+	key.cookie = bpf_get_socket_cookie(socket);
+	key.protocol = IPPROTO_UDP;
+	socket_peer(common, &key);
+	origin = bpf_map_lookup_elem(&sockets, &key);
+	if (!origin || socket_is_current(&key, origin))
+		return 0;
+	if (!bpf_sock_destroy(common))
+		bpf_seq_write(ctx->meta->seq, &mark, sizeof(mark));
+	return 0;
+}
