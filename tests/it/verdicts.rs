@@ -8,9 +8,9 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow};
 
-use crate::lab::{Outcome, Pod, Running, Space, Via, probe};
+use crate::lab::{Outcome, Pod, Running, Space, Via, noting_failure, probe};
 
 /// What a probe must end as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,7 +90,9 @@ pub fn expect_all(rows: &[Row<'_>]) -> Result<()> {
             return Ok(());
         }
         if Instant::now() > deadline {
-            bail!("{} of {} verdicts are wrong:\n{}", failed.len(), rows.len(), failed.join("\n"));
+            let message =
+                anyhow!("{} of {} verdicts are wrong:\n{}", failed.len(), rows.len(), failed.join("\n"));
+            return noting_failure(Err(message));
         }
     }
 }

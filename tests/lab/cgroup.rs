@@ -53,8 +53,8 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // The last thread leaves a moment after its space was dropped.
-        let deadline = Instant::now() + Duration::from_secs(2);
+        // The last thread leaves a moment after its space was dropped, an agent that was killed later.
+        let deadline = Instant::now() + Duration::from_secs(20);
         while let Err(error) = fs::remove_dir(&self.0) {
             if Instant::now() > deadline {
                 eprintln!("removing {}: {error}", self.0.display());

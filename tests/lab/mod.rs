@@ -26,6 +26,7 @@ mod probe;
 mod space;
 mod traffic;
 
+use std::cell::Cell;
 use std::env;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -276,8 +277,29 @@ pub fn machine_lacks() -> Option<String> {
     (!has_bpffs).then(|| "needs bpffs (CONFIG_BPF_SYSCALL and leave to mount)".to_owned())
 }
 
+thread_local! {
+    static HAS_FAILED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Lets the labs of this thread say what their agents saw when they are dropped: a test that
+/// returns an error does not panic.
+pub fn noting_failure<T>(result: Result<T>) -> Result<T> {
+    if result.is_err() {
+        HAS_FAILED.set(true);
+    }
+    result
+}
+
+fn has_failed() -> bool {
+    std::thread::panicking() || HAS_FAILED.get()
+}
+
 /// Polls until `condition` holds; the error says what was awaited.
-pub fn wait_for(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
+pub fn wait_for(what: &str, condition: impl FnMut() -> Result<bool>) -> Result<()> {
+    noting_failure(poll_for(what, condition))
+}
+
+fn poll_for(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let last = condition();

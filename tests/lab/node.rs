@@ -126,12 +126,13 @@ impl Node {
         let mut agent = self.agent.lock().expect("no test panics while it holds the agent");
         if let Some(mut child) = agent.take() {
             kill(Pid::from_raw(child.id() as i32), signal)?;
-            let deadline = Instant::now() + Duration::from_secs(10);
+            // On a busy machine the kernel takes seconds to take a process's inotify watches down.
+            let deadline = Instant::now() + Duration::from_secs(60);
             while child.try_wait()?.is_none() {
                 if Instant::now() > deadline {
                     child.kill()?;
                     child.wait()?;
-                    bail!("the agent of {} did not end in 10 s after {signal}", self.name);
+                    bail!("the agent of {} did not end in 60 s after {signal}", self.name);
                 }
                 std::thread::sleep(Duration::from_millis(5));
             }
@@ -230,8 +231,14 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if super::has_failed() {
             eprintln!("{}", self.log_tail());
+            let drops = self.weir(&["observe", "--verdict", "dropped", "--last", "30"]);
+            eprintln!(
+                "--- dropped on {}:\n{}---",
+                self.name,
+                drops.unwrap_or_else(|error| format!("{error:#}"))
+            );
         }
         let ended = self.kill_agent();
         let unmounted = umount2(&self.directory.join("bpf"), MntFlags::MNT_DETACH);

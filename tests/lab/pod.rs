@@ -177,8 +177,7 @@ impl Plugin {
         plugin.env("CNI_COMMAND", command).env("CNI_IFNAME", "eth0").env("CNI_PATH", "/opt/cni/bin");
         plugin.envs(environment.iter().copied());
         let config = self.config.to_string();
-        let written = space
-            .run(move || output_of(&mut plugin, &config))
+        let written = super::noting_failure(space.run(move || output_of(&mut plugin, &config)))
             .with_context(|| format!("CNI {command} on {}", self.node))?;
         if written.trim().is_empty() {
             return Ok(Value::Null);

@@ -221,12 +221,18 @@ impl Server {
     }
 }
 
+/// Lets a socket hold seconds of datagrams: on a busy machine its thread may not run for a while.
+pub fn hold_many_datagrams(socket: &UdpSocket) -> Result<()> {
+    Ok(setsockopt(socket, sockopt::RcvBufForce, &(16 << 20))?)
+}
+
 fn answer(name: &str, closed: &UnixStream, listeners: &[TcpListener], sockets: &[UdpSocket]) -> Result<()> {
     for listener in listeners {
         listener.set_nonblocking(true)?;
     }
     for socket in sockets {
         socket.set_nonblocking(true)?;
+        hold_many_datagrams(socket)?;
     }
     let mut streams: BTreeMap<i32, TcpStream> = BTreeMap::new();
     loop {

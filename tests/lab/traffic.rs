@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
+use super::probe::hold_many_datagrams;
 use super::space::{Running, Space};
 
 /// Traffic on a thread of its own.
@@ -89,7 +90,7 @@ impl Report {
     /// An error unless every message was answered, and TCP sent nothing twice.
     pub fn check_nothing_lost(&self) -> Result<()> {
         if self.sent != self.answered || self.repeated > 0 {
-            bail!("lost or repeated: {self:?}");
+            super::noting_failure(Err(anyhow!("lost or repeated: {self:?}")))?;
         }
         Ok(())
     }
@@ -132,13 +133,19 @@ fn run_tcp(target: SocketAddr, shared: &Shared) -> Result<Report> {
     Ok(report)
 }
 
-/// What the calling thread's namespace has counted: column RetransSegs of the second line that begins with Tcp.
+/// Segments sent again in the calling thread's namespace, less those that open connections.
 fn repeated_segments() -> Result<u64> {
-    let counters = std::fs::read_to_string("/proc/thread-self/net/snmp")?;
-    let mut lines = counters.lines().filter_map(|line| line.strip_prefix("Tcp: "));
-    let (names, values) = (lines.next().context("Tcp")?, lines.next().context("Tcp")?);
-    let found = names.split(' ').zip(values.split(' ')).find(|(name, _)| *name == "RetransSegs");
-    Ok(found.context("RetransSegs")?.1.parse()?)
+    let all = counter("/proc/thread-self/net/snmp", "Tcp: ", "RetransSegs")?;
+    Ok(all - counter("/proc/thread-self/net/netstat", "TcpExt: ", "TCPSynRetrans")?)
+}
+
+/// A counter of the kernel: names are in the first line of a kind, values in the second.
+fn counter(file: &str, kind: &str, name: &str) -> Result<u64> {
+    let counters = std::fs::read_to_string(file)?;
+    let mut lines = counters.lines().filter_map(|line| line.strip_prefix(kind));
+    let (names, values) = (lines.next().context(kind.to_owned())?, lines.next().context(kind.to_owned())?);
+    let found = names.split(' ').zip(values.split(' ')).find(|(known, _)| *known == name);
+    Ok(found.context(name.to_owned())?.1.parse()?)
 }
 
 fn read_greeting(stream: &mut TcpStream) -> Result<()> {
@@ -159,13 +166,14 @@ fn run_udp(target: SocketAddr, shared: &Shared) -> Result<Report> {
     let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(target)?;
-    socket.set_read_timeout(Some(Duration::from_millis(1)))?;
+    hold_many_datagrams(&socket)?;
+    socket.set_nonblocking(true)?;
     let mut report = Report::default();
     let mut last = Instant::now();
     let mut buffer = [0; 256];
     let mut receive = |report: &mut Report| {
-        // Refused and timed out are both "no answer".
-        if socket.recv(&mut buffer).is_ok() {
+        // Refused and nothing there are both "no answer".
+        while socket.recv(&mut buffer).is_ok() {
             report.answered += 1;
             report.longest_gap = report.longest_gap.max(last.elapsed());
             last = Instant::now();
@@ -173,15 +181,17 @@ fn run_udp(target: SocketAddr, shared: &Shared) -> Result<Report> {
         }
     };
     while !shared.stops.load(Ordering::Relaxed) {
-        // A pending ICMP error is reported here; the datagram is then sent again.
+        // A pending ICMP error is reported here; the datagram is then not sent.
         if socket.send(&report.sent.to_be_bytes()).is_ok() {
             report.sent += 1;
         }
+        std::thread::sleep(Duration::from_millis(1));
         receive(&mut report);
     }
     // A busy machine may not have run the server for a while.
     let deadline = Instant::now() + Duration::from_secs(3);
     while report.answered < report.sent && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
         receive(&mut report);
     }
     Ok(report)
