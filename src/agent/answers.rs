@@ -360,10 +360,8 @@ impl Answers {
                 () = reply.closed() => return,
             };
             let Some(items) = items else { return };
-            for item in items {
-                if reply.send(&item).await.is_err() {
-                    return;
-                }
+            if reply.send_all(&items).await.is_err() {
+                return;
             }
         }
     }

@@ -13,6 +13,9 @@ use super::{Error, Line, Request};
 /// Longer answers are refused: nothing the agent says in one line comes near it.
 const ANSWER_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
+/// Read at once: some fifty flows.
+const READ_BYTES: usize = 64 * 1024;
+
 /// A connection that will carry one request.
 pub struct Client {
     stream: UnixStream,
@@ -45,7 +48,7 @@ impl Client {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
         self.stream.write_all(&line)?;
-        Ok(Stream { reader: BufReader::new(self.stream), answers: PhantomData })
+        Ok(Stream { reader: BufReader::with_capacity(READ_BYTES, self.stream), answers: PhantomData })
     }
 }
 
@@ -53,6 +56,13 @@ impl Client {
 pub struct Stream<T> {
     reader: BufReader<UnixStream>,
     answers: PhantomData<fn() -> T>,
+}
+
+impl<T> Stream<T> {
+    /// True if the next answer is here already: asking for it will not wait.
+    pub fn has_next_now(&self) -> bool {
+        self.reader.buffer().contains(&b'\n')
+    }
 }
 
 impl<T: DeserializeOwned> Iterator for Stream<T> {

@@ -48,12 +48,17 @@ pub struct Reply {
 impl Reply {
     /// Sends one result; streaming methods send as many as they like.
     pub async fn send(&mut self, result: &impl Serialize) -> Result<(), Gone> {
-        self.write(&Line::Result(result)).await
+        self.write([Line::Result(result)]).await
+    }
+
+    /// Sends results, a line each, in one go.
+    pub async fn send_all(&mut self, results: &[impl Serialize]) -> Result<(), Gone> {
+        self.write(results.iter().map(Line::Result)).await
     }
 
     /// Refuses; the last line of an answer.
     pub async fn refuse(mut self, refusal: Refusal) -> Result<(), Gone> {
-        self.write(&Line::<()>::Error(refusal)).await
+        self.write([Line::<()>::Error(refusal)]).await
     }
 
     /// Sends the result, or the refusal.
@@ -79,12 +84,15 @@ impl Reply {
         }
     }
 
-    async fn write<T: Serialize>(&mut self, line: &Line<T>) -> Result<(), Gone> {
-        let mut bytes = serde_json::to_vec(line).map_err(|error| {
-            warn!(%error, "an answer cannot be written as JSON");
-            Gone
-        })?;
-        bytes.push(b'\n');
+    async fn write<T: Serialize>(&mut self, lines: impl IntoIterator<Item = Line<T>>) -> Result<(), Gone> {
+        let mut bytes = Vec::with_capacity(1024);
+        for line in lines {
+            serde_json::to_writer(&mut bytes, &line).map_err(|error| {
+                warn!(%error, "an answer cannot be written as JSON");
+                Gone
+            })?;
+            bytes.push(b'\n');
+        }
         match timeout(ANSWER_WITHIN, self.stream.write_all(&bytes)).await {
             Ok(Ok(())) => Ok(()),
             _ => Err(Gone),

@@ -61,14 +61,15 @@ pub fn run(args: ObserveArgs) -> Result<(), Failure> {
     };
     let colours = output::colours();
     let mut out = io::BufWriter::new(io::stdout().lock());
-    for item in args.connection.connect()?.stream::<Item>(&Request::Observe(query))? {
+    let mut items = args.connection.connect()?.stream::<Item>(&Request::Observe(query))?;
+    while let Some(item) = items.next() {
         let item = item?;
         match args.output {
             FlowFormat::Compact => writeln!(out, "{}", compact(&item, colours))?,
             FlowFormat::Json => output::write_json_line(&mut out, &item)?,
         }
-        // Whoever follows wants to see each at once.
-        if args.follow {
+        // Whoever follows wants to see each at once; many at once need only one write.
+        if args.follow && !items.has_next_now() {
             out.flush()?;
         }
     }
