@@ -12,9 +12,10 @@ use crate::model::{IdentityId, IdentityLabels, Labels, Namespace, Pod, Requireme
 /// The label that every namespace has, with its name as the value.
 const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 
-/// Pod labels that controllers set anew for every pod, revision or run.
-const DROPPED: [&str; 10] = [
-    "apps.kubernetes.io/pod-index",
+/// Pod labels that controllers set anew for every revision or run, and that nobody selects by.
+/// A StatefulSet's `pod-name` and `pod-index` stay: policies do select by them, there are only
+/// as many as pods, and they come back with every pod.
+const DROPPED: [&str; 8] = [
     "batch.kubernetes.io/controller-uid",
     "batch.kubernetes.io/job-completion-index",
     "batch.kubernetes.io/job-name",
@@ -23,7 +24,6 @@ const DROPPED: [&str; 10] = [
     "job-name",
     "pod-template-generation",
     "pod-template-hash",
-    "statefulset.kubernetes.io/pod-name",
 ];
 
 /// True for a pod label that is no part of identities; no selector can ask for it.
@@ -109,8 +109,7 @@ mod tests {
 
     #[test]
     fn pods_of_one_workload_share_an_identity() {
-        let one =
-            pod(&[("app", "web"), ("pod-template-hash", "7d4b"), ("apps.kubernetes.io/pod-index", "0")]);
+        let one = pod(&[("app", "web"), ("pod-template-hash", "7d4b"), ("controller-revision-hash", "0")]);
         let two = pod(&[("app", "web"), ("pod-template-hash", "99aa"), ("controller-uid", "1")]);
         assert_eq!(labels_of(&one, None), labels_of(&two, None));
         assert_eq!(
