@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use clap::{ArgAction, Args, ValueEnum};
 use thiserror::Error;
@@ -113,6 +114,10 @@ pub struct AgentArgs {
     #[arg(long, env = "WEIR_SOCKETS_MAX", value_name = "N", default_value_t = 65_536)]
     pub sockets_max: u32,
 
+    /// Rows that another map can hold, as `addresses=524288`; maps grow at the agent's next start.
+    #[arg(long, env = "WEIR_MAP_SIZES", value_name = "MAP=N", value_delimiter = ',')]
+    pub map_size: Vec<MapSize>,
+
     /// How programs are attached to devices.
     #[arg(long, env = "WEIR_ATTACH", value_enum, default_value = "auto")]
     pub attach: Attach,
@@ -136,6 +141,32 @@ pub struct AgentArgs {
     /// Form of the log.
     #[arg(long, env = "WEIR_LOG_FORMAT", value_enum, default_value = "text")]
     pub log_format: LogFormat,
+}
+
+/// Rows that a map can hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MapSize {
+    /// The map's name in maps.h.
+    pub map: String,
+    /// 1 to 2^24.
+    pub rows: u32,
+}
+
+impl FromStr for MapSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let sized =
+            ["addresses", "backends", "policy_peers", "policy_rules", "prefixes", "services", "fragments"];
+        let (map, rows) = text.split_once('=').ok_or("must be MAP=N")?;
+        if !sized.contains(&map) {
+            return Err(format!("must name one of {}", sized.join(", ")));
+        }
+        match rows.parse() {
+            Ok(rows @ 1..=16_777_216) => Ok(Self { map: map.to_owned(), rows }),
+            _ => Err("must give 1 to 16777216 rows".to_owned()),
+        }
+    }
 }
 
 /// How pods of different nodes reach one another.
@@ -324,6 +355,9 @@ mod tests {
         assert!(config(&["--cni-bin-dir", "opt/cni/bin"]).is_err());
         assert!(config(&["--node-name", "../etc"]).is_err());
         assert!(config(&["--routing", "magic"]).is_err());
+        assert!(config(&["--map-size", "addresses=0"]).is_err());
+        assert!(config(&["--map-size", "weird=5"]).is_err_and(|error| error.contains("must name one of")));
+        assert!(config(&["--map-size", "addresses=5"]).is_ok());
     }
 
     #[test]

@@ -48,6 +48,13 @@ impl Reconciler {
         &self.writers
     }
 
+    /// Removes what an agent of another ABI version has left; to be called when everything is attached.
+    pub fn remove_other_versions(&self) {
+        if let Err(error) = self.datapath.remove_other_versions() {
+            tracing::warn!(error = format!("{error:#}"), "removing what another version has left");
+        }
+    }
+
     /// Writes the difference between `desired` and the kernel.
     pub fn apply(&mut self, desired: &Desired) -> Result<Applied> {
         let writers = &mut self.writers;

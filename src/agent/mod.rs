@@ -19,7 +19,7 @@ mod rounds;
 mod upkeep;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use tokio::signal::unix::{SignalKind, signal};
@@ -30,7 +30,7 @@ pub use node::Devices;
 
 use crate::api;
 use crate::cni::install;
-use crate::config::{AgentArgs, Attach, Config};
+use crate::config::{AgentArgs, Attach, Config, MapSize};
 use crate::datapath::{AttachMode, Datapath, MapSizes, Options, Settings};
 use crate::endpoint::{self, Enforced};
 use crate::flow::reader::KernelEvents;
@@ -174,6 +174,8 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
             },
             endpoints: Vec::new(),
         },
+        is_first: true,
+        started: Instant::now(),
     };
     let offering = offer_pods(config, known.telemetry.clone());
     tokio::select! {
@@ -241,10 +243,13 @@ fn options(config: &Config, node: &Node, devices: &Devices) -> Options {
             Attach::Tcx => AttachMode::Tcx,
             Attach::Clsact => AttachMode::Clsact,
         },
-        map_sizes: MapSizes::default()
-            .with("connections", args.connections_max)
-            .with("nat", args.nat_max)
-            .with("sockets", args.sockets_max),
+        map_sizes: args.map_size.iter().fold(
+            MapSizes::default()
+                .with("connections", args.connections_max)
+                .with("nat", args.nat_max)
+                .with("sockets", args.sockets_max),
+            |sizes, MapSize { map, rows }| sizes.with(map, *rows),
+        ),
         settings: Settings {
             node_ipv4,
             node_ipv6,

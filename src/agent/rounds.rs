@@ -25,6 +25,8 @@ use crate::telemetry::{ReadyGuard, Telemetry};
 /// A round that failed is tried again after this, and then ever later.
 const FIRST_RETRY: Duration = Duration::from_millis(50);
 const LAST_RETRY: Duration = Duration::from_secs(5);
+/// The first round waits so long for identities of pods that were there before the agent.
+const CLAIMED_WITHIN: Duration = Duration::from_secs(5);
 /// Without any change there is a round all the same: level, not edge.
 const IDLE_ROUND: Duration = Duration::from_secs(20);
 
@@ -55,6 +57,10 @@ pub struct Rounds {
     pub telemetry: Arc<Telemetry>,
     /// Who this node is, for the others.
     pub this_node: NodeEndpoints,
+    /// No round has written anything yet.
+    pub is_first: bool,
+    /// When the first round could begin.
+    pub started: Instant,
 }
 
 impl Rounds {
@@ -70,9 +76,12 @@ impl Rounds {
             let round = tokio::task::block_in_place(|| self.round());
             self.telemetry.main_loop_alive();
             match round {
-                Ok(()) => {
+                Ok(is_written) => {
                     pause = FIRST_RETRY;
-                    drop(ready.take());
+                    if is_written && let Some(guard) = ready.take() {
+                        self.reconciler.remove_other_versions();
+                        drop(guard);
+                    }
                 }
                 Err(error) => {
                     self.telemetry.round_failed();
@@ -90,16 +99,23 @@ impl Rounds {
         }
     }
 
-    fn round(&mut self) -> Result<()> {
+    /// True if the kernel now holds what was desired.
+    fn round(&mut self) -> Result<bool> {
         let start = Instant::now();
         let view = View::of(&self.tables, &self.endpoints);
         let desired = self.compute.desired(&view).context("compiling policies")?;
         self.claims.start(&desired.unclaimed);
+        // Pods that ran before this agent did keep their old state until all of them can get
+        // the new one: a row that is left out of the first round would be taken away.
+        if self.is_first && !desired.unclaimed.is_empty() && self.started.elapsed() < CLAIMED_WITHIN {
+            return Ok(false);
+        }
         let compiled = start.elapsed();
         let applied = self.reconciler.apply(&desired)?;
         self.telemetry.round_done(compiled, start.elapsed());
         self.tell(desired, applied);
-        Ok(())
+        self.is_first = false;
+        Ok(true)
     }
 
     fn tell(&mut self, desired: Desired, applied: Applied) {
