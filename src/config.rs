@@ -280,7 +280,8 @@ pub fn check_variables(variables: impl IntoIterator<Item = String>) -> Result<()
     let mut known: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_env()?.to_str()).collect();
     // What is logged is read before settings are.
     known.push("WEIR_LOG");
-    let unknown = |name: &String| name.starts_with("WEIR_") && !known.contains(&name.as_str());
+    let is_setting = |name: &str| name.starts_with("WEIR_") && !name.starts_with("WEIR_TEST_");
+    let unknown = |name: &String| is_setting(name) && !known.contains(&name.as_str());
     match variables.into_iter().find(unknown) {
         None => Ok(()),
         Some(name) => Err(UnknownVariable { name, known: known.join(", ") }),
