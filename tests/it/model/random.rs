@@ -137,7 +137,12 @@ fn selector() -> impl Strategy<Value = Selector> {
     ];
     prop_oneof![
         2 => Just(Selector::default()),
-        3 => vec(requirement, 1..=2).prop_map(|requirements| Selector { requirements }),
+        3 => vec(requirement, 1..=2).prop_map(|mut requirements| {
+            // In the one order that sources give them.
+            requirements.sort_unstable();
+            requirements.dedup();
+            Selector { requirements }
+        }),
     ]
 }
 
