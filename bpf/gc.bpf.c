@@ -3,7 +3,7 @@
  * Collecting what has expired, in the kernel: an iterator looks again at the
  * entry before it deletes it, so a flow that came back a moment ago stays; and
  * it yields between batches. The agent only reads the iterators to their end:
- * one byte for each entry that was deleted.
+ * one byte for each entry that is gone.
  */
 #include "lib/connection.h"
 
@@ -12,11 +12,11 @@ char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
 /* A masqueraded packet's connection is a moment younger than its mapping's. */
 #define NAT_GRACE_SECONDS 5
 
-static __always_inline void count_deleted(struct bpf_iter__bpf_map_elem *ctx)
+static __always_inline void count_deleted(struct bpf_iter_meta *meta)
 {
 	__u8 mark = 1;
 
-	bpf_seq_write(ctx->meta->seq, &mark, sizeof(mark));
+	bpf_seq_write(meta->seq, &mark, sizeof(mark));
 }
 
 SEC("iter/bpf_map_elem")
@@ -42,7 +42,7 @@ int collect_connections(struct bpf_iter__bpf_map_elem *ctx)
 		}
 	}
 	if (!bpf_map_delete_elem(&connections, &copy))
-		count_deleted(ctx);
+		count_deleted(ctx->meta);
 	return 0;
 }
 
@@ -75,6 +75,6 @@ int collect_nat(struct bpf_iter__bpf_map_elem *ctx)
 	connection_key_of(&flow, &connection_key);
 	if (!bpf_map_lookup_elem(&connections, &connection_key) &&
 	    !bpf_map_delete_elem(&nat, &copy))
-		count_deleted(ctx);
+		count_deleted(ctx->meta);
 	return 0;
 }

@@ -44,14 +44,42 @@ static __always_inline int overlay_check_sender(struct __sk_buff *ctx,
 	return 0;
 }
 
-/* What the node's own stack asked for, or is asked: no pod's policy applies. */
-static __always_inline bool overlay_is_for_node(const struct packet *packet)
+/*
+ * What the node's own stack asked for, or is asked: no pod's policy applies.
+ * 1 if it is, 0 if it is a pod's, or a drop.
+ */
+static __always_inline int overlay_is_for_node(const struct packet *packet)
 {
 	struct address *address;
 
 	address = bpf_map_lookup_elem(&addresses, &packet->destination);
-	return address && address->flags & ADDRESS_LOCAL &&
-	       !address->endpoint_id;
+	if (!address || !(address->flags & ADDRESS_LOCAL) ||
+	    address->endpoint_id)
+		return 0;
+	/* Ours do not come in from outside. */
+	address = bpf_map_lookup_elem(&addresses, &packet->source);
+	return address && address->flags & ADDRESS_LOCAL ?
+		       -DROP_INVALID_SOURCE_IP : 1;
+}
+
+/* Most packets belong to a flow whose verdict stands. */
+static __always_inline int overlay_judge(struct __sk_buff *ctx,
+					 struct packet *packet)
+{
+	int ret;
+
+	if (!(packet->flags & PACKET_ICMP_ERROR) &&
+	    flow_established(ctx, packet))
+		return 0;
+	ret = overlay_is_for_node(packet);
+	if (ret > 0) {
+		packet->route = ROUTE_STACK;
+		return 0;
+	}
+	if (ret)
+		return ret;
+	return packet->flags & PACKET_ICMP_ERROR ? icmp_judge(ctx, packet) :
+						   flow_open(ctx, packet);
 }
 
 SEC("tcx/ingress")
@@ -68,10 +96,8 @@ int from_overlay(struct __sk_buff *ctx)
 		ret = overlay_check_sender(ctx, &packet);
 	if (!ret && packet.flags & PACKET_CONTROL)
 		ret = -DROP_FORBIDDEN_ICMPV6;
-	if (!ret && overlay_is_for_node(&packet))
-		packet.route = ROUTE_STACK;
-	else if (!ret)
-		ret = judge(ctx, &packet);
+	if (!ret)
+		ret = overlay_judge(ctx, &packet);
 	if (ret)
 		return finish(ctx, &packet, ret);
 

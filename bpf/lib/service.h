@@ -10,7 +10,7 @@
 #include "connection.h"
 
 /* How many slots are searched for a backend when the set has changed. */
-#define SERVICE_SEARCH_SLOTS 64
+#define SERVICE_SEARCH_SLOTS 256
 
 static __always_inline struct service *
 service_find(const struct addr *addr, __be16 port, __u8 protocol)
@@ -41,9 +41,10 @@ service_select_backend(const struct service *service, __u32 number)
 	return bpf_map_lookup_elem(&backends, &key);
 }
 
-/* The backend that was chosen is still one of the service's. */
+/* A backend that was chosen is still one of the service's. */
 static __always_inline bool service_has_backend(const struct service *service,
-						const struct connection *chosen)
+						const struct addr *addr,
+						__be16 port)
 {
 	struct backend_key key = {
 		.service_id = service->service_id,
@@ -56,8 +57,8 @@ static __always_inline bool service_has_backend(const struct service *service,
 			return false;
 		key.slot = slot;
 		backend = bpf_map_lookup_elem(&backends, &key);
-		if (backend && backend->port == chosen->service_port &&
-		    addr_equal(&backend->addr, &chosen->service))
+		if (backend && backend->port == port &&
+		    addr_equal(&backend->addr, addr))
 			return true;
 	}
 	return false;
@@ -82,7 +83,8 @@ service_recall(const struct service *service, const struct packet *packet,
 	}
 	if (!begins || chosen->egress_epoch == service->generation)
 		return chosen;
-	if (!service_has_backend(service, chosen))
+	if (!service_has_backend(service, &chosen->service,
+				 chosen->service_port))
 		return NULL;
 	chosen->egress_epoch = service->generation;
 	return chosen;

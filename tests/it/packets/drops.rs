@@ -113,6 +113,10 @@ fn rows() -> Vec<Row> {
         row("another node's pod, but not by the tunnel", "from_network", 132, |c| udp((c.remote, 1), (c.b, 80))),
         row("an unknown pod, not by the tunnel", "from_network", 132, |c| udp((c.nobody, 1), (c.b, 80))),
         row("our own pod's address by the tunnel", "from_overlay", 132, |c| udp((c.a, 1), (c.b, 80))).tunnelled(),
+        row("the node's address by the tunnel, to the node", "from_overlay", 132, |c| {
+            udp((c.b, 1), (c.node, 80))
+        })
+        .tunnelled(),
         row("the node's address by the tunnel", "from_overlay", 132, |c| udp((c.node, 1), (c.b, 80))).tunnelled(),
 
         row("no rule for the egress", "from_pod", 133, syn).given(|w, _| w.enforce(1, &[EGRESS])),

@@ -189,6 +189,25 @@ fn other_nodes_pods_come_by_the_tunnel_with_their_identity() -> Result<()> {
 }
 
 #[test]
+fn what_the_tunnel_has_for_the_node_is_its_stacks() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let by_tunnel = Arrival { tunnel: Some((Some(cast.other_node), R)), ..Arrival::default() };
+        let asked = tcp((cast.node, 40000), (cast.remote, 80), SYN);
+        for packet in [
+            tcp((cast.remote, 80), (cast.node, 40000), SYN | ACK),
+            echo_reply(cast.remote, cast.node, 5),
+            unreachable(cast.remote, &asked),
+        ] {
+            let outcome = world.send_as("from_overlay", &packet, by_tunnel)?;
+            ensure!(outcome.action == PASS && outcome.frame == packet.bytes(), "{outcome:?}");
+        }
+        assert_eq!(world.connections(0)?.len(), 0);
+        Ok(())
+    })
+}
+
+#[test]
 fn packets_for_other_nodes_pods_go_by_the_tunnel() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {
