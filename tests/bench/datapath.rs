@@ -1,6 +1,7 @@
 //! The suite `datapath`: what a packet, a connection, a pod and an agent cost.
 
 use std::fs;
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -38,6 +39,7 @@ pub fn rows() -> Result<Vec<Row>> {
     }
     rows.extend(agent().unwrap_or_else(|error| skipped("agent/ready_seconds", error)));
     rows.extend(cni_add().unwrap_or_else(|error| skipped("cni/add_p50/vs_ptp", error)));
+    rows.extend(verified().unwrap_or_else(|error| skipped("verify/from_pod/instructions", error)));
     Ok(rows)
 }
 
@@ -200,4 +202,19 @@ fn cni_add() -> Result<Vec<Row>> {
     }
     let (ours, theirs) = (load::median(ours), load::median(theirs));
     Ok(vec![Row::new("cni/add_p50/vs_ptp", "ms", ours).against(theirs, None).at_most(1.5)])
+}
+
+/// What the verifier needs for each program; above 200,000 a program is too large to trust to other kernels.
+fn verified() -> Result<Vec<Row>> {
+    let mut weir = Command::new(crate::lab::binary("weir")?);
+    weir.args(["verify", "-o", "json"]);
+    let written = crate::lab::output_of(&mut weir, "")?;
+    let programs: Vec<serde_json::Value> = serde_json::from_str(&written)?;
+    let row = |program: &serde_json::Value| {
+        let name = program["program"].as_str().context("a program without name")?;
+        let instructions =
+            program["verified_instructions"].as_f64().context("a program without instructions")?;
+        Ok(Row::new(format!("verify/{name}/instructions"), "instructions", instructions).at_most(200_000.0))
+    };
+    programs.iter().map(row).collect()
 }

@@ -7,6 +7,7 @@ mod cni;
 mod datapath;
 mod demo;
 mod flows;
+mod golden;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod lab_itself;
