@@ -9,8 +9,6 @@
 #include "endpoint.h"
 #include "event.h"
 
-#define TCP_STATE_FLAGS (TCP_SYN | TCP_FIN | TCP_RST)
-
 static __always_inline __u64 seconds_to_jiffies(__u32 seconds)
 {
 	return (__u64)seconds * settings.jiffies_per_second;
@@ -59,6 +57,7 @@ static __always_inline __u32 connection_account(struct connection *connection,
 	__u8 fresh = packet->tcp_flags & ~connection->tcp_flags[side];
 	bool report = now - connection->last_report_jiffies >
 		      seconds_to_jiffies(settings.flow_report_seconds);
+	bool ends;
 
 	if (connection->last_seen_jiffies != now)
 		connection->last_seen_jiffies = now;
@@ -68,12 +67,12 @@ static __always_inline __u32 connection_account(struct connection *connection,
 		connection->flags |= CONNECTION_REPLIED;
 	if (fresh) {
 		connection->tcp_flags[side] |= fresh;
-		/* The rest changes in every flow and says little. */
-		report |= !!(fresh & TCP_STATE_FLAGS);
-		if (fresh & TCP_RST ||
-		    connection->tcp_flags[0] & connection->tcp_flags[1] &
-			    TCP_FIN)
+		ends = fresh & TCP_RST ||
+		       fresh & connection->tcp_flags[side ^ 1] & TCP_FIN;
+		if (ends)
 			connection->flags |= CONNECTION_CLOSING;
+		/* One side's FIN alone and the rest say little. */
+		report |= ends || fresh & TCP_SYN;
 	}
 	if (!report || !settings.flow_events)
 		return 0;

@@ -72,7 +72,7 @@ fn a_tcp_connection_is_one_entry_and_few_events() -> Result<()> {
             ensure!(outcome.counted == [(0, EGRESS as u8)], "counted {:?}", outcome.counted);
             events.extend(outcome.events);
         }
-        assert_eq!(types(&events), [NEW, UPDATE, UPDATE, UPDATE]);
+        assert_eq!(types(&events), [NEW, UPDATE, UPDATE]);
         let flow = only_flow(world)?;
         assert_eq!((flow.packets, flow.tcp_flags), ([4, 4], [SYN | ACK | FIN, SYN | ACK | FIN]));
         let length = |packet: &Packet| packet.bytes().len() as u64;
@@ -80,7 +80,7 @@ fn a_tcp_connection_is_one_entry_and_few_events() -> Result<()> {
         assert_eq!((flow.identity, flow.endpoint), ([A, B], [1, 2]));
         let closing = connection_flags::CONNECTION_CLOSING.0 | connection_flags::CONNECTION_REPLIED.0;
         assert_eq!(u32::from(flow.flags) & closing, closing);
-        let last = events.last().expect("there are four");
+        let last = events.last().expect("there are three");
         assert_eq!((last.source_identity, last.destination_identity), (A, B));
         assert_eq!(u16::from_be(last.source_port), 40000);
         assert_eq!(last.packets, [4, 3]);
