@@ -61,7 +61,8 @@ int collect_nat(struct bpf_iter__bpf_map_elem *ctx)
 	    seconds_to_jiffies(NAT_GRACE_SECONDS))
 		return 0;
 	copy = *key;
-	/* The pod's own view of the flow, whichever of the two entries this is. */
+	/* The pod's own view of the flow, whichever of the two entries this is.
+	 */
 	if (copy.direction == DIRECTION_EGRESS) {
 		flow.source = copy.local;
 		flow.source_port = copy.local_port;

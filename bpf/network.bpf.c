@@ -19,9 +19,9 @@ static __always_inline int network_is_for_pod(struct __sk_buff *ctx,
 	struct address *address;
 
 	if (addr_equal(&packet->destination, nat_node_addr(packet)))
-		return packet->flags & PACKET_ICMP_ERROR ?
-			       icmp_translate(ctx, packet, DIRECTION_INGRESS) :
-			       nat_restore(ctx, packet);
+		return packet->flags & PACKET_ICMP_ERROR
+			       ? icmp_translate(ctx, packet, DIRECTION_INGRESS)
+			       : nat_restore(ctx, packet);
 	address = bpf_map_lookup_elem(&addresses, &packet->destination);
 	return address && address->endpoint_id;
 }
@@ -29,7 +29,7 @@ static __always_inline int network_is_for_pod(struct __sk_buff *ctx,
 SEC("tcx/ingress")
 int from_network(struct __sk_buff *ctx)
 {
-	struct packet packet = { .direction = DIRECTION_INGRESS };
+	struct packet packet = {.direction = DIRECTION_INGRESS};
 	int parsed, ret;
 
 	parsed = packet_parse(ctx, &packet);
@@ -55,8 +55,8 @@ static __always_inline int network_must_masquerade(struct packet *packet)
 {
 	struct peer to = {};
 
-	if (!(packet->flags & PACKET_IPV6 ? settings.masquerade_ipv6 :
-					    settings.masquerade_ipv4))
+	if (!(packet->flags & PACKET_IPV6 ? settings.masquerade_ipv6
+					  : settings.masquerade_ipv4))
 		return 0;
 	identity_resolve(&packet->destination, &to);
 	if (to.route == ROUTE_NOWHERE)
@@ -70,7 +70,7 @@ static __always_inline int network_must_masquerade(struct packet *packet)
 SEC("tcx/egress")
 int to_network(struct __sk_buff *ctx)
 {
-	struct packet packet = { .direction = DIRECTION_EGRESS };
+	struct packet packet = {.direction = DIRECTION_EGRESS};
 	struct address *address;
 	int parsed, ret;
 

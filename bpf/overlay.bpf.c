@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /*
- * The VXLAN device, which carries the sender's identity in the VNI. from_overlay
- * takes packets of other nodes' pods to ours; to_overlay sends what the node's
- * own stack has for pods of other nodes.
+ * The VXLAN device, which carries the sender's identity in the VNI.
+ * from_overlay takes packets of other nodes' pods to ours; to_overlay sends
+ * what the node's own stack has for pods of other nodes.
  */
 #include "lib/flow.h"
 #include "lib/forward.h"
@@ -58,8 +58,9 @@ static __always_inline int overlay_is_for_node(const struct packet *packet)
 		return 0;
 	/* Ours do not come in from outside. */
 	address = bpf_map_lookup_elem(&addresses, &packet->source);
-	return address && address->flags & ADDRESS_LOCAL ?
-		       -DROP_INVALID_SOURCE_IP : 1;
+	return address && address->flags & ADDRESS_LOCAL
+		       ? -DROP_INVALID_SOURCE_IP
+		       : 1;
 }
 
 /* Most packets belong to a flow whose verdict stands. */
@@ -78,8 +79,8 @@ static __always_inline int overlay_judge(struct __sk_buff *ctx,
 	}
 	if (ret)
 		return ret;
-	return packet->flags & PACKET_ICMP_ERROR ? icmp_judge(ctx, packet) :
-						   flow_open(ctx, packet);
+	return packet->flags & PACKET_ICMP_ERROR ? icmp_judge(ctx, packet)
+						 : flow_open(ctx, packet);
 }
 
 SEC("tcx/ingress")
@@ -110,7 +111,7 @@ int from_overlay(struct __sk_buff *ctx)
 SEC("tcx/egress")
 int to_overlay(struct __sk_buff *ctx)
 {
-	struct packet packet = { .direction = DIRECTION_EGRESS };
+	struct packet packet = {.direction = DIRECTION_EGRESS};
 	struct address *address;
 	int ret;
 

@@ -25,15 +25,14 @@ __weak __noinline int from_pod_translate(struct __sk_buff *ctx,
 
 	if (!packet)
 		return -DROP_INVALID_PACKET;
-	/* Only nodes make tunnel packets. */
+	ret = service_translate(packet);
+	if (ret)
+		return ret;
+	/* Only nodes make tunnel packets; a service makes no difference. */
 	if (packet->protocol == IPPROTO_UDP &&
 	    packet->destination_port == bpf_htons(settings.tunnel_port) &&
 	    identity_is_node(&packet->destination))
 		return -DROP_ENCAPSULATION_PROHIBITED;
-
-	ret = service_translate(packet);
-	if (ret)
-		return ret;
 	return packet->flags & PACKET_HAS_SERVICE &&
 	       flow_established(ctx, packet);
 }
@@ -41,7 +40,7 @@ __weak __noinline int from_pod_translate(struct __sk_buff *ctx,
 SEC("tcx/ingress")
 int from_pod(struct __sk_buff *ctx)
 {
-	struct packet packet = { .direction = DIRECTION_EGRESS };
+	struct packet packet = {.direction = DIRECTION_EGRESS};
 	struct endpoint *endpoint;
 	int ret;
 
@@ -89,7 +88,7 @@ static __always_inline bool to_pod_is_addressee(struct __sk_buff *ctx,
 SEC("tcx/egress")
 int to_pod(struct __sk_buff *ctx)
 {
-	struct packet packet = { .direction = DIRECTION_INGRESS };
+	struct packet packet = {.direction = DIRECTION_INGRESS};
 	int ret;
 
 	/* from_pod's own answer to this pod. */

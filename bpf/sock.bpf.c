@@ -123,8 +123,7 @@ static __always_inline int sock_restore(struct bpf_sock_addr *ctx, bool is_ipv6)
 	key.port = ctx->user_port;
 	origin = bpf_map_lookup_elem(&sockets, &key);
 	if (origin)
-		sock_set_address(ctx, &origin->service, origin->port,
-				 is_ipv6);
+		sock_set_address(ctx, &origin->service, origin->port, is_ipv6);
 	return SOCK_PASS;
 }
 

@@ -84,12 +84,13 @@ static long search_slot(__u32 slot, struct search *search)
  * The service that the socket was connected to still leads to its peer. True in
  * doubt: when the set changes during the search, or the row is another one's.
  */
-static __always_inline bool socket_is_current(const struct socket_key *key,
-					      const struct socket_origin *origin)
+static __always_inline bool
+socket_is_current(const struct socket_key *key,
+		  const struct socket_origin *origin)
 {
 	struct service *service =
 		service_find(&origin->service, origin->port, key->protocol);
-	struct search search = { .wanted = key };
+	struct search search = {.wanted = key};
 
 	if (!service)
 		return false;

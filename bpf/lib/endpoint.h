@@ -17,8 +17,8 @@ static __always_inline bool endpoint_has(const struct endpoint *endpoint,
 					 const struct addr *addr,
 					 const struct packet *packet)
 {
-	return addr_equal(addr, packet->flags & PACKET_IPV6 ? &endpoint->ipv6 :
-							      &endpoint->ipv4);
+	return addr_equal(addr, packet->flags & PACKET_IPV6 ? &endpoint->ipv6
+							    : &endpoint->ipv4);
 }
 
 /*
@@ -54,6 +54,7 @@ endpoint_of_source(struct __sk_buff *ctx, struct packet *packet)
 	return endpoint;
 }
 
+/* Raised when the identity of an address changes. */
 static __always_inline __u32 address_epoch(void)
 {
 	__u32 zero = 0;
@@ -62,8 +63,9 @@ static __always_inline __u32 address_epoch(void)
 	return state ? *(volatile __u32 *)&state->address_epoch : 0;
 }
 
-/* Everything a verdict at this endpoint depends on; read before the policy is. */
+/* Raised when the endpoint's policy changes; with the other: a verdict's epoch.
+ */
 static __always_inline __u32 endpoint_epoch(const struct endpoint *endpoint)
 {
-	return *(const volatile __u32 *)&endpoint->epoch + address_epoch();
+	return *(const volatile __u32 *)&endpoint->epoch;
 }

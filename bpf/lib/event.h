@@ -38,9 +38,9 @@ static __always_inline struct event *event_reserve(void)
 	return event;
 }
 
-static __always_inline void event_from_connection(struct event *event,
-						  const struct connection *from,
-						  const struct connection_key *key)
+static __always_inline void
+event_from_connection(struct event *event, const struct connection *from,
+		      const struct connection_key *key)
 {
 	__u32 first = from->flags & CONNECTION_INITIATOR_HIGH ? 1 : 0;
 
@@ -128,22 +128,22 @@ __weak __noinline int event_drop(struct __sk_buff *ctx, struct packet *packet,
 	event->source = swap ? packet->destination : packet->source;
 	event->destination = swap ? packet->source : packet->destination;
 	event->service = packet->service;
-	event->source_identity = swap ? packet->destination_identity :
-					packet->source_identity;
-	event->destination_identity = swap ? packet->source_identity :
-					     packet->destination_identity;
+	event->source_identity =
+		swap ? packet->destination_identity : packet->source_identity;
+	event->destination_identity =
+		swap ? packet->source_identity : packet->destination_identity;
 	event->rule_id = packet->rule_id;
 	event->ingress_rule_id = 0;
 	event->ifindex = ctx->ifindex;
-	event->source_port = swap ? packet->destination_port :
-				    packet->source_port;
-	event->destination_port = swap ? packet->source_port :
-					 packet->destination_port;
+	event->source_port =
+		swap ? packet->destination_port : packet->source_port;
+	event->destination_port =
+		swap ? packet->source_port : packet->destination_port;
 	event->service_port = packet->service_port;
-	event->source_endpoint = swap ? packet->destination_endpoint :
-					packet->source_endpoint;
-	event->destination_endpoint = swap ? packet->source_endpoint :
-					     packet->destination_endpoint;
+	event->source_endpoint =
+		swap ? packet->destination_endpoint : packet->source_endpoint;
+	event->destination_endpoint =
+		swap ? packet->source_endpoint : packet->destination_endpoint;
 	event->protocol = packet->protocol;
 	event->type = EVENT_DROP;
 	event->reason = reason;
@@ -151,11 +151,11 @@ __weak __noinline int event_drop(struct __sk_buff *ctx, struct packet *packet,
 	event->tcp_flags = packet->tcp_flags;
 	event->icmp_type = packet->icmp_type;
 	event->icmp_code = packet->icmp_code;
-	event->flags = (packet->flags & PACKET_IPV6 ? EVENT_IPV6 : 0) |
-		       (swap ? EVENT_REPLY : 0) |
-		       (packet->flags & PACKET_HAS_SERVICE ? EVENT_SERVICE : 0) |
-		       (packet->flags & PACKET_FROM_OVERLAY ?
-				EVENT_FROM_OVERLAY : 0);
+	event->flags =
+		(packet->flags & PACKET_IPV6 ? EVENT_IPV6 : 0) |
+		(swap ? EVENT_REPLY : 0) |
+		(packet->flags & PACKET_HAS_SERVICE ? EVENT_SERVICE : 0) |
+		(packet->flags & PACKET_FROM_OVERLAY ? EVENT_FROM_OVERLAY : 0);
 	__builtin_memset(event->pad, 0, sizeof(event->pad));
 	bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 	return 0;

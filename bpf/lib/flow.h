@@ -11,7 +11,8 @@
 #include "identity.h"
 #include "policy.h"
 
-/* A local end's pod is still the one that was judged, by the policy in force. */
+/* A local end's pod is still the one that was judged, by the policy in force.
+ */
 static __always_inline bool flow_end_is_current(const struct connection *of,
 						const struct packet *packet,
 						const struct addr *addr,
@@ -20,7 +21,7 @@ static __always_inline bool flow_end_is_current(const struct connection *of,
 	struct endpoint *endpoint = endpoint_by_id(of->endpoint[end]);
 
 	return endpoint &&
-	       endpoint_epoch(endpoint) ==
+	       endpoint_epoch(endpoint) + address_epoch() ==
 		       (end ? of->ingress_epoch : of->egress_epoch) &&
 	       endpoint->flags & ENDPOINT_READY &&
 	       (of->flags & CONNECTION_LOOPBACK ||
@@ -50,7 +51,9 @@ static __always_inline bool flow_came_by_its_way(const struct connection *of,
 static __always_inline void
 flow_restore_service(struct packet *packet, const struct connection *connection)
 {
-	if (!(packet->flags & PACKET_REPLY))
+	if (!(packet->flags & PACKET_REPLY) ||
+	    !(connection->flags &
+	      (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK)))
 		return;
 	/* The loopback address stands for the pod itself. */
 	if (connection->flags & CONNECTION_LOOPBACK) {
@@ -101,8 +104,7 @@ static __always_inline bool flow_established(struct __sk_buff *ctx,
 	event = connection_account(connection, packet, side, now);
 	if (event)
 		event_flow(ctx, packet, connection, event);
-	if (connection->flags & (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK))
-		flow_restore_service(packet, connection);
+	flow_restore_service(packet, connection);
 	return true;
 }
 
@@ -129,6 +131,17 @@ static __noinline void flow_find_socket(struct __sk_buff *ctx,
 	packet->service_port = origin->port;
 	packet->flags |= PACKET_HAS_SERVICE | PACKET_AT_SOCKET;
 }
+
+/* A packet's flow while it is judged; peers and verdicts by who sends first. */
+struct flow {
+	struct connection_key key __attribute__((aligned(8)));
+	struct peer source;
+	struct peer destination;
+	struct flow_verdict egress;
+	struct flow_verdict ingress;
+	__u32 high;
+	__u32 side; /* 0: the packet is the initiator's */
+};
 
 /* Who the two ends are; a drop if one of them may not be. */
 static __always_inline int flow_resolve(struct packet *packet,
@@ -173,46 +186,131 @@ static __always_inline int flow_resolve(struct packet *packet,
 	return destination->route == ROUTE_NOWHERE ? -DROP_UNROUTABLE_IP : 0;
 }
 
-struct flow_verdict {
-	__u32 direction;
-	__u32 epoch;
-	__u32 rule_id;
-};
-
-/*
- * Judges a flow at one local end: 0 or a drop. The epoch is read before the
- * policy, so that an old verdict is never kept as a new one.
- */
-static __noinline int flow_judge_end(struct packet *packet, __u32 id,
+/* Judges a flow at one local end: 0 or a drop. */
+static __noinline int flow_judge_end(struct packet *packet,
+				     const struct peer *local,
 				     const struct addr *addr,
 				     __u32 remote_identity,
 				     struct flow_verdict *verdict)
 {
-	struct endpoint *endpoint = endpoint_by_id(id);
+	struct endpoint *endpoint = endpoint_by_id(local->endpoint);
 
 	packet->direction = verdict->direction;
+	packet->rule_id = 0;
 	if (!endpoint || !endpoint->ifindex)
 		return -DROP_UNROUTABLE_IP;
-	verdict->epoch = endpoint_epoch(endpoint);
+	/* Before the policy, or an old verdict would be kept as a new one. */
+	verdict->epoch += endpoint_epoch(endpoint);
 	barrier();
 	if (!(endpoint->flags & ENDPOINT_READY))
 		return -DROP_ENDPOINT_NOT_READY;
-	/* To itself a pod may always speak, and its node to it (probes). */
+	/* To itself a pod may always speak. */
 	if (packet->flags & PACKET_LOOPBACK)
 		return 0;
 	if (!endpoint_has(endpoint, addr, packet))
 		return -DROP_UNROUTABLE_IP;
+	/* And its node to it: probes. */
 	if (remote_identity == IDENTITY_HOST &&
 	    verdict->direction == DIRECTION_INGRESS)
 		return 0;
-	return policy_check(endpoint, verdict->direction, remote_identity,
-			    packet, &verdict->rule_id);
+	return policy_check(endpoint, verdict, remote_identity, packet);
+}
+
+/* Egress at the initiator's pod, ingress at the responder's: 0 or a drop. */
+static __always_inline int flow_judge(struct packet *packet, struct flow *flow)
+{
+	bool reply = flow->side;
+	const struct peer *first = reply ? &flow->destination : &flow->source;
+	const struct peer *second = reply ? &flow->source : &flow->destination;
+	int ret = 0;
+
+	if (first->endpoint)
+		ret = flow_judge_end(packet, first,
+				     reply ? &packet->destination
+					   : &packet->source,
+				     second->identity, &flow->egress);
+	if (!ret && second->endpoint)
+		ret = flow_judge_end(packet, second,
+				     reply ? &packet->source
+					   : &packet->destination,
+				     first->identity, &flow->ingress);
+	if (!ret && packet->flags & PACKET_FROM_POD)
+		packet->direction = DIRECTION_EGRESS;
+	return ret;
 }
 
 /* Kept with the flow; what may change without notice is asked every time. */
 static __always_inline __u8 flow_route(const struct peer *peer)
 {
 	return peer->route == ROUTE_NOWHERE ? ROUTE_NONE : peer->route;
+}
+
+static __always_inline void flow_keep_verdict(struct connection *connection,
+					      const struct flow *flow)
+{
+	__u32 side = flow->side;
+
+	/* The verifier forgets what it knew of a number in memory. */
+	barrier_var(side);
+	side &= 1;
+	connection->egress_rule = flow->egress.rule_id;
+	connection->ingress_rule = flow->ingress.rule_id;
+	connection->identity[side] = flow->source.identity;
+	connection->identity[side ^ 1] = flow->destination.identity;
+	connection->endpoint[side] = flow->source.endpoint;
+	connection->endpoint[side ^ 1] = flow->destination.endpoint;
+	connection->route[side] = flow_route(&flow->source);
+	connection->route[side ^ 1] = flow_route(&flow->destination);
+	connection->egress_epoch = flow->egress.epoch;
+	connection->ingress_epoch = flow->ingress.epoch;
+}
+
+/* The entry of a flow that begins with this packet: 0 or a drop. */
+static __always_inline int flow_insert(struct __sk_buff *ctx,
+				       struct packet *packet, struct flow *flow,
+				       __u64 now)
+{
+	struct connection *fresh;
+	__u32 zero = 0;
+
+	/* Too large for the stack beside the rest; no one preempts us. */
+	fresh = bpf_map_lookup_elem(&scratch, &zero);
+	if (!fresh)
+		return -DROP_CONNECTION_INSERT;
+	__builtin_memset(fresh, 0, sizeof(*fresh));
+	flow_keep_verdict(fresh, flow);
+	fresh->last_seen_jiffies = now;
+	fresh->last_report_jiffies = now;
+	fresh->packets[0] = 1;
+	fresh->bytes[0] = packet->bytes;
+	fresh->service = packet->service;
+	fresh->service_port = packet->service_port;
+	fresh->tcp_flags[0] = packet->tcp_flags;
+	fresh->flags = flow->high ? CONNECTION_INITIATOR_HIGH : 0;
+	if (packet->flags & PACKET_LOOPBACK)
+		fresh->flags |= CONNECTION_LOOPBACK;
+	if (packet->flags & PACKET_AT_SOCKET)
+		fresh->flags |= CONNECTION_SOCKET;
+	else if (packet->flags & PACKET_HAS_SERVICE)
+		fresh->flags |= CONNECTION_TRANSLATED;
+	if (packet->tcp_flags & TCP_RST)
+		fresh->flags |= CONNECTION_CLOSING;
+	/* Kernels before 6.15 may find every free entry busy: not full, ask
+	 * again. */
+	if (bpf_map_update_elem(&connections, &flow->key, fresh, BPF_ANY) &&
+	    bpf_map_update_elem(&connections, &flow->key, fresh, BPF_ANY))
+		return -DROP_CONNECTION_INSERT;
+	if (settings.flow_events)
+		event_flow(ctx, packet, fresh, EVENT_FLOW_NEW);
+	return 0;
+}
+
+/* An ICMP echo reply: only the asker's port is the identifier. */
+static __always_inline bool flow_is_answer(const struct packet *packet)
+{
+	return (packet->protocol == IPPROTO_ICMP ||
+		packet->protocol == IPPROTO_ICMPV6) &&
+	       packet->destination_port && !packet->source_port;
 }
 
 /*
@@ -222,126 +320,57 @@ static __always_inline __u8 flow_route(const struct peer *peer)
  */
 __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 {
-	struct flow_verdict egress = { .direction = DIRECTION_EGRESS };
-	struct flow_verdict ingress = { .direction = DIRECTION_INGRESS };
-	struct connection_key key __attribute__((aligned(8)));
-	struct peer source = {}, destination = {};
-	struct connection *connection, *fresh;
+	struct flow flow = {
+		.egress = {.direction = DIRECTION_EGRESS},
+		.ingress = {.direction = DIRECTION_INGRESS},
+	};
+	struct connection *connection;
 	__u64 now = bpf_jiffies64();
-	__u32 high, side = 0, zero = 0;
-	bool reply;
+	__u32 side;
 	int ret;
 
 	if (!packet)
 		return -DROP_INVALID_PACKET;
-	ret = flow_resolve(packet, &source, &destination);
-	high = connection_key_of(packet, &key);
-	connection = bpf_map_lookup_elem(&connections, &key);
+	flow.high = connection_key_of(packet, &flow.key);
+	connection = bpf_map_lookup_elem(&connections, &flow.key);
 	if (connection) {
-		side = high ^ (connection->flags & CONNECTION_INITIATOR_HIGH);
-		if (connection_begins_anew(connection, packet, side, now)) {
+		flow.side = flow.high ^
+			    (connection->flags & CONNECTION_INITIATOR_HIGH);
+		if (connection_begins_anew(connection, packet, flow.side,
+					   now)) {
 			connection = NULL;
-			side = 0;
+			flow.side = 0;
 		}
 	}
-	if (side)
+	if (flow.side)
 		packet->flags |= PACKET_REPLY;
+	if (connection && connection->flags & CONNECTION_LOOPBACK &&
+	    packet->flags & PACKET_FROM_POD)
+		packet->flags |= PACKET_LOOPBACK;
 	/* Before the verdict: a denial names the service, too. */
 	if (!connection && packet->flags & PACKET_FROM_POD)
 		flow_find_socket(ctx, packet);
+
+	/* Before the identities, as each pod's epoch before its policy. */
+	flow.egress.epoch = address_epoch();
+	flow.ingress.epoch = flow.egress.epoch;
+	barrier();
+	ret = flow_resolve(packet, &flow.source, &flow.destination);
+	/* An answer that nobody asked for must not become a question. */
+	if (!ret && !connection && flow_is_answer(packet))
+		ret = -DROP_UNSUPPORTED_ICMP;
+	if (!ret)
+		ret = flow_judge(packet, &flow);
 	if (ret)
 		return ret;
-	/* An answer that nobody asked for must not become a question. */
-	if (!connection && (packet->protocol == IPPROTO_ICMP ||
-			    packet->protocol == IPPROTO_ICMPV6) &&
-	    packet->destination_port && !packet->source_port)
-		return -DROP_UNSUPPORTED_ICMP;
+	if (!connection)
+		return flow_insert(ctx, packet, &flow, now);
 
-	reply = side;
-	if (reply ? destination.endpoint : source.endpoint) {
-		ret = flow_judge_end(packet,
-				     reply ? destination.endpoint :
-					     source.endpoint,
-				     reply ? &packet->destination :
-					     &packet->source,
-				     reply ? source.identity :
-					     destination.identity,
-				     &egress);
-		packet->rule_id = egress.rule_id;
-		if (ret)
-			return ret;
-	}
-	if (reply ? source.endpoint : destination.endpoint) {
-		ret = flow_judge_end(packet,
-				     reply ? source.endpoint :
-					     destination.endpoint,
-				     reply ? &packet->source :
-					     &packet->destination,
-				     reply ? destination.identity :
-					     source.identity,
-				     &ingress);
-		packet->rule_id = ingress.rule_id;
-		if (ret)
-			return ret;
-	}
-	if (packet->flags & PACKET_FROM_POD)
-		packet->direction = DIRECTION_EGRESS;
-
-	if (connection) {
-		connection->egress_rule = egress.rule_id;
-		connection->ingress_rule = ingress.rule_id;
-		connection->identity[side] = source.identity;
-		connection->identity[side ^ 1] = destination.identity;
-		connection->endpoint[side] = source.endpoint;
-		connection->endpoint[side ^ 1] = destination.endpoint;
-		connection->route[side] = flow_route(&source);
-		connection->route[side ^ 1] = flow_route(&destination);
-		connection->egress_epoch = egress.epoch;
-		connection->ingress_epoch = ingress.epoch;
-		if (connection_account(connection, packet, side, now))
-			event_flow(ctx, packet, connection, EVENT_FLOW_UPDATE);
-		if (connection->flags &
-		    (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK))
-			flow_restore_service(packet, connection);
-		return 0;
-	}
-
-	/* Too large for the stack beside the rest; no one preempts us. */
-	fresh = bpf_map_lookup_elem(&scratch, &zero);
-	if (!fresh)
-		return -DROP_CONNECTION_INSERT;
-	__builtin_memset(fresh, 0, sizeof(*fresh));
-	fresh->last_seen_jiffies = now;
-	fresh->last_report_jiffies = now;
-	fresh->packets[0] = 1;
-	fresh->bytes[0] = packet->bytes;
-	fresh->service = packet->service;
-	fresh->service_port = packet->service_port;
-	fresh->egress_epoch = egress.epoch;
-	fresh->ingress_epoch = ingress.epoch;
-	fresh->identity[0] = source.identity;
-	fresh->identity[1] = destination.identity;
-	fresh->egress_rule = egress.rule_id;
-	fresh->ingress_rule = ingress.rule_id;
-	fresh->endpoint[0] = source.endpoint;
-	fresh->endpoint[1] = destination.endpoint;
-	fresh->route[0] = flow_route(&source);
-	fresh->route[1] = flow_route(&destination);
-	fresh->tcp_flags[0] = packet->tcp_flags;
-	fresh->flags = high ? CONNECTION_INITIATOR_HIGH : 0;
-	if (packet->flags & PACKET_LOOPBACK)
-		fresh->flags |= CONNECTION_LOOPBACK;
-	if (packet->flags & PACKET_AT_SOCKET)
-		fresh->flags |= CONNECTION_SOCKET;
-	else if (packet->flags & PACKET_HAS_SERVICE)
-		fresh->flags |= CONNECTION_TRANSLATED;
-	if (packet->tcp_flags & TCP_RST)
-		fresh->flags |= CONNECTION_CLOSING;
-	/* Kernels before 6.15 may find every free entry busy: not full, ask again. */
-	if (bpf_map_update_elem(&connections, &key, fresh, BPF_ANY) &&
-	    bpf_map_update_elem(&connections, &key, fresh, BPF_ANY))
-		return -DROP_CONNECTION_INSERT;
-	if (settings.flow_events)
-		event_flow(ctx, packet, fresh, EVENT_FLOW_NEW);
+	flow_keep_verdict(connection, &flow);
+	side = flow.side;
+	barrier_var(side);
+	if (connection_account(connection, packet, side & 1, now))
+		event_flow(ctx, packet, connection, EVENT_FLOW_UPDATE);
+	flow_restore_service(packet, connection);
 	return 0;
 }

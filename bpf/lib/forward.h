@@ -16,7 +16,8 @@
  */
 static __always_inline int forward_to_endpoint(const struct packet *packet)
 {
-	struct endpoint *endpoint = endpoint_by_id(packet->destination_endpoint);
+	struct endpoint *endpoint =
+		endpoint_by_id(packet->destination_endpoint);
 
 	if (!endpoint)
 		return -DROP_UNROUTABLE_IP;
@@ -27,7 +28,7 @@ static __always_inline int forward_set_tunnel_key(struct __sk_buff *ctx,
 						  const struct addr *node,
 						  __u32 identity)
 {
-	struct bpf_tunnel_key key = { .tunnel_id = identity, .tunnel_ttl = 64 };
+	struct bpf_tunnel_key key = {.tunnel_id = identity, .tunnel_ttl = 64};
 	__u64 flags = 0;
 
 	if (addr_is_ipv4(node)) {
@@ -36,14 +37,15 @@ static __always_inline int forward_set_tunnel_key(struct __sk_buff *ctx,
 		__builtin_memcpy(key.remote_ipv6, node->w, 16);
 		flags = BPF_F_TUNINFO_IPV6;
 	}
-	return bpf_skb_set_tunnel_key(ctx, &key, sizeof(key), flags) ?
-		       -DROP_WRITE_ERROR : 0;
+	return bpf_skb_set_tunnel_key(ctx, &key, sizeof(key), flags)
+		       ? -DROP_WRITE_ERROR
+		       : 0;
 }
 
 static __always_inline int forward_to_route(struct __sk_buff *ctx,
 					    const struct packet *packet)
 {
-	struct bpf_fib_lookup fib = { .ifindex = ctx->ifindex };
+	struct bpf_fib_lookup fib = {.ifindex = ctx->ifindex};
 	struct bpf_redir_neigh next = {};
 	bool is_ipv6 = packet->flags & PACKET_IPV6;
 	long ret;
@@ -110,7 +112,8 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 	case ROUTE_NODE:
 		return forward_to_node(ctx, packet);
 	case ROUTE_STACK:
-		/* Who asked the pod by its own address hears from that address. */
+		/* Who asked the pod by its own address hears from that address.
+		 */
 		if (packet->flags & PACKET_REPLY)
 			ctx->mark = MARK_JUDGED;
 		return TC_ACT_OK;

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
  * ICMP errors. One is let through only as news of a known connection, to the
- * end that sent the packet it quotes; it never makes an entry. What it quotes is
- * translated back like the packet itself was, or the receiver would not know it.
+ * end that sent the packet it quotes; it never makes an entry. What it quotes
+ * is translated back like the packet itself was, or the receiver would not know
+ * it.
  */
 #pragma once
 
@@ -80,27 +81,27 @@ static __always_inline int icmp_rewrite_inner(struct __sk_buff *ctx,
 	const struct addr *to = end ? &inner->destination : &inner->source;
 	__be16 port = end ? inner->destination_port : inner->source_port;
 	__u32 l3 = packet->l4_offset + ICMP_HEADER_LENGTH;
-	__u32 check = packet->l4_offset +
-		      __builtin_offsetof(struct icmphdr, check);
+	__u32 check =
+		packet->l4_offset + __builtin_offsetof(struct icmphdr, check);
 	struct addr old = {};
 	__be16 old_port = 0;
 	__u32 offset;
 
 	if (packet->flags & PACKET_IPV6) {
-		offset = l3 + (end ? __builtin_offsetof(struct ipv6hdr,
-							destination) :
-				     __builtin_offsetof(struct ipv6hdr, source));
+		offset = l3 +
+			 (end ? __builtin_offsetof(struct ipv6hdr, destination)
+			      : __builtin_offsetof(struct ipv6hdr, source));
 		if (bpf_skb_load_bytes(ctx, offset, &old, 16) ||
 		    bpf_skb_store_bytes(ctx, offset, to, 16, 0) ||
-		    bpf_l4_csum_replace(ctx, check, 0,
-					bpf_csum_diff(old.w, 16,
-						      (__be32 *)to->w, 16, 0),
-					0))
+		    bpf_l4_csum_replace(
+			    ctx, check, 0,
+			    bpf_csum_diff(old.w, 16, (__be32 *)to->w, 16, 0),
+			    0))
 			return -DROP_WRITE_ERROR;
 	} else {
 		offset = l3 +
-			 (end ? __builtin_offsetof(struct iphdr, destination) :
-				__builtin_offsetof(struct iphdr, source));
+			 (end ? __builtin_offsetof(struct iphdr, destination)
+			      : __builtin_offsetof(struct iphdr, source));
 		if (bpf_skb_load_bytes(ctx, offset, &old.w[3], 4) ||
 		    bpf_skb_store_bytes(ctx, offset, &to->w[3], 4, 0) ||
 		    bpf_l3_csum_replace(
@@ -135,7 +136,8 @@ __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 	ret = icmp_parse_inner(ctx, packet, &inner);
 	if (ret)
 		return ret;
-	/* To him who sent what is quoted; from a pod, only on what it received. */
+	/* To him who sent what is quoted; from a pod, only on what it received.
+	 */
 	if (!addr_equal(&inner.source, &packet->destination) ||
 	    (packet->flags & PACKET_FROM_POD &&
 	     !addr_equal(&inner.destination, &packet->source)))
@@ -143,7 +145,8 @@ __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 	end = connection_key_of(&inner, &key);
 	connection = bpf_map_lookup_elem(&connections, &key);
 	if (!connection ||
-	    connection_is_expired(connection, inner.protocol, bpf_jiffies64()) ||
+	    connection_is_expired(connection, inner.protocol,
+				  bpf_jiffies64()) ||
 	    connection->flags & CONNECTION_LOOPBACK)
 		return -DROP_UNSUPPORTED_ICMP;
 	end ^= connection->flags & CONNECTION_INITIATOR_HIGH;
@@ -156,10 +159,9 @@ __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 	packet->source_identity = connection->identity[end ^ 1];
 	packet->destination_identity = connection->identity[end];
 	packet->destination_endpoint = connection->endpoint[end];
-	if (!packet->route ||
-	    (packet->destination_endpoint &&
-	     !flow_end_is_current(connection, packet, &packet->destination,
-				  end)))
+	if (!packet->route || (packet->destination_endpoint &&
+			       !flow_end_is_current(connection, packet,
+						    &packet->destination, end)))
 		return -DROP_UNSUPPORTED_ICMP;
 	if (end || !(connection->flags & CONNECTION_TRANSLATED))
 		return 0;
@@ -203,7 +205,8 @@ __weak __noinline int icmp_translate(struct __sk_buff *ctx,
 	/* What we cannot read, we have not masqueraded. */
 	if (icmp_parse_inner(ctx, packet, &inner))
 		return 0;
-	/* Out: a pod quotes what it received. In: somebody quotes what we sent. */
+	/* Out: a pod quotes what it received. In: somebody quotes what we sent.
+	 */
 	key.local = out ? inner.destination : inner.source;
 	key.remote = out ? inner.source : inner.destination;
 	key.local_port = out ? inner.destination_port : inner.source_port;

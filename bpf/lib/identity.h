@@ -46,7 +46,7 @@ static __always_inline bool identity_is_nobody(const struct addr *addr)
 static __noinline void identity_of_prefix(const struct addr *addr,
 					  struct peer *peer)
 {
-	struct prefix_key key = { .prefix_length = 128, .addr = *addr };
+	struct prefix_key key = {.prefix_length = 128, .addr = *addr};
 	struct prefix *prefix = bpf_map_lookup_elem(&prefixes, &key);
 
 	peer->identity = IDENTITY_WORLD;

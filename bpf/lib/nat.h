@@ -2,7 +2,8 @@
 /*
  * Masquerade: what pods send out of the cluster bears the node's address, and
  * the answers find back. Two entries a flow, one per direction; the one for the
- * way back is inserted first and never overwrites, so it decides who has a port.
+ * way back is inserted first and never overwrites, so it decides who has a
+ * port.
  */
 #pragma once
 
@@ -11,11 +12,12 @@
 
 #define NAT_TRIES 32
 
-static __always_inline const struct addr *nat_node_addr(const struct packet *packet)
+static __always_inline const struct addr *
+nat_node_addr(const struct packet *packet)
 {
-	return (const struct addr *)(packet->flags & PACKET_IPV6 ?
-					     &settings.node_ipv6 :
-					     &settings.node_ipv4);
+	return (const struct addr *)(packet->flags & PACKET_IPV6
+					     ? &settings.node_ipv6
+					     : &settings.node_ipv4);
 }
 
 static __always_inline bool nat_has_port(const struct packet *packet)
@@ -30,7 +32,8 @@ static __always_inline bool nat_has_port(const struct packet *packet)
 	return false;
 }
 
-/* A number that the tuple alone decides, so that a lost entry comes back alike. */
+/* A number that the tuple alone decides, so that a lost entry comes back alike.
+ */
 static __always_inline __u32 nat_hash(const struct packet *packet)
 {
 	__u32 hash = packet->source.w[3] ^ packet->destination.w[3] * 31;
@@ -70,8 +73,9 @@ static __always_inline int nat_allocate(const struct packet *packet,
 		if (!bpf_map_update_elem(&nat, &back, &pod, BPF_NOEXIST)) {
 			to->port = back.local_port;
 			to->created_jiffies = pod.created_jiffies;
-			return bpf_map_update_elem(&nat, out, to, BPF_ANY) ?
-				       -DROP_NO_NAT_MAPPING : 0;
+			return bpf_map_update_elem(&nat, out, to, BPF_ANY)
+				       ? -DROP_NO_NAT_MAPPING
+				       : 0;
 		}
 		hash += 0x9e3779b9;
 	}
@@ -97,7 +101,8 @@ __weak __noinline int nat_masquerade(struct __sk_buff *ctx,
 	out.protocol = packet->protocol;
 	out.direction = DIRECTION_EGRESS;
 	known = bpf_map_lookup_elem(&nat, &out);
-	if (known) {
+	/* The node may have got another address since. */
+	if (known && addr_equal(&known->addr, nat_node_addr(packet))) {
 		to = *known;
 	} else {
 		to.addr = *nat_node_addr(packet);

@@ -83,8 +83,8 @@ static __always_inline __sum16 checksum_fold(__s64 sum)
 }
 
 /* Not where the source is ::, which asks whether the address is free. */
-static __always_inline int
-neighbour_answer_solicitation(struct __sk_buff *ctx, struct packet *packet)
+static __always_inline int neighbour_answer_solicitation(struct __sk_buff *ctx,
+							 struct packet *packet)
 {
 	struct neighbour_advertisement answer = {};
 	struct endpoint *endpoint;

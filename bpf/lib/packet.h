@@ -22,21 +22,22 @@ typedef __u64 __attribute__((may_alias)) addr_words;
 
 enum packet_flags {
 	PACKET_IPV6 = 1 << 0,
-	PACKET_HAS_ADDRESSES = 1 << 1, /* parsing came that far */
-	PACKET_FRAGMENT = 1 << 2,      /* the first one of several */
+	PACKET_HAS_ADDRESSES = 1 << 1,	/* parsing came that far */
+	PACKET_FRAGMENT = 1 << 2,	/* the first one of several */
 	PACKET_LATER_FRAGMENT = 1 << 3, /* no header of layer 4 in it */
-	PACKET_ICMP_ERROR = 1 << 4,    /* ports are 0; see icmp.h */
-	PACKET_CONTROL = 1 << 5,       /* neighbour discovery and MLD */
-	PACKET_FROM_HOST = 1 << 6,     /* sent by this node's own stack */
-	PACKET_FROM_POD = 1 << 7,      /* source and source_endpoint are checked */
+	PACKET_ICMP_ERROR = 1 << 4,	/* ports are 0; see icmp.h */
+	PACKET_CONTROL = 1 << 5,	/* neighbour discovery and MLD */
+	PACKET_FROM_HOST = 1 << 6,	/* sent by this node's own stack */
+	PACKET_FROM_POD = 1 << 7, /* source and source_endpoint are checked */
 	PACKET_FROM_OVERLAY = 1 << 8,
-	PACKET_REPLY = 1 << 9,	       /* sent by the flow's responder */
-	PACKET_HAS_SERVICE = 1 << 10,  /* service and service_port are set */
-	PACKET_AT_SOCKET = 1 << 11,    /* translated by the socket hook */
-	PACKET_LOOPBACK = 1 << 12,     /* a pod to itself through its service */
-	PACKET_NEW_SOURCE = 1 << 13,   /* source differs from what is in the frame */
+	PACKET_REPLY = 1 << 9,	      /* sent by the flow's responder */
+	PACKET_HAS_SERVICE = 1 << 10, /* service and service_port are set */
+	PACKET_AT_SOCKET = 1 << 11,   /* translated by the socket hook */
+	PACKET_LOOPBACK = 1 << 12,    /* a pod to itself through its service */
+	PACKET_NEW_SOURCE =
+		1 << 13, /* source differs from what is in the frame */
 	PACKET_NEW_DESTINATION = 1 << 14,
-	PACKET_RELATED = 1 << 15,      /* an ICMP error of a known connection */
+	PACKET_RELATED = 1 << 15, /* an ICMP error of a known connection */
 };
 
 struct packet {
@@ -119,14 +120,16 @@ static __always_inline int packet_track_fragment(struct packet *packet,
 		.id = id,
 		.protocol = packet->protocol,
 	};
-	struct fragment *known, ports = {
-		.source_port = packet->source_port,
-		.destination_port = packet->destination_port,
-	};
+	struct fragment *known,
+		ports = {
+			.source_port = packet->source_port,
+			.destination_port = packet->destination_port,
+		};
 
 	if (packet->flags & PACKET_FRAGMENT)
-		return bpf_map_update_elem(&fragments, &key, &ports, BPF_ANY) ?
-			       -DROP_FRAGMENT_NOT_FOUND : 0;
+		return bpf_map_update_elem(&fragments, &key, &ports, BPF_ANY)
+			       ? -DROP_FRAGMENT_NOT_FOUND
+			       : 0;
 
 	known = bpf_map_lookup_elem(&fragments, &key);
 	if (!known)
@@ -329,8 +332,7 @@ static __always_inline int packet_parse_ipv6(struct __sk_buff *ctx,
 			packet->l4_offset = offset;
 			goto l4;
 		}
-		if (i == 6 ||
-		    bpf_skb_load_bytes(ctx, offset, &extension, 8))
+		if (i == 6 || bpf_skb_load_bytes(ctx, offset, &extension, 8))
 			return -DROP_INVALID_EXTENSION_HEADER;
 		/* RFC 5095: type 0 sends a packet to and fro. */
 		if (next == IPPROTO_ROUTING &&

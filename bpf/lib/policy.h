@@ -8,15 +8,22 @@
 
 #include "endpoint.h"
 
-/* 0 or a drop; the port is the responder's, network order. */
+/* What policy says at one end of a flow, and in which epoch. */
+struct flow_verdict {
+	__u32 direction;
+	__u32 epoch;
+	__u32 rule_id;
+};
+
+/* 0 or a drop; notes the rule. The port is the responder's. */
 static __always_inline int policy_check(const struct endpoint *endpoint,
-					__u32 direction, __u32 identity,
-					const struct packet *packet,
-					__u32 *rule_id)
+					struct flow_verdict *verdict,
+					__u32 identity, struct packet *packet)
 {
+	__u32 direction = verdict->direction;
 	__u32 policy = *(const volatile __u32 *)&endpoint->policy;
-	__u32 enforced = direction == DIRECTION_EGRESS ?
-				 POLICY_ENFORCE_EGRESS : POLICY_ENFORCE_INGRESS;
+	__u32 enforced = direction == DIRECTION_EGRESS ? POLICY_ENFORCE_EGRESS
+						       : POLICY_ENFORCE_INGRESS;
 	struct policy_peer_key peer_key = {
 		.policy_id = policy & POLICY_ID_MASK,
 		.identity = identity,
@@ -27,13 +34,12 @@ static __always_inline int policy_check(const struct endpoint *endpoint,
 		.policy_id = bpf_htonl(policy & POLICY_ID_MASK),
 		.direction = direction,
 		.protocol = packet->protocol,
-		.port = packet->flags & PACKET_REPLY ? packet->source_port :
-						       packet->destination_port,
+		.port = packet->flags & PACKET_REPLY ? packet->source_port
+						     : packet->destination_port,
 	};
 	struct policy_peer *peer;
 	struct policy_rule *rule;
 
-	*rule_id = 0;
 	if (!(policy & enforced))
 		return 0;
 	/* An ICMP identifier is no port: only rules for any port match it. */
@@ -46,6 +52,7 @@ static __always_inline int policy_check(const struct endpoint *endpoint,
 	rule = bpf_map_lookup_elem(&policy_rules, &rule_key);
 	if (!rule)
 		return -DROP_POLICY_DENIED;
-	*rule_id = rule->rule_id;
+	verdict->rule_id = rule->rule_id;
+	packet->rule_id = rule->rule_id;
 	return rule->verdict == POLICY_ALLOW ? 0 : -DROP_POLICY_DENY_RULE;
 }

@@ -9,7 +9,6 @@
 
 #include "neighbour.h"
 
-
 struct refuse_unreachable {
 	struct icmphdr icmp;
 	__u8 inner[48]; /* the packet's IP header and 8 bytes; IPv4: 28 */
@@ -30,9 +29,8 @@ static __always_inline __s64 refuse_pseudo_sum(const struct packet *packet,
 	} else {
 		sum = bpf_csum_diff(NULL, 0, (__be32 *)&packet->source.w[3], 4,
 				    0);
-		sum = bpf_csum_diff(NULL, 0,
-				    (__be32 *)&packet->destination.w[3], 4,
-				    sum);
+		sum = bpf_csum_diff(
+			NULL, 0, (__be32 *)&packet->destination.w[3], 4, sum);
 	}
 	return bpf_csum_diff(NULL, 0, &last, 4, sum);
 }
@@ -75,7 +73,7 @@ static __always_inline int refuse_write_ip(struct __sk_buff *ctx,
 static __always_inline int refuse_with_reset(struct __sk_buff *ctx,
 					     const struct packet *packet)
 {
-	struct tcphdr tcp, answer = { .offset = sizeof(tcp) / 4 << 4 };
+	struct tcphdr tcp, answer = {.offset = sizeof(tcp) / 4 << 4};
 	__u32 end = packet->l4_offset + sizeof(tcp), length;
 
 	if (bpf_skb_load_bytes(ctx, packet->l4_offset, &tcp, sizeof(tcp)) ||
@@ -99,8 +97,8 @@ static __always_inline int refuse_with_reset(struct __sk_buff *ctx,
 		refuse_pseudo_sum(packet, sizeof(answer), IPPROTO_TCP)));
 	if (bpf_skb_change_tail(ctx, end, 0) ||
 	    refuse_write_ip(ctx, packet, sizeof(answer), IPPROTO_TCP) ||
-	    bpf_skb_store_bytes(ctx, packet->l4_offset, &answer,
-				sizeof(answer), 0))
+	    bpf_skb_store_bytes(ctx, packet->l4_offset, &answer, sizeof(answer),
+				0))
 		return -DROP_WRITE_ERROR;
 	return 0;
 }
@@ -109,28 +107,30 @@ static __always_inline int refuse_with_icmp(struct __sk_buff *ctx,
 					    const struct packet *packet)
 {
 	bool is_ipv6 = packet->flags & PACKET_IPV6;
-	/* An IP header and 8 bytes: both lengths are constants to the verifier. */
+	/* An IP header and 8 bytes: both lengths are constants to the verifier.
+	 */
 	__u32 length = is_ipv6 ? 8 + 48 : 8 + 28;
 	struct refuse_unreachable answer = {};
 	__s64 sum = 0;
 
 	answer.icmp.type = is_ipv6 ? ICMPV6_UNREACHABLE : ICMP_UNREACHABLE;
 	answer.icmp.code = is_ipv6 ? 4 : 3;
-	if (is_ipv6 ? bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, answer.inner, 48) :
-		      bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, answer.inner, 28))
+	if (is_ipv6 ? bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, answer.inner, 48)
+		    : bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, answer.inner,
+					 28))
 		return -DROP_INVALID_PACKET;
 	if (is_ipv6)
 		sum = refuse_pseudo_sum(packet, length, IPPROTO_ICMPV6);
 	/* What IPv4 leaves unused is zero and adds nothing. */
-	answer.icmp.check = checksum_fold(bpf_csum_diff(
-		NULL, 0, (void *)&answer, sizeof(answer), sum));
+	answer.icmp.check = checksum_fold(
+		bpf_csum_diff(NULL, 0, (void *)&answer, sizeof(answer), sum));
 	if (bpf_skb_change_tail(ctx, packet->l4_offset + length, 0) ||
 	    refuse_write_ip(ctx, packet, length,
 			    is_ipv6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP))
 		return -DROP_WRITE_ERROR;
 	if (is_ipv6 ? bpf_skb_store_bytes(ctx, packet->l4_offset, &answer,
-					  8 + 48, 0) :
-		      bpf_skb_store_bytes(ctx, packet->l4_offset, &answer,
+					  8 + 48, 0)
+		    : bpf_skb_store_bytes(ctx, packet->l4_offset, &answer,
 					  8 + 28, 0))
 		return -DROP_WRITE_ERROR;
 	return 0;
@@ -151,9 +151,9 @@ __weak __noinline int refuse(struct __sk_buff *ctx, struct packet *packet,
 	/* Only what has no options and no fragments is worth an answer. */
 	if (packet->flags & (PACKET_FRAGMENT | PACKET_LATER_FRAGMENT) ||
 	    packet->l4_offset !=
-		    ETHERNET_LENGTH + (packet->flags & PACKET_IPV6 ?
-					       sizeof(struct ipv6hdr) :
-					       sizeof(struct iphdr)))
+		    ETHERNET_LENGTH + (packet->flags & PACKET_IPV6
+					       ? sizeof(struct ipv6hdr)
+					       : sizeof(struct iphdr)))
 		return TC_ACT_SHOT;
 	if (packet->protocol == IPPROTO_TCP)
 		ret = refuse_with_reset(ctx, packet);

@@ -14,7 +14,8 @@ enum rewrite_end {
 };
 
 /* Where the checksum of layer 4 is, from the frame's start; 0: has none. */
-static __always_inline __u32 rewrite_checksum_offset(const struct packet *packet)
+static __always_inline __u32
+rewrite_checksum_offset(const struct packet *packet)
 {
 	switch (packet->protocol) {
 	case IPPROTO_TCP:
@@ -38,8 +39,8 @@ static __always_inline int rewrite_address(struct __sk_buff *ctx,
 {
 	__u32 checksum = rewrite_checksum_offset(packet);
 	/* A UDP checksum of 0 means: none; it stays none. */
-	__u64 mangled = packet->protocol == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 :
-							  0;
+	__u64 mangled =
+		packet->protocol == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
 	struct addr old = {};
 	__u32 offset;
 	__s64 difference;
@@ -48,15 +49,15 @@ static __always_inline int rewrite_address(struct __sk_buff *ctx,
 		checksum = 0;
 	if (!(packet->flags & PACKET_IPV6)) {
 		offset = ETHERNET_LENGTH +
-			 (end ? __builtin_offsetof(struct iphdr, destination) :
-				__builtin_offsetof(struct iphdr, source));
+			 (end ? __builtin_offsetof(struct iphdr, destination)
+			      : __builtin_offsetof(struct iphdr, source));
 		if (bpf_skb_load_bytes(ctx, offset, &old.w[3], 4) ||
 		    bpf_skb_store_bytes(ctx, offset, &to->w[3], 4, 0) ||
-		    bpf_l3_csum_replace(ctx,
-					ETHERNET_LENGTH +
-						__builtin_offsetof(struct iphdr,
-								   check),
-					old.w[3], to->w[3], 4))
+		    bpf_l3_csum_replace(
+			    ctx,
+			    ETHERNET_LENGTH +
+				    __builtin_offsetof(struct iphdr, check),
+			    old.w[3], to->w[3], 4))
 			return -DROP_WRITE_ERROR;
 		if (checksum && packet->protocol != IPPROTO_ICMP &&
 		    bpf_l4_csum_replace(ctx, checksum, old.w[3], to->w[3],
@@ -66,8 +67,8 @@ static __always_inline int rewrite_address(struct __sk_buff *ctx,
 	}
 
 	offset = ETHERNET_LENGTH +
-		 (end ? __builtin_offsetof(struct ipv6hdr, destination) :
-			__builtin_offsetof(struct ipv6hdr, source));
+		 (end ? __builtin_offsetof(struct ipv6hdr, destination)
+		      : __builtin_offsetof(struct ipv6hdr, source));
 	if (bpf_skb_load_bytes(ctx, offset, &old, 16) ||
 	    bpf_skb_store_bytes(ctx, offset, to, 16, 0))
 		return -DROP_WRITE_ERROR;
@@ -75,9 +76,9 @@ static __always_inline int rewrite_address(struct __sk_buff *ctx,
 	if (!checksum)
 		return 0;
 	/*
-	 * With a checksum of the whole packet from the device, the change of the
-	 * address and that of the checksum cancel out; kernels that know so want
-	 * to be told that it is IPv6, the others refuse the flag.
+	 * With a checksum of the whole packet from the device, the change of
+	 * the address and that of the checksum cancel out; kernels that know so
+	 * want to be told that it is IPv6, the others refuse the flag.
 	 */
 	if (bpf_l4_csum_replace(ctx, checksum, 0, difference,
 				BPF_F_PSEUDO_HDR | BPF_F_IPV6 | mangled) &&
@@ -94,8 +95,8 @@ static __always_inline int rewrite_port(struct __sk_buff *ctx,
 {
 	__u32 checksum = rewrite_checksum_offset(packet);
 	__u32 offset = packet->l4_offset + (end ? 2 : 0);
-	__u64 mangled = packet->protocol == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 :
-							  0;
+	__u64 mangled =
+		packet->protocol == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
 	__be16 old = 0;
 
 	if (packet->flags & PACKET_LATER_FRAGMENT || !checksum)

@@ -12,8 +12,8 @@
 /* How many slots are searched for a backend when the set has changed. */
 #define SERVICE_SEARCH_SLOTS 256
 
-static __always_inline struct service *
-service_find(const struct addr *addr, __be16 port, __u8 protocol)
+static __always_inline struct service *service_find(const struct addr *addr,
+						    __be16 port, __u8 protocol)
 {
 	struct service_key key = {
 		.addr = *addr,
@@ -36,7 +36,8 @@ service_select_backend(const struct service *service, __u32 number)
 
 	if (!count)
 		return NULL;
-	/* A multiplication spreads as evenly as a remainder, without division. */
+	/* A multiplication spreads as evenly as a remainder, without division.
+	 */
 	key.slot = ((__u64)number * count) >> 32;
 	return bpf_map_lookup_elem(&backends, &key);
 }
@@ -131,8 +132,8 @@ __weak __noinline int service_translate(struct packet *packet)
 			chosen->flags |= CONNECTION_REPLIED;
 	} else {
 		/* Once more: the set may have changed between the two reads. */
-		backend = service_select_backend(service,
-						 bpf_get_prandom_u32());
+		backend =
+			service_select_backend(service, bpf_get_prandom_u32());
 		if (!backend)
 			backend = service_select_backend(service, 0);
 		if (!backend)
@@ -159,9 +160,9 @@ __weak __noinline int service_translate(struct packet *packet)
 	packet->destination_port = chosen->service_port;
 	packet->flags |= PACKET_NEW_DESTINATION;
 	if (addr_equal(&packet->source, &packet->destination)) {
-		packet->source = packet->flags & PACKET_IPV6 ?
-					 settings.loopback_ipv6 :
-					 settings.loopback_ipv4;
+		packet->source = packet->flags & PACKET_IPV6
+					 ? settings.loopback_ipv6
+					 : settings.loopback_ipv4;
 		packet->flags |= PACKET_NEW_SOURCE | PACKET_LOOPBACK;
 	}
 	return 0;

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
+use crate::from_pod;
 use crate::lab::{Lab, Pod, Setup};
 use crate::load::{self, Load, LoadServer, Path, measure, median, pin};
 use crate::reference::{OtherPlugin, Reference};
@@ -29,7 +30,7 @@ spec:
 /// Measures every row; what cannot be measured is a row that says why.
 pub fn rows() -> Result<Vec<Row>> {
     pin()?;
-    let mut rows = Vec::new();
+    let mut rows = from_pod::run();
     rows.extend(same_node().unwrap_or_else(|error| skipped("tcp_rr/same_node/vs_direct", error)));
     for (routing, case, against) in
         [("tunnel", "two_nodes_vxlan", "kernel_vxlan"), ("native", "two_nodes_native", "routed")]

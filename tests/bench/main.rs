@@ -1,12 +1,19 @@
 //! `make bench`: every suite, or the one that SUITE names; tables here, JSON in `target/bench`.
 
 mod datapath;
+#[path = "../it/packets/frame.rs"]
+#[allow(dead_code)]
+mod frame;
+mod from_pod;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod load;
 mod policy;
 mod reference;
 mod row;
+#[path = "../it/packets/world.rs"]
+#[allow(dead_code)]
+mod world;
 
 use anyhow::{Result, bail};
 

@@ -104,6 +104,36 @@ fn a_pod_reaches_itself_through_its_service() -> Result<()> {
 }
 
 #[test]
+fn a_change_of_policy_does_not_break_what_a_pod_says_to_itself() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, service, backend) = ((cast.a, 40000), (cast.service, 81), (cast.a, 8081));
+        let stand_in = (cast.loopback, 40000);
+        becomes(world, &tcp(client, service, SYN).by(1), &tcp(stand_in, backend, SYN))?;
+        for _ in 0..2 {
+            world.enforce(1, &[EGRESS, INGRESS])?;
+            let answer = |from, to| tcp(from, to, SYN | ACK);
+            becomes(world, &answer(backend, stand_in).by(1), &answer(service, client))?;
+        }
+        // But nobody else is the stand-in, and it is nobody.
+        let outcome = world.send("from_network", &tcp(stand_in, backend, ACK))?;
+        ensure!(outcome.action == SHOT, "{outcome:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_service_does_not_open_the_way_to_tunnels() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        world.service((cast.service, 53, 17), 700, 1, &[(cast.other_node, 8472)])?;
+        let outcome = world.send("from_pod", &udp((cast.a, 5), (cast.service, 53)).by(1))?;
+        ensure!(outcome.counted == [(170, EGRESS as u8)], "{outcome:?}");
+        Ok(())
+    })
+}
+
+#[test]
 fn new_connections_spread_over_the_backends() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {

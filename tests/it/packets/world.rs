@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, ProgramInput};
+use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, ProgramInput, ProgramMut};
 use nix::sched::{CloneFlags, unshare};
 use weir::datapath::abi::{
     Address, Backend, BackendKey, Connection, ConnectionKey, Endpoint, Event, NodeState, PolicyPeer,
@@ -418,10 +418,21 @@ impl World {
         Ok((action, u32::from_ne_bytes([context_out[8], context_out[9], context_out[10], context_out[11]])))
     }
 
+    /// Reads what was reported and forgets it.
+    pub fn forget_events(&mut self) -> Result<()> {
+        self.events.consume(|_| {})?;
+        Ok(())
+    }
+
+    /// A program of `arrive.bpf.c`.
+    pub fn helper(&self, name: &str) -> Result<ProgramMut<'_>> {
+        self.arrive.progs_mut().find(|program| program.name() == name).context("no such program")
+    }
+
     /// Runs a program on a frame.
     pub fn send_bytes(&mut self, program: &str, bytes: &[u8], arrival: Arrival) -> Result<Outcome> {
         let before = self.datapath.metrics()?;
-        self.events.consume(|_| {})?;
+        self.forget_events()?;
         let mut context = [0; 192];
         context[8..12].copy_from_slice(&arrival.mark.to_ne_bytes());
         context[36..40].copy_from_slice(&u32::from(!arrival.is_from_stack).to_ne_bytes());
@@ -429,7 +440,7 @@ impl World {
         let needs_help = arrival.tunnel.is_some() || arrival.vlan != 0;
         let program = if needs_help {
             self.prepare_arrival(program, arrival)?;
-            self.arrive.progs_mut().next().context("arrive.bpf.c has a program")?
+            self.helper("arrive")?
         } else {
             self.datapath.program(program)?
         };
