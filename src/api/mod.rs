@@ -35,6 +35,8 @@ const REQUEST_BYTES_MAX: usize = 1024 * 1024;
 /// Everything that can be asked.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "method", content = "params", rename_all = "snake_case")]
+// One a connection: its size is nobody's cost.
+#[allow(clippy::large_enum_variant)]
 pub enum Request {
     /// Connect a pod; answers `cni::AddResult` when its policy is enforced.
     CniAdd(cni::Request),

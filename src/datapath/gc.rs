@@ -49,10 +49,15 @@ impl Datapath {
                 setns(namespace, CloneFlags::CLONE_NEWNET).context("entering a network namespace")?;
                 read_to_end(link).context("running destroy_sockets")
             });
-            results.fold(Ok(0), |total: Result<u64>, destroyed| match (total, destroyed) {
-                (Ok(total), Ok(destroyed)) => Ok(total + destroyed),
-                (Err(error), _) | (_, Err(error)) => Err(error),
-            })
+            // One namespace that cannot be entered keeps no other from being walked.
+            let (mut total, mut failed) = (0, Ok(()));
+            for destroyed in results {
+                match destroyed {
+                    Ok(destroyed) => total += destroyed,
+                    Err(error) => failed = failed.and(Err(error)),
+                }
+            }
+            failed.map(|()| total)
         };
         std::thread::scope(|scope| {
             scope.spawn(work).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))

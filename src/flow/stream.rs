@@ -170,9 +170,8 @@ impl Stream {
             return None;
         }
         // Losses must be told even when nothing else comes.
-        match tokio::time::timeout(LOSS_INTERVAL, self.news.changed()).await {
-            Ok(Err(_)) => return None,
-            Ok(Ok(())) | Err(_) => {}
+        if let Ok(Err(_)) = tokio::time::timeout(LOSS_INTERVAL, self.news.changed()).await {
+            return None;
         }
         self.clock = Clock::now();
         self.names.refresh();

@@ -316,13 +316,11 @@ impl Directory {
             }
         }
         for (id, object) in before {
-            if !objects.contains_key(&id) {
-                if stays_all || stays.contains(&id) {
-                    objects.insert(id, object);
-                } else {
-                    self.disown(&id, name);
-                    touched.insert(id);
-                }
+            if stays_all || stays.contains(&id) {
+                objects.entry(id).or_insert(object);
+            } else if !objects.contains_key(&id) {
+                self.disown(&id, name);
+                touched.insert(id);
             }
         }
         for id in objects.keys() {

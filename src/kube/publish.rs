@@ -45,6 +45,8 @@ pub struct Publisher {
     packing: Mutex<Packing>,
 }
 
+// There is one.
+#[allow(clippy::large_enum_variant)]
 enum Target {
     Kubernetes { identities: Api<Identity>, endpoints: Api<crd::NodeEndpoints> },
     Manifests(PathBuf),

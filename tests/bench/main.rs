@@ -19,9 +19,10 @@ use anyhow::{Result, bail};
 
 use row::Row;
 
+type Measure = fn() -> Result<Vec<Row>>;
+
 /// Every suite, by name.
-const SUITES: [(&str, fn() -> Result<Vec<Row>>); 2] =
-    [("datapath", datapath::rows), ("policy", policy::rows)];
+const SUITES: [(&str, Measure); 2] = [("datapath", datapath::rows), ("policy", policy::rows)];
 
 fn main() -> Result<()> {
     load::run_if_asked()?;

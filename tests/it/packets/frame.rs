@@ -178,7 +178,7 @@ impl Packet {
         let (id, offset, more) = self.fragment.unwrap_or_default();
         frame.extend((id as u16).to_be_bytes());
         let flags = u16::from(self.is_unfragmentable) << 14 | u16::from(more) << 13;
-        frame.extend((flags | offset / 8).to_be_bytes());
+        frame.extend((flags | (offset / 8)).to_be_bytes());
         frame.extend([self.ttl, self.protocol.unwrap_or(self.protocol_number()), 0, 0]);
         frame.extend(octets(self.source));
         frame.extend(octets(self.destination));
