@@ -23,13 +23,13 @@ golden: setup ## YAML in, map dump out: compare the golden files
 	cargo test --test it golden
 
 verify: setup ## verified instructions of every BPF program (root)
-	cargo build --bins && cargo run --bin weir -- verify --limit 200000
+	cargo run --bin weir -- verify --limit 200000
 
 bench: setup ## measure; tables here, JSON in target/bench (root)
-	cargo build --release --bins && cargo run --release --example bench
+	cargo build --release --bins --example bench && cargo run --release --example bench
 
 demo: setup ## two nodes, a small shop, its policies and its flows (root)
-	cargo build --bins && cargo run --example demo
+	cargo build --bins --example demo && cargo run --example demo
 
 image: setup ## the container image, into docker, podman or buildah
 	@scripts/image
