@@ -88,7 +88,8 @@ impl Samples {
     }
 }
 
-/// The processor for everything that is measured: the last one.
+/// The processor for everything that is measured: the last one. Called once, before any
+/// namespace is made: threads, agents, servers and clients inherit it.
 pub fn pin() -> Result<()> {
     let mut cpus = CpuSet::new();
     cpus.set(std::thread::available_parallelism().map_or(0, |count| count.get() - 1))?;
@@ -155,7 +156,6 @@ pub fn measure(load: Load, paths: &[Path<'_>]) -> Result<Samples> {
 }
 
 fn sample(load: &str, target: IpAddr) -> Result<f64> {
-    pin()?;
     match Load::ALL.into_iter().find(|known| known.name() == load).context("an unknown load")? {
         Load::Transactions => transactions(SocketAddr::new(target, ECHO_PORT)),
         Load::Connections => connections(SocketAddr::new(target, ECHO_PORT)),
@@ -208,7 +208,6 @@ fn stream(target: SocketAddr) -> Result<f64> {
 }
 
 fn serve_all() -> Result<()> {
-    pin()?;
     let any = Ipv6Addr::UNSPECIFIED;
     let (echo, sink) = (TcpListener::bind((any, ECHO_PORT))?, TcpListener::bind((any, SINK_PORT))?);
     println!("listening");

@@ -88,7 +88,11 @@ pub fn report(suite: &str, rows: &[Row]) -> Result<()> {
         suite,
         commit: written_by("git", &["rev-parse", "--short=12", "HEAD"]),
         kernel: written_by("uname", &["-r"]),
-        cpus: std::thread::available_parallelism()?.get(),
+        // Not those that this process may use: it has pinned itself to one.
+        cpus: fs::read_to_string("/proc/cpuinfo")?
+            .lines()
+            .filter(|line| line.starts_with("processor"))
+            .count(),
         rows,
     };
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench");
