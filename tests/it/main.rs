@@ -12,6 +12,7 @@ mod golden;
 mod lab;
 mod lab_itself;
 mod life_cycle;
+mod loaded_policy;
 mod malformed;
 mod model;
 mod packets;

@@ -3,9 +3,9 @@
 
 mod drops;
 mod flows;
-mod frame;
+pub mod frame;
 mod fuzz;
 mod network;
 mod pieces;
 mod services;
-mod world;
+pub mod world;

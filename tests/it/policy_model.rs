@@ -18,16 +18,19 @@ use weir::tables::Snapshot;
 use crate::model::{Cluster, ClusterPod, Payload, Side, random};
 
 /// What the compilers of one node are given.
-struct Facts {
+pub struct Facts {
     policies: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
-    endpoints: BTreeMap<EndpointId, IdentityId>,
-    addresses: BTreeMap<IpAddr, BaseAddress>,
+    /// The pods of this node.
+    pub endpoints: BTreeMap<EndpointId, IdentityId>,
+    /// Who has which address.
+    pub addresses: BTreeMap<IpAddr, BaseAddress>,
     pod_cidrs: Vec<IpNet>,
 }
 
 impl Facts {
-    fn new(cluster: &Cluster, node: usize) -> Self {
+    /// What the node with this number knows of a cluster.
+    pub fn new(cluster: &Cluster, node: usize) -> Self {
         let mut facts = Self {
             policies: cluster
                 .policies
@@ -58,7 +61,8 @@ impl Facts {
         facts
     }
 
-    fn compile(&self, compiler: &mut Compiler) -> Output {
+    /// Compiles it all.
+    pub fn compile(&self, compiler: &mut Compiler) -> Output {
         let input = Input {
             policies: &self.policies,
             identities: &self.identities,
@@ -70,7 +74,8 @@ impl Facts {
     }
 }
 
-fn compiler() -> Compiler {
+/// One that knows nothing yet.
+pub fn compiler() -> Compiler {
     Compiler::new(PolicyId(1), IdentityId::FIRST_LOCAL)
 }
 

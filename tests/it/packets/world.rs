@@ -167,6 +167,17 @@ pub fn within(
     settings: Settings,
     work: impl FnOnce(&mut World) -> Result<()> + Send + 'static,
 ) -> Result<()> {
+    within_empty(settings, |world| {
+        world.populate()?;
+        work(world)
+    })
+}
+
+/// Runs `work` with the programs over empty maps, in a network namespace of its own.
+pub fn within_empty(
+    settings: Settings,
+    work: impl FnOnce(&mut World) -> Result<()> + Send + 'static,
+) -> Result<()> {
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).context("making a network namespace")?;
         work(&mut World::new(&settings)?)
@@ -183,9 +194,7 @@ impl World {
         let events = datapath.events()?;
         let directory = tempfile::tempdir()?;
         let arrive = load_arrive(directory.path())?;
-        let world = Self { datapath, events, arrive, _directory: directory };
-        world.populate()?;
-        Ok(world)
+        Ok(Self { datapath, events, arrive, _directory: directory })
     }
 
     fn populate(&self) -> Result<()> {
