@@ -123,6 +123,9 @@ int to_overlay(struct __sk_buff *ctx)
 	packet_parse(ctx, &packet);
 	if (!(packet.flags & PACKET_HAS_ADDRESSES))
 		return finish(ctx, &packet, -DROP_UNSUPPORTED_L3);
+	/* What the stack tells every device (MLD, mDNS) is no packet lost. */
+	if (addr_is_multicast(&packet.destination))
+		return TC_ACT_SHOT;
 	address = bpf_map_lookup_elem(&addresses, &packet.destination);
 	if (!address || addr_is_zero(&address->node))
 		return finish(ctx, &packet, -DROP_NO_TUNNEL_ENDPOINT);

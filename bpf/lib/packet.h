@@ -110,6 +110,13 @@ static __always_inline bool addr_is_ipv4(const struct addr *addr)
 	return !addr->w[0] && !addr->w[1] && addr->w[2] == bpf_htonl(0xffff);
 }
 
+static __always_inline bool addr_is_multicast(const struct addr *addr)
+{
+	const __u8 *byte = (const void *)addr;
+
+	return addr_is_ipv4(addr) ? byte[12] >> 4 == 0xe : byte[0] == 0xff;
+}
+
 /* Ports of the first fragment serve those that follow it. */
 static __always_inline int packet_track_fragment(struct packet *packet,
 						 __u32 id)

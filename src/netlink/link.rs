@@ -11,7 +11,7 @@ use netlink_packet_route::link::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::connection::{Connection, Request};
-use super::{Error, Result};
+use super::{Error, Result, get_sysctl, set_sysctl};
 use crate::model::MacAddress;
 
 /// A device.
@@ -117,8 +117,8 @@ pub fn ensure_vxlan(name: &str, port: u16, mtu: u32) -> Result<u32> {
         delete_link(name)?;
     }
     let mut message = LinkMessage::default();
-    message.header.flags = up;
-    message.header.change_mask = up;
+    message.header.flags = LinkFlags::Noarp;
+    message.header.change_mask = LinkFlags::Noarp;
     message.attributes = vec![
         LinkAttribute::IfName(name.to_owned()),
         LinkAttribute::Mtu(mtu),
@@ -134,9 +134,16 @@ pub fn ensure_vxlan(name: &str, port: u16, mtu: u32) -> Result<u32> {
     ];
     let action = format!("making VXLAN device {name} on port {port}");
     connection.execute(vec![Request::new(action, RouteNetlinkMessage::NewLink(message)).create()])?;
-    get(&mut connection, name)?
+    let index = get(&mut connection, name)?
         .map(|link| link.index)
-        .ok_or_else(|| Error::Different(format!("device {name} went away")))
+        .ok_or_else(|| Error::Different(format!("device {name} went away")))?;
+    // Before it is up: a link-local address would be tested and announced to nobody.
+    let generation = format!("net/ipv6/conf/{name}/addr_gen_mode");
+    if get_sysctl(&generation)?.is_some() {
+        set_sysctl(&generation, "1")?;
+    }
+    connection.execute(vec![raise(index)])?;
+    Ok(index)
 }
 
 fn is_our_vxlan(message: &LinkMessage, port: u16) -> bool {
