@@ -4,7 +4,7 @@
 
 export KEEP SUITE UPDATE
 .DEFAULT_GOAL := help
-.PHONY: setup build check test golden verify bench demo image kind kind-down deploy undeploy clean help
+.PHONY: setup build check test golden verify bench demo image kind kind-down cluster cluster-down deploy undeploy clean help
 
 setup: ## install what the build needs and the machine lacks (Debian, Ubuntu)
 	@scripts/setup
@@ -39,6 +39,12 @@ kind: ## a kind cluster without a network: two workers, dual stack
 
 kind-down: ## delete it
 	@scripts/kind down
+
+cluster: setup ## real Kubernetes on this machine, without docker: NODES=3 (root)
+	cargo build --example cluster && target/debug/examples/cluster up
+
+cluster-down: ## end and remove it
+	@tests/lab/clean weirlab-cluster
 
 deploy: setup ## build the image, install Weir in the cluster of kubectl's context
 	@scripts/deploy up

@@ -18,18 +18,19 @@
 // The tests, the demo and the benchmarks each use a part of it.
 #![allow(dead_code)]
 
-mod cgroup;
+pub mod cgroup;
 mod manifests;
 mod node;
 mod pod;
 mod probe;
 mod space;
 mod traffic;
+mod wire;
 
 use std::cell::Cell;
 use std::env;
 use std::fs;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -46,16 +47,14 @@ pub use self::{
     probe::{Outcome, PATIENCE, Server, Via, ping, probe, probe_udp},
     space::{Running, Space, output_of},
     traffic::{Report, Traffic},
+    wire::{OUTSIDE, Wire, node_addresses, route_to_pods},
 };
 
 /// The program that removes what labs leave behind.
-const CLEAN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/clean");
+pub const CLEAN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/clean");
 
 /// At most this many labs at once: each has agents that compete for the processor.
 const LABS_AT_ONCE: usize = 3;
-
-/// The address of the outside host on the wire, and one behind it that only a default route reaches.
-pub const OUTSIDE: [&str; 4] = ["10.200.0.100", "fd00:200::100", "203.0.113.7", "2001:db8:ffff::7"];
 
 /// What a lab shall be.
 #[derive(Clone, Debug)]
@@ -82,9 +81,8 @@ pub struct Lab {
     name: String,
     pods: AtomicUsize,
     nodes: Vec<Node>,
-    outside: Space,
     _outside_server: Server,
-    wire: Space,
+    wire: Wire,
     manifests: Manifests,
     directory: PathBuf,
     _permit: Permit,
@@ -99,30 +97,14 @@ impl Lab {
         let name = format!("weirlab-{}-{}", std::process::id(), LABS.fetch_add(1, Ordering::Relaxed));
         let directory = Path::new("/tmp").join(&name);
         let manifests = Manifests::create(&directory)?;
-        let wire = Space::create(&format!("{name}-wire"), None)?;
-        wire.configure(&["link add wire type bridge", "link set wire up"])?;
-        let outside = Space::create(&format!("{name}-outside"), None)?;
-        plug_in(&wire, &outside, "outside", &OUTSIDE[..2])?;
-        outside.configure(&[
-            &format!("addr add {}/32 dev lo", OUTSIDE[2]),
-            &format!("addr add {}/128 dev lo nodad", OUTSIDE[3]),
-        ])?;
+        let wire = Wire::create(&name)?;
         let addresses = OUTSIDE.map(|address| address.parse().expect("OUTSIDE holds addresses"));
-        let outside_server = Server::start(&outside, "outside", &addresses, &PORTS)?;
+        let outside_server = Server::start(wire.outside(), "outside", &addresses, &PORTS)?;
         let mut nodes = Vec::new();
         for number in 1..=setup.nodes {
-            let node = Node::create(&name, &directory, number, &setup)?;
-            let addresses: Vec<String> = node.addresses().iter().map(IpAddr::to_string).collect();
-            plug_in(&wire, node.space(), node.name(), &[&addresses[0], &addresses[1]])?;
-            node.space().configure(&[
-                &format!("route add default via {}", OUTSIDE[0]),
-                &format!("route add default via {}", OUTSIDE[1]),
-            ])?;
+            let node = Node::create(&name, &wire, &directory, number, &setup)?;
             let cidrs = pod_cidrs(number);
-            outside.configure(&[
-                &format!("route add {} via {}", cidrs[0], addresses[0]),
-                &format!("route add {} via {}", cidrs[1], addresses[1]),
-            ])?;
+            route_to_pods(wire.outside(), &cidrs, node.addresses())?;
             manifests.node(node.name(), node.addresses(), &cidrs)?;
             nodes.push(node);
         }
@@ -130,7 +112,6 @@ impl Lab {
             name,
             pods: AtomicUsize::new(0),
             nodes,
-            outside,
             _outside_server: outside_server,
             wire,
             manifests,
@@ -176,7 +157,7 @@ impl Lab {
 
     /// The host on the wire that is not a node.
     pub fn outside(&self) -> &Space {
-        &self.outside
+        self.wire.outside()
     }
 
     /// The cluster's objects.
@@ -233,18 +214,6 @@ pub fn backend(pod: &Pod, is_ready: bool) -> Backend {
 /// The pod CIDRs of node `number`.
 pub fn pod_cidrs(number: usize) -> Vec<String> {
     vec![format!("10.1.{number}.0/24"), format!("fd00:1:0:{number:x}::/64")]
-}
-
-fn plug_in(wire: &Space, space: &Space, name: &str, addresses: &[&str]) -> Result<()> {
-    wire.configure(&[
-        &format!("link add {name} type veth peer name eth0 netns {}", space.name()),
-        &format!("link set {name} master wire up"),
-    ])?;
-    space.configure(&[
-        &format!("addr add {}/24 dev eth0", addresses[0]),
-        &format!("addr add {}/64 dev eth0 nodad", addresses[1]),
-        "link set eth0 up",
-    ])
 }
 
 /// The path of one of the crate's programs, built beside the one that runs.

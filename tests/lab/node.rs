@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 
 use super::cgroup::Cgroup;
 use super::space::{Space, output_of};
+use super::wire::{Wire, node_addresses};
 use super::{Setup, binary};
 
 /// Where an agent serves its metrics and health, in its own namespace.
@@ -34,12 +35,17 @@ pub struct Node {
 
 impl Node {
     /// Makes node number `number` (from 1) of `lab`, without an agent yet.
-    pub(super) fn create(lab: &str, directory: &Path, number: usize, setup: &Setup) -> Result<Self> {
+    pub(super) fn create(
+        lab: &str,
+        wire: &Wire,
+        directory: &Path,
+        number: usize,
+        setup: &Setup,
+    ) -> Result<Self> {
         let name = format!("node{number}");
         let cgroup = Cgroup::create(&format!("{lab}-{name}"))?;
-        let space = Space::create(&format!("{lab}-{name}"), Some(cgroup.path()))?;
-        // No second of duplicate-address detection on the wire.
-        space.set_sysctls(&[("ipv6/conf/all/accept_dad", "0"), ("ipv6/conf/default/accept_dad", "0")])?;
+        let addresses = node_addresses(number)?;
+        let space = wire.host(&name, &addresses, Some(cgroup.path()))?;
         let own = directory.join(&name);
         fs::create_dir_all(own.join("bpf"))?;
         mount(Some("bpf"), &own.join("bpf"), Some("bpf"), MsFlags::empty(), None::<&str>)
@@ -58,8 +64,6 @@ impl Node {
             arguments.extend([flag.to_owned(), value]);
         }
         arguments.extend(setup.agent_arguments.iter().cloned());
-        let addresses =
-            vec![IpAddr::from([10, 200, 0, number as u8]), format!("fd00:200::{number:x}").parse()?];
         Ok(Self { name, addresses, space, directory: own, arguments, agent: Mutex::new(None), cgroup })
     }
 

@@ -19,10 +19,11 @@ use nix::unistd::gettid;
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// A network namespace of the lab's own, removed when dropped.
+/// A network namespace of the lab's own, removed when dropped, unless it is kept.
 #[derive(Debug)]
 pub struct Space {
     name: String,
+    is_kept: bool,
     spawner: mpsc::Sender<Job>,
 }
 
@@ -33,9 +34,14 @@ impl Space {
     /// Makes the namespace, with `lo` up; its threads join `cgroup` where there is one.
     pub fn create(name: &str, cgroup: Option<&Path>) -> Result<Self> {
         ip(&["netns", "add", name])?;
-        let space = Self { name: name.to_owned(), spawner: start_spawner(name, cgroup)? };
+        let space = Self { name: name.to_owned(), is_kept: false, spawner: start_spawner(name, cgroup)? };
         space.configure(&["link set lo up"])?;
         Ok(space)
+    }
+
+    /// Lets the namespace outlive this value.
+    pub fn keep(&mut self) {
+        self.is_kept = true;
     }
 
     /// The name by which `ip netns` knows it.
@@ -114,6 +120,9 @@ impl Space {
 
 impl Drop for Space {
     fn drop(&mut self) {
+        if self.is_kept {
+            return;
+        }
         if let Err(error) = ip(&["netns", "delete", &self.name]) {
             eprintln!("{error:#}");
         }
