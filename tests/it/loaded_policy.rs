@@ -31,9 +31,9 @@ const DENIED: [u8; 2] = [133, 181];
 /// How a probe comes to the programs of this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Way {
-    FromPod,
-    FromOverlay,
-    FromNetwork,
+    Pod,
+    Overlay,
+    Network,
 }
 
 /// What becomes of a packet.
@@ -134,12 +134,12 @@ fn pairs(cluster: &Cluster, is_ipv4: bool) -> Vec<(Way, Side<'_>, Side<'_>)> {
     let mut pairs = Vec::new();
     for from in &sides {
         let way = match from.pod {
-            Some(pod) if pod.node == 0 => Way::FromPod,
-            Some(_) => Way::FromOverlay,
-            None => Way::FromNetwork,
+            Some(pod) if pod.node == 0 => Way::Pod,
+            Some(_) => Way::Overlay,
+            None => Way::Network,
         };
         for to in sides.iter().chain(&own).filter(|to| to.address != from.address) {
-            if way == Way::FromPod || is_here(to) {
+            if way == Way::Pod || is_here(to) {
                 pairs.push((way, *from, *to));
             }
         }
@@ -150,7 +150,7 @@ fn pairs(cluster: &Cluster, is_ipv4: bool) -> Vec<(Way, Side<'_>, Side<'_>)> {
 /// What the model says; the sender's node has judged what comes from elsewhere.
 fn expected(cluster: &Cluster, probe: &Probe<'_>) -> Verdict {
     let Probe { way, from, to, payload, .. } = *probe;
-    if way == Way::FromPod && !cluster.allows_egress(from, to, payload) {
+    if way == Way::Pod && !cluster.allows_egress(from, to, payload) {
         Verdict::EgressDenied
     } else if is_here(&to) && !cluster.allows_ingress(from, to, payload) {
         Verdict::IngressDenied
@@ -182,16 +182,16 @@ fn send(world: &mut World, cluster: &Cluster, facts: &Facts, probe: &Probe<'_>) 
     let packet = packet(probe);
     let index = cluster.pods.iter().position(|pod| pod.addresses.contains(&probe.from.address));
     match probe.way {
-        Way::FromPod => {
+        Way::Pod => {
             let index = index.context("a pod of this node sends it")?;
             world.send("from_pod", &packet.by(index as u16 + 1))
         }
-        Way::FromOverlay => {
+        Way::Overlay => {
             let identity = facts.addresses[&probe.from.address].identity.0;
             let tunnel = Some((Some(other_node(cluster)), identity));
             world.send_as("from_overlay", &packet, Arrival { tunnel, ..Arrival::default() })
         }
-        Way::FromNetwork => world.send("from_network", &packet),
+        Way::Network => world.send("from_network", &packet),
     }
 }
 
