@@ -39,7 +39,7 @@ use crate::kube::bootstrap::Servers;
 use crate::kube::{self, Publisher, Source, Tables};
 use crate::model::{Node, NodeEndpoints};
 use crate::netlink;
-use crate::reconcile::Reconciler;
+use crate::reconcile::{OVERLAY_DEVICE, Reconciler};
 use crate::tables::Table;
 use crate::telemetry::{self, ReadyGuard, Telemetry};
 use answers::{Answers, Known};
@@ -214,6 +214,8 @@ fn load(config: &Config, node: &Node) -> Result<(Devices, Arc<Datapath>)> {
     }
     if let Some(overlay) = devices.overlay {
         datapath.attach_overlay(overlay).context("attaching to the tunnel device")?;
+    } else if netlink::delete_link(OVERLAY_DEVICE).context("removing the tunnel device")? {
+        tracing::info!(device = OVERLAY_DEVICE, "removed the tunnel device: routing is native now");
     }
     if config.args.socket_lb {
         datapath.attach_sockets().context("attaching to sockets")?;

@@ -20,6 +20,27 @@ fn pods_of_two_nodes_reach_one_another_by_native_routing() -> Result<()> {
     reach_across("native")
 }
 
+#[test]
+fn a_change_to_native_routing_removes_the_tunnel_device_and_back_makes_it() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup { nodes: 2, ..Setup::default() })?;
+    let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(2, "shop/b").create()?);
+    expect_full_mesh(&[&a, &b])?;
+    for (routing, has_tunnel) in [("native", false), ("tunnel", true)] {
+        for node in lab.nodes() {
+            node.stop_agent()?;
+            node.start_agent_with(&["--routing", routing])?;
+        }
+        for node in lab.nodes() {
+            node.wait_ready()?;
+            let devices = node.space().ip("-brief link")?;
+            assert_eq!(devices.contains("weir_vxlan"), has_tunnel, "{routing}: {devices}");
+        }
+        expect_full_mesh(&[&a, &b])?;
+    }
+    Ok(())
+}
+
 fn reach_across(routing: &str) -> Result<()> {
     let lab = Lab::start(Setup { nodes: 2, routing: routing.to_owned(), ..Setup::default() })?;
     let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(2, "shop/b").create()?);

@@ -102,7 +102,7 @@ impl Node {
         self.start_agent_with(&[])
     }
 
-    /// Starts the agent with more arguments.
+    /// Starts the agent with more arguments; a flag of them replaces the lab's own.
     pub fn start_agent_with(&self, more: &[&str]) -> Result<()> {
         let mut agent = self.agent.lock().expect("no test panics while it holds the agent");
         if agent.is_some() {
@@ -110,7 +110,14 @@ impl Node {
         }
         let log = OpenOptions::new().create(true).append(true).open(self.log_file())?;
         let mut command = Command::new(binary("weir")?);
-        command.args(&self.arguments).args(more).env("RUST_BACKTRACE", "1");
+        let mut own = self.arguments.iter();
+        while let Some(argument) = own.next() {
+            match more.contains(&argument.as_str()) {
+                true => drop(own.next()),
+                false => drop(command.arg(argument)),
+            }
+        }
+        command.args(more).env("RUST_BACKTRACE", "1");
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         *agent = Some(self.space.run(move || command.spawn()).context("starting the agent")?);
         Ok(())
