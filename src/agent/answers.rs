@@ -161,7 +161,17 @@ impl Known {
             waiting: waiting.collect(),
             maps: self.maps(),
             flows: self.recorder.counts(),
+            dropped_packets: self.dropped_packets(),
         }
+    }
+
+    fn dropped_packets(&self) -> u64 {
+        let Some(loaded) = self.loaded.get() else { return 0 };
+        let rows = loaded.datapath.metrics().unwrap_or_else(|error| {
+            tracing::warn!(error = format!("{error:#}"), "reading the packet counters");
+            Vec::new()
+        });
+        rows.iter().filter(|row| row.reason != 0).map(|row| row.packets).sum()
     }
 
     fn maps(&self) -> Vec<MapFill> {

@@ -10,7 +10,10 @@ use crate::model::{EndpointId, IdentityId, ObjectKey};
 use crate::telemetry::ObjectCounts;
 
 /// How the agent is: the answer to `Status`.
+///
+/// What an agent of another version does not say is as if it were empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct StatusAnswer {
     /// The agent's version.
     pub version: String,
@@ -38,12 +41,19 @@ pub struct StatusAnswer {
     pub maps: Vec<MapFill>,
     /// What became of the flow records.
     pub flows: RecorderCounts,
+    /// Packets dropped, for any reason, since the maps were made.
+    pub dropped_packets: u64,
 }
 
 impl StatusAnswer {
     /// True when everything is in force that was there when the agent started.
     pub fn is_ready(&self) -> bool {
         self.pending.is_empty()
+    }
+
+    /// The way that was taken for a feature.
+    pub fn feature(&self, name: &str) -> Option<&str> {
+        self.features.iter().find(|feature| feature.name == name).map(|feature| feature.value.as_str())
     }
 }
 

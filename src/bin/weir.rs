@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use weir::cli::{self, Cli, Failure};
 
-/// 0: done; 1: it did not work; 2: wrong usage (clap's); 3: not ready.
+/// 0: done; 1: it did not work; 2: wrong usage (clap's), or nothing could be tried; 3: not ready.
 fn main() -> ExitCode {
     match cli::run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -14,6 +14,7 @@ fn main() -> ExitCode {
             eprintln!("weir: {failure}");
             match failure {
                 Failure::NotReady(_) => ExitCode::from(3),
+                Failure::NotTried(_) => ExitCode::from(2),
                 _ => ExitCode::FAILURE,
             }
         }

@@ -1,6 +1,7 @@
 //! The command line for people: asks the agent over its socket, or reads the pins.
 
 mod agent;
+mod cluster;
 mod cni;
 mod list;
 mod map;
@@ -33,7 +34,7 @@ enum Command {
     Agent(Box<AgentArgs>),
     /// Show flows: who talked to whom, what became of it, and why.
     Observe(Box<observe::ObserveArgs>),
-    /// Show how the agent is; exits with 3 when it is not ready.
+    /// Show how the agent is, or with --cluster all of them; exits with 3 when one is not ready.
     Status(status::StatusArgs),
     /// Show the pods of this node.
     #[command(subcommand)]
@@ -98,6 +99,9 @@ pub enum Failure {
     /// Writing the answer; a reader that went away is not worth a word.
     #[error("writing: {0}")]
     Output(#[from] io::Error),
+    /// What was to be tried could not be.
+    #[error("{0:#}")]
+    NotTried(anyhow::Error),
     /// Anything else.
     #[error("{0:#}")]
     Other(#[from] anyhow::Error),

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use jiff::SignedDuration;
 
+use super::cluster::status::ClusterStatus;
+use super::cluster::{self, ClusterArgs};
 use super::{Connection, Failure, Format, output, table};
 use crate::api::answers::{BrokenRow, StatusAnswer};
 use crate::api::{self, Request};
@@ -13,6 +15,7 @@ use crate::flow::escape;
 
 /// Between two questions while waiting.
 const POLL: Duration = Duration::from_millis(100);
+const POLL_CLUSTER: Duration = Duration::from_secs(1);
 /// An agent that is busy starting answers within this.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
@@ -32,10 +35,18 @@ pub struct StatusArgs {
     /// Form of what is printed.
     #[arg(long, short, value_enum, default_value = "table")]
     output: Format,
+    /// Every node of the cluster, through the API server.
+    #[arg(long)]
+    cluster: bool,
+    #[command(flatten)]
+    of: ClusterArgs,
 }
 
 pub fn run(args: &StatusArgs) -> Result<(), Failure> {
     let deadline = args.wait.map(|wait| Instant::now() + wait);
+    if args.cluster {
+        return run_cluster(args, deadline);
+    }
     let status = loop {
         let answer = ask(&args.connection);
         let is_ready = answer.as_ref().is_ok_and(StatusAnswer::is_ready);
@@ -58,6 +69,22 @@ pub fn run(args: &StatusArgs) -> Result<(), Failure> {
         true => Ok(()),
         false => Err(Failure::NotReady(format!("not ready: waiting for {}", status.pending.join(", ")))),
     }
+}
+
+fn run_cluster(args: &StatusArgs, deadline: Option<Instant>) -> Result<(), Failure> {
+    let runtime = cluster::runtime()?;
+    let status = loop {
+        let answer = runtime.block_on(cluster::status::ask(&args.of));
+        let is_ready = answer.as_ref().is_ok_and(ClusterStatus::is_ready);
+        if is_ready || deadline.is_none_or(|deadline| Instant::now() >= deadline) {
+            break answer?;
+        }
+        std::thread::sleep(POLL_CLUSTER);
+    };
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    status.write(&mut out, args.output)?;
+    out.flush()?;
+    status.outcome()
 }
 
 fn ask(connection: &Connection) -> Result<StatusAnswer, Failure> {
@@ -92,6 +119,7 @@ fn write(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
             flows.seen, flows.held, flows.capacity, flows.lost_in_kernel, flows.missed_by_readers
         ),
     ));
+    lines.push(("dropped", format!("{} packets", status.dropped_packets)));
     lines.extend(status.features.iter().map(|feature| (&*feature.name, feature.value.clone())));
     lines.push(("source", status.source.clone()));
     lines.extend(status.broken.iter().map(|broken| ("", broken_text(broken))));
@@ -202,6 +230,7 @@ mod tests {
             waiting: vec![WaitingRow { endpoint: EndpointId(3), reason: "no Pod object yet".into() }],
             maps: vec![MapFill { map: "nat".into(), used: 1024, capacity: 131_072 }],
             flows: RecorderCounts { seen: 5, held: 5, capacity: 16_384, ..RecorderCounts::default() },
+            dropped_packets: 9,
         };
         let mut out = Vec::new();
         write(&mut out, &status).expect("memory");
@@ -215,6 +244,7 @@ services:    0
 identities:  0 of the cluster, 0 of this node
 nodes:       0
 flows:       5 seen, 5 of 16384 kept, 0 lost in the kernel, 0 missed by observers
+dropped:     9 packets
 attach:      tcx
 source:      /etc/manifests
              shop.yaml document 2 (NetworkPolicy shop/web): spec.ingress[0].ports[0].port: 70000 is no port
