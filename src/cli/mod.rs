@@ -3,6 +3,7 @@
 mod agent;
 mod cluster;
 mod cni;
+mod connectivity;
 mod list;
 mod map;
 mod node;
@@ -36,6 +37,9 @@ enum Command {
     Observe(Box<observe::ObserveArgs>),
     /// Show how the agent is, or with --cluster all of them; exits with 3 when one is not ready.
     Status(status::StatusArgs),
+    /// Try a cluster's network: pods, services, nodes, DNS, policies.
+    #[command(subcommand)]
+    Connectivity(connectivity::ConnectivityCommand),
     /// Show the pods of this node.
     #[command(subcommand)]
     Endpoint(list::EndpointCommand),
@@ -129,6 +133,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Agent(args) => agent::run(*args),
         Command::Observe(args) => observe::run(*args),
         Command::Status(args) => status::run(&args),
+        Command::Connectivity(command) => connectivity::run(command),
         Command::Endpoint(command) => list::endpoint(command),
         Command::Identity(command) => list::identity(command),
         Command::Policy(command) => list::policy(command),
