@@ -4,12 +4,14 @@ mod agent;
 mod cluster;
 mod cni;
 mod connectivity;
+mod facts;
 mod list;
 mod map;
 mod node;
 mod observe;
 mod output;
 mod status;
+mod sysdump;
 mod table;
 
 use std::io::{self, Write};
@@ -40,6 +42,8 @@ enum Command {
     /// Try a cluster's network: pods, services, nodes, DNS, policies.
     #[command(subcommand)]
     Connectivity(connectivity::ConnectivityCommand),
+    /// Collect everything that a bug report needs in one archive; no Secrets.
+    Sysdump(sysdump::SysdumpArgs),
     /// Show the pods of this node.
     #[command(subcommand)]
     Endpoint(list::EndpointCommand),
@@ -62,6 +66,10 @@ enum Command {
     /// Put the CNI plugin on this node, or take it away.
     #[command(subcommand)]
     Cni(cni::CniCommand),
+    /// Print the agent's metrics, as Prometheus reads them.
+    Metrics(facts::MetricsArgs),
+    /// Print what this node's kernel says about its network.
+    Facts(facts::FactsArgs),
     /// Mount what the agent needs and this node lacks.
     Prepare(node::PrepareArgs),
     /// Take Weir and all its traces off this node.
@@ -134,6 +142,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Observe(args) => observe::run(*args),
         Command::Status(args) => status::run(&args),
         Command::Connectivity(command) => connectivity::run(command),
+        Command::Sysdump(args) => sysdump::run(&args),
         Command::Endpoint(command) => list::endpoint(command),
         Command::Identity(command) => list::identity(command),
         Command::Policy(command) => list::policy(command),
@@ -142,6 +151,8 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Verify(args) => map::verify(&args),
         Command::Crds => crds(),
         Command::Cni(command) => cni::run(command),
+        Command::Metrics(args) => facts::metrics(&args),
+        Command::Facts(args) => facts::facts(&args),
         Command::Prepare(args) => node::prepare(&args),
         Command::Uninstall(args) => node::uninstall(&args),
     }

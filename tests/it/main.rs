@@ -25,5 +25,6 @@ mod same_node;
 mod services;
 #[path = "../shop/mod.rs"]
 mod shop;
+mod tools;
 mod two_nodes;
 mod verdicts;
