@@ -2,9 +2,9 @@
 # KEEP=1 make demo      leaves the demo running
 # make bench SUITE=NAME one suite only; make golden UPDATE=1 rewrites the files
 
-export KEEP SUITE UPDATE
+export KEEP SUITE UPDATE NODES AWAY
 .DEFAULT_GOAL := help
-.PHONY: setup build check test golden verify bench demo image kind kind-down cluster cluster-down deploy undeploy clean help
+.PHONY: setup build check test golden verify bench demo image kind kind-down cluster cluster-down e2e e2e-faults deploy undeploy clean help
 
 setup: ## install what the build needs and the machine lacks (Debian, Ubuntu)
 	@scripts/setup
@@ -45,6 +45,12 @@ cluster: setup ## real Kubernetes on this machine, without docker: NODES=3 (root
 
 cluster-down: ## end and remove it
 	@tests/lab/clean weirlab-cluster
+
+e2e: setup ## end-to-end tests on a real cluster of their own (root)
+	cargo build --bins --example cluster && cargo test --test e2e
+
+e2e-faults: setup ## the same cluster, and what it survives: AWAY=120 seconds without API server (root)
+	cargo build --bins --example cluster && cargo test --test e2e -- --faults
 
 deploy: setup ## build the image, install Weir in the cluster of kubectl's context
 	@scripts/deploy up

@@ -13,12 +13,14 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use kubernetes::{Cluster, Setup};
+use kubernetes::{Cluster, Setup, prober};
 
 /// The cluster of `make cluster`; those of tests have the names of labs.
 const NAME: &str = "weirlab-cluster";
@@ -33,6 +35,9 @@ fn main() -> ExitCode {
             Ok(())
         }
         ["load", cluster, archive] => load(cluster, Path::new(archive)),
+        // What tests start.
+        ["probe", group, probes] => probe(Path::new(group), probes),
+        ["request", group, wanted] => request(Path::new(group), wanted),
         // What `up` starts.
         ["relay", target] => relay(target),
         ["machine", machine] => kubernetes::init::enter(machine),
@@ -79,6 +84,29 @@ fn load(cluster: &str, archive: &Path) -> Result<()> {
     for node in nodes.iter().filter(|directory| directory.join(kubernetes::init::PID).exists()) {
         kubernetes::load(node, &archive)?;
     }
+    Ok(())
+}
+
+/// Probes as a process of the pod in `group`, and prints what came of it.
+fn probe(group: &Path, probes: &str) -> Result<()> {
+    prober::enter(group)?;
+    println!("{}", serde_json::to_string(&prober::probe_all(serde_json::from_str(probes)?))?);
+    Ok(())
+}
+
+/// Makes requests as a process of the pod in `group` until standard input is closed, and prints their count.
+fn request(group: &Path, wanted: &str) -> Result<()> {
+    let (via, target) = serde_json::from_str(wanted)?;
+    prober::enter(group)?;
+    let stops = Arc::new(AtomicBool::new(false));
+    let requests = thread::spawn({
+        let stops = stops.clone();
+        move || prober::request(via, target, &stops)
+    });
+    io::copy(&mut io::stdin(), &mut io::sink())?;
+    stops.store(true, Ordering::Relaxed);
+    let count = requests.join().map_err(|_| anyhow::anyhow!("the requests panicked"))?;
+    println!("{}", serde_json::to_string(&count)?);
     Ok(())
 }
 

@@ -111,6 +111,9 @@ fn mount_files(machine: &Machine) -> Result<()> {
         mount(Some(&own), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
             .with_context(|| format!("mounting {path}"))?;
     }
+    // containerd before 2.0 sets up lo by it.
+    fs::create_dir_all("/opt/cni/bin")?;
+    fs::copy("/usr/lib/cni/loopback", "/opt/cni/bin/loopback").context("copying the loopback plugin")?;
     let (upper, work) = (machine.directory.join("etc"), machine.directory.join("etc.work"));
     fs::create_dir_all(&upper)?;
     fs::create_dir_all(&work)?;

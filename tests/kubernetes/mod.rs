@@ -26,6 +26,7 @@ mod daemon;
 mod hierarchy;
 pub mod init;
 mod node;
+pub mod prober;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -106,7 +107,7 @@ impl Cluster {
             cluster.apply(CLUSTER_DNS)?;
         }
         for number in 1..=setup.nodes {
-            cluster.await_node(number, setup)?;
+            cluster.await_node(number, setup.gives_pod_cidrs)?;
         }
         Ok(cluster)
     }
@@ -116,14 +117,14 @@ impl Cluster {
     }
 
     /// Waits until the API server knows the node, and lets the other hosts reach its pods.
-    fn await_node(&self, number: usize, setup: &Setup) -> Result<()> {
+    fn await_node(&self, number: usize, has_pod_cidrs: bool) -> Result<()> {
         let node = self.node(number);
         let mut cidrs = Vec::new();
         self.wait(&format!("{} to register", node.name()), Duration::from_secs(60), || {
             let object = self.get(&["node", node.name()])?;
             let given = object["spec"]["podCIDRs"].as_array().map(Vec::as_slice).unwrap_or_default();
             cidrs = given.iter().filter_map(|cidr| Some(cidr.as_str()?.to_owned())).collect();
-            Ok(!setup.gives_pod_cidrs || !cidrs.is_empty())
+            Ok(!has_pod_cidrs || !cidrs.is_empty())
         })?;
         for space in [self.wire.outside(), self.control_plane.space()] {
             route_to_pods(space, &cidrs, node.addresses())?;
@@ -180,7 +181,7 @@ impl Cluster {
     pub fn replace_node(&mut self, number: usize) -> Result<()> {
         self.nodes[number - 1].destroy()?;
         self.nodes[number - 1] = self.start_node(number)?;
-        Ok(())
+        self.await_node(number, true)
     }
 
     /// A command that talks to this cluster, with its kubectl first on PATH.

@@ -137,6 +137,8 @@ fn write_files(directory: &Path, name: &str, addresses: &[IpAddr], authority: &A
         "evictionHard": {"memory.available": "1Mi", "nodefs.available": "0%", "nodefs.inodesFree": "0%",
             "imagefs.available": "0%"},
         "imageGCHighThresholdPercent": 100, "imageGCLowThresholdPercent": 99,
+        // A program that is killed again and again is started again at once.
+        "featureGates": {"KubeletCrashLoopBackOffMax": true}, "crashLoopBackOff": {"maxContainerRestartPeriod": "1s"},
     });
     fs::write(directory.join("kubelet.yaml"), serde_yaml::to_string(&kubelet)?)?;
     fs::write(directory.join("containerd.toml"), include_str!("containerd.toml"))?;

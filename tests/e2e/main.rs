@@ -1,0 +1,111 @@
+//! End-to-end tests on real Kubernetes: `make e2e` shows what works, `make e2e-faults` what survives.
+//!
+//! One cluster of three nodes for all of them, with Weir deployed as anybody deploys it; the
+//! steps run in order. It goes at the end, whatever the end is.
+//!
+//!     cargo test --test e2e                 every step
+//!     cargo test --test e2e -- dns          those whose name has `dns` in it
+//!     cargo test --test e2e -- --faults     the table of faults
+
+#[path = "../kubernetes/mod.rs"]
+mod kubernetes;
+#[path = "../lab/mod.rs"]
+mod lab;
+
+mod api_server;
+mod faults;
+mod life;
+mod pods;
+mod policies;
+mod services;
+mod world;
+
+use std::env;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+
+use world::World;
+
+/// A step, which finds the cluster as it was and leaves it so.
+type Step = (&'static str, fn(&mut World) -> Result<()>);
+
+/// What `make e2e` runs.
+const STEPS: &[Step] = &[
+    ("pods_reach_one_another", pods::pods_reach_one_another),
+    ("pods_on_the_hosts_network", pods::pods_on_the_hosts_network),
+    ("services_of_both_families", services::services_of_both_families),
+    ("services_follow_their_pods", services::services_follow_their_pods),
+    ("names_by_cluster_dns", services::names_by_cluster_dns),
+    ("policies_allow_and_deny", policies::policies_allow_and_deny),
+    ("policies_follow_labels", policies::policies_follow_labels),
+    ("policies_of_egress", policies::policies_of_egress),
+    ("kubelet_probes_under_a_default_deny", policies::kubelet_probes_under_a_default_deny),
+    ("malformed_objects_change_nothing_else", life::malformed_objects_change_nothing_else),
+    ("namespaces_go_with_all_they_hold", life::namespaces_go_with_all_they_hold),
+    ("agents_write_their_own_objects_only", life::agents_write_their_own_objects_only),
+    ("numbers_in_a_real_prometheus", life::numbers_in_a_real_prometheus),
+    ("sources_against_a_bare_api_server", api_server::sources_against_a_bare_api_server),
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let is_faults = arguments.iter().any(|argument| argument == "--faults");
+    let filters: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with("--")).collect();
+    let is_wanted =
+        |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
+    // `cargo test` asks every test binary for its list.
+    if arguments.iter().any(|argument| argument == "--list") {
+        return ExitCode::SUCCESS;
+    }
+    if let Some(lack) = lab::machine_lacks() {
+        eprintln!("e2e {lack}");
+        return ExitCode::FAILURE;
+    }
+    let began = Instant::now();
+    let ended = World::start().and_then(|mut world| {
+        println!(
+            "cluster and Weir are up after {:.0} s: {}",
+            began.elapsed().as_secs_f32(),
+            world.version()?
+        );
+        let is_right =
+            if is_faults { faults::run(&mut world, is_wanted)? } else { run(&mut world, is_wanted) };
+        if !is_right {
+            world.explain();
+        }
+        Ok(is_right)
+    });
+    match ended {
+        Ok(is_right) => {
+            println!(
+                "{} in {:.0} s",
+                if is_right { "passed" } else { "FAILED" },
+                began.elapsed().as_secs_f32()
+            );
+            if is_right { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            eprintln!("e2e: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(world: &mut World, is_wanted: impl Fn(&str) -> bool) -> bool {
+    let mut is_right = true;
+    for (name, step) in STEPS.iter().filter(|(name, _)| is_wanted(name)) {
+        let began = Instant::now();
+        let ended = step(world);
+        let took = began.elapsed().as_secs_f32();
+        match ended {
+            Ok(()) => println!("ok      {name:<45} {took:5.1} s"),
+            Err(error) => {
+                println!("FAILED  {name:<45} {took:5.1} s\n        {error:#}");
+                is_right = false;
+            }
+        }
+    }
+    is_right
+}
