@@ -138,6 +138,11 @@ pub struct AgentArgs {
     #[arg(long, env = "WEIR_SOCKET_LB", action = ArgAction::Set, default_value_t = true)]
     pub socket_lb: bool,
 
+    /// A node whose agent says nothing for so long counts as without one: the operator taints it.
+    /// The agent says four times as often that it lives.
+    #[arg(long, env = "WEIR_NODE_STALE_SECONDS", value_name = "SECONDS", default_value_t = 60)]
+    pub node_stale_seconds: u32,
+
     /// Form of the log.
     #[arg(long, env = "WEIR_LOG_FORMAT", value_enum, default_value = "text")]
     pub log_format: LogFormat,
@@ -258,6 +263,9 @@ impl TryFrom<AgentArgs> for Config {
         }
         if !(1..=3600).contains(&args.flow_report_seconds) {
             return refuse("flow-report-seconds", args.flow_report_seconds.to_string(), "must be 1 to 3600");
+        }
+        if !(4..=3600).contains(&args.node_stale_seconds) {
+            return refuse("node-stale-seconds", args.node_stale_seconds.to_string(), "must be 4 to 3600");
         }
         for (setting, path) in [("cni-bin-dir", &args.cni_bin_dir), ("cni-config-dir", &args.cni_config_dir)]
         {

@@ -132,6 +132,7 @@ impl Known {
             Kind::NetworkPolicy => tables.policies.snapshot().len(),
             Kind::Identity => tables.identities.snapshot().len(),
             Kind::NodeEndpoints => tables.node_endpoints.snapshot().len(),
+            Kind::WeirNode => tables.allocations.snapshot().len(),
         };
         length as u64
     }

@@ -29,6 +29,7 @@ pub struct View {
     slices: Snapshot<ObjectKey, Arc<EndpointSlice>>,
     policies: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
+    to_claim: Snapshot<IdentityId, ()>,
     node_endpoints: Snapshot<Arc<str>, Arc<NodeEndpoints>>,
     endpoints: Snapshot<EndpointId, Arc<Endpoint>>,
 }
@@ -44,6 +45,7 @@ impl View {
             slices: tables.slices.snapshot(),
             policies: tables.policies.snapshot(),
             identities: tables.identities.snapshot(),
+            to_claim: tables.to_claim.snapshot(),
             node_endpoints: tables.node_endpoints.snapshot(),
             endpoints: endpoints.snapshot(),
         }
@@ -73,6 +75,8 @@ pub struct Desired {
     pub published: Vec<PublishedEndpoint>,
     /// Endpoints that cannot be enforced yet, and why.
     pub waiting: BTreeMap<EndpointId, String>,
+    /// Identities of this node's pods, for as long as they have them.
+    pub held: BTreeMap<IdentityId, Arc<IdentityLabels>>,
     /// Label sets without a number.
     pub unclaimed: Vec<Arc<IdentityLabels>>,
     /// Objects that contradict one another, said for people.
@@ -88,7 +92,7 @@ pub struct Compute {
     internal_addresses: Vec<IpAddr>,
     compiler: policy::Compiler,
     numbers: HashMap<Arc<IdentityLabels>, IdentityId>,
-    numbers_from: Snapshot<IdentityId, Arc<IdentityLabels>>,
+    numbers_from: (Snapshot<IdentityId, Arc<IdentityLabels>>, Snapshot<IdentityId, ()>),
     last_identity: BTreeMap<EndpointId, (ObjectKey, IdentityId)>,
 }
 
@@ -105,14 +109,14 @@ impl Compute {
             internal_addresses,
             compiler: policy::Compiler::new(first_policy, first_local),
             numbers: HashMap::new(),
-            numbers_from: Snapshot::new(),
+            numbers_from: Default::default(),
             last_identity: BTreeMap::new(),
         }
     }
 
     /// What `view` asks of the kernel.
     pub fn desired(&mut self, view: &View) -> Result<Desired, policy::Error> {
-        self.learn_numbers(&view.identities);
+        self.learn_numbers(&view.identities, &view.to_claim);
         let mut desired = Desired::default();
         let endpoints = self.resolve(view, &mut desired);
         let owners = node::addresses(&node::Input {
@@ -134,6 +138,8 @@ impl Compute {
         let services = service::frontends(&view.services, &view.slices);
         desired.conflicts = conflicts(&owners.conflicts, &services.conflicts, &compiled.ignored_labels);
         desired.published = endpoints.values().map(publish).collect();
+        let held = |identity| Some((identity, view.identities.get(&identity)?.clone()));
+        desired.held = endpoints.values().filter_map(|(_, identity)| held(*identity)).collect();
         desired.endpoints = endpoint_entries(&endpoints, &compiled);
         desired.policies = compiled.policies;
         desired.addresses = compiled.addresses;
@@ -145,16 +151,22 @@ impl Compute {
         Ok(desired)
     }
 
-    /// Keeps the way back from labels to numbers; the lowest number wins.
-    fn learn_numbers(&mut self, identities: &Snapshot<IdentityId, Arc<IdentityLabels>>) {
-        if self.numbers_from.ptr_eq(identities) {
+    /// Keeps the way back from labels to numbers; the lowest number wins. One that is to be
+    /// claimed first is none yet.
+    fn learn_numbers(
+        &mut self,
+        identities: &Snapshot<IdentityId, Arc<IdentityLabels>>,
+        to_claim: &Snapshot<IdentityId, ()>,
+    ) {
+        if self.numbers_from.0.ptr_eq(identities) && self.numbers_from.1.ptr_eq(to_claim) {
             return;
         }
         self.numbers.clear();
-        for (number, labels) in identities.iter().rev() {
+        for (number, labels) in identities.iter().rev().filter(|(number, _)| !to_claim.contains_key(*number))
+        {
             self.numbers.insert(labels.clone(), *number);
         }
-        self.numbers_from = identities.clone();
+        self.numbers_from = (identities.clone(), to_claim.clone());
     }
 
     /// The identity of every endpoint that has one; the others are waiting.

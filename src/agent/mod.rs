@@ -11,6 +11,7 @@
 //! api, telemetry <── flow::Recorder <── flow::reader <──────┘
 //! ```
 
+mod announce;
 mod answers;
 mod compute;
 mod node;
@@ -125,11 +126,20 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     let tables = known.tables.clone();
     let publisher = Arc::new(Publisher::new(&source, &config.args.node_name, tables.clone())?);
     tokio::spawn(kube::run(source, tables.clone(), known.health.clone()));
+    let facts = watch::Sender::new(announce::Facts::default());
+    let announcing = {
+        let (config, publisher) = (config.clone(), publisher.clone());
+        let (telemetry, facts) = (known.telemetry.clone(), facts.subscribe());
+        async move { announce::run(&config, &publisher, &telemetry, facts).await }
+    };
+    tokio::spawn(announcing);
     let node = tokio::select! {
         node = node::discover(&config, &tables) => node?,
         _ = stopping.wait_for(|stop| *stop) => return Ok(()),
     };
+    facts.send_modify(|facts| facts.node = Some(node.clone()));
     let (devices, datapath) = tokio::task::block_in_place(|| load(&config, &node))?;
+    facts.send_modify(|facts| facts.devices = Some(devices.clone()));
     let writers = datapath.writers().context("reading the maps back")?;
     let compute = Compute::new(
         &config.args.node_name,

@@ -72,7 +72,9 @@ fn missing(node: &Node) -> Option<&'static str> {
     if node.addresses.is_empty() {
         Some("status.addresses has no InternalIP")
     } else if node.pod_cidrs.is_empty() {
-        Some("spec.podCIDRs is empty")
+        Some(
+            "spec.podCIDRs is empty, of the Node and of the WeirNode: the operator gives them from WEIR_POD_CIDR_POOLS",
+        )
     } else {
         None
     }

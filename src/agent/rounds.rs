@@ -104,6 +104,7 @@ impl Rounds {
         let start = Instant::now();
         let view = View::of(&self.tables, &self.endpoints);
         let desired = self.compute.desired(&view).context("compiling policies")?;
+        self.tables.hold_identities(desired.held.clone());
         self.claims.start(&desired.unclaimed);
         // Pods that ran before this agent did keep their old state until all of them can get
         // the new one: a row that is left out of the first round would be taken away.

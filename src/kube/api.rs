@@ -24,12 +24,12 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
 
 use super::Tables;
-use super::convert::{Converted, FieldError, Object, ObjectId};
+use super::convert::{Converted, FieldError, Kind, Object, ObjectId};
 use super::health::{Health, Report};
 use super::sink::Sink;
 use super::watched::{Watchable, Watched};
 use crate::model::{
-    EndpointSlice, IdentityLabels, Namespace, NetworkPolicy, Node, NodeEndpoints, Pod, Service,
+    Allocation, EndpointSlice, IdentityLabels, Namespace, NetworkPolicy, Node, NodeEndpoints, Pod, Service,
 };
 
 /// Objects in one page of a list: as much text as is in memory at a time.
@@ -43,6 +43,8 @@ const LIST_SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Delays between attempts, doubled each time.
 const DELAY_MIN: Duration = Duration::from_millis(200);
 const DELAY_MAX: Duration = Duration::from_secs(30);
+/// While a definition of ours is missing: the operator writes it within seconds of its start.
+const DEFINITION_DELAY_MAX: Duration = Duration::from_secs(2);
 /// So many refusals to go on from a version mean that the version is wrong.
 const REFUSALS_MAX: u32 = 3;
 
@@ -58,6 +60,7 @@ pub async fn run(client: Client, node: &str, tables: Arc<Tables>, health: Arc<He
         Watch::<NetworkPolicy>::new(&client, None, &tables, &health).run(),
         Watch::<IdentityLabels>::new(&client, None, &tables, &health).run(),
         Watch::<NodeEndpoints>::new(&client, None, &tables, &health).run(),
+        Watch::<Allocation>::new(&client, None, &tables, &health).run(),
     );
 }
 
@@ -72,6 +75,8 @@ enum Interruption {
     Silent,
     #[error("the watch ended at once")]
     EndedAtOnce,
+    #[error("waiting: the API server does not know the kind yet; weir operator defines it when it starts")]
+    NoDefinition,
     #[error("the list has no version")]
     NoVersion,
     #[error(transparent)]
@@ -91,8 +96,9 @@ impl Interruption {
 
 /// What an error means. A server whose storage is too old to stream lists says so with
 /// 500 in the stream, others with 400 or 422.
-fn refused(error: kube::Error, is_streaming_list: bool) -> Interruption {
+fn refused(error: kube::Error, is_streaming_list: bool, kind: Kind) -> Interruption {
     match error {
+        kube::Error::Api(status) if status.code == 404 && kind.is_own() => Interruption::NoDefinition,
         kube::Error::Api(status) if status.code == 410 => Interruption::Expired,
         kube::Error::Api(status) if is_streaming_list && !matches!(status.code, 429 | 501..=599) => {
             Interruption::NoStreaming(status.message)
@@ -145,6 +151,8 @@ impl<M: Watchable> Watch<M> {
             }
             let Err(error) = ended else { continue };
             self.health.record_error(M::KIND);
+            let delay_max =
+                if matches!(error, Interruption::NoDefinition) { DEFINITION_DELAY_MAX } else { DELAY_MAX };
             match error {
                 Interruption::NoStreaming(reason) => {
                     info!(kind = %M::KIND, reason, "this server does not stream lists; listing in pages");
@@ -167,7 +175,7 @@ impl<M: Watchable> Watch<M> {
                 said = text;
             }
             sleep(jittered(delay)).await;
-            delay = (delay * 2).min(DELAY_MAX);
+            delay = (delay * 2).min(delay_max);
         }
     }
 
@@ -182,10 +190,10 @@ impl<M: Watchable> Watch<M> {
             Some(version) => self.api.watch(&self.parameters(), version).await,
             None => self.api.watch(&self.parameters().initial_events(), "").await,
         };
-        let mut stream = Box::pin(stream.map_err(|error| refused(error, listed.is_some()))?);
+        let mut stream = Box::pin(stream.map_err(|error| refused(error, listed.is_some(), M::KIND))?);
         self.health.record(M::KIND, |health| health.is_connected = true);
         while let Some(event) = next(&mut stream, listed.is_some()).await? {
-            match event.map_err(|error| refused(error, listed.is_some()))? {
+            match event.map_err(|error| refused(error, listed.is_some(), M::KIND))? {
                 WatchEvent::Added(object) | WatchEvent::Modified(object) => match &mut listed {
                     Some(listed) => listed.push(object),
                     None => self.apply(object),
@@ -196,7 +204,7 @@ impl<M: Watchable> Watch<M> {
                 },
                 WatchEvent::Bookmark(bookmark) => self.bookmark(bookmark, &mut listed),
                 WatchEvent::Error(status) => {
-                    return Err(refused(kube::Error::Api(status), listed.is_some()));
+                    return Err(refused(kube::Error::Api(status), listed.is_some(), M::KIND));
                 }
             }
         }
@@ -220,7 +228,7 @@ impl<M: Watchable> Watch<M> {
         loop {
             let page = match self.api.list(&parameters).await {
                 Ok(page) => page,
-                Err(error) => return Err(refused(error, false)),
+                Err(error) => return Err(refused(error, false, M::KIND)),
             };
             listed.extend(page.items);
             parameters.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());

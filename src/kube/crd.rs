@@ -1,14 +1,25 @@
-//! Weir's own API types: what the agents tell one another through the API server.
+//! Weir's own API types: what the agents and the operator tell one another through the API server.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, CustomResourceExt, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{IdentityLabels, PublishedEndpoint};
+
+/// The version of the definitions below, raised by every change: an operator never replaces
+/// definitions of a higher version.
+pub const SCHEMA_VERSION: u32 = 1;
+/// The annotation of a definition that holds its version.
+pub const SCHEMA_VERSION_ANNOTATION: &str = "weir.dev/schema-version";
+/// The annotation that marks an identity as unused; its value is since when.
+pub const UNUSED_SINCE: &str = "weir.dev/unused-since";
+/// The condition of a WeirNode that says whether the operator could give it pod CIDRs.
+pub const POD_CIDRS_ALLOCATED: &str = "PodCIDRsAllocated";
 
 /// The labels that an identity's number stands for. Claimed by creating the object,
 /// whose name is the number, and never changed.
@@ -97,6 +108,77 @@ pub struct Endpoint {
     pub identity: u32,
 }
 
+/// A node as Weir has it, named like its Node: the operator says in `spec` what the node is to
+/// have, the node's agent in `status` what it has.
+#[derive(Clone, Debug, Default, PartialEq, Eq, CustomResource, Serialize, Deserialize, KubeSchema)]
+#[kube(
+    group = "weir.dev",
+    version = "v1alpha1",
+    kind = "WeirNode",
+    doc = "A node as Weir has it: what the operator gave it, and how its agent is.",
+    plural = "weirnodes",
+    category = "weir",
+    status = "WeirNodeStatus",
+    derive = "PartialEq",
+    printcolumn = r#"{"name": "Ready", "type": "boolean", "jsonPath": ".status.ready"}"#,
+    printcolumn = r#"{"name": "Pod CIDRs", "type": "string", "jsonPath": ".status.podCIDRs"}"#,
+    printcolumn = r#"{"name": "Addresses", "type": "string", "jsonPath": ".status.addresses"}"#,
+    printcolumn = r#"{"name": "Tunnel", "type": "string", "jsonPath": ".status.tunnel.protocol", "priority": 1}"#,
+    printcolumn = r#"{"name": "MTU", "type": "integer", "jsonPath": ".status.mtu", "priority": 1}"#,
+    printcolumn = r#"{"name": "Version", "type": "string", "jsonPath": ".status.version"}"#,
+    printcolumn = r#"{"name": "Message", "type": "string", "jsonPath": ".status.message"}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
+)]
+#[x_kube(validation = Rule::new("!has(self.podCIDRs) || size(self.podCIDRs) < 2 || self.podCIDRs[0].contains(':') != self.podCIDRs[1].contains(':')")
+    .message("podCIDRs holds at most one of each family"))]
+pub struct WeirNodeSpec {
+    /// From the operator's pools; empty where the Node has its own.
+    #[serde(default, rename = "podCIDRs", skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 2), inner(length(max = 43)))]
+    pub pod_cidrs: Vec<String>,
+}
+
+/// What the agent of a node says of it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct WeirNodeStatus {
+    /// The node's addresses between the nodes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<String>,
+    /// Where the addresses of its pods come from.
+    #[serde(default, rename = "podCIDRs", skip_serializing_if = "Vec::is_empty")]
+    pub pod_cidrs: Vec<String>,
+    /// MTU of its pods' devices, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
+    /// How packets for other nodes travel; absent: by plain routes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel: Option<Tunnel>,
+    /// The agent's version.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub version: String,
+    /// Pods can be connected, and what is asked of the node is in force.
+    #[serde(default)]
+    pub ready: bool,
+    /// What is awaited while the node is not ready.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// What the operator says of the node.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// A tunnel between nodes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Tunnel {
+    /// vxlan.
+    pub protocol: String,
+    /// Its UDP port.
+    #[schemars(range(min = 1, max = 65535))]
+    pub port: u16,
+}
+
 impl From<&IdentityLabels> for IdentitySpec {
     fn from(labels: &IdentityLabels) -> Self {
         let ports = |ports: &Vec<crate::model::NamedPort>| {
@@ -125,7 +207,12 @@ impl From<&PublishedEndpoint> for Endpoint {
 
 /// Every definition, as `crds/` holds them.
 pub fn crds() -> Vec<CustomResourceDefinition> {
-    vec![Identity::crd(), NodeEndpoints::crd()]
+    let mut all = vec![Identity::crd(), NodeEndpoints::crd(), WeirNode::crd()];
+    for definition in &mut all {
+        let annotations = definition.metadata.annotations.get_or_insert_default();
+        annotations.insert(SCHEMA_VERSION_ANNOTATION.to_owned(), SCHEMA_VERSION.to_string());
+    }
+    all
 }
 
 #[cfg(test)]
@@ -133,7 +220,21 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
+    use sha2::{Digest, Sha256};
+
     use super::*;
+
+    #[test]
+    fn a_changed_definition_has_another_version() {
+        let text = serde_yaml::to_string(&crds()).expect("definitions are plain data");
+        let digest =
+            Sha256::digest(text).iter().take(4).map(|byte| format!("{byte:02x}")).collect::<String>();
+        assert_eq!(
+            (SCHEMA_VERSION, digest.as_str()),
+            (1, "d4aeeabf"),
+            "raise SCHEMA_VERSION, then note both here"
+        );
+    }
 
     #[test]
     fn the_files_in_crds_are_these_types() {

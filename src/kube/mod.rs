@@ -14,10 +14,12 @@
 
 mod api;
 pub mod bootstrap;
+mod claims;
 mod convert;
 pub mod crd;
 mod document;
 mod health;
+mod joined;
 mod manifests;
 mod publish;
 mod sink;
@@ -30,11 +32,11 @@ use tokio::sync::watch;
 
 pub use convert::{FieldError, Kind};
 pub use health::{Health, KindHealth, Report};
-pub use publish::Publisher;
+pub use publish::{Publisher, heartbeat_name};
 
 use crate::model::{
-    EndpointSlice, IdentityId, IdentityLabels, Namespace, NetworkPolicy, Node, NodeEndpoints, ObjectKey, Pod,
-    Service,
+    Allocation, EndpointSlice, IdentityId, IdentityLabels, Namespace, NetworkPolicy, Node, NodeEndpoints,
+    ObjectKey, Pod, Service,
 };
 use crate::tables::{State, Table};
 
@@ -45,7 +47,7 @@ pub struct Tables {
     pub namespaces: Table<Arc<str>, Arc<Namespace>>,
     /// From the Kubernetes API only this node's pods; from a directory all of them.
     pub pods: Table<ObjectKey, Arc<Pod>>,
-    /// By name.
+    /// By name: Node objects, with the operator's pod CIDRs where they have none of their own.
     pub nodes: Table<Arc<str>, Arc<Node>>,
     /// Those with cluster IPs, and headless ones.
     pub services: Table<ObjectKey, Arc<Service>>,
@@ -57,7 +59,13 @@ pub struct Tables {
     pub identities: Table<IdentityId, Arc<IdentityLabels>>,
     /// By node, put together from as many objects as the node needs.
     pub node_endpoints: Table<Arc<str>, Arc<NodeEndpoints>>,
-    claims: sink::Claims,
+    /// By node: what the operator gave.
+    pub allocations: Table<Arc<str>, Arc<Allocation>>,
+    /// Identities that are to be claimed before a pod begins to use them, although they are in
+    /// `identities`: the operator marked them as unused, or their object is gone while pods have them.
+    pub to_claim: Table<IdentityId, ()>,
+    claims: claims::Claims,
+    joining: joined::Joining,
 }
 
 impl Tables {
@@ -89,7 +97,7 @@ impl Tables {
         }
     }
 
-    fn receivers(&self) -> [watch::Receiver<State>; 8] {
+    fn receivers(&self) -> [watch::Receiver<State>; 9] {
         [
             self.namespaces.subscribe(),
             self.pods.subscribe(),
@@ -99,6 +107,7 @@ impl Tables {
             self.policies.subscribe(),
             self.identities.subscribe(),
             self.node_endpoints.subscribe(),
+            self.to_claim.subscribe(),
         ]
     }
 }

@@ -1,7 +1,10 @@
-//! What this agent tells the others: identities that it claims, endpoints that it has.
+//! What this agent tells the others: identities that it claims, endpoints that it has, and
+//! how its node is.
 //!
-//! Both go to where the objects come from. The API server, or the file system, is the
+//! All of it goes to where the objects come from. The API server, or the file system, is the
 //! only arbiter of who owns a number: whoever creates the object of that name first.
+
+mod node;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
@@ -12,10 +15,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::ResourceExt;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use serde::Serialize;
+use serde_json::json;
 use tokio::sync::Mutex;
 use tracing::{debug, info, warn};
+
+pub use node::heartbeat_name;
 
 use super::convert::{Converted, Object, is_object_name};
 use super::crd::{Endpoint, Identity, IdentitySpec, NodeEndpointsSpec};
@@ -48,7 +56,12 @@ pub struct Publisher {
 // There is one.
 #[allow(clippy::large_enum_variant)]
 enum Target {
-    Kubernetes { identities: Api<Identity>, endpoints: Api<crd::NodeEndpoints> },
+    Kubernetes {
+        identities: Api<Identity>,
+        endpoints: Api<crd::NodeEndpoints>,
+        nodes: Api<crd::WeirNode>,
+        heartbeats: Api<Lease>,
+    },
     Manifests(PathBuf),
 }
 
@@ -70,6 +83,8 @@ impl Publisher {
             Source::Kubernetes(client, _) => Target::Kubernetes {
                 identities: Api::all(client.clone()),
                 endpoints: Api::all(client.clone()),
+                nodes: Api::all(client.clone()),
+                heartbeats: Api::default_namespaced(client.clone()),
             },
             Source::Manifests(directory) => {
                 ensure!(
@@ -91,7 +106,11 @@ impl Publisher {
         while attempt < ATTEMPTS_MAX {
             let id = (self.number)(labels, attempt);
             match self.tables.identities.get(&id) {
-                Some(known) if *known == *labels => return Ok(id),
+                Some(known) if *known == *labels => {
+                    if self.tables.to_claim.get(&id).is_none() {
+                        return Ok(id);
+                    }
+                }
                 Some(_) => {
                     attempt += 1;
                     continue;
@@ -251,7 +270,7 @@ async fn create_object(api: &Api<Identity>, id: IdentityId, labels: &IdentityLab
         Err(error) => return Err(error).context("creating the object"),
     }
     match api.get_opt(&id.to_string()).await {
-        Ok(Some(there)) if there.spec == object.spec => Ok(Claim::Ours),
+        Ok(Some(there)) if there.spec == object.spec => keep_object(api, &there).await,
         Ok(Some(_)) => Ok(Claim::Taken),
         Ok(None) => Ok(Claim::Gone),
         Err(kube::Error::SerdeError(error)) => {
@@ -259,6 +278,26 @@ async fn create_object(api: &Api<Identity>, id: IdentityId, labels: &IdentityLab
             Ok(Claim::Taken)
         }
         Err(error) => Err(error).context("reading the object that is there"),
+    }
+}
+
+/// Takes the operator's mark away, so that its deletion of the object as it was cannot succeed.
+async fn keep_object(api: &Api<Identity>, there: &Identity) -> Result<Claim> {
+    if !there.annotations().contains_key(crd::UNUSED_SINCE) {
+        return Ok(Claim::Ours);
+    }
+    let metadata = json!({
+        "uid": there.uid(),
+        "resourceVersion": there.resource_version(),
+        "annotations": { crd::UNUSED_SINCE: null },
+    });
+    let patch = Patch::Merge(json!({ "metadata": metadata }));
+    let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+    match api.patch(&there.name_any(), &parameters, &patch).await {
+        Ok(_) => Ok(Claim::Ours),
+        // Deleted, or changed by another: look again.
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(Claim::Gone),
+        Err(error) => Err(error).context("taking the mark of the operator away"),
     }
 }
 
@@ -278,7 +317,7 @@ fn create_file(directory: &Path, id: IdentityId, labels: &IdentityLabels) -> Res
         Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
     };
     let is_same = document::read(&text).into_iter().flatten().any(|document| match document.content {
-        Content::Object(_, Converted { object: Some(Object::Identity(number, there)), .. }) => {
+        Content::Object(_, Converted { object: Some(Object::Identity(number, there, _)), .. }) => {
             number == id && *there == *labels
         }
         _ => false,

@@ -1,36 +1,15 @@
 //! From converted objects to rows of [`Tables`].
 //!
-//! Two kinds need more than a row per object: a node's endpoints come in several
-//! objects, and an identity that this agent claimed is there before its source shows it.
+//! Three kinds need more than a row per object: a node's endpoints come in several
+//! objects, nodes are joined with what the operator gave them ([`super::joined`]), and an
+//! identity may be ahead of its source, or outlive it ([`super::claims`]).
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::Tables;
 use super::convert::{Kind, Object, ObjectId};
-use crate::model::{IdentityId, IdentityLabels, NodeEndpoints};
-
-/// Identities that this agent claimed and that its source has not shown yet. A list
-/// that began before the claim must not take them away again.
-#[derive(Default)]
-pub struct Claims(Mutex<BTreeMap<IdentityId, Arc<IdentityLabels>>>);
-
-impl Claims {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<IdentityId, Arc<IdentityLabels>>> {
-        self.0.lock().expect("nobody panics while holding the lock")
-    }
-}
-
-impl Tables {
-    /// Shows an identity that was just claimed, ahead of the source.
-    pub(super) fn apply_claim(&self, id: IdentityId, labels: Arc<IdentityLabels>) {
-        let mut claims = self.claims.lock();
-        if self.identities.get(&id).is_none() {
-            claims.insert(id, labels.clone());
-            self.identities.apply(id, labels);
-        }
-    }
-}
+use crate::model::{IdentityId, NodeEndpoints};
 
 /// Writes objects of one source into the tables.
 pub struct Sink {
@@ -61,11 +40,20 @@ impl Sink {
         match kind {
             Kind::Namespace => tables.namespaces.reset(rows!(Namespace, by_name)),
             Kind::Pod => tables.pods.reset(rows!(Pod, by_key)),
-            Kind::Node => tables.nodes.reset(rows!(Node, by_name)),
+            Kind::Node => tables.reset_nodes(rows!(Node, by_name)),
             Kind::Service => tables.services.reset(rows!(Service, by_key)),
             Kind::EndpointSlice => tables.slices.reset(rows!(EndpointSlice, by_key)),
             Kind::NetworkPolicy => tables.policies.reset(rows!(NetworkPolicy, by_key)),
-            Kind::Identity => reset_identities(&tables, objects),
+            Kind::Identity => {
+                let listed = objects.filter_map(|(_, object)| match object {
+                    Object::Identity(number, labels, is_unused) => {
+                        Some((*number, (labels.clone(), *is_unused)))
+                    }
+                    _ => None,
+                });
+                tables.reset_identities(listed.collect())
+            }
+            Kind::WeirNode => tables.reset_allocations(rows!(WeirNode, by_name)),
             Kind::NodeEndpoints => {
                 self.parts = rows!(NodeEndpoints, by_name).collect();
                 let mut nodes: BTreeMap<Arc<str>, Vec<Arc<NodeEndpoints>>> = BTreeMap::new();
@@ -83,15 +71,17 @@ impl Sink {
         match id.kind {
             Kind::Namespace => tables.namespaces.get(&key.name).map(Object::Namespace),
             Kind::Pod => tables.pods.get(key).map(Object::Pod),
-            Kind::Node => tables.nodes.get(&key.name).map(Object::Node),
+            Kind::Node => tables.node_object(&key.name).map(Object::Node),
             Kind::Service => tables.services.get(key).map(Object::Service),
             Kind::EndpointSlice => tables.slices.get(key).map(Object::EndpointSlice),
             Kind::NetworkPolicy => tables.policies.get(key).map(Object::NetworkPolicy),
             Kind::Identity => {
                 let number = key.name.parse().map(IdentityId).ok()?;
-                tables.identities.get(&number).map(|labels| Object::Identity(number, labels))
+                let is_unused = tables.to_claim.get(&number).is_some();
+                tables.identities.get(&number).map(|labels| Object::Identity(number, labels, is_unused))
             }
             Kind::NodeEndpoints => self.parts.get(&key.name).cloned().map(Object::NodeEndpoints),
+            Kind::WeirNode => tables.allocations.get(&key.name).map(Object::WeirNode),
         }
     }
 
@@ -101,18 +91,16 @@ impl Sink {
         match object {
             Object::Namespace(row) => tables.namespaces.apply(key.name, row),
             Object::Pod(row) => tables.pods.apply(key, row),
-            Object::Node(row) => tables.nodes.apply(key.name, row),
+            Object::Node(row) => tables.apply_node(key.name, row),
             Object::Service(row) => tables.services.apply(key, row),
             Object::EndpointSlice(row) => tables.slices.apply(key, row),
             Object::NetworkPolicy(row) => tables.policies.apply(key, row),
-            Object::Identity(number, row) => {
-                tables.claims.lock().remove(&number);
-                tables.identities.apply(number, row)
-            }
+            Object::Identity(number, row, is_unused) => tables.apply_identity(number, row, is_unused),
+            Object::WeirNode(row) => tables.apply_allocation(key.name, row),
             Object::NodeEndpoints(part) => {
                 let node = part.node.clone();
                 self.parts.insert(key.name, part);
-                self.apply_node(&node)
+                self.apply_endpoints_of(&node)
             }
         };
     }
@@ -123,43 +111,29 @@ impl Sink {
         match id.kind {
             Kind::Namespace => tables.namespaces.delete(&id.key.name),
             Kind::Pod => tables.pods.delete(&id.key),
-            Kind::Node => tables.nodes.delete(&id.key.name),
+            Kind::Node => tables.delete_node(&id.key.name),
             Kind::Service => tables.services.delete(&id.key),
             Kind::EndpointSlice => tables.slices.delete(&id.key),
             Kind::NetworkPolicy => tables.policies.delete(&id.key),
             Kind::Identity => match id.key.name.parse().map(IdentityId) {
-                Ok(number) => {
-                    tables.claims.lock().remove(&number);
-                    tables.identities.delete(&number)
-                }
+                Ok(number) => tables.delete_identity(number),
                 Err(_) => false,
             },
+            Kind::WeirNode => tables.delete_allocation(&id.key.name),
             Kind::NodeEndpoints => match self.parts.remove(&id.key.name) {
-                Some(part) => self.apply_node(&part.node),
+                Some(part) => self.apply_endpoints_of(&part.node),
                 None => false,
             },
         };
     }
 
-    fn apply_node(&self, node: &str) -> bool {
+    fn apply_endpoints_of(&self, node: &str) -> bool {
         let parts: Vec<_> = self.parts.values().filter(|part| part.node == node).cloned().collect();
         match parts.is_empty() {
             true => self.tables.node_endpoints.delete(&Arc::from(node)),
             false => self.tables.node_endpoints.apply(node.into(), join(&parts)),
         }
     }
-}
-
-fn reset_identities<'a>(tables: &Tables, objects: impl Iterator<Item = (&'a ObjectId, &'a Object)>) -> bool {
-    let mut claims = tables.claims.lock();
-    let listed: HashMap<IdentityId, Arc<IdentityLabels>> = objects
-        .filter_map(|(_, object)| match object {
-            Object::Identity(number, labels) => Some((*number, labels.clone())),
-            _ => None,
-        })
-        .collect();
-    claims.retain(|number, _| !listed.contains_key(number));
-    tables.identities.reset(listed.into_iter().chain(claims.clone()))
 }
 
 /// One value of a node's parts. A pod that moves between parts may be in two of them

@@ -40,6 +40,7 @@ watchable! {
     NetworkPolicy => NetworkPolicy,
     IdentityLabels => Identity,
     NodeEndpoints => NodeEndpoints,
+    Allocation => WeirNode,
 }
 
 /// An object of the kind that becomes `M`, converted.

@@ -115,6 +115,13 @@ pub struct Node {
     pub pod_cidrs: Vec<IpNet>,
 }
 
+/// What the operator gave to a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Allocation {
+    /// `spec.podCIDRs` of its WeirNode.
+    pub pod_cidrs: Vec<IpNet>,
+}
+
 /// A Service with at least one cluster IP, or a headless one (no `addresses`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Service {

@@ -23,8 +23,8 @@ pub use field::{Field, FieldError, Result};
 pub use names::is_object_name;
 
 use crate::model::{
-    EndpointSlice, IdentityId, IdentityLabels, Labels, Namespace, NetworkPolicy, Node, NodeEndpoints,
-    ObjectKey, Pod, Service,
+    Allocation, EndpointSlice, IdentityId, IdentityLabels, Labels, Namespace, NetworkPolicy, Node,
+    NodeEndpoints, ObjectKey, Pod, Service,
 };
 
 /// The kinds of objects that sources deliver.
@@ -46,11 +46,13 @@ pub enum Kind {
     Identity,
     /// weir.dev/v1alpha1
     NodeEndpoints,
+    /// weir.dev/v1alpha1
+    WeirNode,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Kind; 8] = [
+    pub const ALL: [Kind; 9] = [
         Kind::Namespace,
         Kind::Pod,
         Kind::Node,
@@ -59,6 +61,7 @@ impl Kind {
         Kind::NetworkPolicy,
         Kind::Identity,
         Kind::NodeEndpoints,
+        Kind::WeirNode,
     ];
 
     /// `kind` in a document.
@@ -72,6 +75,7 @@ impl Kind {
             Kind::NetworkPolicy => "NetworkPolicy",
             Kind::Identity => "Identity",
             Kind::NodeEndpoints => "NodeEndpoints",
+            Kind::WeirNode => "WeirNode",
         }
     }
 
@@ -86,6 +90,7 @@ impl Kind {
             Kind::NetworkPolicy => "networkpolicies",
             Kind::Identity => "identities",
             Kind::NodeEndpoints => "nodeendpoints",
+            Kind::WeirNode => "weirnodes",
         }
     }
 
@@ -95,14 +100,14 @@ impl Kind {
             Kind::Namespace | Kind::Pod | Kind::Node | Kind::Service => "",
             Kind::EndpointSlice => "discovery.k8s.io",
             Kind::NetworkPolicy => "networking.k8s.io",
-            Kind::Identity | Kind::NodeEndpoints => "weir.dev",
+            Kind::Identity | Kind::NodeEndpoints | Kind::WeirNode => "weir.dev",
         }
     }
 
     /// The version of the group that is read.
     pub fn version(self) -> &'static str {
         match self {
-            Kind::Identity | Kind::NodeEndpoints => "v1alpha1",
+            Kind::Identity | Kind::NodeEndpoints | Kind::WeirNode => "v1alpha1",
             _ => "v1",
         }
     }
@@ -113,6 +118,11 @@ impl Kind {
             "" => self.version().to_owned(),
             group => format!("{group}/{}", self.version()),
         }
+    }
+
+    /// The kind is Weir's own: a definition brings it to the API server.
+    pub fn is_own(self) -> bool {
+        self.group() == "weir.dev"
     }
 
     /// Objects of this kind have a namespace.
@@ -160,10 +170,12 @@ pub enum Object {
     EndpointSlice(Arc<EndpointSlice>),
     /// A row of `policies`.
     NetworkPolicy(Arc<NetworkPolicy>),
-    /// A row of `identities`.
-    Identity(IdentityId, Arc<IdentityLabels>),
+    /// A row of `identities`; true when the operator marked it as unused.
+    Identity(IdentityId, Arc<IdentityLabels>, bool),
     /// One of the objects that together are a row of `node_endpoints`.
     NodeEndpoints(Arc<NodeEndpoints>),
+    /// A row of `allocations`.
+    WeirNode(Arc<Allocation>),
 }
 
 /// What came of a document.
@@ -214,10 +226,11 @@ pub fn convert(id: &ObjectId, document: &Value, is_strict: bool) -> Result<Conve
             .map(|slice| Object::EndpointSlice(Arc::new(slice))),
         Kind::NetworkPolicy => Some(Object::NetworkPolicy(Arc::new(policy::network_policy(id, &document)?))),
         Kind::Identity => {
-            let (number, labels) = own::identity(id, &document)?;
-            Some(Object::Identity(number, Arc::new(labels)))
+            let (number, labels, is_unused) = own::identity(id, &document)?;
+            Some(Object::Identity(number, Arc::new(labels), is_unused))
         }
         Kind::NodeEndpoints => Some(Object::NodeEndpoints(Arc::new(own::node_endpoints(id, &document)?))),
+        Kind::WeirNode => Some(Object::WeirNode(Arc::new(own::allocation(&document)?))),
     };
     Ok(Converted { object, warnings })
 }

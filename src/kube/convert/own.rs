@@ -1,12 +1,16 @@
-//! Weir's own kinds: Identity and NodeEndpoints.
+//! Weir's own kinds: Identity, NodeEndpoints and WeirNode.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::{Field, ObjectId, Result, items};
-use crate::model::{IdentityId, IdentityLabels, NamedPort, NodeEndpoints, ObjectKey, PublishedEndpoint};
+use crate::kube::crd::UNUSED_SINCE;
+use crate::model::{
+    Allocation, IdentityId, IdentityLabels, NamedPort, NodeEndpoints, ObjectKey, PublishedEndpoint,
+};
 
-pub fn identity(id: &ObjectId, document: &Field) -> Result<(IdentityId, IdentityLabels)> {
+/// Number, labels, and whether the operator marked it as unused.
+pub fn identity(id: &ObjectId, document: &Field) -> Result<(IdentityId, IdentityLabels, bool)> {
     let name = document.get("metadata")?.get("name")?;
     let number = id.key.name.parse().ok().filter(|number: &u32| number.to_string() == *id.key.name);
     let number = number.map(IdentityId).filter(|number| is_cluster_identity(*number)).ok_or_else(|| {
@@ -22,7 +26,8 @@ pub fn identity(id: &ObjectId, document: &Field) -> Result<(IdentityId, Identity
         pod_labels: spec.get("podLabels")?.strings()?,
         named_ports: named_ports(&spec.get("namedPorts")?)?,
     };
-    Ok((number, labels))
+    let annotations = document.get("metadata")?.get("annotations")?;
+    Ok((number, labels, annotations.get(UNUSED_SINCE)?.is_present()))
 }
 
 fn is_cluster_identity(id: IdentityId) -> bool {
@@ -80,6 +85,12 @@ pub fn node_endpoints(id: &ObjectId, document: &Field) -> Result<NodeEndpoints> 
         internal_addresses: addresses(spec.get("internalAddresses")?)?,
         endpoints,
     })
+}
+
+/// What the operator gave to a node; the rest of a WeirNode is for people and the operator.
+pub fn allocation(document: &Field) -> Result<Allocation> {
+    let pod_cidrs = items(&document.get("spec")?.get("podCIDRs")?)?;
+    Ok(Allocation { pod_cidrs: pod_cidrs.iter().map(Field::cidr).collect::<Result<_>>()? })
 }
 
 /// The node and the number in the name of a NodeEndpoints object.

@@ -568,7 +568,10 @@ fn own_kinds_are_read_as_they_are_written() {
     };
     let written = crate::kube::crd::Identity::new("4711", (&identity).into());
     let written = serde_yaml::to_string(&written).expect("plain data");
-    assert_eq!(object(Kind::Identity, &written), Object::Identity(IdentityId(4711), Arc::new(identity)));
+    assert_eq!(
+        object(Kind::Identity, &written),
+        Object::Identity(IdentityId(4711), Arc::new(identity), false)
+    );
 
     let endpoints = NodeEndpoints {
         node: "a-0".to_owned(),

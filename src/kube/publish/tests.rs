@@ -125,7 +125,7 @@ async fn an_older_list_does_not_take_a_claim_away_and_a_newer_one_does() {
     sink.reset(Kind::Identity, vec![]);
     assert!(publisher.tables.identities.get(&id).is_some());
     let object = ObjectId { kind: Kind::Identity, key: ObjectKey::new("", id.to_string()) };
-    sink.apply(&object, Object::Identity(id, Arc::new(labels("web"))));
+    sink.apply(&object, Object::Identity(id, Arc::new(labels("web")), false));
     sink.reset(Kind::Identity, vec![]);
     assert!(publisher.tables.identities.get(&id).is_none());
 }

@@ -1,0 +1,132 @@
+//! What this node says of itself to the operator and to people: its WeirNode and its heartbeat.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+
+use super::node::Devices;
+use crate::config::{Config, Routing};
+use crate::kube::Publisher;
+use crate::kube::crd::{Tunnel, WeirNodeStatus};
+use crate::model::Node;
+use crate::telemetry::Telemetry;
+
+/// An agent that is started again is ready sooner than this: until then the node is what
+/// it was before.
+const QUIET_START: Duration = Duration::from_secs(10);
+/// How often it is looked at what is awaited.
+const LOOK: Duration = Duration::from_secs(1);
+const FIRST_RETRY: Duration = Duration::from_millis(200);
+const LAST_RETRY: Duration = Duration::from_secs(10);
+
+/// What is known of this node so far.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// As the cluster has it; its pod CIDRs are those that pods get addresses from.
+    pub node: Option<Arc<Node>>,
+    /// The programs are loaded.
+    pub devices: Option<Devices>,
+}
+
+/// Says how this node is whenever that changes, and every so often that its agent lives.
+/// Never returns.
+pub async fn run(
+    config: &Config,
+    publisher: &Publisher,
+    telemetry: &Telemetry,
+    facts: watch::Receiver<Facts>,
+) {
+    if publisher.has_operator() {
+        let every = Duration::from_secs(config.args.node_stale_seconds.into()) / 4;
+        futures::join!(announce(config, publisher, telemetry, facts), beat(publisher, telemetry, every));
+    }
+    std::future::pending().await
+}
+
+async fn announce(
+    config: &Config,
+    publisher: &Publisher,
+    telemetry: &Telemetry,
+    facts: watch::Receiver<Facts>,
+) {
+    let _ = timeout(QUIET_START, telemetry.ready().wait()).await;
+    let mut said = None;
+    let mut retry = FIRST_RETRY;
+    loop {
+        let status = status(config, &facts.borrow(), &telemetry.ready().pending());
+        if said.as_ref() == Some(&status) && !publisher.is_node_missing() {
+            let ready = telemetry.ready();
+            // Readiness is told at once, other changes with the next look.
+            match status.ready {
+                true => sleep(LOOK).await,
+                false => drop(timeout(LOOK, ready.wait()).await),
+            }
+            continue;
+        }
+        match publisher.publish_node(&status).await {
+            Ok(()) => {
+                tracing::info!(ready = status.ready, message = status.message, "said how this node is");
+                said = Some(status);
+                retry = FIRST_RETRY;
+                // What was just made is shown a moment later.
+                sleep(LOOK).await;
+            }
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "saying how this node is");
+                sleep(retry).await;
+                retry = (retry * 2).min(LAST_RETRY);
+            }
+        }
+    }
+}
+
+fn status(config: &Config, facts: &Facts, pending: &[String]) -> WeirNodeStatus {
+    let text = |list: &[std::net::IpAddr]| list.iter().map(ToString::to_string).collect();
+    let node = facts.node.as_deref();
+    let tunnel = (config.args.routing == Routing::Tunnel)
+        .then(|| Tunnel { protocol: "vxlan".to_owned(), port: config.args.tunnel_port });
+    WeirNodeStatus {
+        addresses: node.map_or_else(Vec::new, |node| text(&node.addresses)),
+        pod_cidrs: node
+            .map_or_else(Vec::new, |node| node.pod_cidrs.iter().map(ToString::to_string).collect()),
+        mtu: facts.devices.as_ref().map(|devices| devices.mtu),
+        tunnel,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        ready: pending.is_empty(),
+        message: match (pending, node) {
+            ([], _) => String::new(),
+            (_, None) => "waiting for the Node object, its addresses and its pod CIDRs".to_owned(),
+            (pending, Some(_)) => format!("waiting for {}", pending.join(", ")),
+        },
+        conditions: Vec::new(),
+    }
+}
+
+/// A main loop that is stuck is no life.
+async fn beat(publisher: &Publisher, telemetry: &Telemetry, every: Duration) {
+    let mut ticks = interval(every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut is_well = true;
+    loop {
+        ticks.tick().await;
+        if telemetry.ready().is_ready() && telemetry.stuck_for().is_some() {
+            continue;
+        }
+        let started = Instant::now();
+        let sent = timeout(every, publisher.beat()).await;
+        let sent = sent.unwrap_or_else(|_| Err(anyhow::anyhow!("no answer within {:?}", started.elapsed())));
+        match sent {
+            Ok(()) => is_well = true,
+            // Once an outage.
+            Err(error) if is_well => {
+                tracing::warn!(error = format!("{error:#}"), "saying that this node's agent lives");
+                is_well = false;
+            }
+            Err(error) => {
+                tracing::debug!(error = format!("{error:#}"), "saying that this node's agent lives")
+            }
+        }
+    }
+}
