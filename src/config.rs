@@ -10,6 +10,8 @@ use std::str::FromStr;
 use clap::{ArgAction, Args, ValueEnum};
 use thiserror::Error;
 
+use crate::operator::OperatorArgs;
+
 /// Flags of `weir agent`; each can also be set by its environment variable.
 #[derive(Args, Clone, Debug)]
 pub struct AgentArgs {
@@ -227,6 +229,13 @@ pub fn pin_directory(bpffs: &Path) -> PathBuf {
     bpffs.join("weir").join(format!("v{version}"))
 }
 
+impl ConfigError {
+    /// `setting` was `given`, and `allowed` says what it may be.
+    pub(crate) fn new(setting: &'static str, given: String, allowed: &'static str) -> Self {
+        Self { setting, given, allowed }
+    }
+}
+
 impl TryFrom<AgentArgs> for Config {
     type Error = ConfigError;
 
@@ -284,8 +293,18 @@ impl TryFrom<AgentArgs> for Config {
 /// Refuses environment variables that look like settings and are none: a misspelled one would
 /// silently do nothing.
 pub fn check_variables(variables: impl IntoIterator<Item = String>) -> Result<(), UnknownVariable> {
-    let command = AgentArgs::augment_args(clap::Command::new("agent"));
-    let mut known: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_env()?.to_str()).collect();
+    // Agent and operator share a ConfigMap: each knows the other's settings.
+    let programs = [
+        AgentArgs::augment_args(clap::Command::new("agent")),
+        OperatorArgs::augment_args(clap::Command::new("operator")),
+    ];
+    let arguments = programs.iter().flat_map(clap::Command::get_arguments);
+    let mut known: Vec<&str> = Vec::new();
+    for name in arguments.filter_map(|argument| argument.get_env()?.to_str()) {
+        if !known.contains(&name) {
+            known.push(name);
+        }
+    }
     // What is logged is read before settings are.
     known.push("WEIR_LOG");
     let is_setting = |name: &str| name.starts_with("WEIR_") && !name.starts_with("WEIR_TEST_");
@@ -305,7 +324,7 @@ pub struct UnknownVariable {
 }
 
 /// HOST:PORT, where HOST is a name, an IPv4 address or a bracketed IPv6 address.
-fn is_server(text: &str) -> bool {
+pub(crate) fn is_server(text: &str) -> bool {
     if let Ok(address) = text.parse::<SocketAddr>() {
         return address.port() != 0;
     }
@@ -390,17 +409,24 @@ mod tests {
     fn the_manifests_have_every_setting_with_its_default() {
         let settings = include_str!("../deploy/base/settings.env");
         let agent = include_str!("../deploy/base/agent.yaml");
-        let command = AgentArgs::augment_args(clap::Command::new("agent"));
+        let operator = include_str!("../deploy/base/operator.yaml");
+        let programs = [
+            (AgentArgs::augment_args(clap::Command::new("agent")), agent),
+            (OperatorArgs::augment_args(clap::Command::new("operator")), operator),
+        ];
+        let arguments = programs.iter().flat_map(|(command, manifest)| {
+            command.get_arguments().map(move |argument| (argument, *manifest))
+        });
         // Not for pods.
         let elsewhere = ["WEIR_MANIFESTS", "WEIR_KUBECONFIG"];
-        for argument in command.get_arguments() {
+        for (argument, manifest) in arguments {
             let Some(name) = argument.get_env().and_then(|name| name.to_str()) else { continue };
             let default = argument.get_default_values().first().and_then(|value| value.to_str());
             let line = match default {
                 Some(default) => format!("\n{name}={default}\n"),
                 None => format!("\n#{name}="),
             };
-            let is_there = settings.contains(&line) || agent.contains(&format!("name: {name}"));
+            let is_there = settings.contains(&line) || manifest.contains(&format!("name: {name}"));
             assert!(is_there || elsewhere.contains(&name), "deploy/base has no {}", line.trim());
         }
         let names = settings.lines().filter_map(|line| line.trim_start_matches('#').split_once('='));

@@ -17,6 +17,7 @@ pub mod kube;
 pub mod model;
 pub mod netlink;
 pub mod node;
+pub mod operator;
 pub mod policy;
 pub mod reconcile;
 pub mod service;

@@ -6,7 +6,7 @@ use super::Failure;
 use crate::config::{AgentArgs, Config, LogFormat, check_variables};
 
 /// Threads of the runtime. The agent's work is one loop and some waiting.
-const WORKERS: usize = 2;
+pub(super) const WORKERS: usize = 2;
 
 /// Runs until the process is asked to stop.
 pub fn run(args: AgentArgs) -> Result<(), Failure> {
@@ -26,7 +26,7 @@ pub fn run(args: AgentArgs) -> Result<(), Failure> {
 }
 
 /// To stderr; `WEIR_LOG` takes directives as `weir=debug`.
-fn log(format: LogFormat) {
+pub(super) fn log(format: LogFormat) {
     let filter = EnvFilter::try_from_env("WEIR_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match format {

@@ -9,6 +9,7 @@ mod list;
 mod map;
 mod node;
 mod observe;
+mod operator;
 mod output;
 mod status;
 mod sysdump;
@@ -22,6 +23,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::api;
 use crate::config::AgentArgs;
+use crate::operator::OperatorArgs;
 
 /// Networking, security and observability for Kubernetes on eBPF.
 #[derive(Parser)]
@@ -35,6 +37,8 @@ pub struct Cli {
 enum Command {
     /// Run the agent of this node.
     Agent(Box<AgentArgs>),
+    /// Run the operator: what a cluster needs once, not on every node.
+    Operator(Box<OperatorArgs>),
     /// Show flows: who talked to whom, what became of it, and why.
     Observe(Box<observe::ObserveArgs>),
     /// Show how the agent is, or with --cluster all of them; exits with 3 when one is not ready.
@@ -139,6 +143,7 @@ fn crds() -> Result<(), Failure> {
 pub fn run(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Command::Agent(args) => agent::run(*args),
+        Command::Operator(args) => operator::run(*args),
         Command::Observe(args) => observe::run(*args),
         Command::Status(args) => status::run(&args),
         Command::Connectivity(command) => connectivity::run(command),

@@ -25,11 +25,13 @@ use anyhow::{Context, Result};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::connect::dns::Name;
 use hyper_util::rt::TokioExecutor;
+use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
+use kube::api::{Api, ListParams};
 use kube::client::{Body, ClientBuilder, ConfigExt};
 use kube::{Client, Config};
 use tokio::net::lookup_host;
 use tower::{BoxError, Service, ServiceExt};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::Tables;
 use crate::model::ObjectKey;
@@ -42,6 +44,8 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Changes of the slices within this time are one.
 const BATCH: Duration = Duration::from_secs(1);
+/// How often a program that watches no slices asks for them.
+const ASK: Duration = Duration::from_secs(60);
 
 /// The API servers that are known, to be tried in turn.
 #[derive(Clone)]
@@ -54,7 +58,8 @@ struct Inner {
     learned: Mutex<Vec<SocketAddr>>,
     /// Where the next connection begins.
     turn: AtomicUsize,
-    file: PathBuf,
+    /// `None`: nothing is remembered.
+    file: Option<PathBuf>,
 }
 
 impl Servers {
@@ -62,14 +67,22 @@ impl Servers {
     /// the environment: kubelet names the `kubernetes` Service there, which is the last
     /// resort.
     pub fn new(configured: &[String], state_dir: &Path, variable: impl Fn(&str) -> Option<String>) -> Self {
+        Self::with(configured, Some(state_dir.join(FILE)), variable)
+    }
+
+    /// As `new`, for a program that may start on any node: nothing is remembered.
+    pub fn forgetful(configured: &[String], variable: impl Fn(&str) -> Option<String>) -> Self {
+        Self::with(configured, None, variable)
+    }
+
+    fn with(configured: &[String], file: Option<PathBuf>, variable: impl Fn(&str) -> Option<String>) -> Self {
         let mut configured = configured.to_vec();
         let service = (variable("KUBERNETES_SERVICE_HOST"), variable("KUBERNETES_SERVICE_PORT"));
         if let (Some(host), Some(port)) = service {
             let is_bare_ipv6 = host.contains(':') && !host.starts_with('[');
             configured.push(if is_bare_ipv6 { format!("[{host}]:{port}") } else { format!("{host}:{port}") });
         }
-        let file = state_dir.join(FILE);
-        let learned = Mutex::new(remembered(&file));
+        let learned = Mutex::new(file.as_deref().map(remembered).unwrap_or_default());
         Self(Arc::new(Inner { configured, learned, turn: AtomicUsize::new(0), file }))
     }
 
@@ -112,8 +125,10 @@ impl Servers {
             return;
         }
         info!(?addresses, "API servers");
-        if let Err(error) = write(&self.0.file, &addresses) {
-            warn!(file = %self.0.file.display(), %error, "remembering the API servers");
+        if let Some(file) = &self.0.file
+            && let Err(error) = write(file, &addresses)
+        {
+            warn!(file = %file.display(), %error, "remembering the API servers");
         }
         *self.0.learned.lock().unwrap_or_else(PoisonError::into_inner) = addresses;
     }
@@ -138,6 +153,23 @@ impl Servers {
             .with_layer(&authorization)
             .with_layer(&config.base_uri_layer());
         Ok(builder.build())
+    }
+
+    /// Asks for the EndpointSlices of `default/kubernetes` now and then. Never returns.
+    pub async fn ask(self, client: Client) {
+        let slices: Api<EndpointSlice> = Api::namespaced(client, "default");
+        let of_service = ListParams::default().labels("kubernetes.io/service-name=kubernetes");
+        loop {
+            match slices.list(&of_service).await {
+                Ok(slices) => {
+                    let mut addresses: Vec<_> = slices.iter().flat_map(ready_addresses).collect();
+                    addresses.sort();
+                    self.learn(addresses);
+                }
+                Err(error) => debug!(%error, "asking for the API servers"),
+            }
+            tokio::time::sleep(ASK).await;
+        }
     }
 
     /// Follows the EndpointSlices of `default/kubernetes`. Never returns.
@@ -165,6 +197,15 @@ impl Servers {
             state.mark_unchanged();
         }
     }
+}
+
+fn ready_addresses(slice: &EndpointSlice) -> Vec<SocketAddr> {
+    let port = slice.ports.iter().flatten().find_map(|port| u16::try_from(port.port?).ok());
+    let is_ready = |endpoint: &&Endpoint| {
+        endpoint.conditions.as_ref().and_then(|conditions| conditions.ready).unwrap_or(true)
+    };
+    let addresses = slice.endpoints.iter().filter(is_ready).flat_map(|endpoint| &endpoint.addresses);
+    addresses.filter_map(|address| Some(SocketAddr::new(address.parse().ok()?, port?))).collect()
 }
 
 /// Gives a connector the addresses of the servers, whatever name it asks for.
@@ -211,7 +252,7 @@ fn write(file: &Path, servers: &[SocketAddr]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{EndpointSlice, Protocol, ServicePort, SliceBackend};
+    use crate::model::{EndpointSlice as ModelSlice, Protocol, ServicePort, SliceBackend};
 
     fn servers(configured: &[&str], directory: &Path) -> Servers {
         let configured: Vec<String> = configured.iter().map(|server| (*server).to_owned()).collect();
@@ -270,8 +311,7 @@ mod tests {
             };
             let port = ServicePort { name: "https".into(), protocol: Protocol::Tcp, port: 6443 };
             let service = ObjectKey { namespace: "default".into(), name: service.into() };
-            let slice =
-                EndpointSlice { key: key.clone(), service, ports: vec![port], backends: vec![backend] };
+            let slice = ModelSlice { key: key.clone(), service, ports: vec![port], backends: vec![backend] };
             (key, Arc::new(slice))
         };
         tables.slices.reset([slice("a", "kubernetes", "10.0.0.9"), slice("b", "other", "10.0.0.8")]);

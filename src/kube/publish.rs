@@ -106,16 +106,12 @@ impl Publisher {
         while attempt < ATTEMPTS_MAX {
             let id = (self.number)(labels, attempt);
             match self.tables.identities.get(&id) {
-                Some(known) if *known == *labels => {
-                    if self.tables.to_claim.get(&id).is_none() {
-                        return Ok(id);
-                    }
-                }
-                Some(_) => {
+                Some(known) if *known != *labels => {
                     attempt += 1;
                     continue;
                 }
-                None => {}
+                Some(_) if self.tables.to_claim.get(&id).is_none() => return Ok(id),
+                Some(_) | None => {}
             }
             let claim = match &self.target {
                 Target::Kubernetes { identities, .. } => create_object(identities, id, labels).await,

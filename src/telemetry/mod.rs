@@ -68,7 +68,20 @@ impl fmt::Debug for Telemetry {
 impl Telemetry {
     /// Counts from zero; alive, and ready as long as nobody registers a task with [`Ready`].
     pub fn new() -> Self {
-        let telemetry = Self {
+        let telemetry = Self::bare();
+        telemetry.register();
+        telemetry
+    }
+
+    /// Without what only an agent does.
+    pub fn of_operator() -> Self {
+        let telemetry = Self::bare();
+        telemetry.register_process();
+        telemetry
+    }
+
+    fn bare() -> Self {
+        Self {
             registry: Mutex::default(),
             ready: Ready::default(),
             alive: Mutex::new(Instant::now()),
@@ -78,17 +91,20 @@ impl Telemetry {
             round_errors: Counter::default(),
             cni_requests: Family::default(),
             cni_seconds: Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 15))),
-        };
-        telemetry.register();
-        telemetry
+        }
     }
 
-    fn register(&self) {
+    fn register_process(&self) {
         let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
         let mut registry = self.registry();
         registry.register_collector(Box::new(collect::Process));
+        registry.sub_registry_with_prefix("weir").register("build", "The version that runs", build);
+    }
+
+    fn register(&self) {
+        self.register_process();
+        let mut registry = self.registry();
         let weir = registry.sub_registry_with_prefix("weir");
-        weir.register("build", "The version that runs", build);
         weir.register(
             "policy_computations",
             "How often policies, addresses and services were compiled",

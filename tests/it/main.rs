@@ -4,6 +4,7 @@
 
 mod api_server;
 mod cni;
+mod control_plane;
 mod datapath;
 mod demo;
 mod flows;
@@ -15,6 +16,7 @@ mod life_cycle;
 mod loaded_policy;
 mod malformed;
 mod model;
+mod operator;
 mod packets;
 mod policies;
 mod policy_changes;

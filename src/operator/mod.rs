@@ -1,0 +1,218 @@
+//! `weir operator`: what a cluster needs once, not on every node.
+//!
+//! ```text
+//! election ── leads ──> definitions ──> nodes (watched) ──> cidrs  pod CIDRs from pools
+//!                                            │        └──> life   taint, condition, deleted nodes
+//!                                            └ identities         garbage collection
+//! ```
+//!
+//! Pods need no operator: what it does is for nodes and identities that come and go. Replicas that do
+//! not lead do nothing. A leader ends all of its work before it gives the Lease back, and everything
+//! it writes names the version that it replaces.
+
+mod cidrs;
+mod config;
+mod definitions;
+mod election;
+mod identities;
+mod life;
+mod metrics;
+mod nodes;
+pub mod pools;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use kube::Client;
+use kube::api::Api;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, watch};
+use tokio::time::{sleep, timeout};
+use tracing::{info, warn};
+
+pub use config::{OperatorArgs, OperatorConfig};
+pub use life::TAINT;
+
+use crate::kube::bootstrap::Servers;
+use crate::telemetry::{self, Telemetry};
+use election::Election;
+use metrics::Metrics;
+
+/// Owner of the fields that we apply.
+const FIELD_MANAGER: &str = "weir-operator";
+/// The Lease of the leader.
+const LEASE: &str = "weir-operator";
+/// Changes within this time are one round.
+const BATCH: Duration = Duration::from_millis(50);
+/// Without any change there is a round all the same: time passes.
+const IDLE_ROUND: Duration = Duration::from_secs(1);
+/// After something did not work.
+const RETRY: Duration = Duration::from_secs(2);
+/// Another replica on the same node has the address.
+const ADDRESS_RETRY: Duration = Duration::from_secs(1);
+/// A round that is under way may end before the Lease is given back.
+const LAST_ROUND: Duration = Duration::from_millis(800);
+
+/// Runs the operator until SIGTERM or SIGINT.
+pub async fn run(config: OperatorConfig) -> Result<()> {
+    let (stop, stopping) = watch::channel(false);
+    tokio::spawn(wait_for_signal(stop));
+    let telemetry = Arc::new(Telemetry::of_operator());
+    let metrics = Metrics::default();
+    telemetry.register_with(|registry| metrics.register(registry));
+    let client = client(&config).await?;
+    let stopped = stopping.clone();
+    // Ends with an error only: what is served ends before the Lease is given back.
+    let serving = async {
+        serve(&config, telemetry.clone(), stopped).await?;
+        std::future::pending::<Result<()>>().await
+    };
+    tokio::select! {
+        served = serving => served.context("serving metrics"),
+        () = take_part(&config, &client, &telemetry, &metrics, stopping) => Ok(()),
+    }
+}
+
+/// Several replicas on one node share its address: whoever is first answers there.
+async fn serve(
+    config: &OperatorConfig,
+    telemetry: Arc<Telemetry>,
+    stopping: watch::Receiver<bool>,
+) -> Result<()> {
+    let address = config.args.operator_metrics_address;
+    loop {
+        match tokio::net::TcpListener::bind(address).await {
+            Ok(listener) => return telemetry::serve_on(listener, telemetry, stopping).await,
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => sleep(ADDRESS_RETRY).await,
+            Err(error) => return Err(error).with_context(|| format!("listening at {address}")),
+        }
+    }
+}
+
+/// A candidate, then the leader, then a candidate again.
+async fn take_part(
+    config: &OperatorConfig,
+    client: &Client,
+    telemetry: &Telemetry,
+    metrics: &Metrics,
+    mut stopping: watch::Receiver<bool>,
+) {
+    let duration = Duration::from_secs(config.args.operator_lease_seconds.into());
+    let leases = Api::default_namespaced(client.clone());
+    let mut election = Election::new(leases, LEASE, &config.args.operator_name, duration);
+    loop {
+        let alive = || telemetry.main_loop_alive();
+        let since = tokio::select! {
+            since = election.win(alive) => since,
+            _ = stopping.wait_for(|stop| *stop) => return,
+        };
+        metrics.leader.set(1);
+        let (resign, resigning) = watch::channel(false);
+        let mut leading = Box::pin(lead(config, client, metrics, resigning));
+        let is_asked = tokio::select! {
+            () = election.keep(since, alive) => false,
+            () = &mut leading => false,
+            _ = stopping.wait_for(|stop| *stop) => true,
+        };
+        if is_asked {
+            resign.send_replace(true);
+            let _ = timeout(LAST_ROUND, leading).await;
+            election.release().await;
+            return;
+        }
+        drop(leading);
+        metrics.leader.set(0);
+    }
+}
+
+/// Does the work of the leader, again from the start when something fails; returns when it is to end.
+async fn lead(config: &OperatorConfig, client: &Client, metrics: &Metrics, resigning: watch::Receiver<bool>) {
+    while let Err(error) = work(config, client, metrics, resigning.clone()).await {
+        metrics.errors.inc();
+        warn!(error = format!("{error:#}"), "beginning the work of the leader");
+        sleep(RETRY).await;
+    }
+}
+
+async fn work(
+    config: &OperatorConfig,
+    client: &Client,
+    metrics: &Metrics,
+    mut resigning: watch::Receiver<bool>,
+) -> Result<()> {
+    definitions::install(client).await.context("installing definitions")?;
+    let changed = Arc::new(Notify::new());
+    let (stores, filling) = nodes::Stores::follow(client, changed.clone());
+    let args = &config.args;
+    let seconds = |seconds: u32| Duration::from_secs(seconds.into());
+    let rounds = async {
+        stores.wait().await?;
+        let heard = nodes::Heartbeats::new(&stores.view(), seconds(args.node_stale_seconds));
+        let mut cidrs = cidrs::Cidrs::new(client, &args.operator_name, &args.pod_cidr_pools, metrics.clone());
+        let mut keeper = life::Keeper::new(client, heard, seconds(args.node_forget_seconds), metrics.clone());
+        info!(nodes = stores.view().nodes.len(), "looking after nodes");
+        while !*resigning.borrow() {
+            if let Err(error) = round(&stores, &mut cidrs, &mut keeper).await {
+                metrics.errors.inc();
+                warn!(error = format!("{error:#}"), "looking after nodes");
+                sleep(RETRY).await;
+            }
+            tokio::select! {
+                () = changed.notified() => sleep(BATCH).await,
+                () = sleep(IDLE_ROUND) => {}
+                _ = resigning.changed() => {}
+            }
+        }
+        Ok(())
+    };
+    let collector = identities::Collector::new(client, seconds(args.identity_grace_seconds), metrics.clone());
+    tokio::select! {
+        done = rounds => done,
+        () = filling => Ok(()),
+        () = collector.run() => Ok(()),
+    }
+}
+
+async fn round(stores: &nodes::Stores, cidrs: &mut cidrs::Cidrs, keeper: &mut life::Keeper) -> Result<()> {
+    let view = stores.view();
+    let given = cidrs.round(&view).await.context("giving pod CIDRs");
+    let forgotten = keeper.round(&view).await?;
+    forgotten.iter().for_each(|name| cidrs.forget(name));
+    given
+}
+
+/// The write lost against another, or its object is there already or gone: the next look decides.
+fn is_conflict(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if matches!(status.code, 404 | 409))
+}
+
+async fn client(config: &OperatorConfig) -> Result<Client> {
+    let Some(file) = &config.args.kubeconfig else {
+        // Nothing is remembered: a replica may start on any node.
+        let variable = |name: &str| std::env::var(name).ok();
+        let servers = Servers::forgetful(&config.args.api_servers, variable);
+        let client = servers.client().context("there is no --kubeconfig")?;
+        let following = client.clone();
+        tokio::spawn(async move { servers.ask(following).await });
+        return Ok(client);
+    };
+    let read = kube::config::Kubeconfig::read_from(file)
+        .with_context(|| format!("reading --kubeconfig {}", file.display()))?;
+    let config = kube::Config::from_custom_kubeconfig(read, &Default::default()).await?;
+    Client::try_from(config).context("preparing to speak to the API server")
+}
+
+async fn wait_for_signal(stop: watch::Sender<bool>) {
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
+        tracing::error!("the process gets no signals: it can only be ended with SIGKILL");
+        return;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    info!("stopping; another replica takes over");
+    stop.send_replace(true);
+}
