@@ -1,7 +1,8 @@
 //! `/metrics`, `/healthz` and `/readyz` over HTTP.
 
 use std::fmt::Write;
-use std::net::SocketAddr;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -25,8 +26,22 @@ pub async fn serve(
     telemetry: Arc<Telemetry>,
     shutdown: watch::Receiver<bool>,
 ) -> Result<()> {
-    let listener = TcpListener::bind(address).await.with_context(|| format!("listening at {address}"))?;
+    let listener = listen(address).await.with_context(|| format!("listening at {address}"))?;
     serve_on(listener, telemetry, shutdown).await
+}
+
+/// `[::]` is every address of both families; where the kernel has no IPv6, every one of IPv4.
+async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Err(error) if is_without_ipv6(&error) && address.ip() == Ipv6Addr::UNSPECIFIED => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        listener => listener,
+    }
+}
+
+fn is_without_ipv6(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
 }
 
 /// As `serve`, on a socket that listens already.
