@@ -53,6 +53,11 @@ pub(super) struct UninstallArgs {
     #[arg(long, env = "WEIR_SOCKET", value_name = "PATH", default_value = api::DEFAULT_SOCKET)]
     socket: PathBuf,
 
+    /// Remove this directory afterwards, when it is empty: the run and state directories by
+    /// paths that are no mounts of this container.
+    #[arg(long = "remove", value_name = "DIR")]
+    removed: Vec<PathBuf>,
+
     /// Afterwards stay until SIGTERM, as a DaemonSet's container has to.
     #[arg(long)]
     wait: bool,
@@ -90,6 +95,13 @@ pub(super) fn uninstall(args: &UninstallArgs) -> Result<(), Failure> {
             remove(&path)?;
         }
         writeln!(output, "emptied {}", directory.display())?;
+    }
+    for directory in &args.removed {
+        match fs::remove_dir(directory) {
+            Ok(()) => writeln!(output, "removed {}", directory.display())?,
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => writeln!(output, "left {}: {error}", directory.display())?,
+        }
     }
     output.flush()?;
     if args.wait {
