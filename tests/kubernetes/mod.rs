@@ -179,7 +179,7 @@ impl Cluster {
 
     /// Ends node `number` as a power cut does, and puts an empty one in its place.
     pub fn replace_node(&mut self, number: usize) -> Result<()> {
-        self.nodes[number - 1].destroy()?;
+        self.nodes[number - 1].destroy(&self.wire)?;
         self.nodes[number - 1] = self.start_node(number)?;
         self.await_node(number, true)
     }

@@ -90,8 +90,9 @@ impl Node {
     }
 
     /// Ends all that runs on it, and removes all that is its own.
-    pub(super) fn destroy(&mut self) -> Result<()> {
+    pub(super) fn destroy(&mut self, wire: &Wire) -> Result<()> {
         self.daemon.kill()?;
+        wire.unplug(&self.name)?;
         output_of(Command::new("ip").args(["netns", "delete", self.space.name()]), "")?;
         fs::remove_dir_all(&self.directory).with_context(|| format!("removing {}", self.directory.display()))
     }

@@ -53,6 +53,11 @@ impl Wire {
         Ok(host)
     }
 
+    /// Takes a host off the wire. Its namespace may still be there: threads and processes hold it.
+    pub fn unplug(&self, name: &str) -> Result<()> {
+        self.space.configure(&[&format!("link delete {name}")])
+    }
+
     /// Lets both namespaces outlive this value.
     pub fn keep(&mut self) {
         self.outside.keep();
