@@ -302,8 +302,11 @@ fn node_replaced(world: &mut World) -> Result<String> {
     let began = Instant::now();
     world.cluster.replace_node(3)?;
     crate::world::load_weir(world)?;
-    for daemon_set in ["server", "client", "host"] {
-        world.rollout("e2e", &format!("daemonset/{daemon_set}"))?;
+    // The controller of DaemonSets takes its time to see the node: a rollout may be complete without it.
+    for app in ["app=server", "app=client", "app=host"] {
+        world.cluster.wait(&format!("a pod with {app} on node3"), Duration::from_secs(120), || {
+            Ok(world.pods("e2e", app)?.iter().any(|pod| pod.node == "node3"))
+        })?;
     }
     let took = began.elapsed();
     let (clients, servers) = (world.clients()?, world.servers()?);
