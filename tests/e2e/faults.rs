@@ -280,9 +280,8 @@ fn operator_leader_killed(world: &mut World) -> Result<String> {
         return Ok("SKIPPED: no operator is deployed".to_owned());
     };
     let lease = || -> Result<String> {
-        let leases = world.cluster.get(&["leases", "--namespace", "weir-system"])?;
-        let holder = leases["items"][0]["spec"]["holderIdentity"].as_str().unwrap_or_default();
-        Ok(holder.to_owned())
+        let lease = world.cluster.get(&["lease", "--namespace", "weir-system", "weir-operator"])?;
+        Ok(lease["spec"]["holderIdentity"].as_str().unwrap_or_default().to_owned())
     };
     let leader = lease()?;
     let operator = operators.iter().find(|operator| leader.contains(&operator.name)).context("no leader")?;
