@@ -209,9 +209,14 @@ impl ControlPlane {
         Ok(path)
     }
 
+    /// The kubeconfig with all rights.
+    pub fn admin(&self) -> Result<PathBuf> {
+        self.kubeconfig("admin", ADMIN)
+    }
+
     /// With all rights.
     pub async fn client(&self) -> Result<Client> {
-        client(&self.kubeconfig("admin", ADMIN)?).await
+        client(&self.admin()?).await
     }
 
     /// As a pod of `account` in weir-system on `node`: with the rights of deploy/base and nothing else.

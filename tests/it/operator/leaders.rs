@@ -1,9 +1,12 @@
 //! Two replicas, one leader; what a new leader does about definitions.
 
+use std::sync::Arc;
+
 use anyhow::{Result, ensure};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Patch, PatchParams};
 use weir::kube::crd::{SCHEMA_VERSION, SCHEMA_VERSION_ANNOTATION};
+use weir::kube::{Health, Kind, Source, Tables};
 
 use super::*;
 
@@ -15,7 +18,6 @@ async fn redefine(client: &Client, version: &str) -> Result<()> {
         "spec": {"names": {"shortNames": ["other"]}},
     }));
     definitions.patch("weirnodes.weir.dev", &PatchParams::default(), &patch).await?;
-    // Who applies owns what was applied: nobody else may.
     Ok(())
 }
 
@@ -40,8 +42,24 @@ fn leaders_hand_over_and_bring_definitions_up_to_date() -> Result<()> {
     with_plane("leaders_hand_over_and_bring_definitions_up_to_date", async |plane| {
         plane.apply_base().await?;
         let client = plane.client().await?;
+        // An agent that is there before the definitions waits for them.
+        let agent = client_of(&plane.as_account("weir-agent", "a").await?).await?;
+        let (tables, health) = (Arc::new(Tables::new()), Arc::new(Health::default()));
+        let source = Source::Kubernetes(agent, "a".to_owned());
+        let following = tokio::spawn(weir::kube::run(source, tables.clone(), health.clone()));
+        until("the agent to look", || async {
+            let errors =
+                |kind| health.kinds().into_iter().any(|(of, health)| of == kind && health.errors_total > 1);
+            Ok((errors(Kind::WeirNode) && errors(Kind::Identity)).then_some(()))
+        })
+        .await?;
+        ensure!(!tables.all_synced(), "nothing defines our kinds yet");
         let one = Replica::start(&plane, "one", &[]).await?;
         wait_for_leader(&client, "one").await?;
+        tokio::time::timeout(Duration::from_secs(10), tables.wait_synced())
+            .await
+            .context("the agent still waits")?;
+        following.abort();
         // It makes what was not there.
         let current = Some(SCHEMA_VERSION.to_string());
         until("the definitions", || async {
