@@ -303,6 +303,7 @@ enum connection_flags {
 	CONNECTION_SOCKET = 1 << 3,	    /* service was translated at the socket */
 	CONNECTION_CLOSING = 1 << 4,	    /* FIN from both, or RST */
 	CONNECTION_REPLIED = 1 << 5,	    /* the responder has answered */
+	CONNECTION_ENDED = 1 << 6,	    /* its end was reported, it may go */
 };
 
 /* nat: two entries a flow, one per direction (enum direction: EGRESS out, INGRESS back). */

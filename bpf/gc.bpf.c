@@ -32,7 +32,8 @@ int collect_connections(struct bpf_iter__bpf_map_elem *ctx)
 	if (!connection_is_expired(connection, key->protocol, bpf_jiffies64()))
 		return 0;
 	copy = *key;
-	if (copy.kind == CONNECTION_FLOW && settings.flow_events) {
+	if (copy.kind == CONNECTION_FLOW && settings.flow_events &&
+	    !(connection->flags & CONNECTION_ENDED)) {
 		event = event_reserve();
 		if (event) {
 			event_from_connection(event, connection, &copy);

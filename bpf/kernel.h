@@ -33,6 +33,7 @@ enum bpf_map_type {
 	BPF_MAP_TYPE_PERCPU_ARRAY = 6,
 	BPF_MAP_TYPE_LRU_HASH = 9,
 	BPF_MAP_TYPE_LPM_TRIE = 11,
+	BPF_MAP_TYPE_SK_STORAGE = 24,
 	BPF_MAP_TYPE_RINGBUF = 27,
 };
 
@@ -53,6 +54,7 @@ enum {
 	BPF_F_TUNINFO_IPV6 = 1 << 0,
 	BPF_F_ADJ_ROOM_FIXED_GSO = 1 << 0,
 	BPF_RB_NO_WAKEUP = 1 << 0,
+	BPF_SK_STORAGE_GET_F_CREATE = 1 << 0,
 	BPF_FIB_LOOKUP_SKIP_NEIGH = 1 << 2,
 	BPF_FIB_LKUP_RET_SUCCESS = 0,
 };
@@ -72,6 +74,8 @@ enum {
 	SOCK_DGRAM = 2,
 	ECONNREFUSED = 111,
 };
+
+struct bpf_sock;
 
 /* What a tc program sees of a packet: include/uapi/linux/bpf.h, fixed for ever. */
 struct __sk_buff {
@@ -105,7 +109,7 @@ struct __sk_buff {
 	__u64 tstamp;
 	__u32 wire_len;
 	__u32 gso_segs;
-	__u64 sk __attribute__((aligned(8)));
+	struct bpf_sock *sk __attribute__((aligned(8)));
 	__u32 gso_size;
 	__u8 tstamp_type;
 	__u8 pad[3];
@@ -277,8 +281,6 @@ struct bpf_redir_neigh {
 	__u32 nexthop[4];
 };
 
-struct bpf_sock;
-
 struct bpf_sock_addr {
 	__u32 user_family;
 	__u32 user_ip4;
@@ -289,7 +291,7 @@ struct bpf_sock_addr {
 	__u32 protocol;
 	__u32 msg_src_ip4;
 	__u32 msg_src_ip6[4];
-	__u64 sk __attribute__((aligned(8)));
+	struct bpf_sock *sk __attribute__((aligned(8)));
 };
 
 /* Contexts of iterators: internal, relocated at load. */

@@ -80,6 +80,17 @@ struct {
 	__type(value, struct socket_origin);
 } sockets SEC(".maps") __weak;
 
+/*
+ * Written by the socket hooks: a socket that has spoken to a service. Any other
+ * need not be looked for in `sockets`. Goes with the socket.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u32);
+} service_sockets SEC(".maps") __weak;
+
 /* Written by the programs: a connection under construction; never pinned, never read outside. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -88,7 +99,26 @@ struct {
 	__type(value, struct connection);
 } scratch SEC(".maps") __weak;
 
-/* Written by the programs, deleted by collect_connections; evicts the oldest. */
+/*
+ * Written by the programs: connections of this CPU that have ended last. Each
+ * stays until as many others have ended, for what may still be on its way.
+ */
+#define ENDED_CONNECTIONS 64
+
+struct ended {
+	__u32 next;
+	__u32 pad;
+	struct connection_key keys[ENDED_CONNECTIONS];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct ended);
+} ended SEC(".maps") __weak;
+
+/* Written and deleted by the programs, then by collect_connections; evicts the oldest. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 262144);

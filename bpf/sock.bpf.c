@@ -102,6 +102,9 @@ static __always_inline int sock_translate(struct bpf_sock_addr *ctx,
 	key.port = backend->port;
 	origin.service_id = service->service_id;
 	/* Without a record, answers would seem to come from a stranger. */
+	if (!bpf_sk_storage_get(&service_sockets, ctx->sk, NULL,
+				BPF_SK_STORAGE_GET_F_CREATE))
+		return sock_refuse();
 	if (bpf_map_update_elem(&sockets, &key, &origin, BPF_ANY) &&
 	    bpf_map_update_elem(&sockets, &key, &origin, BPF_ANY))
 		return sock_refuse();
@@ -116,7 +119,8 @@ static __always_inline int sock_restore(struct bpf_sock_addr *ctx, bool is_ipv6)
 	struct socket_key key = {};
 
 	key.protocol = sock_protocol(ctx);
-	if (!settings.socket_lb || !key.protocol)
+	if (!settings.socket_lb || !key.protocol ||
+	    !bpf_sk_storage_get(&service_sockets, ctx->sk, NULL, 0))
 		return SOCK_PASS;
 	key.cookie = bpf_get_socket_cookie(ctx);
 	sock_get_address(ctx, &key.backend, is_ipv6);

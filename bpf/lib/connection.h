@@ -49,6 +49,44 @@ static __always_inline bool connection_begins_anew(const struct connection *of,
 	return connection_is_expired(of, packet->protocol, now);
 }
 
+/* Nothing gets lost between two pods of this node. */
+static __always_inline bool connection_is_local(const struct connection *of)
+{
+	return of->endpoint[0] && of->endpoint[1];
+}
+
+/* True with the acknowledgement of the last FIN. */
+static __always_inline bool connection_ends(const struct connection *of,
+					    const struct packet *packet)
+{
+	return of->tcp_flags[0] & of->tcp_flags[1] & TCP_FIN &&
+	       !(packet->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) &&
+	       !(of->flags & CONNECTION_ENDED) && connection_is_local(of);
+}
+
+/*
+ * Short connections would fill the map within seconds, and each new one would
+ * find nothing of it in the cache: one that has ended makes room soon. Across
+ * nodes it stays, because a FIN that gets lost comes again.
+ */
+__weak __noinline int connection_retire(struct connection_key *key)
+{
+	struct connection *connection;
+	struct ended *last;
+	__u32 zero = 0, slot;
+
+	last = bpf_map_lookup_elem(&ended, &zero);
+	if (!key || !last)
+		return 0;
+	slot = last->next++ % ENDED_CONNECTIONS;
+	connection = bpf_map_lookup_elem(&connections, &last->keys[slot]);
+	/* It may have begun anew. */
+	if (connection && connection->flags & CONNECTION_ENDED)
+		bpf_map_delete_elem(&connections, &last->keys[slot]);
+	last->keys[slot] = *key;
+	return 0;
+}
+
 /* Counts a packet; the type of the event that it is worth, or 0. */
 static __always_inline __u32 connection_account(struct connection *connection,
 						const struct packet *packet,
@@ -71,8 +109,10 @@ static __always_inline __u32 connection_account(struct connection *connection,
 		       fresh & connection->tcp_flags[side ^ 1] & TCP_FIN;
 		if (ends)
 			connection->flags |= CONNECTION_CLOSING;
-		/* One side's FIN alone and the rest say little. */
-		report |= ends || fresh & TCP_SYN;
+		/* One side's FIN alone and the rest say little; the end of
+		 * a local connection is told with its last packet. */
+		report |= fresh & (TCP_SYN | TCP_RST) ||
+			  (ends && !connection_is_local(connection));
 	}
 	if (!report || !settings.flow_events)
 		return 0;

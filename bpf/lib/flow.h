@@ -76,6 +76,7 @@ static __always_inline bool flow_established(struct __sk_buff *ctx,
 	struct connection *connection;
 	__u64 now = bpf_jiffies64();
 	__u32 high, side, event;
+	bool ends;
 
 	high = connection_key_of(packet, &key);
 	connection = bpf_map_lookup_elem(&connections, &key);
@@ -102,9 +103,16 @@ static __always_inline bool flow_established(struct __sk_buff *ctx,
 	if (side)
 		packet->flags |= PACKET_REPLY;
 	event = connection_account(connection, packet, side, now);
+	ends = connection_ends(connection, packet);
+	if (ends && settings.flow_events)
+		event = EVENT_FLOW_END;
 	if (event)
 		event_flow(ctx, packet, connection, event);
 	flow_restore_service(packet, connection);
+	if (ends) {
+		connection->flags |= CONNECTION_ENDED;
+		connection_retire(&key);
+	}
 	return true;
 }
 
@@ -118,8 +126,15 @@ static __noinline void flow_find_socket(struct __sk_buff *ctx,
 		.protocol = packet->protocol,
 	};
 	struct socket_origin *origin;
+	struct bpf_sock *socket;
 
 	if (!settings.socket_lb || packet->flags & PACKET_HAS_SERVICE)
+		return;
+	socket = ctx->sk;
+	if (!socket)
+		return;
+	socket = bpf_sk_fullsock(socket);
+	if (!socket || !bpf_sk_storage_get(&service_sockets, socket, NULL, 0))
 		return;
 	key.cookie = bpf_get_socket_cookie(ctx);
 	if (!key.cookie)

@@ -72,7 +72,7 @@ fn a_tcp_connection_is_one_entry_and_few_events() -> Result<()> {
             ensure!(outcome.counted == [(0, EGRESS as u8)], "counted {:?}", outcome.counted);
             events.extend(outcome.events);
         }
-        assert_eq!(types(&events), [NEW, UPDATE, UPDATE]);
+        assert_eq!(types(&events), [NEW, UPDATE, END]);
         let flow = only_flow(world)?;
         assert_eq!((flow.packets, flow.tcp_flags), ([4, 4], [SYN | ACK | FIN, SYN | ACK | FIN]));
         let length = |packet: &Packet| packet.bytes().len() as u64;
@@ -83,7 +83,46 @@ fn a_tcp_connection_is_one_entry_and_few_events() -> Result<()> {
         let last = events.last().expect("there are three");
         assert_eq!((last.source_identity, last.destination_identity), (A, B));
         assert_eq!(u16::from_be(last.source_port), 40000);
-        assert_eq!(last.packets, [4, 3]);
+        assert_eq!(last.packets, [4, 4]);
+        // A straggler begins nothing, and is not reported.
+        let straggler = expect(world, &backward(&cast, ACK), REDIRECT)?;
+        assert!(straggler.events.is_empty());
+        assert_eq!(only_flow(world)?.packets, [4, 5]);
+        // The same ports again are another connection.
+        let again = expect(world, &segments[0], REDIRECT)?;
+        assert_eq!(types(&again.events), [NEW]);
+        assert_eq!(only_flow(world)?.packets, [1, 0]);
+        Ok(())
+    })
+}
+
+#[test]
+fn connections_that_have_ended_make_room() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let mut ended = 0;
+        for port in 1..=200 {
+            let (client, server) = ((cast.a, 40000 + port), (cast.b, 80));
+            for segment in [
+                tcp(client, server, SYN).by(1),
+                tcp(server, client, SYN | ACK).by(2),
+                tcp(client, server, FIN | ACK).by(1),
+                tcp(server, client, FIN | ACK).by(2),
+                tcp(client, server, ACK).by(1),
+            ] {
+                let outcome = expect(world, &segment, REDIRECT)?;
+                ended += types(&outcome.events).iter().filter(|kind| **kind == END).count();
+            }
+            // The first one's ports are in use again when its turn comes.
+            if port == 2 {
+                expect(world, &tcp((cast.a, 40001), server, SYN).by(1), REDIRECT)?;
+            }
+        }
+        assert_eq!(ended, 200, "each end is told once");
+        let left = world.connections(0)?;
+        ensure!(left.len() <= 65, "{} connections are left", left.len());
+        let running = left.iter().filter(|(_, flow)| flow.packets == [1, 0]).count();
+        assert_eq!(running, 1, "the one that began anew goes on");
         Ok(())
     })
 }
