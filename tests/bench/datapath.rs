@@ -15,6 +15,9 @@ use crate::row::Row;
 /// Pods of the rows about a node that is not empty.
 const PODS: usize = 50;
 
+/// Between two pods that do not come at once.
+const BETWEEN_PODS: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// Both ends are selected, both directions are enforced, and every packet is allowed.
 const POLICY: &str = "
 apiVersion: networking.k8s.io/v1
@@ -192,6 +195,8 @@ fn cni_add() -> Result<Vec<Row>> {
     let node = crate::lab::Space::create(&format!("{}-ptp", lab.name()), None)?;
     let (mut ours, mut theirs, mut pods, mut others) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for number in 0..PODS {
+        // One pod now and then, as most pods come: both have done what they do after a pod.
+        std::thread::sleep(BETWEEN_PODS);
         let pod = lab.pod(1, &format!("bench/pod{number}"));
         pod.write_manifest()?;
         let pod = pod.create()?;

@@ -19,6 +19,8 @@ use crate::lab::Space;
 
 const ECHO_PORT: u16 = 7000;
 const SINK_PORT: u16 = 7001;
+/// Bytes that the kernel keeps for the receiver of a stream; it takes the double for its own.
+const SINK_BUFFER: usize = 512 * 1024;
 const ROUNDS: usize = 15;
 const SAMPLE: Duration = Duration::from_millis(300);
 
@@ -196,6 +198,9 @@ fn transact(stream: &mut TcpStream) -> Result<()> {
 fn stream(target: SocketAddr) -> Result<f64> {
     let mut stream = TcpStream::connect(target)?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    // What nodes have by default. A pacing one (BBR) measures the clock, not the path.
+    nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::TcpCongestion, &"cubic".into())
+        .context("choosing cubic")?;
     let chunk = vec![0; 128 * 1024];
     let began = Instant::now();
     while began.elapsed() < SAMPLE {
@@ -210,6 +215,8 @@ fn stream(target: SocketAddr) -> Result<f64> {
 fn serve_all() -> Result<()> {
     let any = Ipv6Addr::UNSPECIFIED;
     let (echo, sink) = (TcpListener::bind((any, ECHO_PORT))?, TcpListener::bind((any, SINK_PORT))?);
+    // Else the receiver's buffer grows beyond the processor's cache on one path and not on another.
+    nix::sys::socket::setsockopt(&sink, nix::sys::socket::sockopt::RcvBuf, &SINK_BUFFER)?;
     println!("listening");
     thread::spawn(move || serve(&sink, swallow));
     serve(&echo, echo_bytes);
