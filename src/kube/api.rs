@@ -42,7 +42,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(150);
 const LIST_SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Delays between attempts, doubled each time.
 const DELAY_MIN: Duration = Duration::from_millis(200);
-const DELAY_MAX: Duration = Duration::from_secs(30);
+const DELAY_MAX: Duration = Duration::from_secs(10);
 /// While a definition of ours is missing: the operator writes it within seconds of its start.
 const DEFINITION_DELAY_MAX: Duration = Duration::from_secs(2);
 /// So many refusals to go on from a version mean that the version is wrong.
