@@ -80,10 +80,6 @@ pub struct AgentArgs {
     #[arg(long, env = "WEIR_ROUTING", value_enum, default_value = "tunnel")]
     pub routing: Routing,
 
-    /// Links that lie ready for the next pods, two devices each, so that a pod starts some 20 ms sooner.
-    #[arg(long, env = "WEIR_SPARE_LINKS", value_name = "N", default_value_t = 8)]
-    pub spare_links: u16,
-
     /// UDP port of the VXLAN tunnels.
     #[arg(long, env = "WEIR_TUNNEL_PORT", value_name = "PORT", default_value_t = 8472)]
     pub tunnel_port: u16,

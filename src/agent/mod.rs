@@ -55,7 +55,6 @@ struct Start {
     source: Source,
     known: Arc<Known>,
     manager: Arc<endpoint::Manager>,
-    spares: Arc<endpoint::Spares>,
     names: Arc<Names>,
     enforced: Enforced,
     programmed: ReadyGuard,
@@ -77,9 +76,7 @@ pub async fn run(config: Config) -> Result<()> {
         Arc::new(Known::new(config.clone(), telemetry.clone(), endpoints.clone(), enforced.subscribe()));
     known.show();
     let source = source(&config, &known.tables).await?;
-    let spares = Arc::new(endpoint::Spares::new(config.args.spare_links.into()));
     let options = endpoint::Options {
-        spares: spares.clone(),
         state_directory: state_dir.clone(),
         enforced_within: ENFORCED_WITHIN,
         verify_programs: known.clone().verify_programs(),
@@ -92,7 +89,7 @@ pub async fn run(config: Config) -> Result<()> {
     let socket = config.args.socket.clone();
     let serving = api::serve(&socket, answers, stopping.clone());
     let metrics = telemetry::serve(config.args.metrics_address, telemetry, stopping.clone());
-    let start = Start { config, source, known, manager, spares, names, enforced, programmed };
+    let start = Start { config, source, known, manager, names, enforced, programmed };
     let working = work(start, stopping);
     tokio::select! {
         served = serving => served.context("serving the API socket"),
@@ -125,7 +122,7 @@ async fn kubernetes(args: &AgentArgs, tables: &Arc<Tables>) -> Result<::kube::Cl
 
 /// The life of the agent: learn what this node is, load, then keep the kernel up to date.
 async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
-    let Start { config, source, known, manager, spares, names, enforced, programmed } = start;
+    let Start { config, source, known, manager, names, enforced, programmed } = start;
     let tables = known.tables.clone();
     let publisher = Arc::new(Publisher::new(&source, &config.args.node_name, tables.clone())?);
     tokio::spawn(kube::run(source, tables.clone(), known.health.clone()));
@@ -162,7 +159,6 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
 
     manager.work_off_deletes().await;
     manager.configure(&node.pod_cidrs, devices.mtu);
-    tokio::spawn(keep_links_ready(spares, datapath.clone(), known.telemetry.clone(), stopping.clone()));
     tokio::spawn(async move {
         if let Err(error) = manager.watch_deletes(stopping).await {
             tracing::error!(error = format!("{error:#}"), "queued deletions wait for the next start");
@@ -196,17 +192,6 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         () = rounds.run(programmed) => Ok(()),
         failed = offering => failed.context("offering the node's network to the runtime"),
     }
-}
-
-/// The pods that are there come first.
-async fn keep_links_ready(
-    spares: Arc<endpoint::Spares>,
-    datapath: Arc<Datapath>,
-    telemetry: Arc<Telemetry>,
-    stopping: watch::Receiver<bool>,
-) {
-    telemetry.ready().wait().await;
-    spares.keep_ready(Arc::new(move |ifindex| datapath.attach_spare(ifindex)), stopping).await;
 }
 
 /// Puts the plugin and, once pods can be connected, its configuration where the

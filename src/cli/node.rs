@@ -139,8 +139,7 @@ fn delete_devices() -> Result<Vec<String>> {
 
 fn devices() -> Result<Vec<String>> {
     let is_ours = |link: &netlink::Link| {
-        let is_pods = link.kind == "veth"
-            && (endpoint::is_host_interface_name(&link.name) || netlink::is_spare(&link.name));
+        let is_pods = link.kind == "veth" && endpoint::is_host_interface_name(&link.name);
         is_pods || (link.kind == "vxlan" && link.name.starts_with("weir"))
     };
     let links = netlink::links().context("listing the devices")?;

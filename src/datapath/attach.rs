@@ -66,16 +66,6 @@ impl Datapath {
             .with_context(|| format!("attaching to the device of endpoint {id}"))
     }
 
-    /// Puts a device that no pod has yet under `from_pod` and `to_pod`, so that `attach_pod` finds
-    /// them there. False if this way of attaching costs no time that could be saved.
-    pub fn attach_spare(&self, ifindex: u32) -> Result<bool> {
-        if self.features.attach != AttachMode::Tcx {
-            return Ok(false);
-        }
-        self.attach_device(ifindex, &["from_pod", "to_pod"]).context("attaching to a spare device")?;
-        Ok(true)
-    }
-
     /// Takes a pod's device out again; nothing to do is no error.
     pub fn detach_pod(&self, id: EndpointId, ifindex: u32) -> Result<()> {
         self.detach_device(ifindex, &["from_pod", "to_pod"])

@@ -11,13 +11,12 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tracing::{debug, info, warn};
 
-use super::spares::Spares;
 use super::store::Store;
 use super::{Enforced, Progress, host_interface_name, is_host_interface_name, pod_mac};
 use crate::cni::{self, AddResult, Attachment, DeleteQueue, Error, ErrorCode, Request};
 use crate::ipam::Ipam;
 use crate::model::{Endpoint, EndpointId, MacAddress};
-use crate::netlink::{self, PodLink, PodLinkSpec, SparePair};
+use crate::netlink::{self, PodLinkSpec};
 use crate::tables::Table;
 
 /// Ids are 1 to 4095: the `endpoints` map has 4096 rows and 0 is nobody.
@@ -34,8 +33,6 @@ pub struct Options {
     pub enforced_within: Duration,
     /// Asked by CHECK.
     pub verify_programs: Box<VerifyPrograms>,
-    /// Links that lie ready.
-    pub spares: Arc<Spares>,
 }
 
 /// The pods of this node. Shared; every method can run at the same time as any other.
@@ -140,8 +137,7 @@ impl Manager {
         let (mut endpoint, mtu) = self.allocate(&request)?;
         let created = {
             let (store, endpoint) = (self.store.clone(), endpoint.clone());
-            let spare = self.options.spares.take();
-            spawn_blocking(move || create(&store, &endpoint, mtu, spare)).await
+            spawn_blocking(move || create(&store, &endpoint, mtu)).await
         };
         match created.unwrap_or_else(|panic| Err(internal(&panic))) {
             Ok(host_ifindex) => endpoint.host_ifindex = host_ifindex,
@@ -369,33 +365,17 @@ impl Drop for Turn<'_> {
 }
 
 /// The file, then the link: a crash between leaves a file without device, which the next start forgets.
-fn create(store: &Store, endpoint: &Endpoint, mtu: u32, spare: Option<SparePair>) -> Result<u32, Error> {
+fn create(store: &Store, endpoint: &Endpoint, mtu: u32) -> Result<u32, Error> {
     store.write(endpoint).map_err(|error| {
         Error::new(ErrorCode::Io, "writing the endpoint to disk").with_details(error.to_string())
     })?;
-    match connect(&spec_of(endpoint, mtu), spare) {
+    match netlink::create_pod_link(&spec_of(endpoint, mtu)) {
         Ok(link) => Ok(link.host_ifindex),
         Err(netlink::Error::Namespace { path, reason, .. }) => {
             Err(Error::new(ErrorCode::InvalidEnvironment, "CNI_NETNS is no network namespace of a pod")
                 .with_details(format!("{}: {reason}", path.display())))
         }
         Err(error) => Err(failed("making the pod's link").with_details(error.to_string())),
-    }
-}
-
-/// Out of the spare pair if that works, which somebody may have taken away meanwhile.
-fn connect(spec: &PodLinkSpec, spare: Option<SparePair>) -> netlink::Result<PodLink> {
-    let Some(pair) = spare else { return netlink::create_pod_link(spec) };
-    match netlink::claim_pod_link(spec, &pair) {
-        Err(error @ netlink::Error::Namespace { .. }) => {
-            netlink::delete_spare_pair(&pair)?;
-            Err(error)
-        }
-        Err(error) => {
-            warn!(device = spec.host_interface, %error, "using a spare link: making another");
-            netlink::create_pod_link(spec)
-        }
-        claimed => claimed,
     }
 }
 

@@ -7,8 +7,6 @@
 //!         <-- answer <-- host side up <-- Enforced <--------------'
 //! ```
 //!
-//! The link is one that lies ready with its programs attached (`spares`), if there is one.
-//!
 //! A pod's packets can pass only after its policy is enforced. Whatever fails on
 //! the way, everything before it is undone. After a restart the files are the
 //! truth: ids and addresses in use come from them.
@@ -16,14 +14,12 @@
 mod enforced;
 mod manager;
 mod removal;
-mod spares;
 mod store;
 
 use sha2::{Digest, Sha256};
 
 pub use enforced::{Enforced, Progress};
 pub use manager::{Manager, Options, VerifyPrograms};
-pub use spares::{AttachSpare, Spares};
 pub use store::Store;
 
 use crate::cni::Attachment;

@@ -68,17 +68,6 @@ pub fn delete_link(name: &str) -> Result<bool> {
     }
 }
 
-/// Deletes the device of that index; one that is gone is deleted.
-pub fn delete_link_at(index: u32) -> Result<()> {
-    let mut message = LinkMessage::default();
-    message.header.index = index;
-    let request = Request::new(format!("deleting device {index}"), RouteNetlinkMessage::DelLink(message));
-    match Connection::open()?.execute(vec![request]) {
-        Err(Error::Kernel { source, .. }) if source.raw_os_error() == Some(libc::ENODEV) => Ok(()),
-        outcome => outcome,
-    }
-}
-
 /// Sets the device up.
 pub fn raise_link(index: u32) -> Result<()> {
     Connection::open()?.execute(vec![raise(index)])

@@ -19,15 +19,13 @@ mod link;
 mod namespace;
 mod pod;
 mod route;
-mod spare;
 mod sysctl;
 
 use std::io;
 use std::path::PathBuf;
 
 pub use link::{
-    Link, add_address, delete_link, delete_link_at, devices_with, ensure_vxlan, link, link_index, links,
-    raise_link,
+    Link, add_address, delete_link, devices_with, ensure_vxlan, link, link_index, links, raise_link,
 };
 pub use namespace::{open_namespace, within};
 pub use pod::{
@@ -35,7 +33,6 @@ pub use pod::{
     verify_pod_link,
 };
 pub use route::{NODE_ROUTE_PROTOCOL, Route, neighbours, node_routes, sync_neighbours, sync_routes};
-pub use spare::{SparePair, claim_pod_link, create_spare_pair, delete_spare_pair, is_spare, spare_pairs};
 pub use sysctl::{get_sysctl, set_sysctl, set_sysctl_root};
 
 /// What went wrong between us and the kernel.

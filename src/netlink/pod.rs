@@ -11,7 +11,6 @@
 //! Nobody ever asks by ARP or neighbour discovery. The host side stays down
 //! until the pod's policy is enforced: until then no packet can pass.
 
-use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -132,15 +131,11 @@ pub fn create_pod_link(spec: &PodLinkSpec) -> Result<PodLink> {
     let action = format!("making {} for {} of the pod", spec.host_interface, spec.interface);
     let request = Request::new(action, RouteNetlinkMessage::NewLink(message)).create();
     Connection::open()?.execute(vec![request])?;
-    configure_pod_link(spec, &namespace)
-}
 
-/// All but the devices themselves: settings, addresses, routes, neighbours; on failure the devices go.
-pub(super) fn configure_pod_link(spec: &PodLinkSpec, namespace: &File) -> Result<PodLink> {
     let configure = || {
         let host_ifindex = index_of(&spec.host_interface)?;
         configure_host_side(&spec.host_interface)?;
-        namespace::within(namespace, || configure_pod_side(spec))?;
+        namespace::within(&namespace, || configure_pod_side(spec))?;
         Ok(host_ifindex)
     };
     match configure() {
@@ -188,7 +183,7 @@ pub fn verify_pod_link(spec: &PodLinkSpec, host_ifindex: u32) -> Result<Link> {
     Ok(host)
 }
 
-pub(super) fn configure_host_side(host_interface: &str) -> Result<()> {
+fn configure_host_side(host_interface: &str) -> Result<()> {
     set_sysctl(&format!("net/ipv4/conf/{host_interface}/rp_filter"), "0")?;
     set_sysctl(&format!("net/ipv4/conf/{host_interface}/forwarding"), "1")?;
     // 1: no link-local address; the pod's gateway is a neighbour entry, not an address.
@@ -291,7 +286,7 @@ fn verify_neighbours(
     Ok(())
 }
 
-pub(super) fn index_of(interface: &str) -> Result<u32> {
+fn index_of(interface: &str) -> Result<u32> {
     if_nametoindex(interface).map_err(|error| Error::kernel(format!("looking for {interface}"), error))
 }
 

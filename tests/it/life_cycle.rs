@@ -12,9 +12,6 @@ use crate::require::require_lab;
 const BATCHES: usize = 30;
 const BATCH: usize = 10;
 
-/// Links that an agent keeps ready.
-const SPARES: usize = 8;
-
 /// Maps whose rows belong to pods, services and policies; the others hold traffic.
 const MAPS: [&str; 7] =
     ["endpoints", "addresses", "prefixes", "policy_peers", "policy_rules", "services", "backends"];
@@ -32,44 +29,24 @@ struct Traces {
 }
 
 impl Traces {
-    /// Links that lie ready are others every time, but as many.
     fn of(node: &Node) -> Result<Self> {
-        let links = node.space().ip("-o link show type veth")?;
-        let spares: Vec<(&str, &str)> = links
-            .lines()
-            .filter_map(|line| line.split_once(": "))
-            .filter_map(|(index, rest)| Some((index, rest.split(['@', ':']).next()?)))
-            .filter(|(_, name)| name.starts_with("weir_spare"))
-            .collect();
         let lines = |arguments: &str| -> Result<Vec<String>> {
             // The first word or two name it; counters and ages change by themselves.
             let mut lines: Vec<String> = node
                 .space()
                 .ip(arguments)?
                 .lines()
-                .map(|line| match line.starts_with("weir_spare") {
-                    true => "a spare link's end".to_owned(),
-                    false => line.split_whitespace().take(4).collect::<Vec<_>>().join(" "),
-                })
+                .map(|line| line.split_whitespace().take(4).collect::<Vec<_>>().join(" "))
                 .collect();
             lines.sort();
             Ok(lines)
         };
-        let spare_pin = |pin: PathBuf| {
-            let name = pin.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            match name.split_once('-').filter(|(index, _)| spares.iter().any(|(spare, _)| spare == index)) {
-                Some((_, program)) => PathBuf::from(format!("a spare link's {program}")),
-                None => pin,
-            }
-        };
-        let mut pins: Vec<PathBuf> = node.pins().into_iter().map(spare_pin).collect();
-        pins.sort();
         Ok(Self {
             devices: lines("-o -brief link show")?,
             addresses: lines("-o -brief addr show")?,
             routes: [lines("-4 route show table all")?, lines("-6 route show table all")?].concat(),
             neighbours: lines("neigh show nud permanent")?,
-            pins,
+            pins: node.pins(),
             state: node.state_files(),
             rows: MAPS.into_iter().map(|map| Ok((map, node.map(map)?.len()))).collect::<Result<_>>()?,
         })
@@ -91,9 +68,6 @@ spec: {podSelector: {}, ingress: [{from: [{podSelector: {}}]}]}
     )?;
     // One pod first and last: what an agent makes once, with its first pod, is no trace of a pod.
     make_and_delete(&lab, 0..1)?;
-    let spares = || anyhow::Ok(node.space().ip("-o link show type veth")?.matches("weir_spare").count());
-    // Both ends of a pair name it, and each other.
-    wait_for("every spare link", || Ok(spares()? == SPARES * 4))?;
     let before = Traces::of(node)?;
     for batch in 0..BATCHES {
         make_and_delete(&lab, batch * BATCH..(batch + 1) * BATCH)?;

@@ -103,8 +103,7 @@ fn a_restarted_agent_gives_out_no_address_in_use() -> Result<()> {
 #[test]
 fn without_an_agent_add_fails_at_once_and_delete_is_done_later() -> Result<()> {
     require_lab!();
-    let agent_arguments = vec!["--spare-links".to_owned(), "0".to_owned()];
-    let lab = Lab::start(Setup { agent_arguments, ..Setup::default() })?;
+    let lab = Lab::start(Setup::default())?;
     let pod = lab.pod(1, "shop/a").create()?;
     let links = || lab.node(1).space().ip("-o link show");
     let with_pod = links()?.lines().count();

@@ -131,8 +131,7 @@ fn a_pod_has_its_addresses_at_once_and_its_route_through_the_gateway() -> Result
 #[test]
 fn delete_may_be_repeated_and_gives_everything_back() -> Result<()> {
     require_lab!();
-    let agent_arguments = vec!["--spare-links".to_owned(), "0".to_owned()];
-    let lab = Lab::start(Setup { agent_arguments, ..Setup::default() })?;
+    let lab = Lab::start(Setup::default())?;
     let links = || lab.node(1).space().ip("-o link show");
     let before = links()?.lines().count();
     let pod = lab.pod(1, "shop/a").create()?;

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use weir::api::{self, Reply, Request};
-use weir::endpoint::{Enforced, Manager, Options, Spares};
+use weir::endpoint::{Enforced, Manager, Options};
 use weir::model::{Endpoint, EndpointId};
 use weir::tables::Table;
 
@@ -62,7 +62,6 @@ impl Agent {
             state_directory: directory.join("state"),
             enforced_within: Duration::from_millis(500),
             verify_programs: Box::new(|_| Ok(())),
-            spares: Arc::new(Spares::new(0)),
         };
         let manager = Manager::open(options, Arc::clone(&endpoints), &enforced).expect("opening the manager");
         let cidrs: Vec<_> = cidrs.iter().map(|cidr| cidr.parse().expect("a CIDR")).collect();
