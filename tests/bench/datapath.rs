@@ -202,6 +202,7 @@ fn cni_add() -> Result<Vec<Row>> {
         let pod = pod.create()?;
         ours.push(pod.add_took().as_secs_f64() * 1e3);
         pods.push(pod);
+        std::thread::sleep(BETWEEN_PODS);
         let other = crate::lab::Space::create(&format!("{}-ptp{number}", lab.name()), None)?;
         theirs.push(plugin.add(&node, &other)?.1.as_secs_f64() * 1e3);
         others.push(other);
