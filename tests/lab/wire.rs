@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::space::Space;
+use super::wait_for;
 
 /// The address of the outside host on the wire, and one behind it that only a default route reaches.
 pub const OUTSIDE: [&str; 4] = ["10.200.0.100", "fd00:200::100", "203.0.113.7", "2001:db8:ffff::7"];
@@ -73,7 +74,15 @@ impl Wire {
             &format!("addr add {}/24 dev eth0", addresses[0]),
             &format!("addr add {}/64 dev eth0 nodad", addresses[1]),
             "link set eth0 up",
-        ])
+        ])?;
+        // The kernel lets a device send some time after its other end came up, and at once
+        // when it is asked for the device (6.8 and later); what is sent before is lost.
+        for (space, device) in [(space, "eth0"), (&self.space, name)] {
+            wait_for(&format!("{device} of {name} to be up"), || {
+                Ok(space.ip(&format!("-oneline link show dev {device}"))?.contains("state UP"))
+            })?;
+        }
+        Ok(())
     }
 }
 
