@@ -45,7 +45,9 @@ fn an_agent_writes_for_its_own_node_only() -> Result<()> {
         let weir_nodes: Api<WeirNode> = Api::all(admin.clone());
         ensure!(weir_nodes.get("a").await?.status.is_some_and(|status| status.ready));
 
-        // Of another node, that is there and that is not.
+        // Of another node, that is there and that is not; what was written before the policy was in
+        // force goes first.
+        weir_nodes.delete("b", &Default::default()).await.ok();
         weir_nodes.create(&Default::default(), &WeirNode::new("b", WeirNodeSpec::default())).await.ok();
         for (refused, message) in [
             (other.publish_node(&status).await, "its own WeirNode only"),
