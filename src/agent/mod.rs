@@ -114,10 +114,7 @@ async fn kubernetes(args: &AgentArgs, tables: &Arc<Tables>) -> Result<::kube::Cl
         tokio::spawn(servers.follow(tables.clone()));
         return Ok(client);
     };
-    let read = ::kube::config::Kubeconfig::read_from(file)
-        .with_context(|| format!("reading --kubeconfig {}", file.display()))?;
-    let config = ::kube::Config::from_custom_kubeconfig(read, &Default::default()).await?;
-    ::kube::Client::try_from(config).context("preparing to speak to the API server")
+    kube::bootstrap::client_from(file).await
 }
 
 /// The life of the agent: learn what this node is, load, then keep the kernel up to date.

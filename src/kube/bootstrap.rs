@@ -249,6 +249,14 @@ fn write(file: &Path, servers: &[SocketAddr]) -> io::Result<()> {
     fs::rename(&draft, file)
 }
 
+/// A client as a kubeconfig file says.
+pub async fn client_from(file: &Path) -> Result<Client> {
+    let read = kube::config::Kubeconfig::read_from(file)
+        .with_context(|| format!("reading --kubeconfig {}", file.display()))?;
+    let config = kube::Config::from_custom_kubeconfig(read, &Default::default()).await?;
+    Client::try_from(config).context("preparing to speak to the API server")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -21,7 +21,7 @@ use tracing::{error, info, warn};
 use super::metrics::Metrics;
 use super::nodes::View;
 use super::pools::{Pool, Pools};
-use super::{FIELD_MANAGER, is_conflict};
+use super::{FIELD_MANAGER, is_conflict, merge};
 use crate::kube::crd::{POD_CIDRS_ALLOCATED, WeirNode, WeirNodeSpec};
 
 /// Gives pod CIDRs to nodes.
@@ -252,8 +252,4 @@ fn condition<'a>(view: &'a View, name: &str) -> Option<&'a Condition> {
 
 fn post() -> PostParams {
     PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() }
-}
-
-fn merge() -> PatchParams {
-    PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() }
 }

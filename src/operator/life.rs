@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, NodeCondition, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
+use kube::api::{Api, DeleteParams, Patch, Preconditions};
 use kube::{Client, ResourceExt};
 use serde_json::json;
 use tokio::time::Instant;
@@ -19,7 +19,7 @@ use tracing::{info, warn};
 
 use super::metrics::{Metrics, StateLabel};
 use super::nodes::{Heartbeats, Life, View};
-use super::{FIELD_MANAGER, is_conflict};
+use super::{is_conflict, merge};
 use crate::kube::crd::{NodeEndpoints, WeirNode};
 use crate::kube::heartbeat_name;
 
@@ -117,7 +117,7 @@ impl Keeper {
             "metadata": { "uid": node.uid(), "resourceVersion": node.resource_version() },
             "spec": { "taints": taints },
         }));
-        match self.nodes.patch(name, &parameters(), &patch).await {
+        match self.nodes.patch(name, &merge(), &patch).await {
             Ok(_) if is_tainted => {
                 self.metrics.taints_removed.inc();
                 info!(node = name, "the agent is ready: took the taint away");
@@ -156,7 +156,7 @@ impl Keeper {
             last_transition_time: Some(since.unwrap_or(now)),
         };
         let patch = Patch::Strategic(json!({ "status": { "conditions": [condition] } }));
-        match self.nodes.patch_status(name, &parameters(), &patch).await {
+        match self.nodes.patch_status(name, &merge(), &patch).await {
             Ok(_) => Ok(()),
             Err(error) if is_conflict(&error) => Ok(()),
             Err(error) => Err(error).context("writing the condition"),
@@ -207,8 +207,4 @@ impl Keeper {
             Err(error) => Err(error).context("deleting the WeirNode"),
         }
     }
-}
-
-fn parameters() -> PatchParams {
-    PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() }
 }

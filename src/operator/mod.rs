@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kube::Client;
-use kube::api::Api;
+use kube::api::{Api, PatchParams};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
@@ -187,6 +187,11 @@ fn is_conflict(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if matches!(status.code, 404 | 409))
 }
 
+/// Says who writes, for patches that replace a version.
+fn merge() -> PatchParams {
+    PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() }
+}
+
 async fn client(config: &OperatorConfig) -> Result<Client> {
     let Some(file) = &config.args.kubeconfig else {
         // Nothing is remembered: a replica may start on any node.
@@ -197,10 +202,7 @@ async fn client(config: &OperatorConfig) -> Result<Client> {
         tokio::spawn(async move { servers.ask(following).await });
         return Ok(client);
     };
-    let read = kube::config::Kubeconfig::read_from(file)
-        .with_context(|| format!("reading --kubeconfig {}", file.display()))?;
-    let config = kube::Config::from_custom_kubeconfig(read, &Default::default()).await?;
-    Client::try_from(config).context("preparing to speak to the API server")
+    crate::kube::bootstrap::client_from(file).await
 }
 
 async fn wait_for_signal(stop: watch::Sender<bool>) {
