@@ -1,8 +1,8 @@
 # Every target is at most three lines and calls one tool or one script.
 # KEEP=1 make demo      leaves the demo running
-# make bench SUITE=NAME one suite only; make golden UPDATE=1 rewrites the files
+# make bench SUITE=NAME one suite only, of datapath ONLY=SECTION; make golden UPDATE=1 rewrites the files
 
-export KEEP SUITE UPDATE NODES AWAY
+export KEEP SUITE ONLY UPDATE NODES AWAY
 .DEFAULT_GOAL := help
 .PHONY: setup build check test golden verify bench demo image kind kind-down cluster cluster-down e2e e2e-faults deploy undeploy clean help
 

@@ -17,6 +17,22 @@ use crate::tables::Table;
 /// How often expired connections are deleted.
 const GARBAGE_INTERVAL: Duration = Duration::from_secs(15);
 
+/// How often it is asked whether the programs of new pods can move to links.
+const SETTLE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Gives links to pods that came with filters, for ever; one after the other, so that an ADD can come between.
+pub async fn settle_pods(datapath: Arc<Datapath>) {
+    loop {
+        let datapath = datapath.clone();
+        match tokio::task::spawn_blocking(move || datapath.settle_a_pod()).await {
+            Ok(true) => continue,
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "giving links to a pod"),
+        }
+        tokio::time::sleep(SETTLE_INTERVAL).await;
+    }
+}
+
 /// Deletes expired connections for ever.
 pub async fn collect_garbage(datapath: Arc<Datapath>) {
     let mut ticks = tokio::time::interval(GARBAGE_INTERVAL);

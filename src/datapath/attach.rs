@@ -20,7 +20,6 @@ use super::Datapath;
 use super::messages::{collect_libbpf_messages, with_messages};
 use super::pins::{links, other_versions};
 use super::probe::{cgroup_root_below, find_or_mount_cgroup_root};
-use crate::model::EndpointId;
 
 /// Programs of devices: `from_*` sees what a device receives, `to_*` what it sends.
 pub(super) const TC_PROGRAMS: [&str; 6] =
@@ -60,39 +59,6 @@ impl AttachMode {
 }
 
 impl Datapath {
-    /// Puts a pod's device under `from_pod` and `to_pod`.
-    pub fn attach_pod(&self, id: EndpointId, ifindex: u32) -> Result<()> {
-        self.attach_device(ifindex, &["from_pod", "to_pod"])
-            .with_context(|| format!("attaching to the device of endpoint {id}"))
-    }
-
-    /// Takes a pod's device out again; nothing to do is no error.
-    pub fn detach_pod(&self, id: EndpointId, ifindex: u32) -> Result<()> {
-        self.detach_device(ifindex, &["from_pod", "to_pod"])
-            .with_context(|| format!("detaching from the device of endpoint {id}"))
-    }
-
-    /// Verifies that a pod's device is under `from_pod` and `to_pod`; the error names what is not.
-    pub fn verify_pod(&self, ifindex: u32) -> Result<()> {
-        for name in ["from_pod", "to_pod"] {
-            if self.features.attach == AttachMode::Clsact {
-                let program = self.program(name)?;
-                let mut hook = clsact_hook(&program, ifindex, name)?;
-                if filter_program(&mut hook)?.as_deref() != Some(name) {
-                    bail!("{name} is not attached to device {ifindex}");
-                }
-                continue;
-            }
-            let path = self.link_pin(&format!("{ifindex}-{name}"))?;
-            let link = Link::open(&path).with_context(|| format!("opening the link {}", path.display()))?;
-            let info = link.info().context("reading a link")?;
-            if !matches!(info.info, LinkTypeInfo::Tcx(found) if found.ifindex == ifindex) {
-                bail!("{name} is not attached to device {ifindex}");
-            }
-        }
-        Ok(())
-    }
-
     /// Puts a device that leads to the network under `from_network` and `to_network`.
     pub fn attach_network(&self, ifindex: u32) -> Result<()> {
         self.attach_device(ifindex, &["from_network", "to_network"]).context("attaching to a network device")
@@ -155,7 +121,42 @@ impl Datapath {
         Ok(())
     }
 
-    fn attach_device(&self, ifindex: u32, names: &[&str]) -> Result<()> {
+    /// True if there is a link of each of these programs, perhaps of an agent of another ABI version.
+    pub(super) fn has_links(&self, ifindex: u32, names: &[&str]) -> Result<bool> {
+        for name in names {
+            let pin = self.link_pin(&format!("{ifindex}-{name}"))?;
+            self.adopt_link(&pin)?;
+            if !pin.exists() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    pub(super) fn attach_filters(&self, ifindex: u32, names: &[&str]) -> Result<()> {
+        names.iter().try_for_each(|name| self.attach_clsact(ifindex, name, &self.program(name)?))
+    }
+
+    pub(super) fn verify_filter(&self, ifindex: u32, name: &str) -> Result<()> {
+        let program = self.program(name)?;
+        let mut hook = clsact_hook(&program, ifindex, name)?;
+        if filter_program(&mut hook)?.as_deref() != Some(name) {
+            bail!("{name} is not attached to device {ifindex}");
+        }
+        Ok(())
+    }
+
+    pub(super) fn verify_link(&self, ifindex: u32, name: &str) -> Result<()> {
+        let path = self.link_pin(&format!("{ifindex}-{name}"))?;
+        let link = Link::open(&path).with_context(|| format!("opening the link {}", path.display()))?;
+        let info = link.info().context("reading a link")?;
+        if !matches!(info.info, LinkTypeInfo::Tcx(found) if found.ifindex == ifindex) {
+            bail!("{name} is not attached to device {ifindex}");
+        }
+        Ok(())
+    }
+
+    pub(super) fn attach_device(&self, ifindex: u32, names: &[&str]) -> Result<()> {
         for &name in names {
             let program = self.program(name)?;
             match self.features.attach {
@@ -193,7 +194,7 @@ impl Datapath {
         remove_pin(&self.link_pin(&format!("{ifindex}-{name}"))?)
     }
 
-    fn detach_device(&self, ifindex: u32, names: &[&str]) -> Result<()> {
+    pub(super) fn detach_device(&self, ifindex: u32, names: &[&str]) -> Result<()> {
         for name in names {
             remove_pin(&self.link_pin(&format!("{ifindex}-{name}"))?)?;
             remove_filter(ifindex, name)?;

@@ -30,6 +30,7 @@ mod probe;
 mod reuse;
 mod services;
 mod settings;
+mod settle;
 pub mod skeleton;
 mod verify;
 
@@ -58,6 +59,7 @@ pub use verify::{Verification, verify};
 use counters::Fills;
 use mirror::{Fill, Mirror};
 use pins::Pins;
+use settle::Unsettled;
 
 /// The linked BPF object, to be opened with `libbpf_rs::ObjectBuilder::open_memory`.
 pub static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/datapath.bpf.o"));
@@ -68,6 +70,7 @@ pub struct Datapath {
     features: Features,
     fills: Fills,
     cgroup_root: Option<PathBuf>,
+    unsettled: Unsettled,
     /// `None`: the maps are private to this value and go with it.
     pins: Option<Pins>,
 }
@@ -96,6 +99,7 @@ impl Datapath {
             features: loaded.features,
             fills: Fills::default(),
             cgroup_root: options.cgroup_root.clone(),
+            unsettled: Unsettled::default(),
             pins: Some(pins),
         })
     }
@@ -110,6 +114,7 @@ impl Datapath {
             features: loaded.features,
             fills: Fills::default(),
             cgroup_root: None,
+            unsettled: Unsettled::default(),
             pins: None,
         })
     }

@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::from_pod;
 use crate::lab::{Lab, Pod, Setup};
@@ -30,21 +30,31 @@ spec:
   egress: [{to: [{podSelector: {matchLabels: {role: bench}}}]}]
 ";
 
-/// Measures every row; what cannot be measured is a row that says why.
+/// What is measured together, and the row that says why if it could not be.
+const SECTIONS: [(&str, &str, crate::Measure); 7] = [
+    ("from_pod", "from_pod/established/ipv4", || Ok(from_pod::run())),
+    ("same_node", "tcp_rr/same_node/vs_direct", same_node),
+    ("two_nodes_vxlan", "tcp_rr/two_nodes_vxlan/vs_kernel_vxlan", || {
+        two_nodes("tunnel", "two_nodes_vxlan", "kernel_vxlan")
+    }),
+    ("two_nodes_native", "tcp_rr/two_nodes_native/vs_routed", || {
+        two_nodes("native", "two_nodes_native", "routed")
+    }),
+    ("agent", "agent/ready_seconds", agent),
+    ("cni", "cni/add_p50/vs_ptp", cni_add),
+    ("verify", "verify/from_pod/instructions", verified),
+];
+
+/// Measures every row, or those of the section that `ONLY` names; what cannot be measured is a row that says why.
 pub fn rows() -> Result<Vec<Row>> {
     pin()?;
-    let mut rows = from_pod::run();
-    rows.extend(same_node().unwrap_or_else(|error| skipped("tcp_rr/same_node/vs_direct", error)));
-    for (routing, case, against) in
-        [("tunnel", "two_nodes_vxlan", "kernel_vxlan"), ("native", "two_nodes_native", "routed")]
-    {
-        let measured = two_nodes(routing, case, against);
-        rows.extend(measured.unwrap_or_else(|error| skipped(&format!("tcp_rr/{case}/vs_{against}"), error)));
+    let only = std::env::var("ONLY").unwrap_or_default();
+    let names: Vec<&str> = SECTIONS.iter().map(|(name, ..)| *name).collect();
+    if !only.is_empty() && !names.contains(&&*only) {
+        bail!("the suite datapath has no section {only}: there are {}", names.join(", "));
     }
-    rows.extend(agent().unwrap_or_else(|error| skipped("agent/ready_seconds", error)));
-    rows.extend(cni_add().unwrap_or_else(|error| skipped("cni/add_p50/vs_ptp", error)));
-    rows.extend(verified().unwrap_or_else(|error| skipped("verify/from_pod/instructions", error)));
-    Ok(rows)
+    let wanted = SECTIONS.iter().filter(|(name, ..)| only.is_empty() || *name == only);
+    Ok(wanted.flat_map(|(_, row, measure)| measure().unwrap_or_else(|error| skipped(row, error))).collect())
 }
 
 fn skipped(row: &str, error: anyhow::Error) -> Vec<Row> {

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use weir::datapath::{AttachMode, Datapath, Options, detach_all, find_cgroup_root};
@@ -101,6 +102,45 @@ fn a_change_of_the_attach_mode_leaves_one_program_on_a_hook() -> Result<()> {
         drop(attached_by(AttachMode::Clsact, pins)?);
         assert_eq!(filters()?.map(|filters| filters.len()), [1, 1]);
         assert_eq!(std::fs::read_dir(pins.join("links"))?.count(), 0);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_new_pod_has_filters_at_once_and_links_when_it_is_quiet() -> Result<()> {
+    require_lab!();
+    isolated(|pins| {
+        let first = Datapath::load(&options(pins))?;
+        if !first.features().has_tcx {
+            eprintln!("SKIPPED (needs tcx): the change from filters to links");
+            return Ok(());
+        }
+        let links = || std::fs::read_dir(pins.join("links")).map(Iterator::count);
+        first.attach_pod(EndpointId(1), 1)?;
+        assert_eq!((filters()?.map(|filters| filters.len()), links()?), ([1, 1], 0));
+        first.verify_pod(1)?;
+        assert!(!first.settle_one(Duration::from_secs(3600)), "pods may still be coming");
+        assert_eq!(links()?, 0);
+        drop(first);
+
+        // An agent that ends in between leaves the filters; the next one takes them over.
+        let second = Datapath::load(&options(pins))?;
+        second.attach_pod(EndpointId(1), 1)?;
+        second.verify_pod(1)?;
+        assert_eq!((filters()?.map(|filters| filters.len()), links()?), ([1, 1], 0));
+        assert!(second.settle_one(Duration::ZERO));
+        assert_eq!((filters()?.map(|filters| filters.len()), links()?), ([0, 0], 2));
+        second.verify_pod(1)?;
+        assert!(!second.settle_one(Duration::ZERO), "nothing is left to do");
+        second.detach_pod(EndpointId(1), 1)?;
+        assert_eq!((filters()?.map(|filters| filters.len()), links()?), ([0, 0], 0));
+
+        // Gone before it was quiet: nothing comes back.
+        second.attach_pod(EndpointId(1), 1)?;
+        second.detach_pod(EndpointId(1), 1)?;
+        assert!(!second.settle_one(Duration::ZERO));
+        assert_eq!((filters()?.map(|filters| filters.len()), links()?), ([0, 0], 0));
+        assert!(second.verify_pod(1).is_err());
         Ok(())
     })
 }

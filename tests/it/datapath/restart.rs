@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapHandle, MapType};
@@ -31,12 +32,19 @@ fn pod_links(pins: &Path) -> Result<[(u32, u32); 2]> {
     Ok([link_ids(pins, "1-from_pod")?, link_ids(pins, "1-to_pod")?])
 }
 
+/// As when the pod has been there for a while.
+fn attach_and_settle(datapath: &Datapath) -> Result<()> {
+    datapath.attach_pod(EndpointId(1), 1)?;
+    datapath.settle_one(Duration::ZERO);
+    datapath.verify_pod(1)
+}
+
 #[test]
 fn links_and_rows_survive_a_restart() -> Result<()> {
     require_lab!();
     isolated(|pins| {
         let first = Datapath::load(&options(pins))?;
-        first.attach_pod(EndpointId(1), 1)?;
+        attach_and_settle(&first)?;
         first.writers()?.addresses.write(&one_address()?, &BTreeMap::new())?;
         let before = pod_links(pins)?;
         drop(first);
@@ -85,7 +93,7 @@ fn restart_and_check(pins: &Path, before: [(u32, u32); 2]) -> Result<()> {
 fn as_a_child_to_be_killed() -> Result<()> {
     let Some(pins) = env::var_os(PINS_OF_CHILD).map(PathBuf::from) else { return Ok(()) };
     let datapath = Datapath::load(&options(&pins))?;
-    datapath.attach_pod(EndpointId(1), 1)?;
+    attach_and_settle(&datapath)?;
     datapath.writers()?.addresses.write(&one_address()?, &BTreeMap::new())?;
     println!("loaded and attached");
     std::thread::sleep(std::time::Duration::from_secs(60));
@@ -118,7 +126,7 @@ fn another_abi_version_takes_over_the_links() -> Result<()> {
     isolated(|pins| {
         let old = pins.with_file_name("v0");
         let datapath = Datapath::load(&options(&old))?;
-        datapath.attach_pod(EndpointId(1), 1)?;
+        attach_and_settle(&datapath)?;
         datapath.attach_network(1)?;
         let before = pod_links(&old)?;
         drop(datapath);
