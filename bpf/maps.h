@@ -100,15 +100,46 @@ struct {
 } scratch SEC(".maps") __weak;
 
 /*
- * Written by the programs: connections of this CPU that have ended last. Each
- * stays until as many others have ended, for what may still be on its way.
+ * Written by the programs: verdicts on flows to pods, for the flows that follow
+ * from and to the same. One slot for a pair and port, the last one has it; never
+ * read outside.
  */
-#define ENDED_CONNECTIONS 64
+#define JUDGED_SLOTS 1024
+
+struct judged {
+	struct addr source;
+	struct addr destination;
+	__u32 sender;	/* the identity that came with the packet */
+	__u32 epoch[2]; /* of the initiator's end, of the responder's */
+	__u32 identity[2];
+	__u32 rule[2];
+	__u16 endpoint[2];
+	__be16 port;
+	__u16 way; /* enum packet_flags, PACKET_FROM_* */
+	__u8 protocol;
+	__u8 route[2]; /* enum route; that of the destination is never 0 */
+	__u8 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, JUDGED_SLOTS);
+	__type(key, __u32);
+	__type(value, struct judged);
+} judged SEC(".maps") __weak;
+
+/*
+ * Written by the programs: connections that have ended on this CPU. Each stays
+ * until as many others have ended, for what may still be on its way: between
+ * pods of this node, and with anybody else.
+ */
+#define ENDED_LOCAL 64
+#define ENDED_REMOTE 512
 
 struct ended {
-	__u32 next;
-	__u32 pad;
-	struct connection_key keys[ENDED_CONNECTIONS];
+	__u32 local;
+	__u32 remote;
+	struct connection_key keys[ENDED_LOCAL + ENDED_REMOTE];
 };
 
 struct {

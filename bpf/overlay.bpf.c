@@ -69,9 +69,13 @@ static __always_inline int overlay_judge(struct __sk_buff *ctx,
 {
 	int ret;
 
-	if (!(packet->flags & PACKET_ICMP_ERROR) &&
-	    flow_established(ctx, packet))
-		return 0;
+	if (!(packet->flags & PACKET_ICMP_ERROR)) {
+		if (flow_established(ctx, packet))
+			return 0;
+		ret = flow_open_again(ctx, packet);
+		if (ret)
+			return ret > 0 ? 0 : ret;
+	}
 	ret = overlay_is_for_node(packet);
 	if (ret > 0) {
 		packet->route = ROUTE_STACK;

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /*
  * The host side of a pod's veth. from_pod sees what the pod sends: most packets
- * belong to a flow whose verdict stands and leave by the first few lines.
+ * belong to a flow whose verdict stands and leave by the first few lines
+ * (fast.h).
  * to_pod sees what the node's own stack sends to the pod; packets from other
  * pods never come by here.
  */
+#include "lib/fast.h"
 #include "lib/flow.h"
 #include "lib/forward.h"
 #include "lib/icmp.h"
@@ -33,17 +35,44 @@ __weak __noinline int from_pod_translate(struct __sk_buff *ctx,
 	    packet->destination_port == bpf_htons(settings.tunnel_port) &&
 	    identity_is_node(&packet->destination))
 		return -DROP_ENCAPSULATION_PROHIBITED;
-	return packet->flags & PACKET_HAS_SERVICE &&
-	       flow_established(ctx, packet);
+	if (!(packet->flags & PACKET_HAS_SERVICE))
+		return 0;
+	packet->flags &= ~PACKET_BEGINS;
+	return flow_established(ctx, packet);
+}
+
+/* Of a flow whose verdict stands; it may have been looked for already. */
+static __always_inline bool from_pod_continues(struct __sk_buff *ctx,
+					       struct packet *packet,
+					       struct fast *fast)
+{
+	if (!fast->is_looked_up) {
+		fast->high = connection_key_of(packet, &fast->key);
+		fast->connection =
+			bpf_map_lookup_elem(&connections, &fast->key);
+	}
+	if (fast->connection)
+		return flow_continue(ctx, packet, &fast->key, fast->connection,
+				     fast->high);
+	packet->flags |= PACKET_BEGINS;
+	return false;
 }
 
 SEC("tcx/ingress")
 int from_pod(struct __sk_buff *ctx)
 {
-	struct packet packet = {.direction = DIRECTION_EGRESS};
 	struct endpoint *endpoint;
+	struct packet packet;
+	struct fast fast;
+	__u32 ifindex;
 	int ret;
 
+	ifindex = fast_from_pod(ctx, &fast);
+	if (ifindex)
+		return bpf_redirect_peer(ifindex, 0);
+
+	__builtin_memset(&packet, 0, sizeof(packet));
+	packet.direction = DIRECTION_EGRESS;
 	ret = packet_parse(ctx, &packet);
 	if (ret || packet.flags & PACKET_CONTROL)
 		return neighbour_from_pod(ctx, &packet, ret);
@@ -61,8 +90,10 @@ int from_pod(struct __sk_buff *ctx)
 		ret = icmp_judge(ctx, &packet);
 		if (ret)
 			return finish(ctx, &packet, ret);
-	} else if (!flow_established(ctx, &packet)) {
-		ret = from_pod_translate(ctx, &packet);
+	} else if (!from_pod_continues(ctx, &packet, &fast)) {
+		ret = flow_open_again(ctx, &packet);
+		if (!ret)
+			ret = from_pod_translate(ctx, &packet);
 		if (!ret)
 			ret = flow_open(ctx, &packet);
 		if (ret < 0)

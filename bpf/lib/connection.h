@@ -49,7 +49,7 @@ static __always_inline bool connection_begins_anew(const struct connection *of,
 	return connection_is_expired(of, packet->protocol, now);
 }
 
-/* Nothing gets lost between two pods of this node. */
+/* Between two pods of this node. */
 static __always_inline bool connection_is_local(const struct connection *of)
 {
 	return of->endpoint[0] && of->endpoint[1];
@@ -61,15 +61,19 @@ static __always_inline bool connection_ends(const struct connection *of,
 {
 	return of->tcp_flags[0] & of->tcp_flags[1] & TCP_FIN &&
 	       !(packet->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) &&
-	       !(of->flags & CONNECTION_ENDED) && connection_is_local(of);
+	       !(of->flags & CONNECTION_ENDED);
 }
 
 /*
  * Short connections would fill the map within seconds, and each new one would
- * find nothing of it in the cache: one that has ended makes room soon. Across
- * nodes it stays, because a FIN that gets lost comes again.
+ * find nothing of it in the cache: one that has ended makes room soon. Between
+ * two pods of this node nothing is on its way any more; elsewhere a FIN or its
+ * acknowledgement may get lost and come again, so that many others must end
+ * first: at 1,000 a second and CPU it stays half a second. What comes after that
+ * is judged as if it began a flow, as a host's stack would.
  */
-__weak __noinline int connection_retire(struct connection_key *key)
+__weak __noinline int connection_retire(struct connection_key *key,
+					__u32 is_local)
 {
 	struct connection *connection;
 	struct ended *last;
@@ -78,7 +82,8 @@ __weak __noinline int connection_retire(struct connection_key *key)
 	last = bpf_map_lookup_elem(&ended, &zero);
 	if (!key || !last)
 		return 0;
-	slot = last->next++ % ENDED_CONNECTIONS;
+	slot = is_local ? last->local++ % ENDED_LOCAL
+			: ENDED_LOCAL + last->remote++ % ENDED_REMOTE;
 	connection = bpf_map_lookup_elem(&connections, &last->keys[slot]);
 	/* It may have begun anew. */
 	if (connection && connection->flags & CONNECTION_ENDED)
@@ -95,7 +100,6 @@ static __always_inline __u32 connection_account(struct connection *connection,
 	__u8 fresh = packet->tcp_flags & ~connection->tcp_flags[side];
 	bool report = now - connection->last_report_jiffies >
 		      seconds_to_jiffies(settings.flow_report_seconds);
-	bool ends;
 
 	if (connection->last_seen_jiffies != now)
 		connection->last_seen_jiffies = now;
@@ -105,14 +109,12 @@ static __always_inline __u32 connection_account(struct connection *connection,
 		connection->flags |= CONNECTION_REPLIED;
 	if (fresh) {
 		connection->tcp_flags[side] |= fresh;
-		ends = fresh & TCP_RST ||
-		       fresh & connection->tcp_flags[side ^ 1] & TCP_FIN;
-		if (ends)
+		if (fresh & TCP_RST ||
+		    fresh & connection->tcp_flags[side ^ 1] & TCP_FIN)
 			connection->flags |= CONNECTION_CLOSING;
-		/* One side's FIN alone and the rest say little; the end of
-		 * a local connection is told with its last packet. */
-		report |= fresh & (TCP_SYN | TCP_RST) ||
-			  (ends && !connection_is_local(connection));
+		/* FINs and the rest say little: the end is told with the last
+		 * packet. */
+		report |= fresh & (TCP_SYN | TCP_RST);
 	}
 	if (!report || !settings.flow_events)
 		return 0;

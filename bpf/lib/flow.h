@@ -66,25 +66,27 @@ flow_restore_service(struct packet *packet, const struct connection *connection)
 }
 
 /*
- * True if the packet belongs to a flow whose verdict stands. Counts it and
+ * True if the packet belongs to this flow and its verdict stands. Counts it and
  * fills what forwarding needs.
  */
-static __always_inline bool flow_established(struct __sk_buff *ctx,
-					     struct packet *packet)
+static __always_inline bool flow_continue(struct __sk_buff *ctx,
+					  struct packet *packet,
+					  struct connection_key *key,
+					  struct connection *connection,
+					  __u32 high)
 {
-	struct connection_key key __attribute__((aligned(8)));
-	struct connection *connection;
+	__u32 side = high ^ (connection->flags & CONNECTION_INITIATOR_HIGH);
 	__u64 now = bpf_jiffies64();
-	__u32 high, side, event;
+	__u32 event;
 	bool ends;
 
-	high = connection_key_of(packet, &key);
-	connection = bpf_map_lookup_elem(&connections, &key);
-	if (!connection)
+	/* The verifier forgets what it knew of a number in memory. */
+	barrier_var(side);
+	side &= 1;
+	if (connection_begins_anew(connection, packet, side, now)) {
+		packet->flags |= PACKET_BEGINS;
 		return false;
-	side = high ^ (connection->flags & CONNECTION_INITIATOR_HIGH);
-	if (connection_begins_anew(connection, packet, side, now))
-		return false;
+	}
 
 	packet->route = connection->route[side ^ 1];
 	if (!packet->route)
@@ -111,9 +113,24 @@ static __always_inline bool flow_established(struct __sk_buff *ctx,
 	flow_restore_service(packet, connection);
 	if (ends) {
 		connection->flags |= CONNECTION_ENDED;
-		connection_retire(&key);
+		connection_retire(key, connection_is_local(connection));
 	}
 	return true;
+}
+
+/* The same of whichever flow the packet belongs to. */
+static __always_inline bool flow_established(struct __sk_buff *ctx,
+					     struct packet *packet)
+{
+	struct connection_key key __attribute__((aligned(8)));
+	__u32 high = connection_key_of(packet, &key);
+	struct connection *connection =
+		bpf_map_lookup_elem(&connections, &key);
+
+	if (connection)
+		return flow_continue(ctx, packet, &key, connection, high);
+	packet->flags |= PACKET_BEGINS;
+	return false;
 }
 
 /* The service that the socket hook translated, so that records name it. */
@@ -281,9 +298,8 @@ static __always_inline void flow_keep_verdict(struct connection *connection,
 }
 
 /* The entry of a flow that begins with this packet: 0 or a drop. */
-static __always_inline int flow_insert(struct __sk_buff *ctx,
-				       struct packet *packet, struct flow *flow,
-				       __u64 now)
+static __noinline int flow_insert(struct __sk_buff *ctx, struct packet *packet,
+				  struct flow *flow, __u64 now)
 {
 	struct connection *fresh;
 	__u32 zero = 0;
@@ -320,6 +336,93 @@ static __always_inline int flow_insert(struct __sk_buff *ctx,
 	return 0;
 }
 
+/* How the packet came here: who may say what depends on it. */
+#define PACKET_WAY (PACKET_FROM_POD | PACKET_FROM_HOST | PACKET_FROM_OVERLAY)
+
+static __always_inline struct judged *judged_slot(const struct packet *packet)
+{
+	const addr_words *from = (const void *)&packet->source;
+	const addr_words *to = (const void *)&packet->destination;
+	__u64 hash = from[1] ^ to[1] * 0x9e3779b97f4a7c15;
+	__u32 slot;
+
+	hash ^= (__u64)packet->destination_port << 32 | packet->protocol;
+	slot = (hash * 0xd6e8feb86659fd93) >> 32 & (JUDGED_SLOTS - 1);
+	return bpf_map_lookup_elem(&judged, &slot);
+}
+
+/*
+ * Keeps a verdict for the flows that follow. Only on flows to pods: the address
+ * of anybody else may become a service's, which no epoch tells.
+ */
+static __always_inline void judged_keep(const struct packet *packet,
+					__u32 sender, const struct flow *flow)
+{
+	struct judged *of;
+
+	if (packet->flags & PACKET_LOOPBACK ||
+	    (flow->destination.route != ROUTE_ENDPOINT &&
+	     flow->destination.route != ROUTE_NODE))
+		return;
+	of = judged_slot(packet);
+	if (!of)
+		return;
+	addr_copy(&of->source, &packet->source);
+	addr_copy(&of->destination, &packet->destination);
+	of->sender = sender;
+	of->epoch[0] = flow->egress.epoch;
+	of->epoch[1] = flow->ingress.epoch;
+	of->identity[0] = flow->source.identity;
+	of->identity[1] = flow->destination.identity;
+	of->rule[0] = flow->egress.rule_id;
+	of->rule[1] = flow->ingress.rule_id;
+	of->endpoint[0] = flow->source.endpoint;
+	of->endpoint[1] = flow->destination.endpoint;
+	of->port = packet->destination_port;
+	of->way = packet->flags & PACKET_WAY;
+	of->protocol = packet->protocol;
+	of->route[0] = flow_route(&flow->source);
+	of->route[1] = flow->destination.route;
+}
+
+/* A local end is as it was when the verdict was reached. */
+static __always_inline bool judged_end_stands(const struct judged *of,
+					      const struct packet *packet,
+					      const struct addr *addr,
+					      __u32 end, __u32 addresses_at)
+{
+	struct endpoint *endpoint;
+
+	if (!of->endpoint[end])
+		return of->epoch[end] == addresses_at;
+	endpoint = endpoint_by_id(of->endpoint[end]);
+	return endpoint && endpoint->ifindex &&
+	       endpoint_epoch(endpoint) + addresses_at == of->epoch[end] &&
+	       endpoint->flags & ENDPOINT_READY &&
+	       endpoint_has(endpoint, addr, packet);
+}
+
+/* An earlier verdict on a flow like this one that still stands, or NULL. */
+static __always_inline struct judged *judged_find(const struct packet *packet)
+{
+	struct judged *of = judged_slot(packet);
+	__u32 addresses_at = address_epoch();
+
+	if (!of || !of->route[1] || of->port != packet->destination_port ||
+	    of->protocol != packet->protocol ||
+	    of->way != (packet->flags & PACKET_WAY) ||
+	    of->sender != packet->source_identity ||
+	    !addr_equal(&of->destination, &packet->destination) ||
+	    !addr_equal(&of->source, &packet->source) ||
+	    (packet->flags & PACKET_FROM_POD &&
+	     of->endpoint[0] != packet->source_endpoint) ||
+	    !judged_end_stands(of, packet, &packet->source, 0, addresses_at) ||
+	    !judged_end_stands(of, packet, &packet->destination, 1,
+			       addresses_at))
+		return NULL;
+	return of;
+}
+
 /* An ICMP echo reply: only the asker's port is the identifier. */
 static __always_inline bool flow_is_answer(const struct packet *packet)
 {
@@ -339,24 +442,20 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 		.egress = {.direction = DIRECTION_EGRESS},
 		.ingress = {.direction = DIRECTION_INGRESS},
 	};
-	struct connection *connection;
+	struct connection *connection = NULL;
 	__u64 now = bpf_jiffies64();
-	__u32 side;
+	__u32 side, sender;
 	int ret;
 
 	if (!packet)
 		return -DROP_INVALID_PACKET;
+	sender = packet->source_identity;
 	flow.high = connection_key_of(packet, &flow.key);
-	connection = bpf_map_lookup_elem(&connections, &flow.key);
-	if (connection) {
+	if (!(packet->flags & PACKET_BEGINS))
+		connection = bpf_map_lookup_elem(&connections, &flow.key);
+	if (connection)
 		flow.side = flow.high ^
 			    (connection->flags & CONNECTION_INITIATOR_HIGH);
-		if (connection_begins_anew(connection, packet, flow.side,
-					   now)) {
-			connection = NULL;
-			flow.side = 0;
-		}
-	}
 	if (flow.side)
 		packet->flags |= PACKET_REPLY;
 	if (connection && connection->flags & CONNECTION_LOOPBACK &&
@@ -378,8 +477,10 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 		ret = flow_judge(packet, &flow);
 	if (ret)
 		return ret;
-	if (!connection)
+	if (!connection) {
+		judged_keep(packet, sender, &flow);
 		return flow_insert(ctx, packet, &flow, now);
+	}
 
 	flow_keep_verdict(connection, &flow);
 	side = flow.side;
@@ -388,4 +489,45 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 		event_flow(ctx, packet, connection, EVENT_FLOW_UPDATE);
 	flow_restore_service(packet, connection);
 	return 0;
+}
+
+/*
+ * Begins a flow as one like it was begun before, while that verdict stands: 1,
+ * 0 if there is none, or a drop.
+ */
+__weak __noinline int flow_open_again(struct __sk_buff *ctx,
+				      struct packet *packet)
+{
+	struct flow flow = {};
+	struct judged *of;
+	int ret;
+
+	if (!packet)
+		return -DROP_INVALID_PACKET;
+	if (!(packet->flags & PACKET_BEGINS) || flow_is_answer(packet))
+		return 0;
+	of = judged_find(packet);
+	if (!of)
+		return 0;
+	flow.egress.epoch = of->epoch[0];
+	flow.ingress.epoch = of->epoch[1];
+	flow.egress.rule_id = of->rule[0];
+	flow.ingress.rule_id = of->rule[1];
+	flow.source.identity = of->identity[0];
+	flow.destination.identity = of->identity[1];
+	flow.source.endpoint = of->endpoint[0];
+	flow.destination.endpoint = of->endpoint[1];
+	flow.source.route = of->route[0];
+	flow.destination.route = of->route[1];
+	packet->source_identity = of->identity[0];
+	packet->destination_identity = of->identity[1];
+	packet->source_endpoint = of->endpoint[0];
+	packet->destination_endpoint = of->endpoint[1];
+	packet->route = of->route[1];
+	packet->rule_id = of->rule[1] ? of->rule[1] : of->rule[0];
+	flow.high = connection_key_of(packet, &flow.key);
+	if (packet->flags & PACKET_FROM_POD)
+		flow_find_socket(ctx, packet);
+	ret = flow_insert(ctx, packet, &flow, bpf_jiffies64());
+	return ret ? ret : 1;
 }

@@ -29,7 +29,8 @@ static __always_inline int forward_set_tunnel_key(struct __sk_buff *ctx,
 						  __u32 identity)
 {
 	struct bpf_tunnel_key key = {.tunnel_id = identity, .tunnel_ttl = 64};
-	__u64 flags = 0;
+	/* RFC 7348, 4.3; IPv6 has no other checksum of its addresses. */
+	__u64 flags = BPF_F_ZERO_CSUM_TX;
 
 	if (addr_is_ipv4(node)) {
 		key.remote_ipv4 = bpf_ntohl(node->w[3]);

@@ -179,10 +179,15 @@ __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 /* The verdict on any packet: 0 or a drop. */
 static __always_inline int judge(struct __sk_buff *ctx, struct packet *packet)
 {
+	int ret;
+
 	if (packet->flags & PACKET_ICMP_ERROR)
 		return icmp_judge(ctx, packet);
 	if (flow_established(ctx, packet))
 		return 0;
+	ret = flow_open_again(ctx, packet);
+	if (ret)
+		return ret > 0 ? 0 : ret;
 	return flow_open(ctx, packet);
 }
 

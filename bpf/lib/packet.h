@@ -37,7 +37,7 @@ enum packet_flags {
 	PACKET_NEW_SOURCE =
 		1 << 13, /* source differs from what is in the frame */
 	PACKET_NEW_DESTINATION = 1 << 14,
-	PACKET_RELATED = 1 << 15, /* an ICMP error of a known connection */
+	PACKET_BEGINS = 1 << 15, /* no flow of this name runs */
 };
 
 struct packet {
@@ -86,6 +86,14 @@ static __always_inline void addr_copy(struct addr *to, const struct addr *from)
 
 	x[0] = y[0];
 	x[1] = y[1];
+}
+
+/* The second of the words of a v4-mapped address; the first is 0. */
+static __always_inline __u64 addr_low_word_of_ipv4(__be32 ipv4)
+{
+	struct addr addr = {.w = {0, 0, bpf_htonl(0xffff), ipv4}};
+
+	return ((const addr_words *)&addr)[1];
 }
 
 static __always_inline void addr_from_ipv4(struct addr *addr, __be32 ipv4)

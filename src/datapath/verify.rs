@@ -43,7 +43,14 @@ pub fn verify(settings: &Settings) -> Result<Vec<Verification>> {
     let features = probe::probe(AttachMode::Auto)?;
     let mut object = prepare(settings, &small_maps(), None, &features)?.object;
     let logs = request_statistics(&mut object);
-    let object = load_object(object)?;
+    let object = match load_object(object) {
+        Ok(object) => object,
+        // Once more without buffers of ours: then libbpf says where the verifier stopped.
+        Err(error) => {
+            load_object(prepare(settings, &small_maps(), None, &features)?.object)?;
+            return Err(error);
+        }
+    };
     let loaded = loaded_instructions(&object)?;
     let rows = logs.iter().filter(|(program, _)| loaded.contains_key(*program)).map(|(program, log)| {
         let text = CStr::from_bytes_until_nul(log).unwrap_or_default().to_string_lossy();

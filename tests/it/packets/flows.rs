@@ -1,12 +1,15 @@
 //! Flows between pods: verdicts, what is remembered, what ends a verdict.
 
 use anyhow::{Result, ensure};
+use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
+use nix::unistd::Pid;
 use weir::datapath::abi::{Connection, Event};
 use weir::datapath::types::{connection_flags, event_type};
 
 use super::frame::{ACK, FIN, Packet, RST, SYN, echo, echo_reply, tcp, udp};
 use super::world::{
-    A, Arrival, B, Cast, EGRESS, INGRESS, MARK, Outcome, PASS, REDIRECT, SHOT, World, casts, settings, within,
+    A, Arrival, B, Cast, EGRESS, INGRESS, MARK, Outcome, PASS, R, REDIRECT, SHOT, World, casts, settings,
+    within,
 };
 use crate::require::require_lab;
 
@@ -20,6 +23,13 @@ fn in_both_families(work: impl Fn(&mut World, Cast) -> Result<()> + Copy + Send 
         within(settings(), move |world| work(world, cast))?;
     }
     Ok(())
+}
+
+/// What has ended is counted by processor.
+fn stay_on_one_cpu() -> Result<()> {
+    let mut cpus = CpuSet::new();
+    cpus.set(sched_getcpu()?)?;
+    Ok(sched_setaffinity(Pid::from_raw(0), &cpus)?)
 }
 
 fn forward(cast: &Cast, flags: u8) -> Packet {
@@ -100,6 +110,7 @@ fn a_tcp_connection_is_one_entry_and_few_events() -> Result<()> {
 fn connections_that_have_ended_make_room() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {
+        stay_on_one_cpu()?;
         let mut ended = 0;
         for port in 1..=200 {
             let (client, server) = ((cast.a, 40000 + port), (cast.b, 80));
@@ -123,6 +134,29 @@ fn connections_that_have_ended_make_room() -> Result<()> {
         ensure!(left.len() <= 65, "{} connections are left", left.len());
         let running = left.iter().filter(|(_, flow)| flow.packets == [1, 0]).count();
         assert_eq!(running, 1, "the one that began anew goes on");
+        Ok(())
+    })
+}
+
+#[test]
+fn connections_with_others_stay_longer_after_their_end() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        stay_on_one_cpu()?;
+        let mut ended = 0;
+        for port in 1..=600 {
+            let (client, server) = ((cast.a, 30000 + port), (cast.remote, 80));
+            for flags in [SYN, FIN] {
+                expect(world, &tcp(client, server, flags).by(1), REDIRECT)?;
+                let tunnel = Arrival { tunnel: Some((Some(cast.other_node), R)), ..Arrival::default() };
+                let outcome = world.send_as("from_overlay", &tcp(server, client, flags | ACK), tunnel)?;
+                ensure!(outcome.action == REDIRECT, "{outcome:?}");
+            }
+            let outcome = expect(world, &tcp(client, server, ACK).by(1), REDIRECT)?;
+            ended += types(&outcome.events).iter().filter(|kind| **kind == END).count();
+        }
+        assert_eq!(ended, 600, "each end is told once");
+        assert_eq!(world.connections(0)?.len(), 512);
         Ok(())
     })
 }
@@ -227,6 +261,65 @@ fn a_changed_identity_is_judged_again() -> Result<()> {
 }
 
 #[test]
+fn a_verdict_serves_the_flows_that_follow_until_something_changes() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        stay_on_one_cpu()?;
+        let mut port = 5000;
+        let mut ask = |world: &mut World, action| {
+            port += 1;
+            expect(world, &udp((cast.a, port), (cast.b, 53)).by(1), action)
+        };
+        world.enforce(2, &[INGRESS])?;
+        world.allow(2, INGRESS, A, (17, 53))?;
+        let first = ask(world, REDIRECT)?.events;
+        world.forget_rules()?;
+        // Rules of a policy never change: it is not asked again, and the record is the same.
+        let second = ask(world, REDIRECT)?.events;
+        let told = |event: &Event| (event.r#type, event.rule_id, event.ingress_rule_id, event.direction);
+        assert_eq!(told(&first[0]), told(&second[0]));
+        assert_eq!(
+            (second[0].source_identity, second[0].destination_identity, second[0].destination_endpoint),
+            (A, B, 2)
+        );
+        let other = expect(world, &udp((cast.a, 5000), (cast.b, 54)).by(1), SHOT)?;
+        assert_eq!(other.events[0].reason, 133, "another port is another question");
+
+        world.change_endpoint(2, |row| row.epoch += 1)?;
+        ask(world, SHOT)?;
+        world.allow(2, INGRESS, A, (17, 53))?;
+        ask(world, REDIRECT)?;
+        world.address(cast.a, 999, 1, 0b101, None)?;
+        world.raise_address_epoch()?;
+        ask(world, SHOT)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_verdict_on_a_sender_serves_no_other() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        stay_on_one_cpu()?;
+        world.enforce(2, &[INGRESS])?;
+        world.allow(2, INGRESS, A, (17, 53))?;
+        // Nobody knows this address yet: the tunnel's word counts.
+        let sender = cast.nobody;
+        let mut port = 5000;
+        for (identity, action) in [(A, REDIRECT), (A, REDIRECT), (B, SHOT), (A, REDIRECT)] {
+            port += 1;
+            let tunnel = Arrival { tunnel: Some((Some(cast.other_node), identity)), ..Arrival::default() };
+            let outcome = world.send_as("from_overlay", &udp((sender, port), (cast.b, 53)), tunnel)?;
+            ensure!(outcome.action == action, "as {identity}: {outcome:?}");
+        }
+        // By another way he is nobody's.
+        let outcome = world.send("from_network", &udp((sender, 6000), (cast.b, 53)))?;
+        ensure!(outcome.action == SHOT, "{outcome:?}");
+        Ok(())
+    })
+}
+
+#[test]
 fn a_pod_that_took_over_an_id_inherits_no_verdict() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {
@@ -291,7 +384,11 @@ fn a_long_flow_is_reported_every_few_seconds() -> Result<()> {
         let packet = udp((cast.a, 5000), (cast.b, 53)).by(1);
         assert_eq!(types(&expect(world, &packet, REDIRECT)?.events), [NEW]);
         assert_eq!(types(&expect(world, &packet, REDIRECT)?.events), [0; 0]);
-        world.change_connections(|_, row| row.last_report_jiffies -= 100_000)?;
+        // Time is looked at once a tick.
+        world.change_connections(|_, row| {
+            row.last_report_jiffies -= 100_000;
+            row.last_seen_jiffies -= 1;
+        })?;
         let events = expect(world, &packet, REDIRECT)?.events;
         assert_eq!(types(&events), [UPDATE]);
         assert_eq!(events[0].packets, [3, 0]);
