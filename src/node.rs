@@ -5,14 +5,18 @@
 //! objects, then what other nodes claim; of two claims the one whose node's pod CIDR
 //! holds the address is believed, else the one of the node whose name sorts first. The
 //! claim that lost is reported.
+//!
+//! [`addresses`] says who has what; [`Addresses`] says the same again and again at the cost
+//! of what changed.
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use imbl::ordmap::DiffItem;
 use serde::Serialize;
 
 use crate::model::{
@@ -38,7 +42,7 @@ pub struct Input<'a> {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Output {
     /// One owner an address.
-    pub addresses: BTreeMap<IpAddr, BaseAddress>,
+    pub addresses: Snapshot<IpAddr, BaseAddress>,
     /// Claims that lost or make no sense, in order of address.
     pub conflicts: Vec<Conflict>,
 }
@@ -70,16 +74,10 @@ pub enum ConflictReason {
 pub fn addresses(input: &Input<'_>) -> Output {
     let mut claims = Claims::default();
     let this_node: Arc<str> = input.this_node.into();
-    let own = |identity, endpoint, kind| BaseAddress { identity, node: None, endpoint, kind };
     if let Some(node) = input.nodes.get(input.this_node) {
         for address in &node.addresses {
-            claims.claim(
-                *address,
-                Rank::Own,
-                &this_node,
-                None,
-                own(IdentityId::HOST, None, AddressKind::Node),
-            );
+            let entry = own(IdentityId::HOST, None, AddressKind::Node);
+            claims.claim(*address, Rank::Own, &this_node, None, entry);
         }
     }
     for address in input.internal_addresses {
@@ -87,22 +85,130 @@ pub fn addresses(input: &Input<'_>) -> Output {
         claims.claim(*address, Rank::Own, &this_node, None, entry);
     }
     for (id, (endpoint, identity)) in input.endpoints {
-        for address in endpoint.addresses() {
-            let entry = own(*identity, Some(*id), AddressKind::Pod);
-            claims.claim(address, Rank::Own, &this_node, Some(&endpoint.pod), entry);
-        }
+        claims.claim_own(&this_node, *id, endpoint, *identity);
     }
-    let has_ipv4 =
-        input.nodes.get(input.this_node).is_none_or(|node| node.addresses.iter().any(IpAddr::is_ipv4));
     for (name, node) in input.nodes.iter().filter(|(name, _)| ***name != *input.this_node) {
-        let Some(underlay) = underlay_address(node, has_ipv4) else { continue };
-        claims.claim_remote(name, node, underlay, input.node_endpoints.get(name));
+        let Some(underlay) = input.underlay_of(node) else { continue };
+        for address in &node.addresses {
+            let entry = remote(underlay, IdentityId::REMOTE_NODE, AddressKind::Node);
+            claims.claim(*address, Rank::NodeObject, name, None, entry);
+        }
+        if let Some(published) = input.node_endpoints.get(name) {
+            claims.claim_remote(name, node, underlay, published);
+        }
     }
     claims.conflicts.sort_unstable();
     Output {
         addresses: claims.owners.into_iter().map(|(address, owner)| (address, owner.entry)).collect(),
         conflicts: claims.conflicts,
     }
+}
+
+/// Remembers its last answer, and works out differences.
+#[derive(Default)]
+pub struct Addresses {
+    output: Output,
+    /// Addresses with more than one claim, or with one that makes no sense.
+    contested: BTreeSet<IpAddr>,
+    internal_addresses: Vec<IpAddr>,
+    endpoints: BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>,
+    nodes: Snapshot<Arc<str>, Arc<Node>>,
+    node_endpoints: Snapshot<Arc<str>, Arc<NodeEndpoints>>,
+}
+
+impl Addresses {
+    /// What [`addresses`] says for `input`; one `Addresses` serves one node.
+    pub fn update(&mut self, input: &Input<'_>) -> &Output {
+        match self.difference(input) {
+            Some(addresses) => self.output.addresses = addresses,
+            None => {
+                self.output = addresses(input);
+                let contested = self.output.conflicts.iter().map(|conflict| conflict.address.to_canonical());
+                self.contested = contested.collect();
+            }
+        }
+        self.internal_addresses = input.internal_addresses.to_vec();
+        self.endpoints.clone_from(input.endpoints);
+        self.nodes = input.nodes.clone();
+        self.node_endpoints = input.node_endpoints.clone();
+        &self.output
+    }
+
+    /// The addresses with what pods changed; `None` where more than pods did, or where an address
+    /// that changed hands has, had or gets another claim: then all claims have to be weighed again.
+    fn difference(&self, input: &Input<'_>) -> Option<Snapshot<IpAddr, BaseAddress>> {
+        if !self.nodes.ptr_eq(input.nodes) || self.internal_addresses != input.internal_addresses {
+            return None;
+        }
+        let (mut before, mut after) = (Claims::default(), Claims::default());
+        for item in self.node_endpoints.diff(input.node_endpoints) {
+            let (old, new) = match item {
+                DiffItem::Add(name, new) => (None, Some((name, new))),
+                DiffItem::Update { old, new } => (Some(old), Some(new)),
+                DiffItem::Remove(name, old) => (Some((name, old)), None),
+            };
+            for (claims, published) in [(&mut before, old), (&mut after, new)] {
+                let Some((name, published)) = published else { continue };
+                let Some(node) = input.nodes.get(name).filter(|_| **name != *input.this_node) else {
+                    continue;
+                };
+                let Some(underlay) = input.underlay_of(node) else { continue };
+                claims.claim_remote(name, node, underlay, published);
+            }
+        }
+        let this_node: Arc<str> = input.this_node.into();
+        for (claims, endpoints, others) in
+            [(&mut before, &self.endpoints, input.endpoints), (&mut after, input.endpoints, &self.endpoints)]
+        {
+            for (id, (endpoint, identity)) in endpoints {
+                if others.get(id) != Some(&(endpoint.clone(), *identity)) {
+                    claims.claim_own(&this_node, *id, endpoint, *identity);
+                }
+            }
+        }
+        let is_contested = |address| self.contested.contains(address);
+        if !before.conflicts.is_empty()
+            || !after.conflicts.is_empty()
+            || before.owners.keys().chain(after.owners.keys()).any(is_contested)
+        {
+            return None;
+        }
+        let is_same = |claims: &Claims, address, owner: &Owner| {
+            claims.owners.get(address).is_some_and(|other| other.entry == owner.entry)
+        };
+        let mut addresses = self.output.addresses.clone();
+        for (address, owner) in
+            before.owners.iter().filter(|(address, owner)| !is_same(&after, address, owner))
+        {
+            if addresses.remove(address).as_ref() != Some(&owner.entry) {
+                return None;
+            }
+        }
+        for (address, owner) in
+            after.owners.iter().filter(|(address, owner)| !is_same(&before, address, owner))
+        {
+            if addresses.insert(*address, owner.entry.clone()).is_some() {
+                return None;
+            }
+        }
+        Some(addresses)
+    }
+}
+
+impl Input<'_> {
+    fn underlay_of(&self, node: &Node) -> Option<IpAddr> {
+        let has_ipv4 =
+            self.nodes.get(self.this_node).is_none_or(|node| node.addresses.iter().any(IpAddr::is_ipv4));
+        underlay_address(node, has_ipv4)
+    }
+}
+
+fn own(identity: IdentityId, endpoint: Option<EndpointId>, kind: AddressKind) -> BaseAddress {
+    BaseAddress { identity, node: None, endpoint, kind }
+}
+
+fn remote(underlay: IpAddr, identity: IdentityId, kind: AddressKind) -> BaseAddress {
+    BaseAddress { identity, node: Some(underlay), endpoint: None, kind }
 }
 
 /// Where to send what is for `node`: by IPv4 where both ends have it.
@@ -134,25 +240,21 @@ struct Claims {
 }
 
 impl Claims {
-    fn claim_remote(
-        &mut self,
-        name: &Arc<str>,
-        node: &Node,
-        underlay: IpAddr,
-        published: Option<&Arc<NodeEndpoints>>,
-    ) {
-        let entry = |identity, kind| BaseAddress { identity, node: Some(underlay), endpoint: None, kind };
+    fn claim_own(&mut self, this_node: &Arc<str>, id: EndpointId, endpoint: &Endpoint, identity: IdentityId) {
+        for address in endpoint.addresses() {
+            let entry = own(identity, Some(id), AddressKind::Pod);
+            self.claim(address, Rank::Own, this_node, Some(&endpoint.pod), entry);
+        }
+    }
+
+    /// What a node publishes.
+    fn claim_remote(&mut self, name: &Arc<str>, node: &Node, underlay: IpAddr, published: &NodeEndpoints) {
         let rank = |address: &IpAddr| {
             let is_inside = node.pod_cidrs.iter().any(|cidr| cidr.contains(address));
             if is_inside { Rank::InPodCidr } else { Rank::Elsewhere }
         };
-        for address in &node.addresses {
-            let entry = entry(IdentityId::REMOTE_NODE, AddressKind::Node);
-            self.claim(*address, Rank::NodeObject, name, None, entry);
-        }
-        let Some(published) = published else { return };
         for address in &published.internal_addresses {
-            let entry = entry(IdentityId::REMOTE_NODE, AddressKind::NodeInternal);
+            let entry = remote(underlay, IdentityId::REMOTE_NODE, AddressKind::NodeInternal);
             self.claim(*address, rank(address), name, None, entry);
         }
         for endpoint in &published.endpoints {
@@ -163,7 +265,7 @@ impl Claims {
                     self.conflicts.push(Conflict { address: *address, node, pod, reason });
                     continue;
                 }
-                let entry = entry(endpoint.identity, AddressKind::Pod);
+                let entry = remote(underlay, endpoint.identity, AddressKind::Pod);
                 self.claim(*address, rank(address), name, Some(&endpoint.pod), entry);
             }
         }

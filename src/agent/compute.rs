@@ -58,13 +58,13 @@ pub struct Desired {
     /// Rows of `policy_peers` and `policy_rules`.
     pub policies: BTreeMap<PolicyId, Arc<CompiledPolicy>>,
     /// Rows of `addresses`.
-    pub addresses: Arc<BTreeMap<IpAddr, AddressEntry>>,
+    pub addresses: Snapshot<IpAddr, AddressEntry>,
     /// Rows of `prefixes`.
     pub prefixes: Arc<BTreeMap<IpNet, PrefixEntry>>,
     /// Rows of `endpoints`.
     pub endpoints: BTreeMap<EndpointId, EndpointEntry>,
     /// Rows of `services` and `backends`.
-    pub frontends: BTreeMap<FrontendKey, Frontend>,
+    pub frontends: Snapshot<FrontendKey, Frontend>,
     /// What this node's local identities mean.
     pub local_identities: Arc<BTreeMap<IdentityId, LocalIdentity>>,
     /// The policies that select each endpoint.
@@ -90,6 +90,8 @@ type Resolved = BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>;
 pub struct Compute {
     node_name: Arc<str>,
     internal_addresses: Vec<IpAddr>,
+    owners: node::Addresses,
+    frontends: service::Frontends,
     compiler: policy::Compiler,
     numbers: HashMap<Arc<IdentityLabels>, IdentityId>,
     numbers_from: (Snapshot<IdentityId, Arc<IdentityLabels>>, Snapshot<IdentityId, ()>),
@@ -107,6 +109,8 @@ impl Compute {
         Self {
             node_name: node_name.into(),
             internal_addresses,
+            owners: node::Addresses::default(),
+            frontends: service::Frontends::default(),
             compiler: policy::Compiler::new(first_policy, first_local),
             numbers: HashMap::new(),
             numbers_from: Default::default(),
@@ -119,7 +123,7 @@ impl Compute {
         self.learn_numbers(&view.identities, &view.to_claim);
         let mut desired = Desired::default();
         let endpoints = self.resolve(view, &mut desired);
-        let owners = node::addresses(&node::Input {
+        let owners = self.owners.update(&node::Input {
             this_node: &self.node_name,
             internal_addresses: &self.internal_addresses,
             endpoints: &endpoints,
@@ -135,7 +139,7 @@ impl Compute {
             addresses: &owners.addresses,
             pod_cidrs: &pod_cidrs,
         })?;
-        let services = service::frontends(&view.services, &view.slices);
+        let services = self.frontends.update(&view.services, &view.slices);
         desired.conflicts = conflicts(&owners.conflicts, &services.conflicts, &compiled.ignored_labels);
         desired.published = endpoints.values().map(publish).collect();
         let held = |identity| Some((identity, view.identities.get(&identity)?.clone()));
@@ -146,7 +150,7 @@ impl Compute {
         desired.prefixes = compiled.prefixes;
         desired.local_identities = compiled.local_identities;
         desired.selected_by = compiled.selected_by;
-        desired.frontends = services.frontends;
+        desired.frontends = services.frontends.clone();
         desired.nodes = view.nodes.values().filter(|node| *node.name != *self.node_name).cloned().collect();
         Ok(desired)
     }

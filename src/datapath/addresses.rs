@@ -9,11 +9,14 @@ use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use imbl::OrdMap;
+use imbl::ordmap::DiffItem;
 use ipnet::IpNet;
 
 use super::abi::{Addr, Address, NodeState, Prefix, PrefixKey, addr_of};
 use super::map::{Bytes, TypedMap};
 use super::mirror::{Mirror, Put};
+use super::settled::Settled;
 use super::types::{address_flags, prefix_flags};
 use crate::model::{AddressEntry, AddressKind, IdentityId, PrefixEntry};
 
@@ -22,6 +25,9 @@ pub struct AddressWriter {
     addresses: Mirror<Addr, Address>,
     prefixes: Mirror<PrefixKey, Prefix>,
     node_state: TypedMap<u32, NodeState>,
+    settled: Settled<IpAddr, AddressEntry>,
+    /// What `prefixes` holds exactly, where that is known.
+    settled_prefixes: Option<BTreeMap<IpNet, PrefixEntry>>,
     /// Identities were changed in the maps, but the epoch could not be raised yet.
     is_epoch_due: bool,
 }
@@ -32,7 +38,14 @@ impl AddressWriter {
         prefixes: Mirror<PrefixKey, Prefix>,
         node_state: TypedMap<u32, NodeState>,
     ) -> Result<Self> {
-        let writer = Self { addresses, prefixes, node_state, is_epoch_due: false };
+        let writer = Self {
+            addresses,
+            prefixes,
+            node_state,
+            settled: Settled::Unknown,
+            settled_prefixes: None,
+            is_epoch_due: false,
+        };
         if writer.node_state.get(&0)?.unwrap_or_default().address_epoch == 0 {
             // The map is new but `connections` may be older: no epoch of theirs may come again.
             let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_secs());
@@ -52,7 +65,7 @@ impl AddressWriter {
     /// Writes rows that differ; deletes none.
     pub fn write(
         &mut self,
-        addresses: &BTreeMap<IpAddr, AddressEntry>,
+        addresses: &OrdMap<IpAddr, AddressEntry>,
         prefixes: &BTreeMap<IpNet, PrefixEntry>,
     ) -> Result<()> {
         let written = self.write_rows(addresses, prefixes);
@@ -63,7 +76,7 @@ impl AddressWriter {
     /// Deletes the rows that are not desired. Only after every source is synced.
     pub fn prune(
         &mut self,
-        addresses: &BTreeMap<IpAddr, AddressEntry>,
+        addresses: &OrdMap<IpAddr, AddressEntry>,
         prefixes: &BTreeMap<IpNet, PrefixEntry>,
     ) -> Result<()> {
         let pruned = self.prune_rows(addresses, prefixes);
@@ -72,17 +85,27 @@ impl AddressWriter {
 
     fn write_rows(
         &mut self,
-        addresses: &BTreeMap<IpAddr, AddressEntry>,
+        addresses: &OrdMap<IpAddr, AddressEntry>,
         prefixes: &BTreeMap<IpNet, PrefixEntry>,
     ) -> Result<()> {
-        for (&address, entry) in addresses {
+        let from = self.settled.before_write();
+        for item in from.clone().unwrap_or_default().diff(addresses) {
+            let (DiffItem::Add(address, entry) | DiffItem::Update { new: (address, entry), .. }) = item
+            else {
+                continue;
+            };
             let row = address_row(entry);
-            match self.addresses.put(addr_of(address), row)? {
+            match self.addresses.put(addr_of(*address), row)? {
                 Put::Unchanged => {}
                 Put::Replaced(old) => self.is_epoch_due |= old.identity != row.identity,
                 Put::Inserted => self.is_epoch_due = true,
             }
         }
+        self.settled.written(from, addresses);
+        if self.settled_prefixes.as_ref() == Some(prefixes) {
+            return Ok(());
+        }
+        self.settled_prefixes = None;
         for (&prefix, entry) in prefixes {
             if !matches!(self.prefixes.put(prefix_key(prefix), prefix_row(*entry))?, Put::Unchanged) {
                 self.is_epoch_due = true;
@@ -93,14 +116,28 @@ impl AddressWriter {
 
     fn prune_rows(
         &mut self,
-        addresses: &BTreeMap<IpAddr, AddressEntry>,
+        addresses: &OrdMap<IpAddr, AddressEntry>,
         prefixes: &BTreeMap<IpNet, PrefixEntry>,
     ) -> Result<()> {
-        let rows = self.addresses.rows().keys().map(|key| key.0);
-        let stale: Vec<Addr> =
-            rows.filter(|addr| !addresses.contains_key(&super::abi::ip_of(*addr))).collect();
+        let stale: Vec<Addr> = match self.settled.before_prune(addresses) {
+            Some(from) => from
+                .diff(addresses)
+                .filter_map(|item| match item {
+                    DiffItem::Remove(address, _) => Some(addr_of(*address)),
+                    DiffItem::Add(..) | DiffItem::Update { .. } => None,
+                })
+                .collect(),
+            None => {
+                let rows = self.addresses.rows().keys().map(|key| key.0);
+                rows.filter(|addr| !addresses.contains_key(&super::abi::ip_of(*addr))).collect()
+            }
+        };
         for key in stale {
             self.is_epoch_due |= self.addresses.take(key)?.is_some();
+        }
+        self.settled.pruned(addresses);
+        if self.settled_prefixes.as_ref() == Some(prefixes) {
+            return Ok(());
         }
         let desired: std::collections::BTreeSet<_> =
             prefixes.keys().map(|prefix| Bytes(prefix_key(*prefix))).collect();
@@ -109,6 +146,8 @@ impl AddressWriter {
         for key in stale {
             self.is_epoch_due |= self.prefixes.take(key)?.is_some();
         }
+        let is_complete = desired.len() == self.prefixes.rows().len();
+        self.settled_prefixes = is_complete.then(|| prefixes.clone());
         Ok(())
     }
 

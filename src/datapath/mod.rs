@@ -31,6 +31,7 @@ mod reuse;
 mod services;
 mod settings;
 mod settle;
+mod settled;
 pub mod skeleton;
 mod verify;
 

@@ -8,10 +8,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use anyhow::Result;
+use imbl::OrdMap;
+use imbl::ordmap::DiffItem;
 
 use super::abi::{Backend, BackendKey, Service, ServiceKey, addr_of, ip_of};
 use super::map::Bytes;
 use super::mirror::Mirror;
+use super::settled::Settled;
 use super::types::service_flags;
 use crate::model::{Frontend, FrontendKey};
 
@@ -20,6 +23,7 @@ pub struct ServiceWriter {
     services: Mirror<ServiceKey, Service>,
     backends: Mirror<BackendKey, Backend>,
     next_id: u32,
+    settled: Settled<FrontendKey, Frontend>,
     /// Rows that no frontend leads to any more.
     retired: Vec<BackendKey>,
 }
@@ -36,32 +40,35 @@ impl ServiceWriter {
         };
         // Left by a process that died between two steps.
         let retired = backends.rows().keys().map(|key| key.0).filter(|key| !is_reached(key)).collect();
-        Self { services, backends, next_id, retired }
+        Self { services, backends, next_id, settled: Settled::Unknown, retired }
     }
 
     /// Writes frontends that differ; removes none. Returns the backends that
     /// were taken out of a frontend, sorted.
-    pub fn write(&mut self, frontends: &BTreeMap<FrontendKey, Frontend>) -> Result<Vec<SocketAddr>> {
+    pub fn write(&mut self, frontends: &OrdMap<FrontendKey, Frontend>) -> Result<Vec<SocketAddr>> {
         // First, so that no row of this write is on the list.
         self.delete_retired()?;
         let mut removed = BTreeSet::new();
         let mut written = Ok(());
-        for (key, frontend) in frontends {
+        let from = self.settled.before_write();
+        for item in from.clone().unwrap_or_default().diff(frontends) {
+            let (DiffItem::Add(key, frontend) | DiffItem::Update { new: (key, frontend), .. }) = item else {
+                continue;
+            };
             written = self.write_frontend(key, frontend, &mut removed);
             if written.is_err() {
                 break;
             }
         }
         self.delete_retired().and(written)?;
+        self.settled.written(from, frontends);
         Ok(removed.into_iter().collect())
     }
 
     /// Deletes the frontends that are not desired and returns their backends.
     /// Only after every source is synced.
-    pub fn prune(&mut self, frontends: &BTreeMap<FrontendKey, Frontend>) -> Result<Vec<SocketAddr>> {
-        let desired: BTreeSet<_> = frontends.keys().map(|key| Bytes(service_key(key))).collect();
-        let rows = self.services.rows().keys();
-        let stale: Vec<ServiceKey> = rows.filter(|key| !desired.contains(key)).map(|key| key.0).collect();
+    pub fn prune(&mut self, frontends: &OrdMap<FrontendKey, Frontend>) -> Result<Vec<SocketAddr>> {
+        let stale = self.stale(frontends);
         let mut removed = BTreeSet::new();
         for key in stale {
             if let Some(old) = self.services.take(key)? {
@@ -70,7 +77,21 @@ impl ServiceWriter {
             }
         }
         self.delete_retired()?;
+        self.settled.pruned(frontends);
         Ok(removed.into_iter().collect())
+    }
+
+    fn stale(&self, frontends: &OrdMap<FrontendKey, Frontend>) -> Vec<ServiceKey> {
+        if let Some(from) = self.settled.before_prune(frontends) {
+            let gone = from.diff(frontends).filter_map(|item| match item {
+                DiffItem::Remove(key, _) => Some(service_key(key)),
+                DiffItem::Add(..) | DiffItem::Update { .. } => None,
+            });
+            return gone.collect();
+        }
+        let desired: BTreeSet<_> = frontends.keys().map(|key| Bytes(service_key(key))).collect();
+        let rows = self.services.rows().keys();
+        rows.filter(|key| !desired.contains(key)).map(|key| key.0).collect()
     }
 
     fn write_frontend(

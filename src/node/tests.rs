@@ -175,3 +175,75 @@ fn nobody_may_claim_a_reserved_identity_for_a_pod() {
         ]
     );
 }
+
+/// What a node publishes at one time, or the pods of this node (`None`): name, last byte of the address, identity.
+type Step = (Option<usize>, Vec<(u8, u8, u32)>);
+
+fn steps() -> impl proptest::strategy::Strategy<Value = Vec<Step>> {
+    use proptest::prelude::*;
+    // Few addresses, so that claims meet now and then; the last identity is nobody's to claim.
+    let pod = (0..4_u8, 0..12_u8, prop_oneof![9 => 300..303_u32, 1 => Just(2)]);
+    prop::collection::vec((prop::option::weighted(0.8, 0..3_usize), prop::collection::vec(pod, 0..4)), 1..25)
+}
+
+proptest::proptest! {
+    #[test]
+    fn differences_add_up_to_the_whole(steps in steps()) {
+        const NODES: [&str; 3] = ["b", "c", "d"];
+        let mut world = World::default().node("a", &["192.168.0.1"], "10.0.0.0/30");
+        for (number, name) in NODES.iter().enumerate() {
+            let (address, cidr) = (format!("192.168.0.{}", number + 2), format!("10.0.0.{}/30", 4 * number));
+            world = world.node(name, &[&address], &cidr);
+        }
+        let mut following = Addresses::default();
+        for (node, pods) in steps {
+            let pods: Vec<_> = pods.iter().map(|(pod, byte, id)| (format!("p{pod}"), format!("10.0.0.{byte}"), *id)).collect();
+            world = match node {
+                Some(node) => {
+                    let pods: Vec<_> = pods.iter().map(|(pod, address, id)| (&**pod, &**address, *id)).collect();
+                    world.published(NODES[node], &["10.0.0.13"], &pods)
+                }
+                None => {
+                    world.endpoints.clear();
+                    (1..).zip(&pods).fold(world, |world, (number, (pod, address, id))| world.endpoint(number, pod, address, *id))
+                }
+            };
+            let input = Input {
+                this_node: "a",
+                internal_addresses: &world.internal,
+                endpoints: &world.endpoints,
+                nodes: &world.nodes,
+                node_endpoints: &world.node_endpoints,
+            };
+            proptest::prop_assert_eq!(following.update(&input), &addresses(&input));
+        }
+    }
+}
+
+#[test]
+fn a_pod_that_comes_and_goes_costs_its_own_addresses() {
+    let world = World::default()
+        .node("a", &["192.168.0.1"], "10.0.0.0/24")
+        .node("b", &["192.168.0.2"], "10.0.1.0/24")
+        .published("b", &["10.0.1.1"], &[("db", "10.0.1.4", 301)]);
+    let mut following = Addresses::default();
+    let mut update = |world: &World| -> Option<usize> {
+        let input = Input {
+            this_node: "a",
+            internal_addresses: &[],
+            endpoints: &world.endpoints,
+            nodes: &world.nodes,
+            node_endpoints: &world.node_endpoints,
+        };
+        let length = following.difference(&input).map(|addresses| addresses.len());
+        following.update(&input);
+        length
+    };
+    assert_eq!(update(&world), None);
+    let world = world.published("b", &["10.0.1.1"], &[("db", "10.0.1.4", 301), ("web", "10.0.1.5", 300)]);
+    assert_eq!(update(&world), Some(5));
+    let world = world.endpoint(4, "web", "10.0.0.4", 300);
+    assert_eq!(update(&world), Some(6));
+    let world = world.published("b", &["10.0.1.1"], &[("thief", "10.0.0.4", 301)]);
+    assert_eq!(update(&world), None);
+}

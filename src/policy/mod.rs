@@ -50,7 +50,7 @@ pub struct Input<'a> {
     /// The pods of this node, with their cluster identity.
     pub endpoints: &'a BTreeMap<EndpointId, IdentityId>,
     /// Every address of a pod or node.
-    pub addresses: &'a BTreeMap<IpAddr, BaseAddress>,
+    pub addresses: &'a Snapshot<IpAddr, BaseAddress>,
     /// The pod CIDRs of every node.
     pub pod_cidrs: &'a [IpNet],
 }
@@ -66,7 +66,7 @@ pub struct Output {
     /// The NetworkPolicy objects that select each endpoint, sorted.
     pub selected_by: BTreeMap<EndpointId, Arc<[ObjectKey]>>,
     /// Rows of `addresses`.
-    pub addresses: Arc<BTreeMap<IpAddr, AddressEntry>>,
+    pub addresses: Snapshot<IpAddr, AddressEntry>,
     /// Rows of `prefixes`.
     pub prefixes: Arc<BTreeMap<IpNet, PrefixEntry>>,
     /// What the local numbers mean.
@@ -98,7 +98,7 @@ pub struct Compiler {
     prefixes: BTreeSet<IpNet>,
     tree: Tree,
     locals: Locals,
-    addresses: BTreeMap<IpAddr, BaseAddress>,
+    addresses: Snapshot<IpAddr, BaseAddress>,
     pod_cidrs: Vec<IpNet>,
     assigned: Assigned,
     peers: Peers,
@@ -117,7 +117,7 @@ impl Compiler {
             prefixes: BTreeSet::new(),
             tree: Tree::default(),
             locals: Locals::new(first_local),
-            addresses: BTreeMap::new(),
+            addresses: Snapshot::new(),
             pod_cidrs: Vec::new(),
             assigned: Assigned::default(),
             peers: Peers::default(),
@@ -210,10 +210,15 @@ impl Compiler {
             self.prefixes = prefixes;
         }
         let before = self.assigned.identities.clone();
-        if !is_same_tree || *input.addresses != self.addresses || *input.pod_cidrs != self.pod_cidrs {
-            self.addresses.clone_from(input.addresses);
+        let addresses = std::mem::replace(&mut self.addresses, input.addresses.clone());
+        if !is_same_tree || *input.pod_cidrs != self.pod_cidrs {
             self.pod_cidrs = input.pod_cidrs.to_vec();
             self.assigned = self.locals.assign(&self.tree, input.addresses, input.pod_cidrs)?;
+        } else {
+            self.locals.follow(&self.tree, &addresses, input.addresses, &mut self.assigned)?;
+        }
+        if relabelled.is_empty() && Arc::ptr_eq(&before, &self.assigned.identities) {
+            return Ok(BTreeMap::new());
         }
         let after = &self.assigned.identities;
         let gone = before.keys().filter(|id| !after.contains_key(*id)).map(|id| (*id, None));

@@ -8,9 +8,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use imbl::ordmap::DiffItem;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::model::{AddressEntry, BaseAddress, IdentityId, LocalIdentity, PrefixEntry};
+use crate::tables::Snapshot;
 
 use super::Error;
 
@@ -66,6 +68,8 @@ fn mapped() -> Ipv6Net {
 /// The numbers of local identities that are in use.
 pub struct Locals {
     numbers: HashMap<LocalIdentity, IdentityId>,
+    /// How many addresses and prefixes have each.
+    uses: HashMap<IdentityId, usize>,
     next: IdentityId,
 }
 
@@ -73,7 +77,7 @@ pub struct Locals {
 #[derive(Clone, Default)]
 pub struct Assigned {
     /// Exact addresses.
-    pub addresses: Arc<BTreeMap<IpAddr, AddressEntry>>,
+    pub addresses: Snapshot<IpAddr, AddressEntry>,
     /// Prefixes of rules, and pod CIDRs.
     pub prefixes: Arc<BTreeMap<IpNet, PrefixEntry>>,
     /// What the local numbers in both mean.
@@ -86,50 +90,120 @@ impl Locals {
 
     /// Numbers from `first` on, or from the first local one.
     pub fn new(first: IdentityId) -> Self {
-        Self { numbers: HashMap::new(), next: first.max(IdentityId::FIRST_LOCAL) }
+        Self { numbers: HashMap::new(), uses: HashMap::new(), next: first.max(IdentityId::FIRST_LOCAL) }
     }
 
     /// Forgets what no number stands for any more; numbers are not used again.
     pub fn forget(&mut self) {
         self.numbers.clear();
+        self.uses.clear();
     }
 
     /// Gives every address and prefix its identity.
     pub fn assign(
         &mut self,
         tree: &Tree,
-        addresses: &BTreeMap<IpAddr, BaseAddress>,
+        addresses: &Snapshot<IpAddr, BaseAddress>,
         pod_cidrs: &[IpNet],
     ) -> Result<Assigned, Error> {
-        let mut round = Round { locals: self, tree, known: HashMap::new(), used: BTreeMap::new() };
-        let mut entries = Vec::with_capacity(addresses.len());
-        for (address, owner) in addresses {
-            let identity = match tree.longest(&IpNet::from(*address)) {
-                Some(cover) => round.number(Some(owner.identity), cover)?,
-                None => owner.identity,
-            };
-            let BaseAddress { node, endpoint, kind, .. } = owner.clone();
-            entries.push((*address, AddressEntry { identity, node, endpoint, kind }));
-        }
+        self.uses.clear();
+        let mut used = BTreeMap::new();
+        let entry = |(address, owner): (&IpAddr, &BaseAddress)| {
+            Ok((*address, self.entry(tree, *address, owner, &mut used)?))
+        };
+        let addresses = addresses.iter().map(entry).collect::<Result<_, _>>()?;
         let pod_cidrs: BTreeSet<IpNet> =
             pod_cidrs.iter().map(IpNet::trunc).filter(|net| !is_mapped(net)).collect();
+        let cluster = Tree::new(&pod_cidrs);
         let mut prefixes = BTreeMap::new();
         for net in tree.nets.iter().chain(&pod_cidrs) {
             let identity = match tree.longest(net) {
-                Some(cover) => round.number(None, cover)?,
+                Some(cover) => self.number(tree, None, cover, &mut used)?,
                 None => IdentityId::WORLD,
             };
-            let is_pod_cidr = pod_cidrs.iter().any(|cidr| cidr.contains(net));
+            let is_pod_cidr = cluster.longest(net).is_some();
             prefixes.insert(*net, PrefixEntry { identity, is_pod_cidr });
         }
         keep_families_apart(&mut prefixes);
-        let used = round.used;
         self.numbers.retain(|_, number| used.contains_key(number));
-        Ok(Assigned {
-            addresses: Arc::new(entries.into_iter().collect()),
-            prefixes: Arc::new(prefixes),
-            identities: Arc::new(used),
-        })
+        Ok(Assigned { addresses, prefixes: Arc::new(prefixes), identities: Arc::new(used) })
+    }
+
+    /// Brings `assigned`, which `assign` or this made of `before`, to what it is for `after`; the prefixes
+    /// are the same.
+    pub fn follow(
+        &mut self,
+        tree: &Tree,
+        before: &Snapshot<IpAddr, BaseAddress>,
+        after: &Snapshot<IpAddr, BaseAddress>,
+        assigned: &mut Assigned,
+    ) -> Result<(), Error> {
+        let mut new = BTreeMap::new();
+        let mut released = Vec::new();
+        for item in before.diff(after) {
+            let old = match item {
+                DiffItem::Add(address, owner) | DiffItem::Update { new: (address, owner), .. } => {
+                    let entry = self.entry(tree, *address, owner, &mut new)?;
+                    assigned.addresses.insert(*address, entry)
+                }
+                DiffItem::Remove(address, _) => assigned.addresses.remove(address),
+            };
+            released.extend(old.map(|entry| entry.identity).filter(|identity| identity.is_local()));
+        }
+        new.retain(|number, _| !assigned.identities.contains_key(number));
+        if !new.is_empty() {
+            Arc::make_mut(&mut assigned.identities).extend(new);
+        }
+        for number in released {
+            let uses = self.uses.entry(number).or_default();
+            *uses = uses.saturating_sub(1);
+            if *uses == 0 {
+                self.uses.remove(&number);
+                if let Some(identity) = Arc::make_mut(&mut assigned.identities).remove(&number) {
+                    self.numbers.remove(&identity);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn entry(
+        &mut self,
+        tree: &Tree,
+        address: IpAddr,
+        owner: &BaseAddress,
+        used: &mut BTreeMap<IdentityId, LocalIdentity>,
+    ) -> Result<AddressEntry, Error> {
+        let identity = match tree.longest(&IpNet::from(address)) {
+            Some(cover) => self.number(tree, Some(owner.identity), cover, used)?,
+            None => owner.identity,
+        };
+        let BaseAddress { node, endpoint, kind, .. } = owner.clone();
+        Ok(AddressEntry { identity, node, endpoint, kind })
+    }
+
+    /// The number of who has an address under a prefix, noted in `used`.
+    fn number(
+        &mut self,
+        tree: &Tree,
+        base: Option<IdentityId>,
+        cover: usize,
+        used: &mut BTreeMap<IdentityId, LocalIdentity>,
+    ) -> Result<IdentityId, Error> {
+        let identity = LocalIdentity { base, prefixes: tree.covers[cover].clone() };
+        let number = match self.numbers.get(&identity) {
+            Some(number) => *number,
+            None if self.next > Self::LAST => return Err(Error::LocalIdentitiesExhausted),
+            None => {
+                let number = self.next;
+                self.next = IdentityId(number.0 + 1);
+                self.numbers.insert(identity.clone(), number);
+                number
+            }
+        };
+        *self.uses.entry(number).or_default() += 1;
+        used.entry(number).or_insert(identity);
+        Ok(number)
     }
 }
 
@@ -139,34 +213,5 @@ fn keep_families_apart(prefixes: &mut BTreeMap<IpNet, PrefixEntry>) {
         prefixes
             .entry(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0).into())
             .or_insert(PrefixEntry { identity: IdentityId::WORLD, is_pod_cidr: false });
-    }
-}
-
-struct Round<'a> {
-    locals: &'a mut Locals,
-    tree: &'a Tree,
-    known: HashMap<(Option<IdentityId>, usize), IdentityId>,
-    used: BTreeMap<IdentityId, LocalIdentity>,
-}
-
-impl Round<'_> {
-    fn number(&mut self, base: Option<IdentityId>, cover: usize) -> Result<IdentityId, Error> {
-        if let Some(number) = self.known.get(&(base, cover)) {
-            return Ok(*number);
-        }
-        let identity = LocalIdentity { base, prefixes: self.tree.covers[cover].clone() };
-        let number = match self.locals.numbers.get(&identity) {
-            Some(number) => *number,
-            None if self.locals.next > Locals::LAST => return Err(Error::LocalIdentitiesExhausted),
-            None => {
-                let number = self.locals.next;
-                self.locals.next = IdentityId(number.0 + 1);
-                self.locals.numbers.insert(identity.clone(), number);
-                number
-            }
-        };
-        self.known.insert((base, cover), number);
-        self.used.insert(number, identity);
-        Ok(number)
     }
 }

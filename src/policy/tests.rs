@@ -10,7 +10,7 @@ struct World {
     policies: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     endpoints: BTreeMap<EndpointId, IdentityId>,
-    addresses: BTreeMap<IpAddr, BaseAddress>,
+    addresses: Snapshot<IpAddr, BaseAddress>,
     pod_cidrs: Vec<IpNet>,
 }
 
@@ -445,4 +445,45 @@ fn output_is_json() {
         .policy(ingress(policy("in", app("web")), Some(vec![block("10.0.0.0/8", &[])]), Some(vec![tcp(80)])));
     let json = serde_json::to_value(world.compile(&mut compiler())).expect("every key is a string");
     assert_eq!(json["policies"]["1"]["ingress"]["rules"]["1/6/80/16"]["is_allowed"], true);
+}
+
+proptest::proptest! {
+    #[test]
+    fn addresses_that_come_and_go_leave_nothing_behind(
+        steps in proptest::collection::vec((0..6_u8, proptest::option::of(300..303_u32)), 1..30)
+    ) {
+        let mut world = World::default()
+            .identity(300, "shop", "web")
+            .identity(301, "shop", "client")
+            .endpoint(1, 300)
+            .pod_cidr("10.0.0.0/29")
+            .policy(egress(
+                policy("out", app("web")),
+                Some(vec![block("10.0.0.0/30", &[]), block("10.0.0.2/31", &[]), pods("client")]),
+                None,
+            ));
+        let mut following = compiler();
+        for (byte, identity) in steps {
+            let address = format!("10.0.0.{byte}");
+            match identity {
+                Some(identity) => world = world.address(&address, identity, AddressKind::Pod),
+                None => drop(world.addresses.remove(&ip(&address))),
+            }
+            let (followed, fresh) = (world.compile(&mut following), world.compile(&mut compiler()));
+            proptest::prop_assert_eq!(meanings(&followed), meanings(&fresh));
+        }
+    }
+}
+
+/// What numbers stand for, in place of the numbers: of addresses, of all that are in use, of the peers of the policy.
+fn meanings(output: &Output) -> (Vec<(IpAddr, String)>, BTreeSet<String>, BTreeSet<String>) {
+    let meaning = |id: &IdentityId| match output.local_identities.get(id) {
+        Some(local) => format!("{local:?}"),
+        None => id.to_string(),
+    };
+    let addresses = output.addresses.iter().map(|(address, entry)| (*address, meaning(&entry.identity)));
+    let used = output.local_identities.keys().map(meaning);
+    let directions = output.policies.values().filter_map(|policy| policy.egress.as_ref());
+    let peers = directions.flat_map(|direction| direction.peers.keys().map(meaning));
+    (addresses.collect(), used.collect(), peers.collect())
 }

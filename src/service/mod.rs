@@ -3,6 +3,9 @@
 //! The rules are kube-proxy's: ready backends; where there is none, those that still
 //! serve while they end; a backend's family is its frontend's. Every cluster IP also has
 //! a wildcard row, so that a port that no Service has is refused and not routed away.
+//!
+//! [`frontends`] says what there is; [`Frontends`] says the same again and again at the cost
+//! of what changed.
 
 #[cfg(test)]
 mod tests;
@@ -11,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use imbl::ordmap::DiffItem;
 use serde::Serialize;
 
 use crate::model::{EndpointSlice, Frontend, FrontendKey, ObjectKey, Service, ServicePort};
@@ -20,7 +24,7 @@ use crate::tables::Snapshot;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Output {
     /// Rows of `services`.
-    pub frontends: BTreeMap<FrontendKey, Frontend>,
+    pub frontends: Snapshot<FrontendKey, Frontend>,
     /// Services that name an address of another, in order of their keys.
     pub conflicts: Vec<Conflict>,
 }
@@ -50,8 +54,7 @@ pub fn frontends(
     for (key, service) in services {
         let slices = slices_of.get(key).map_or(&[][..], Vec::as_slice);
         let name = Arc::new(key.clone());
-        let addresses: BTreeSet<IpAddr> = service.addresses.iter().copied().collect();
-        for address in addresses.into_iter().filter(is_usable) {
+        for address in usable_addresses(service) {
             let owner = *owners.entry(address).or_insert(key);
             if owner == key {
                 output.frontends.extend(frontends_of(&name, service, address, slices));
@@ -62,6 +65,106 @@ pub fn frontends(
         }
     }
     output
+}
+
+/// Remembers its last answer, and works out differences.
+#[derive(Default)]
+pub struct Frontends {
+    output: Output,
+    services: Snapshot<ObjectKey, Arc<Service>>,
+    slices: Snapshot<ObjectKey, Arc<EndpointSlice>>,
+}
+
+impl Frontends {
+    /// What [`frontends`] says for these.
+    pub fn update(
+        &mut self,
+        services: &Snapshot<ObjectKey, Arc<Service>>,
+        slices: &Snapshot<ObjectKey, Arc<EndpointSlice>>,
+    ) -> &Output {
+        match self.difference(services, slices) {
+            Some(frontends) => self.output.frontends = frontends,
+            None => self.output = frontends(services, slices),
+        }
+        self.services = services.clone();
+        self.slices = slices.clone();
+        &self.output
+    }
+
+    /// The frontends with those of the changed Services made anew; `None` where Services have or
+    /// get an address in common: then it has to be found out again whose it is.
+    fn difference(
+        &self,
+        services: &Snapshot<ObjectKey, Arc<Service>>,
+        slices: &Snapshot<ObjectKey, Arc<EndpointSlice>>,
+    ) -> Option<Snapshot<FrontendKey, Frontend>> {
+        if !self.output.conflicts.is_empty() {
+            return None;
+        }
+        let changed = self.changed(services, slices);
+        let mut frontends = self.output.frontends.clone();
+        for service in changed.iter().filter_map(|key| self.services.get(key)) {
+            for address in usable_addresses(service) {
+                let keys = keys_of(service, address);
+                keys.for_each(|key| drop(frontends.remove(&key)));
+            }
+        }
+        for key in &changed {
+            let Some(service) = services.get(key) else { continue };
+            let first = ObjectKey::new(key.namespace.clone(), "");
+            // A slice is in the namespace of its Service.
+            let in_namespace =
+                slices.range(first..).take_while(|(slice, _)| slice.namespace == key.namespace);
+            let of_service = in_namespace.filter(|(_, slice)| slice.service == *key);
+            let slices: Vec<&EndpointSlice> = of_service.map(|(_, slice)| slice.as_ref()).collect();
+            let name = Arc::new(key.clone());
+            for address in usable_addresses(service) {
+                for (key, frontend) in frontends_of(&name, service, address, &slices) {
+                    if frontends.insert(key, frontend).is_some() {
+                        return None;
+                    }
+                }
+            }
+        }
+        Some(frontends)
+    }
+
+    /// The Services that are others now, or whose slices are.
+    fn changed(
+        &self,
+        services: &Snapshot<ObjectKey, Arc<Service>>,
+        slices: &Snapshot<ObjectKey, Arc<EndpointSlice>>,
+    ) -> BTreeSet<ObjectKey> {
+        let mut changed = BTreeSet::new();
+        for item in self.services.diff(services) {
+            let (DiffItem::Add(key, _) | DiffItem::Update { new: (key, _), .. } | DiffItem::Remove(key, _)) =
+                item;
+            changed.insert(key.clone());
+        }
+        for item in self.slices.diff(slices) {
+            let (old, new) = match item {
+                DiffItem::Add(_, new) => (None, Some(new)),
+                DiffItem::Update { old: (_, old), new: (_, new) } => (Some(old), Some(new)),
+                DiffItem::Remove(_, old) => (Some(old), None),
+            };
+            changed.extend(old.into_iter().chain(new).map(|slice| slice.service.clone()));
+        }
+        changed
+    }
+}
+
+/// The cluster IPs that a Service may have, each once.
+fn usable_addresses(service: &Service) -> BTreeSet<IpAddr> {
+    service.addresses.iter().copied().filter(is_usable).collect()
+}
+
+/// The rows of one address of a Service.
+fn keys_of(service: &Service, address: IpAddr) -> impl Iterator<Item = FrontendKey> {
+    let wildcard = FrontendKey { address, port: 0, protocol: None };
+    let ports = service.ports.iter().filter(|port| port.port != 0);
+    let of_ports =
+        ports.map(move |port| FrontendKey { address, port: port.port, protocol: Some(port.protocol) });
+    std::iter::once(wildcard).chain(of_ports)
 }
 
 /// The frontends of one address of a Service.

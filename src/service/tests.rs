@@ -128,3 +128,27 @@ fn an_address_in_two_services_is_the_first_ones() {
     };
     assert_eq!(output.conflicts, [conflict]);
 }
+
+proptest::proptest! {
+    #[test]
+    fn differences_add_up_to_the_whole(
+        steps in proptest::collection::vec((proptest::bool::ANY, 0..4_usize, 0..4_usize, 0..3_u8, 0..3_u16), 1..30)
+    ) {
+        let (mut services, mut slices) = (Snapshot::new(), Snapshot::new());
+        let mut following = Frontends::default();
+        for (is_service, number, of, address, port) in steps {
+            let name = format!("s{number}");
+            // Few addresses, so that Services meet now and then; port 0 means that it goes.
+            if is_service {
+                let addresses = [format!("10.96.0.{}", number as u8 + address / 2), format!("fd96::{number}")];
+                let (key, row) = service(&name, &addresses.each_ref().map(String::as_str), &[("http", TCP, 80 + port)]);
+                if port == 0 { services.remove(&key); } else { services.insert(key, row); }
+            } else {
+                let backends = [ready(&format!("10.0.0.{address}")), ready(&format!("10.0.1.{address}"))];
+                let (key, row) = slice(&name, &format!("s{of}"), &[("http", TCP, 8080)], &backends);
+                if port == 0 { slices.remove(&key); } else { slices.insert(key, row); }
+            }
+            proptest::prop_assert_eq!(following.update(&services, &slices), &frontends(&services, &slices));
+        }
+    }
+}

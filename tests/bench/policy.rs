@@ -85,7 +85,7 @@ struct World {
     policies: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     endpoints: BTreeMap<EndpointId, IdentityId>,
-    addresses: BTreeMap<IpAddr, BaseAddress>,
+    addresses: Snapshot<IpAddr, BaseAddress>,
 }
 
 impl World {

@@ -61,9 +61,11 @@ fn other_node(cluster: &Cluster) -> IpAddr {
 
 fn facts(cluster: &Cluster) -> Facts {
     let mut facts = Facts::new(cluster, 0);
-    for entry in facts.addresses.values_mut().filter(|entry| entry.endpoint.is_none()) {
-        entry.node = Some(other_node(cluster));
-    }
+    let there = |(address, entry): (IpAddr, BaseAddress)| match entry.endpoint {
+        Some(_) => (address, entry),
+        None => (address, BaseAddress { node: Some(other_node(cluster)), ..entry }),
+    };
+    facts.addresses = facts.addresses.into_iter().map(there).collect();
     let kind = AddressKind::Node;
     for address in own_addresses() {
         let entry = BaseAddress { identity: IdentityId::HOST, node: None, endpoint: None, kind };

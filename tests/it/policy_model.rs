@@ -24,7 +24,7 @@ pub struct Facts {
     /// The pods of this node.
     pub endpoints: BTreeMap<EndpointId, IdentityId>,
     /// Who has which address.
-    pub addresses: BTreeMap<IpAddr, BaseAddress>,
+    pub addresses: Snapshot<IpAddr, BaseAddress>,
     pod_cidrs: Vec<IpNet>,
 }
 
@@ -39,7 +39,7 @@ impl Facts {
                 .collect(),
             identities: Snapshot::new(),
             endpoints: BTreeMap::new(),
-            addresses: BTreeMap::new(),
+            addresses: Snapshot::new(),
             pod_cidrs: random::pod_cidrs(),
         };
         for (index, pod) in cluster.pods.iter().enumerate() {

@@ -15,16 +15,17 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use serde_json::json;
 use weir::datapath::{Datapath, MapSizes, Options, dump};
 use weir::model::{AddressEntry, AddressKind, EndpointId, IdentityId};
+use weir::tables::Snapshot;
 
 use super::{isolated, link_ids, options};
 use crate::require::require_lab;
 
 const PINS_OF_CHILD: &str = "WEIR_TEST_DATAPATH_PINS";
 
-fn one_address() -> Result<BTreeMap<IpAddr, AddressEntry>> {
+fn one_address() -> Result<Snapshot<IpAddr, AddressEntry>> {
     let entry =
         AddressEntry { identity: IdentityId(300), node: None, endpoint: None, kind: AddressKind::Pod };
-    Ok([("10.0.0.1".parse()?, entry)].into())
+    Ok(Snapshot::unit("10.0.0.1".parse()?, entry))
 }
 
 /// The ids of both links of the loopback device, as (link, program).

@@ -10,14 +10,15 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 use weir::datapath::{Datapath, MapSizes, Options, Writers, dump};
 use weir::model::*;
+use weir::tables::Snapshot;
 
 use super::{isolated, options, private, small_maps};
 use crate::require::require_lab;
 
-type Addresses = BTreeMap<IpAddr, AddressEntry>;
+type Addresses = Snapshot<IpAddr, AddressEntry>;
 type Prefixes = BTreeMap<IpNet, PrefixEntry>;
 type Policies = BTreeMap<PolicyId, Arc<CompiledPolicy>>;
-type Frontends = BTreeMap<FrontendKey, Frontend>;
+type Frontends = Snapshot<FrontendKey, Frontend>;
 
 fn pod(identity: u32, endpoint: Option<u16>) -> AddressEntry {
     let node = endpoint.is_none().then(|| IpAddr::from([192, 0, 2, 2]));
@@ -28,12 +29,11 @@ fn pod(identity: u32, endpoint: Option<u16>) -> AddressEntry {
 fn addresses() -> Result<Addresses> {
     let node =
         AddressEntry { identity: IdentityId::HOST, node: None, endpoint: None, kind: AddressKind::Node };
-    Ok([
-        ("10.0.0.1".parse()?, pod(256, Some(1))),
+    Ok(Addresses::from_iter([
+        ("10.0.0.1".parse::<IpAddr>()?, pod(256, Some(1))),
         ("fd00::2".parse()?, pod(257, None)),
         ("192.0.2.1".parse()?, node),
-    ]
-    .into())
+    ]))
 }
 
 fn prefixes() -> Result<Prefixes> {
@@ -87,11 +87,10 @@ fn frontends(backends: &[&str]) -> Result<Frontends> {
     let backends = backends.iter().map(|backend| backend.parse()).collect::<Result<Vec<SocketAddr>, _>>()?;
     let tcp = FrontendKey { address, port: 80, protocol: Some(Protocol::Tcp) };
     let rest = FrontendKey { address, port: 0, protocol: None };
-    Ok([
+    Ok(Frontends::from_iter([
         (tcp, Frontend { service: service.clone(), backends }),
         (rest, Frontend { service, backends: Vec::new() }),
-    ]
-    .into())
+    ]))
 }
 
 fn write_all(writers: &mut Writers, policy_id: PolicyId) -> Result<()> {
@@ -226,7 +225,7 @@ fn the_address_epoch_rises_when_an_identity_may_have_changed() -> Result<()> {
     assert!(!risen()?, "writing removes nothing");
     writer.prune(&addresses, &prefixes)?;
     assert!(risen()?, "a prefix removed");
-    addresses.remove(&"10.0.0.1".parse()?);
+    addresses.remove(&"10.0.0.1".parse::<IpAddr>()?);
     writer.prune(&addresses, &prefixes)?;
     assert!(risen()?, "an address removed");
     writer.prune(&addresses, &prefixes)?;
