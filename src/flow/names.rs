@@ -239,7 +239,8 @@ impl Index {
 
     fn change(&mut self, before: Vec<(IpAddr, ObjectKey)>, after: Vec<(IpAddr, ObjectKey)>, now_ns: u64) {
         for (ip, pod) in after.iter().filter(|row| !before.contains(row)) {
-            let tenancies = self.pods.entry(*ip).or_default();
+            // Nearly all addresses have one tenancy: a growing vector would make room for four.
+            let tenancies = self.pods.entry(*ip).or_insert_with(|| Vec::with_capacity(1));
             match tenancies.iter_mut().find(|tenancy| tenancy.pod == *pod && tenancy.until_ns.is_none()) {
                 Some(tenancy) => tenancy.claims += 1,
                 None => {

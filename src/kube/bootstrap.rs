@@ -183,7 +183,7 @@ impl Servers {
                 .filter(|slice| slice.service == service)
                 .flat_map(|slice| {
                     let backends = slice.backends.iter().filter(|backend| backend.ready);
-                    let addresses = backends.flat_map(|backend| backend.addresses.clone());
+                    let addresses = backends.map(|backend| backend.address);
                     let port = slice.ports.first().map(|port| port.port);
                     addresses.filter_map(move |address| Some(SocketAddr::new(address, port?)))
                 })
@@ -311,11 +311,10 @@ mod tests {
         let slice = |name: &str, service: &str, ip: &str| {
             let key = ObjectKey { namespace: "default".into(), name: name.into() };
             let backend = SliceBackend {
-                addresses: vec![ip.parse().expect("an address")],
+                address: ip.parse().expect("an address"),
                 ready: true,
                 serving: true,
                 terminating: false,
-                node: None,
             };
             let port = ServicePort { name: "https".into(), protocol: Protocol::Tcp, port: 6443 };
             let service = ObjectKey { namespace: "default".into(), name: service.into() };

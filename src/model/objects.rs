@@ -160,14 +160,12 @@ pub struct EndpointSlice {
 /// One endpoint of an EndpointSlice.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SliceBackend {
-    /// Usually one; all have the slice's family.
-    pub addresses: Vec<IpAddr>,
+    /// The first of its addresses, which is the one that counts; of the slice's family.
+    pub address: IpAddr,
     /// `conditions.ready`, true when absent.
     pub ready: bool,
     /// `conditions.serving`, `ready` when absent.
     pub serving: bool,
     /// `conditions.terminating`.
     pub terminating: bool,
-    /// `nodeName`.
-    pub node: Option<String>,
 }

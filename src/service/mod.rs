@@ -195,14 +195,10 @@ fn backends_of(port: &ServicePort, is_ipv4: bool, slices: &[&EndpointSlice]) -> 
         let same = |of_slice: &&ServicePort| of_slice.name == port.name && of_slice.protocol == port.protocol;
         for target in slice.ports.iter().filter(same).filter(|target| target.port != 0) {
             for backend in &slice.backends {
-                // The API says that consumers use the first address only.
-                let Some(address) = backend.addresses.first().filter(|address| is_usable(address)) else {
-                    continue;
-                };
-                if address.is_ipv4() != is_ipv4 {
+                if !is_usable(&backend.address) || backend.address.is_ipv4() != is_ipv4 {
                     continue;
                 }
-                let backend_address = SocketAddr::new(*address, target.port);
+                let backend_address = SocketAddr::new(backend.address, target.port);
                 if backend.ready {
                     ready.insert(backend_address);
                 } else if backend.serving && backend.terminating {

@@ -29,8 +29,7 @@ fn ports_of(ports: &[(&str, Protocol, u16)]) -> Vec<ServicePort> {
 }
 
 fn ready(address: &str) -> SliceBackend {
-    let addresses = vec![ip(address)];
-    SliceBackend { addresses, ready: true, serving: true, terminating: false, node: None }
+    SliceBackend { address: ip(address), ready: true, serving: true, terminating: false }
 }
 
 fn ending(address: &str, serving: bool) -> SliceBackend {

@@ -109,9 +109,8 @@ pub fn endpoint_slice(
     let Some(service) = labels.get(SERVICE_NAME).filter(|name| !name.is_empty()) else { return Ok(None) };
     let mut backends = Vec::new();
     for endpoint in items(&document.get("endpoints")?)? {
-        backends.push(backend(&endpoint, is_ipv4, warnings)?);
+        backends.extend(backend(&endpoint, is_ipv4, warnings)?);
     }
-    backends.retain(|backend| !backend.addresses.is_empty());
     Ok(Some(EndpointSlice {
         key: id.key.clone(),
         service: ObjectKey::new(id.key.namespace.clone(), service.as_str()),
@@ -132,8 +131,9 @@ fn slice_ports(list: &Field) -> Result<Vec<ServicePort>> {
     Ok(ports)
 }
 
-fn backend(endpoint: &Field, is_ipv4: bool, warnings: &mut Vec<FieldError>) -> Result<SliceBackend> {
-    let mut addresses = Vec::new();
+/// The API says that consumers use the first address only.
+fn backend(endpoint: &Field, is_ipv4: bool, warnings: &mut Vec<FieldError>) -> Result<Option<SliceBackend>> {
+    let mut first = None;
     for field in items(&endpoint.get("addresses")?)? {
         let address = field.address()?;
         // Who may write slices must not reach what listens on the node itself (CVE-2021-25737).
@@ -143,18 +143,14 @@ fn backend(endpoint: &Field, is_ipv4: bool, warnings: &mut Vec<FieldError>) -> R
         };
         match reason {
             Some(reason) => warnings.push(field.error(format!("{address} {reason}; left out"))),
-            None => addresses.push(address),
+            None => first = first.or(Some(address)),
         }
     }
     let conditions = endpoint.get("conditions")?;
     let ready = conditions.get("ready")?.boolean()?.unwrap_or(true);
-    Ok(SliceBackend {
-        addresses,
-        ready,
-        serving: conditions.get("serving")?.boolean()?.unwrap_or(ready),
-        terminating: conditions.get("terminating")?.boolean()?.unwrap_or(false),
-        node: endpoint.get("nodeName")?.string()?.filter(|name| !name.is_empty()).map(str::to_owned),
-    })
+    let serving = conditions.get("serving")?.boolean()?.unwrap_or(ready);
+    let terminating = conditions.get("terminating")?.boolean()?.unwrap_or(false);
+    Ok(first.map(|address| SliceBackend { address, ready, serving, terminating }))
 }
 
 /// Why neither a Service nor a backend may have this address.

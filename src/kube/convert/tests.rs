@@ -520,24 +520,23 @@ fn broken_services_slices_nodes_and_pods_say_why() {
 fn slices_have_conditions_by_default_and_backends_that_may_be_reached() {
     let yaml = "{metadata: {name: web-1, namespace: shop, labels: {kubernetes.io/service-name: web}}, addressType: IPv4,
         ports: [{port: 80}, {name: all}, {name: dns, port: 53, protocol: UDP}], endpoints: [
-        {addresses: [10.0.0.1]}, {addresses: [10.0.0.2], conditions: {ready: false}, nodeName: a},
+        {addresses: [10.0.0.1, 10.0.0.8]}, {addresses: [10.0.0.2], conditions: {ready: false}, nodeName: a},
         {addresses: [10.0.0.3], conditions: {ready: false, serving: true, terminating: true}},
         {addresses: [127.0.0.1]}, {addresses: [169.254.169.254]}, {addresses: [224.0.0.1]}, {addresses: ['fd00::1']}]}";
-    let backend = |address: &str, ready, serving, terminating, node: Option<&str>| SliceBackend {
-        addresses: vec![address.parse().expect("an address")],
+    let backend = |address: &str, ready, serving, terminating| SliceBackend {
+        address: address.parse().expect("an address"),
         ready,
         serving,
         terminating,
-        node: node.map(str::to_owned),
     };
     let expected = EndpointSlice {
         key: ObjectKey::new("shop", "web-1"),
         service: ObjectKey::new("shop", "web"),
         ports: vec![port("", Protocol::Tcp, 80), port("dns", Protocol::Udp, 53)],
         backends: vec![
-            backend("10.0.0.1", true, true, false, None),
-            backend("10.0.0.2", false, false, false, Some("a")),
-            backend("10.0.0.3", false, true, true, None),
+            backend("10.0.0.1", true, true, false),
+            backend("10.0.0.2", false, false, false),
+            backend("10.0.0.3", false, true, true),
         ],
     };
     let converted = converted(Kind::EndpointSlice, yaml).expect("the slice is well formed");
