@@ -1,6 +1,6 @@
 # Every target is at most three lines and calls one tool or one script.
 # KEEP=1 make demo      leaves the demo running
-# make bench SUITE=NAME one suite only, of datapath ONLY=SECTION; make golden UPDATE=1 rewrites the files
+# make bench SUITE=NAME one suite only, of datapath and cluster ONLY=SECTION; make golden UPDATE=1 rewrites the files
 
 export KEEP SUITE ONLY UPDATE NODES AWAY
 .DEFAULT_GOAL := help

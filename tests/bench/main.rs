@@ -1,5 +1,9 @@
 //! `make bench`: every suite, or the one that SUITE names; tables here, JSON in `target/bench`.
 
+mod cluster;
+#[path = "../it/control_plane.rs"]
+#[allow(dead_code)]
+mod control_plane;
 mod datapath;
 #[path = "../it/packets/frame.rs"]
 #[allow(dead_code)]
@@ -22,7 +26,8 @@ use row::Row;
 type Measure = fn() -> Result<Vec<Row>>;
 
 /// Every suite, by name.
-const SUITES: [(&str, Measure); 2] = [("datapath", datapath::rows), ("policy", policy::rows)];
+const SUITES: [(&str, Measure); 3] =
+    [("datapath", datapath::rows), ("policy", policy::rows), ("cluster", cluster::rows)];
 
 fn main() -> Result<()> {
     load::run_if_asked()?;

@@ -1,4 +1,4 @@
-//! A real API server over a real etcd, on this machine's loopback, for tests that write into it.
+//! A real API server over a real etcd, on this machine's loopback, for tests and benchmarks that write into it.
 //!
 //! The programs are looked for in `$WEIR_CLUSTER_PROGRAMS`, in PATH, and where `make cluster` and kind's
 //! helper keep what they built. Where there are none, a test says that it was skipped. There are no
@@ -187,6 +187,11 @@ impl ControlPlane {
         PROGRAMS.map(tail).join("\n")
     }
 
+    /// Where it listens, on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// A file in its directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
@@ -199,7 +204,7 @@ impl ControlPlane {
             "kind": "Config",
             "current-context": "test",
             "clusters": [{"name": "test", "cluster": {
-                "server": format!("https://127.0.0.1:{}", self.port), "insecure-skip-tls-verify": true}}],
+                "server": format!("https://127.0.0.1:{}", self.port()), "insecure-skip-tls-verify": true}}],
             "users": [{"name": "test", "user": {"token": token}}],
             "contexts": [{"name": "test", "context": {
                 "cluster": "test", "user": "test", "namespace": "weir-system"}}],

@@ -67,11 +67,19 @@ pub struct Setup {
     pub agent_arguments: Vec<String>,
     /// Whether agents are started and awaited.
     pub starts_agents: bool,
+    /// Whether agents take their objects from the lab's manifests; else their own arguments say from where.
+    pub has_manifests: bool,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { nodes: 1, routing: "tunnel".to_owned(), agent_arguments: Vec::new(), starts_agents: true }
+        Self {
+            nodes: 1,
+            routing: "tunnel".to_owned(),
+            agent_arguments: Vec::new(),
+            starts_agents: true,
+            has_manifests: true,
+        }
     }
 }
 

@@ -52,8 +52,10 @@ impl Node {
             .with_context(|| format!("mounting a bpffs for {name}"))?;
         let path = |name: &str| own.join(name).display().to_string();
         let mut arguments: Vec<String> = ["agent", "--node-name", &name].map(str::to_owned).into();
+        if setup.has_manifests {
+            arguments.extend(["--manifests".to_owned(), directory.join("manifests").display().to_string()]);
+        }
         for (flag, value) in [
-            ("--manifests", directory.join("manifests").display().to_string()),
             ("--bpffs", path("bpf")),
             ("--cgroup-root", cgroup.path().display().to_string()),
             ("--state-dir", path("state")),
