@@ -61,14 +61,15 @@ impl Reconciler {
         writers.policies.write(&desired.policies).context("writing policies")?;
         writers.addresses.write(&desired.addresses, &desired.prefixes).context("writing addresses")?;
         writers.endpoints.write(&desired.endpoints).context("writing endpoints")?;
-        let removed_backends = writers.services.write(&desired.frontends).context("writing services")?;
+        let mut removed_backends = writers.services.write(&desired.frontends).context("writing services")?;
         let enforced = self.attach(desired)?;
         self.route(&desired.nodes).context("writing routes")?;
-        self.prune(desired)?;
+        removed_backends.extend(self.prune(desired)?);
         Ok(Applied { enforced, removed_backends })
     }
 
-    fn prune(&mut self, desired: &Desired) -> Result<()> {
+    /// Takes away what is not desired; the backends of services that are gone.
+    fn prune(&mut self, desired: &Desired) -> Result<Vec<SocketAddr>> {
         let gone: Vec<EndpointId> =
             self.attached.keys().filter(|id| !desired.endpoints.contains_key(id)).copied().collect();
         for id in gone {
@@ -77,10 +78,11 @@ impl Reconciler {
             }
         }
         let writers = &mut self.writers;
-        writers.services.prune(&desired.frontends).context("pruning services")?;
+        let removed_backends = writers.services.prune(&desired.frontends).context("pruning services")?;
         writers.endpoints.prune(&desired.endpoints).context("pruning endpoints")?;
         writers.addresses.prune(&desired.addresses, &desired.prefixes).context("pruning addresses")?;
-        writers.policies.prune(&desired.policies).context("pruning policies")
+        writers.policies.prune(&desired.policies).context("pruning policies")?;
+        Ok(removed_backends)
     }
 
     /// Attaches the programs of endpoints that are new; an endpoint whose device

@@ -192,6 +192,24 @@ fn a_removed_backend_gets_no_new_connection_and_stale_udp_ends() -> Result<()> {
 }
 
 #[test]
+fn udp_to_a_service_ends_with_the_service() -> Result<()> {
+    require_lab!();
+    let shop = Shop::start()?;
+    shop.serve(&[&shop.far])?;
+    expect_everywhere(&shop.clients(), Expected::Answered)?;
+    let datagrams =
+        shop.clients().map(|client| Traffic::udp(client.space(), socket_address(ADDRESSES[0], 1080)));
+    for traffic in &datagrams {
+        traffic.wait_for_answers(20)?;
+    }
+    // The backend is there and would go on answering.
+    shop.lab
+        .manifests()
+        .delete("{apiVersion: v1, kind: Service, metadata: {name: server, namespace: shop}}")?;
+    datagrams.iter().try_for_each(Traffic::wait_for_silence)
+}
+
+#[test]
 fn policy_judges_the_backend_and_not_the_service_address() -> Result<()> {
     require_lab!();
     let shop = Shop::start()?;
