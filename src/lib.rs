@@ -21,5 +21,6 @@ pub mod operator;
 pub mod policy;
 pub mod reconcile;
 pub mod service;
+pub mod signals;
 pub mod tables;
 pub mod telemetry;

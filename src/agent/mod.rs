@@ -23,7 +23,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 pub use compute::{Compute, Desired, View};
@@ -41,6 +40,7 @@ use crate::kube::{self, Publisher, Source, Tables};
 use crate::model::{Node, NodeEndpoints};
 use crate::netlink;
 use crate::reconcile::{OVERLAY_DEVICE, Reconciler};
+use crate::signals::stop_at_signal;
 use crate::tables::Table;
 use crate::telemetry::{self, ReadyGuard, Telemetry};
 use answers::{Answers, Known};
@@ -64,7 +64,7 @@ struct Start {
 pub async fn run(config: Config) -> Result<()> {
     netlink::set_sysctl_root(&config.args.proc_sys);
     let (stop, stopping) = watch::channel(false);
-    tokio::spawn(wait_for_signal(stop));
+    tokio::spawn(stop_at_signal(stop, "pods keep their connections"));
     let state_dir = &config.args.state_dir;
     std::fs::create_dir_all(state_dir).with_context(|| format!("making {}", state_dir.display()))?;
 
@@ -274,18 +274,4 @@ fn options(config: &Config, node: &Node, devices: &Devices) -> Options {
             ..Settings::default()
         },
     }
-}
-
-async fn wait_for_signal(stop: watch::Sender<bool>) {
-    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
-    let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
-        tracing::error!("the process gets no signals: end it with SIGKILL, the datapath stays in force");
-        return;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    tracing::info!("stopping; pods keep their connections");
-    stop.send_replace(true);
 }

@@ -38,13 +38,14 @@ impl Election {
         Self { leases, lease: lease.to_owned(), name: name.to_owned(), duration, seen: None }
     }
 
-    /// Returns once this replica leads; `alive` is called once a look.
-    pub async fn win(&mut self, alive: impl Fn()) -> Instant {
+    /// Returns once this replica leads; `tried` is told after each look whether there was an answer.
+    pub async fn win(&mut self, tried: impl Fn(bool)) -> Instant {
         let mut said = String::new();
         loop {
-            alive();
             let started = Instant::now();
-            match timeout(self.request_time(), self.try_win()).await {
+            let looked = timeout(self.request_time(), self.try_win()).await;
+            tried(matches!(looked, Ok(Ok(_))));
+            match looked {
                 Ok(Ok(true)) => return started,
                 Ok(Ok(false)) => said.clear(),
                 Ok(Err(error)) => warn_once(&mut said, format!("{:#}", anyhow::Error::new(error))),
@@ -54,17 +55,18 @@ impl Election {
         }
     }
 
-    /// Renews; returns when this replica leads no more. `since` is when it began to.
-    pub async fn keep(&mut self, since: Instant, alive: impl Fn()) {
+    /// Renews; returns when this replica leads no more. `since` is when it began to; `tried` as for `win`.
+    pub async fn keep(&mut self, since: Instant, tried: impl Fn(bool)) {
         let mut renewed = since;
         while renewed.elapsed() < self.duration * 2 / 3 {
-            alive();
             let pause = if renewed.elapsed() < self.duration / 5 { self.duration / 5 } else { LOOK };
             let left = (self.duration * 2 / 3).saturating_sub(renewed.elapsed());
             sleep(pause.min(left)).await;
             let started = Instant::now();
             let left = (self.duration * 2 / 3).saturating_sub(renewed.elapsed());
-            match timeout(self.request_time().min(left), self.renew()).await {
+            let renewing = timeout(self.request_time().min(left), self.renew()).await;
+            tried(matches!(renewing, Ok(Ok(_))));
+            match renewing {
                 Ok(Ok(true)) => renewed = started,
                 Ok(Ok(false)) => {
                     warn!("another replica leads");

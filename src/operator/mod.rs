@@ -12,6 +12,7 @@
 
 mod cidrs;
 mod config;
+mod contact;
 mod definitions;
 mod election;
 mod identities;
@@ -26,7 +27,6 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use kube::Client;
 use kube::api::{Api, PatchParams};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
@@ -35,7 +35,9 @@ pub use config::{OperatorArgs, OperatorConfig};
 pub use life::TAINT;
 
 use crate::kube::bootstrap::Servers;
+use crate::signals::stop_at_signal;
 use crate::telemetry::{self, Telemetry};
+use contact::Contact;
 use election::Election;
 use metrics::Metrics;
 
@@ -57,7 +59,7 @@ const LAST_ROUND: Duration = Duration::from_millis(800);
 /// Runs the operator until SIGTERM or SIGINT.
 pub async fn run(config: OperatorConfig) -> Result<()> {
     let (stop, stopping) = watch::channel(false);
-    tokio::spawn(wait_for_signal(stop));
+    tokio::spawn(stop_at_signal(stop, "another replica takes over"));
     let telemetry = Arc::new(Telemetry::of_operator());
     let metrics = Metrics::default();
     telemetry.register_with(|registry| metrics.register(registry));
@@ -101,17 +103,18 @@ async fn take_part(
     let duration = Duration::from_secs(config.args.operator_lease_seconds.into());
     let leases = Api::default_namespaced(client.clone());
     let mut election = Election::new(leases, LEASE, &config.args.operator_name, duration);
+    let contact = Contact::new(telemetry, duration);
     loop {
-        let alive = || telemetry.main_loop_alive();
+        let tried = |is_answered| contact.tried(is_answered);
         let since = tokio::select! {
-            since = election.win(alive) => since,
+            since = election.win(tried) => since,
             _ = stopping.wait_for(|stop| *stop) => return,
         };
         metrics.leader.set(1);
         let (resign, resigning) = watch::channel(false);
         let mut leading = Box::pin(lead(config, client, metrics, resigning));
         let is_asked = tokio::select! {
-            () = election.keep(since, alive) => false,
+            () = election.keep(since, tried) => false,
             () = &mut leading => false,
             _ = stopping.wait_for(|stop| *stop) => true,
         };
@@ -203,18 +206,4 @@ async fn client(config: &OperatorConfig) -> Result<Client> {
         return Ok(client);
     };
     crate::kube::bootstrap::client_from(file).await
-}
-
-async fn wait_for_signal(stop: watch::Sender<bool>) {
-    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
-    let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
-        tracing::error!("the process gets no signals: it can only be ended with SIGKILL");
-        return;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    info!("stopping; another replica takes over");
-    stop.send_replace(true);
 }

@@ -80,13 +80,23 @@ impl Replica {
         Ok(())
     }
 
-    /// The value of a metric, with its labels where it has any.
-    async fn metric(&self, name: &str) -> Result<f64> {
+    /// What it says of itself.
+    async fn get(&self, path: &str) -> Result<String> {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", self.metrics)).await?;
-        stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: weir\r\n\r\n").await?;
+        stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: weir\r\n\r\n").as_bytes()).await?;
         let mut text = String::new();
         stream.read_to_string(&mut text).await?;
+        Ok(text)
+    }
+
+    async fn is_ready(&self) -> Result<bool> {
+        Ok(self.get("/readyz").await?.starts_with("HTTP/1.0 200"))
+    }
+
+    /// The value of a metric, with its labels where it has any.
+    async fn metric(&self, name: &str) -> Result<f64> {
+        let text = self.get("/metrics").await?;
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.with_context(|| format!("{name} in {text}"))?.parse().context("reading a number")
     }

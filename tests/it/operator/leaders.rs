@@ -118,6 +118,7 @@ fn a_leader_that_cannot_renew_stops_before_the_lease_ends() -> Result<()> {
             Ok((one.metric("weir_operator_leader").await? == 1.0).then_some(()))
         })
         .await?;
+        until("one to be ready", || async { Ok(one.is_ready().await?.then_some(())) }).await?;
         // Without rights no renewal succeeds.
         let bindings: Api<k8s_openapi::api::rbac::v1::RoleBinding> =
             Api::namespaced(client.clone(), "weir-system");
@@ -140,6 +141,9 @@ fn a_leader_that_cannot_renew_stops_before_the_lease_ends() -> Result<()> {
             is_leading = one.metric("weir_operator_leader").await? == 1.0;
         }
         println!("stopped {:?} after the last renewal was seen", renewed.1.elapsed());
+        until("one not to be ready", || async { Ok((!one.is_ready().await?).then_some(())) }).await?;
+        ensure!(one.get("/readyz").await?.contains("waiting for: the API server's answer about the Lease"));
+        ensure!(one.get("/healthz").await?.starts_with("HTTP/1.0 200"), "a restart would not help");
         Ok(())
     })
 }
