@@ -13,6 +13,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
+use weir::kube::crd::SCHEMA_VERSION_ANNOTATION;
+
 use crate::kubernetes::Node;
 use crate::kubernetes::prober::Via;
 use crate::lab::METRICS;
@@ -25,8 +27,14 @@ const AGENTS: &str = "app.kubernetes.io/name=weir-agent";
 struct Fault {
     name: &'static str,
     run: fn(&mut World) -> Result<String>,
-    /// True if requests to pods of node 3 may fail meanwhile.
+    /// True if requests to pods of node 3 may fail meanwhile: those to Services, which have pods there.
     breaks_node: bool,
+}
+
+/// Requests of one way, and whether the fault may break them.
+struct Running {
+    requests: Requests,
+    may_fail: bool,
 }
 
 const FAULTS: &[Fault] = &[
@@ -38,23 +46,29 @@ const FAULTS: &[Fault] = &[
     Fault { name: "etcd_compacted_under_the_watch", run: etcd_compacted, breaks_node: false },
     Fault { name: "api_server_away", run: api_server_away, breaks_node: false },
     Fault { name: "operator_leader_killed", run: operator_leader_killed, breaks_node: false },
+    Fault { name: "definitions_upgraded", run: definitions_upgraded, breaks_node: false },
     Fault { name: "node_killed_and_replaced", run: node_replaced, breaks_node: true },
 ];
 
-/// Runs them and prints the table; true if nothing failed that should not.
+/// Runs them and prints the table; true if nothing failed that should not. EXPECTED are failures of
+/// requests to what the fault itself took away.
 pub fn run(world: &mut World, is_wanted: impl Fn(&str) -> bool) -> Result<bool> {
     let mut is_right = true;
-    println!("{:<40} {:>8} {:>7} {:>8} {:>8}  ", "FAULT", "REQUESTS", "FAILED", "EXPECTED", "GAP");
+    println!("{:<40} {:>8} {:>7} {:>8} {:>9}  ", "FAULT", "REQUESTS", "FAILED", "EXPECTED", "GAP");
     for fault in FAULTS.iter().filter(|fault| is_wanted(fault.name)) {
         let running = start(world, fault.breaks_node)?;
         let told = (fault.run)(world);
-        let (mut made, mut failed, mut gap, mut by) = (0, 0, Duration::ZERO, Vec::new());
-        for requests in running {
+        let (mut made, mut failed, mut expected, mut gap, mut by) = (0, 0, 0, Duration::ZERO, Vec::new());
+        for Running { requests, may_fail } in running {
             let name = requests.name.clone();
             let count = requests.stop()?;
             made += count.made;
-            failed += count.failed;
-            gap = gap.max(count.longest_gap);
+            if may_fail {
+                expected += count.failed;
+            } else {
+                failed += count.failed;
+                gap = gap.max(count.longest_gap);
+            }
             if count.failed > 0 {
                 by.push(format!("{name}: {} of {}", count.failed, count.made));
             }
@@ -64,9 +78,8 @@ pub fn run(world: &mut World, is_wanted: impl Fn(&str) -> bool) -> Result<bool> 
         let told =
             told.and_then(|told| left.map(|()| told)).unwrap_or_else(|error| format!("FAILED: {error:#}"));
         println!(
-            "{:<40} {made:>8} {failed:>7} {:>8} {:>6} ms  {told} {}",
+            "{:<40} {made:>8} {failed:>7} {expected:>8} {:>6} ms  {told} {}",
             fault.name,
-            0,
             gap.as_millis(),
             by.join(", ")
         );
@@ -75,22 +88,21 @@ pub fn run(world: &mut World, is_wanted: impl Fn(&str) -> bool) -> Result<bool> 
     Ok(is_right)
 }
 
-/// Requests along every way: same node and other, both families, UDP, Services. While a node is broken only
-/// those that have nothing to do with it count.
-fn start(world: &World, breaks_node: bool) -> Result<Vec<Requests>> {
+/// Requests along every way: same node and other, both families, UDP, Services.
+fn start(world: &World, breaks_node: bool) -> Result<Vec<Running>> {
     let (clients, servers) = (world.clients()?, world.servers()?);
     let (client, near, far) = (&clients[0], &servers[0], &servers[1]);
+    let always = |requests| Running { requests, may_fail: false };
     let mut running = vec![
-        world.request("same node", client, Via::Http, near.at(true, PORT))?,
-        world.request("other node", client, Via::Http, far.at(true, PORT))?,
-        world.request("other node IPv6", client, Via::Http, far.at(false, PORT))?,
-        world.request("other node UDP", client, Via::Udp, far.at(true, UDP_PORT))?,
+        always(world.request("same node", client, Via::Http, near.at(true, PORT))?),
+        always(world.request("other node", client, Via::Http, far.at(true, PORT))?),
+        always(world.request("other node IPv6", client, Via::Http, far.at(false, PORT))?),
+        always(world.request("other node UDP", client, Via::Udp, far.at(true, UDP_PORT))?),
     ];
-    if !breaks_node {
-        for address in world.service("e2e", "server")? {
-            let name = if address.is_ipv4() { "service" } else { "service IPv6" };
-            running.push(world.request(name, client, Via::Http, SocketAddr::new(address, 80))?);
-        }
+    for address in world.service("e2e", "server")? {
+        let name = if address.is_ipv4() { "service" } else { "service IPv6" };
+        let requests = world.request(name, client, Via::Http, SocketAddr::new(address, 80))?;
+        running.push(Running { requests, may_fail: breaks_node });
     }
     Ok(running)
 }
@@ -197,11 +209,22 @@ fn hundred_pods_at_once(world: &mut World) -> Result<String> {
     Ok(format!("ready after {:.1} s, {written} writes of the agent", took.as_secs_f32()))
 }
 
+/// What an agent says when the API server answers 410.
+const EXPIRED: &str = "the server has forgotten the version to go on from";
+
+/// How often the agent was told so.
+fn expired(world: &World, agent: &Pod) -> Result<usize> {
+    let log = world.cluster.kubectl(&["--namespace", "weir-system", "logs", &agent.name], "")?;
+    Ok(log.matches(EXPIRED).count())
+}
+
 /// The agent sleeps while the history that its watches would go on from is thrown away.
 fn etcd_compacted(world: &mut World) -> Result<String> {
     let (clients, servers) = (world.clients()?, world.servers()?);
     let denied = (Via::Http, clients[0].at(true, PORT));
-    let agent = agent_of(world, 1)?.process()?;
+    let pod = agent_of(world, 1)?;
+    let agent = pod.process()?;
+    let before = expired(world, &pod)?;
     kill(agent, Signal::SIGSTOP)?;
     let changed = compact(world);
     kill(agent, Signal::SIGCONT)?;
@@ -213,7 +236,9 @@ fn etcd_compacted(world: &mut World) -> Result<String> {
     world.cluster.wait("the pod to be open again", PATIENCE, || {
         Ok(world.probe(&servers[1], &[denied])?[0].is_answered())
     })?;
-    Ok(String::new())
+    let times = expired(world, &pod)? - before;
+    ensure!(times > 0, "no watch was told that its version is gone: nothing was tried");
+    Ok(format!("{times} watches began anew"))
 }
 
 fn compact(world: &World) -> Result<()> {
@@ -293,6 +318,36 @@ fn operator_leader_killed(world: &mut World) -> Result<String> {
         Ok(!now.is_empty() && now != leader)
     })?;
     Ok(format!("another led after {:.1} s", began.elapsed().as_secs_f32()))
+}
+
+/// The leader finds definitions of an older operator, and brings them up to date.
+fn definitions_upgraded(world: &mut World) -> Result<String> {
+    let kind = "customresourcedefinitions.apiextensions.k8s.io";
+    let names = ["identities.weir.dev", "nodeendpoints.weir.dev", "weirnodes.weir.dev"];
+    let versions = |world: &World| -> Result<Vec<String>> {
+        let version = |name: &&str| {
+            let definition = world.cluster.get(&[kind, name])?;
+            let version = &definition["metadata"]["annotations"][SCHEMA_VERSION_ANNOTATION];
+            Ok(version.as_str().unwrap_or_default().to_owned())
+        };
+        names.iter().map(version).collect()
+    };
+    let before = versions(world)?;
+    for name in names {
+        let older = json!({
+            "metadata": {"annotations": {SCHEMA_VERSION_ANNOTATION: "0"}},
+            "spec": {"names": {"shortNames": ["older"]}},
+        });
+        world
+            .cluster
+            .kubectl(&["patch", kind, name, "--type", "merge", "--patch", &older.to_string()], "")?;
+    }
+    let began = Instant::now();
+    let operators = "deployment/weir-operator";
+    world.cluster.kubectl(&["--namespace", "weir-system", "rollout", "restart", operators], "")?;
+    world.rollout("weir-system", operators)?;
+    world.cluster.wait("definitions of this version", PATIENCE, || Ok(versions(world)? == before))?;
+    Ok(format!("up to date after {:.1} s", began.elapsed().as_secs_f32()))
 }
 
 /// Node 3 loses its power, leaves the cluster, and comes back empty under its old name.
