@@ -38,6 +38,11 @@ pub fn services_follow_their_pods(world: &mut World) -> Result<()> {
         world.cluster.kubectl(&["--namespace", "e2e", "scale", "deployment/web", &argument], "")?;
         world.rollout("e2e", "deployment/web")?;
         if replicas == 0 {
+            // While pods end and none is ready, those that end serve: one is dead, another still answers.
+            world.cluster.wait("the pods to be gone", PATIENCE, || {
+                let pods = world.cluster.get(&["pods", "--namespace", "e2e", "--selector", "app=web"])?;
+                Ok(pods["items"].as_array().is_some_and(Vec::is_empty))
+            })?;
             let row = |address| Row {
                 from: client.clone(),
                 via: Via::Http,
