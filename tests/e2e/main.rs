@@ -26,7 +26,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use world::World;
+use world::{NoCluster, World};
 
 /// A step, which finds the cluster as it was and leaves it so.
 type Step = (&'static str, fn(&mut World) -> Result<()>);
@@ -85,6 +85,11 @@ fn main() -> ExitCode {
                 began.elapsed().as_secs_f32()
             );
             if is_right { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        // Where Weir is checked on machines that nobody chose for it.
+        Err(error) if error.is::<NoCluster>() && env::var_os("SKIP_WITHOUT_CLUSTER").is_some() => {
+            println!("SKIPPED (needs Kubernetes): every end-to-end test: {error:#}");
+            ExitCode::SUCCESS
         }
         Err(error) => {
             eprintln!("e2e: {error:#}");

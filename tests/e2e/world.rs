@@ -70,6 +70,11 @@ impl Pod {
     }
 }
 
+/// Kubernetes itself did not come up: nothing was tried yet.
+#[derive(Debug, thiserror::Error)]
+#[error("Kubernetes does not start on this machine")]
+pub struct NoCluster;
+
 impl World {
     /// Starts the cluster, deploys Weir, and waits for the fixtures.
     pub fn start() -> Result<Self> {
@@ -77,7 +82,7 @@ impl World {
         lab::cgroup::of_process()?;
         let name = format!("weirlab-{}-1", std::process::id());
         let setup = Setup { nodes: 3, gives_pod_cidrs: true, has_controllers: true };
-        let world = Self { cluster: Cluster::start(&name, &setup)? };
+        let world = Self { cluster: Cluster::start(&name, &setup).context(NoCluster)? };
         world.script("scripts/deploy", &["up"])?;
         let mut server = Command::new(world.cluster.programs().join("bin/agnhost"));
         server.args(["netexec", "--http-port=8080", "--udp-port=8081"]).stdin(Stdio::null());
