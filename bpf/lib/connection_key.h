@@ -8,11 +8,13 @@
 #include "packet.h"
 
 /* Fills the key of a flow; 1 if the packet's source is addr[1], else 0. */
-static __always_inline __u32 connection_key_of(const struct packet *packet,
-					       struct connection_key *key)
+static __always_inline __u32
+connection_key_fill(const addr_words *source, const addr_words *destination,
+		    __be16 source_port, __be16 destination_port, __u8 protocol,
+		    struct connection_key *key)
 {
-	const addr_words *source = (const void *)&packet->source;
-	const addr_words *destination = (const void *)&packet->destination;
+	addr_words *first = (void *)&key->addr[0];
+	addr_words *second = (void *)&key->addr[1];
 	bool high;
 
 	if (source[1] != destination[1])
@@ -20,22 +22,37 @@ static __always_inline __u32 connection_key_of(const struct packet *packet,
 	else if (source[0] != destination[0])
 		high = source[0] > destination[0];
 	else
-		high = packet->source_port > packet->destination_port;
+		high = source_port > destination_port;
 
 	if (high) {
-		addr_copy(&key->addr[0], &packet->destination);
-		addr_copy(&key->addr[1], &packet->source);
-		key->port[0] = packet->destination_port;
-		key->port[1] = packet->source_port;
+		first[0] = destination[0];
+		first[1] = destination[1];
+		second[0] = source[0];
+		second[1] = source[1];
+		key->port[0] = destination_port;
+		key->port[1] = source_port;
 	} else {
-		addr_copy(&key->addr[0], &packet->source);
-		addr_copy(&key->addr[1], &packet->destination);
-		key->port[0] = packet->source_port;
-		key->port[1] = packet->destination_port;
+		first[0] = source[0];
+		first[1] = source[1];
+		second[0] = destination[0];
+		second[1] = destination[1];
+		key->port[0] = source_port;
+		key->port[1] = destination_port;
 	}
-	key->protocol = packet->protocol;
+	key->protocol = protocol;
 	key->kind = CONNECTION_FLOW;
 	key->pad[0] = 0;
 	key->pad[1] = 0;
 	return high;
+}
+
+/* The same for a packet. */
+static __always_inline __u32 connection_key_of(const struct packet *packet,
+					       struct connection_key *key)
+{
+	return connection_key_fill((const void *)&packet->source,
+				   (const void *)&packet->destination,
+				   packet->source_port,
+				   packet->destination_port, packet->protocol,
+				   key);
 }

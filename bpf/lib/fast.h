@@ -10,17 +10,6 @@
 
 #include "flow.h"
 
-/* A packet's ends; nobody takes its address, so that it is never in memory. */
-struct fast_tuple {
-	__u64 source[2]; /* words of the address */
-	__u64 destination[2];
-	__be16 source_port;
-	__be16 destination_port;
-	__u8 protocol;
-	__u8 tcp_flags;
-	bool is_ipv6;
-};
-
 /* What was found on the fast way, for the ordinary one. */
 struct fast {
 	struct connection_key key __attribute__((aligned(8)));
@@ -28,98 +17,6 @@ struct fast {
 	__u32 high;
 	bool is_looked_up;
 };
-
-/* False if the packet is anything but plain TCP or UDP. */
-static __always_inline bool fast_parse(void *data, void *end,
-				       struct fast_tuple *tuple)
-{
-	struct ethhdr *ethernet = data;
-	struct tcphdr *l4;
-
-	if (data + ETHERNET_LENGTH + sizeof(struct iphdr) +
-		    sizeof(struct udphdr) >
-	    end)
-		return false;
-	if (ethernet->protocol == bpf_htons(ETH_P_IP)) {
-		struct iphdr *ip = data + ETHERNET_LENGTH;
-
-		if (ip->version_length != 0x45 ||
-		    ip->fragment &
-			    bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET))
-			return false;
-		tuple->is_ipv6 = false;
-		tuple->source[0] = 0;
-		tuple->destination[0] = 0;
-		tuple->source[1] = addr_low_word_of_ipv4(ip->source);
-		tuple->destination[1] = addr_low_word_of_ipv4(ip->destination);
-		tuple->protocol = ip->protocol;
-		l4 = (void *)(ip + 1);
-	} else if (ethernet->protocol == bpf_htons(ETH_P_IPV6)) {
-		struct ipv6hdr *ip = data + ETHERNET_LENGTH;
-
-		if ((void *)(ip + 1) + sizeof(struct udphdr) > end ||
-		    (ip->version_class_label & bpf_htonl(0xf0000000)) !=
-			    bpf_htonl(0x60000000))
-			return false;
-		tuple->is_ipv6 = true;
-		__builtin_memcpy(tuple->source, ip->source, 16);
-		__builtin_memcpy(tuple->destination, ip->destination, 16);
-		tuple->protocol = ip->next_header;
-		l4 = (void *)(ip + 1);
-	} else {
-		return false;
-	}
-	tuple->tcp_flags = 0;
-	if (tuple->protocol == IPPROTO_TCP) {
-		if ((void *)(l4 + 1) > end)
-			return false;
-		tuple->tcp_flags = l4->flags;
-		/* Beginnings and ends are reported. */
-		if (tuple->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST))
-			return false;
-	} else if (tuple->protocol != IPPROTO_UDP) {
-		return false;
-	}
-	tuple->source_port = l4->source;
-	tuple->destination_port = l4->destination;
-	return true;
-}
-
-/* As connection_key_of does; 1 if the source is addr[1]. */
-static __always_inline __u32 fast_key(const struct fast_tuple *tuple,
-				      struct connection_key *key)
-{
-	addr_words *first = (void *)&key->addr[0];
-	addr_words *second = (void *)&key->addr[1];
-	bool high;
-
-	if (tuple->source[1] != tuple->destination[1])
-		high = tuple->source[1] > tuple->destination[1];
-	else if (tuple->source[0] != tuple->destination[0])
-		high = tuple->source[0] > tuple->destination[0];
-	else
-		high = tuple->source_port > tuple->destination_port;
-	if (high) {
-		first[0] = tuple->destination[0];
-		first[1] = tuple->destination[1];
-		second[0] = tuple->source[0];
-		second[1] = tuple->source[1];
-		key->port[0] = tuple->destination_port;
-		key->port[1] = tuple->source_port;
-	} else {
-		first[0] = tuple->source[0];
-		first[1] = tuple->source[1];
-		second[0] = tuple->destination[0];
-		second[1] = tuple->destination[1];
-		key->port[0] = tuple->source_port;
-		key->port[1] = tuple->destination_port;
-	}
-	key->protocol = tuple->protocol;
-	key->kind = CONNECTION_FLOW;
-	key->pad[0] = 0;
-	key->pad[1] = 0;
-	return high;
-}
 
 /* The pod has this address. */
 static __always_inline bool fast_has(const struct endpoint *endpoint,
@@ -173,13 +70,15 @@ static __always_inline __u32 fast_from_pod(struct __sk_buff *ctx,
 	struct endpoint *source, *destination;
 	struct connection *connection;
 	struct ethhdr *ethernet = data;
-	struct fast_tuple tuple;
+	struct packet_tuple tuple;
 	__u32 side, id;
 
 	fast->is_looked_up = false;
 	fast->connection = NULL;
 	fast->high = 0;
-	if (!fast_parse(data, end, &tuple))
+	/* Beginnings and ends are reported. */
+	if (!packet_parse_plain(data, end, &tuple) ||
+	    tuple.tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST))
 		return 0;
 	id = ethernet->destination[4] << 8 | ethernet->destination[5];
 	source = endpoint_by_id(id);
@@ -187,7 +86,10 @@ static __always_inline __u32 fast_from_pod(struct __sk_buff *ctx,
 	    !fast_has(source, tuple.source, tuple.is_ipv6))
 		return 0;
 
-	fast->high = fast_key(&tuple, &fast->key);
+	fast->high = connection_key_fill(tuple.source, tuple.destination,
+					 tuple.source_port,
+					 tuple.destination_port, tuple.protocol,
+					 &fast->key);
 	connection = bpf_map_lookup_elem(&connections, &fast->key);
 	fast->connection = connection;
 	fast->is_looked_up = true;

@@ -397,60 +397,104 @@ __weak __noinline int packet_parse_slow(struct __sk_buff *ctx,
 	return -DROP_UNSUPPORTED_L3;
 }
 
+/* A plain packet's ends; nobody takes its address, so it is never in memory. */
+struct packet_tuple {
+	__u64 source[2]; /* words of the address */
+	__u64 destination[2];
+	__be16 source_port;
+	__be16 destination_port;
+	__u8 protocol;
+	__u8 tcp_flags;
+	bool is_ipv6;
+};
+
+static __always_inline bool addr_words_are_ipv4(const __u64 words[2])
+{
+	return !words[0] && (__u32)words[1] == bpf_htonl(0xffff);
+}
+
+/* False if the packet is anything but whole TCP or UDP without options. */
+static __always_inline bool packet_parse_plain(void *data, void *end,
+					       struct packet_tuple *tuple)
+{
+	struct ethhdr *ethernet = data;
+	struct tcphdr *l4;
+
+	if (data + ETHERNET_LENGTH + sizeof(struct iphdr) +
+		    sizeof(struct udphdr) >
+	    end)
+		return false;
+	if (ethernet->protocol == bpf_htons(ETH_P_IP)) {
+		struct iphdr *ip = data + ETHERNET_LENGTH;
+
+		if (ip->version_length != 0x45 ||
+		    ip->fragment &
+			    bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET))
+			return false;
+		tuple->is_ipv6 = false;
+		tuple->source[0] = 0;
+		tuple->destination[0] = 0;
+		tuple->source[1] = addr_low_word_of_ipv4(ip->source);
+		tuple->destination[1] = addr_low_word_of_ipv4(ip->destination);
+		tuple->protocol = ip->protocol;
+		l4 = (void *)(ip + 1);
+	} else if (ethernet->protocol == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6hdr *ip = data + ETHERNET_LENGTH;
+
+		if ((void *)(ip + 1) + sizeof(struct udphdr) > end ||
+		    (ip->version_class_label & bpf_htonl(0xf0000000)) !=
+			    bpf_htonl(0x60000000))
+			return false;
+		tuple->is_ipv6 = true;
+		__builtin_memcpy(tuple->source, ip->source, 16);
+		__builtin_memcpy(tuple->destination, ip->destination, 16);
+		if (addr_words_are_ipv4(tuple->source) ||
+		    addr_words_are_ipv4(tuple->destination))
+			return false;
+		tuple->protocol = ip->next_header;
+		l4 = (void *)(ip + 1);
+	} else {
+		return false;
+	}
+	tuple->tcp_flags = 0;
+	if (tuple->protocol == IPPROTO_TCP) {
+		if ((void *)(l4 + 1) > end)
+			return false;
+		tuple->tcp_flags = l4->flags;
+	} else if (tuple->protocol != IPPROTO_UDP) {
+		return false;
+	}
+	tuple->source_port = l4->source;
+	tuple->destination_port = l4->destination;
+	return true;
+}
+
 /* Fills what the frame says; 0 or a drop. The caller has zeroed `packet`. */
 static __always_inline int packet_parse(struct __sk_buff *ctx,
 					struct packet *packet)
 {
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
-	struct ethhdr *ethernet = data;
-	struct tcphdr *l4;
+	addr_words *source = (void *)&packet->source;
+	addr_words *destination = (void *)&packet->destination;
+	struct packet_tuple tuple;
 
 	packet->bytes = ctx->len;
-	if ((void *)(ethernet + 1) > end)
+	if (!packet_parse_plain(data, end, &tuple))
 		return packet_parse_slow(ctx, packet);
-
-	if (ethernet->protocol == bpf_htons(ETH_P_IP)) {
-		struct iphdr *ip = (void *)(ethernet + 1);
-
-		if ((void *)ip + sizeof(*ip) + sizeof(struct udphdr) > end ||
-		    ip->version_length != 0x45 ||
-		    ip->fragment &
-			    bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET))
-			return packet_parse_slow(ctx, packet);
-		addr_from_ipv4(&packet->source, ip->source);
-		addr_from_ipv4(&packet->destination, ip->destination);
-		packet->protocol = ip->protocol;
-		packet->flags |= PACKET_HAS_ADDRESSES;
-		l4 = (void *)(ip + 1);
-	} else if (ethernet->protocol == bpf_htons(ETH_P_IPV6)) {
-		struct ipv6hdr *ip = (void *)(ethernet + 1);
-
-		if ((void *)ip + sizeof(*ip) + sizeof(struct udphdr) > end ||
-		    (ip->version_class_label & bpf_htonl(0xf0000000)) !=
-			    bpf_htonl(0x60000000))
-			return packet_parse_slow(ctx, packet);
-		addr_from_ipv6(&packet->source, ip->source);
-		addr_from_ipv6(&packet->destination, ip->destination);
-		if (addr_is_ipv4(&packet->source) ||
-		    addr_is_ipv4(&packet->destination))
-			return packet_parse_slow(ctx, packet);
-		packet->protocol = ip->next_header;
-		packet->flags |= PACKET_HAS_ADDRESSES | PACKET_IPV6;
-		l4 = (void *)(ip + 1);
-	} else {
-		return packet_parse_slow(ctx, packet);
-	}
-
-	if (packet->protocol == IPPROTO_TCP) {
-		if ((void *)(l4 + 1) > end)
-			return packet_parse_slow(ctx, packet);
-		packet->tcp_flags = l4->flags;
-	} else if (packet->protocol != IPPROTO_UDP) {
-		return packet_parse_slow(ctx, packet);
-	}
-	packet->source_port = l4->source;
-	packet->destination_port = l4->destination;
-	packet->l4_offset = (void *)l4 - data;
+	source[0] = tuple.source[0];
+	source[1] = tuple.source[1];
+	destination[0] = tuple.destination[0];
+	destination[1] = tuple.destination[1];
+	packet->source_port = tuple.source_port;
+	packet->destination_port = tuple.destination_port;
+	packet->protocol = tuple.protocol;
+	packet->tcp_flags = tuple.tcp_flags;
+	packet->l4_offset =
+		ETHERNET_LENGTH + (tuple.is_ipv6 ? sizeof(struct ipv6hdr)
+						 : sizeof(struct iphdr));
+	packet->flags |= PACKET_HAS_ADDRESSES;
+	if (tuple.is_ipv6)
+		packet->flags |= PACKET_IPV6;
 	return 0;
 }
