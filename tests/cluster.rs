@@ -9,7 +9,7 @@ mod lab;
 
 use std::env;
 use std::io;
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -115,19 +115,7 @@ fn relay(target: &str) -> Result<()> {
     let listener = TcpListener::from(io::stdin().as_fd().try_clone_to_owned()?);
     for client in listener.incoming() {
         let (client, target) = (client?, target.to_owned());
-        thread::spawn(move || -> io::Result<()> {
-            let server = TcpStream::connect(target)?;
-            let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
-            let forth = thread::spawn(move || {
-                let _ = io::copy(&mut from, &mut to);
-                let _ = to.shutdown(Shutdown::Write);
-            });
-            let (mut from, mut to) = (server, client);
-            let _ = io::copy(&mut from, &mut to);
-            let _ = to.shutdown(Shutdown::Write);
-            let _ = forth.join();
-            Ok(())
-        });
+        thread::spawn(move || lab::relay(client, TcpStream::connect(target)?));
     }
     Ok(())
 }

@@ -13,8 +13,9 @@ use crate::model::{IdentityLabels, NodeEndpoints};
 const BATCH: Duration = Duration::from_millis(20);
 /// While changes go on, each write waits this many times as long after the last one as that did.
 const GROWTH: u32 = 3;
-/// And no longer than this. A hundred pods that start at once are a handful of writes then; the other
-/// nodes judge their packets meanwhile by the identity in the tunnel header.
+/// And no longer than this. A hundred pods that start at once are a handful of writes then; other nodes
+/// judge their packets meanwhile by the identity in the tunnel header. Native routing has none: there a
+/// pod of such a burst is a stranger to the others for as long, and a policy that names it denies.
 const LAST_BATCH: Duration = Duration::from_secs(1);
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);

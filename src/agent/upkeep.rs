@@ -19,12 +19,14 @@ const GARBAGE_INTERVAL: Duration = Duration::from_secs(15);
 
 /// How often it is asked whether the programs of new pods can move to links.
 const SETTLE_INTERVAL: Duration = Duration::from_secs(1);
+/// Pods often come several at a time: this long after the last one, all of them are there.
+const QUIET: Duration = Duration::from_secs(2);
 
 /// Gives links to pods that came with filters, for ever; one after the other, so that an ADD can come between.
 pub async fn settle_pods(datapath: Arc<Datapath>) {
     loop {
         let datapath = datapath.clone();
-        match tokio::task::spawn_blocking(move || datapath.settle_a_pod()).await {
+        match tokio::task::spawn_blocking(move || datapath.settle_a_pod(QUIET)).await {
             Ok(true) => continue,
             Ok(false) => {}
             Err(error) => tracing::error!(%error, "giving links to a pod"),

@@ -21,9 +21,6 @@ use crate::model::EndpointId;
 /// The programs of a pod's device.
 const POD_PROGRAMS: [&str; 2] = ["from_pod", "to_pod"];
 
-/// Pods often come several at a time: this long after the last one, all of them are there.
-const QUIET: Duration = Duration::from_secs(2);
-
 /// On a node where pods come all the time a device waits no longer than this.
 const LONGEST: Duration = Duration::from_secs(60);
 
@@ -66,22 +63,15 @@ impl Datapath {
 
     /// Verifies that a pod's device is under `from_pod` and `to_pod`; the error names what is not.
     pub fn verify_pod(&self, ifindex: u32) -> Result<()> {
-        let unsettled = self.unsettled.lock();
-        let by_filters = self.features().attach == AttachMode::Clsact || unsettled.contains_key(&ifindex);
-        POD_PROGRAMS.iter().try_for_each(|name| match by_filters {
-            true => self.verify_filter(ifindex, name),
-            false => self.verify_link(ifindex, name),
-        })
+        // Between the two of them a link comes before its filter goes.
+        let is_in_force =
+            |name: &&str| self.verify_link(ifindex, name).or_else(|_| self.verify_filter(ifindex, name));
+        POD_PROGRAMS.iter().try_for_each(is_in_force)
     }
 
-    /// Moves the programs of one pod's device from filters to links, if it is time for that;
-    /// true if there may be another one. One at a time: an ADD meanwhile waits for the kernel's lock.
-    pub fn settle_a_pod(&self) -> bool {
-        self.settle_one(QUIET)
-    }
-
-    /// As `settle_a_pod`, if no pod has come for `quiet`.
-    pub fn settle_one(&self, quiet: Duration) -> bool {
+    /// Moves the programs of one pod's device from filters to links, if no pod has come for `quiet`; true if
+    /// there may be another one. One at a time: an ADD meanwhile waits for the kernel's lock.
+    pub fn settle_a_pod(&self, quiet: Duration) -> bool {
         // Held to the end: detach_pod must not overtake us.
         let mut unsettled = self.unsettled.lock();
         let is_quiet = unsettled.values().all(|since| since.elapsed() >= quiet);

@@ -9,15 +9,15 @@ mod population;
 mod world;
 
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use crate::lab::binary;
 use crate::row::Row;
 
-/// What is measured together, and the row that says why if it could not be.
-const SECTIONS: [(&str, &str, crate::Measure); 3] = [
+const SECTIONS: [crate::Section; 3] = [
     ("large", "large/start_to_programmed_seconds", large::rows),
     ("latency", "latency/policy/change/p50_ms", latency::rows),
     ("image", "binary/weir_mib", image),
@@ -25,16 +25,7 @@ const SECTIONS: [(&str, &str, crate::Measure); 3] = [
 
 /// Measures every row, or those of the section that `ONLY` names.
 pub fn rows() -> Result<Vec<Row>> {
-    let only = std::env::var("ONLY").unwrap_or_default();
-    let names: Vec<&str> = SECTIONS.iter().map(|(name, ..)| *name).collect();
-    if !only.is_empty() && !names.contains(&&*only) {
-        bail!("the suite cluster has no section {only}: there are {}", names.join(", "));
-    }
-    let wanted = SECTIONS.iter().filter(|(name, ..)| only.is_empty() || *name == only);
-    let measure = |(_, row, measure): &(_, &str, crate::Measure)| {
-        measure().unwrap_or_else(|error| vec![Row::skipped(*row, "", format!("{error:#}"))])
-    };
-    Ok(wanted.flat_map(measure).collect())
+    crate::measure_sections("cluster", &SECTIONS)
 }
 
 /// The programs as they are built here; the image where `make image` has left one.
@@ -45,13 +36,12 @@ fn image() -> Result<Vec<Row>> {
         Row::new("binary/weir_cni_mib", "MiB", mib(&binary("weir-cni")?)?),
     ];
     let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/image/weir.tar");
-    rows.push(match mib(&archive) {
-        Ok(size) => Row::new("image/compressed_mib", "MiB", size).at_most(20.0),
-        Err(_) => Row::skipped(
-            "image/compressed_mib",
-            "MiB",
-            format!("no {}: make image writes it", archive.display()),
-        ),
+    rows.push(if archive.exists() {
+        let compressed = Command::new("gzip").arg("--stdout").arg(&archive).output()?.stdout;
+        Row::new("image/compressed_mib", "MiB", compressed.len() as f64 / 1_048_576.0).at_most(20.0)
+    } else {
+        let why = format!("no {}: make image writes it", archive.display());
+        Row::skipped("image/compressed_mib", "MiB", why)
     });
     Ok(rows)
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::from_pod;
 use crate::lab::{Lab, Pod, Setup};
@@ -30,8 +30,7 @@ spec:
   egress: [{to: [{podSelector: {matchLabels: {role: bench}}}]}]
 ";
 
-/// What is measured together, and the row that says why if it could not be.
-const SECTIONS: [(&str, &str, crate::Measure); 7] = [
+const SECTIONS: [crate::Section; 7] = [
     ("from_pod", "from_pod/established/ipv4", || Ok(from_pod::run())),
     ("same_node", "tcp_rr/same_node/vs_direct", same_node),
     ("two_nodes_vxlan", "tcp_rr/two_nodes_vxlan/vs_kernel_vxlan", || {
@@ -48,17 +47,7 @@ const SECTIONS: [(&str, &str, crate::Measure); 7] = [
 /// Measures every row, or those of the section that `ONLY` names; what cannot be measured is a row that says why.
 pub fn rows() -> Result<Vec<Row>> {
     pin()?;
-    let only = std::env::var("ONLY").unwrap_or_default();
-    let names: Vec<&str> = SECTIONS.iter().map(|(name, ..)| *name).collect();
-    if !only.is_empty() && !names.contains(&&*only) {
-        bail!("the suite datapath has no section {only}: there are {}", names.join(", "));
-    }
-    let wanted = SECTIONS.iter().filter(|(name, ..)| only.is_empty() || *name == only);
-    Ok(wanted.flat_map(|(_, row, measure)| measure().unwrap_or_else(|error| skipped(row, error))).collect())
-}
-
-fn skipped(row: &str, error: anyhow::Error) -> Vec<Row> {
-    vec![Row::skipped(row, "", format!("{error:#}"))]
+    crate::measure_sections("datapath", &SECTIONS)
 }
 
 /// A pair of pods that may talk to each other because a policy says so.

@@ -25,6 +25,9 @@ use row::Row;
 
 type Measure = fn() -> Result<Vec<Row>>;
 
+/// What is measured together, and the row that says why if it could not be.
+type Section = (&'static str, &'static str, Measure);
+
 /// Every suite, by name.
 const SUITES: [(&str, Measure); 3] =
     [("datapath", datapath::rows), ("policy", policy::rows), ("cluster", cluster::rows)];
@@ -44,4 +47,18 @@ fn main() -> Result<()> {
         row::report(name, &rows()?)?;
     }
     Ok(())
+}
+
+/// The rows of every section of a suite, or of the one that ONLY names.
+fn measure_sections(suite: &str, sections: &[Section]) -> Result<Vec<Row>> {
+    let only = std::env::var("ONLY").unwrap_or_default();
+    let names: Vec<&str> = sections.iter().map(|(name, ..)| *name).collect();
+    if !only.is_empty() && !names.contains(&&*only) {
+        bail!("the suite {suite} has no section {only}: there are {}", names.join(", "));
+    }
+    let wanted = sections.iter().filter(|(name, ..)| only.is_empty() || *name == only);
+    let measure = |(_, row, measure): &Section| {
+        measure().unwrap_or_else(|error| vec![Row::skipped(*row, "", format!("{error:#}"))])
+    };
+    Ok(wanted.flat_map(measure).collect())
 }

@@ -23,6 +23,7 @@ mod manifests;
 mod node;
 mod pod;
 mod probe;
+mod relay;
 mod space;
 mod traffic;
 mod wire;
@@ -45,6 +46,7 @@ pub use self::{
     node::{METRICS, Node},
     pod::{PORTS, Plugin, Pod, PodSpec},
     probe::{Outcome, PATIENCE, Server, Via, ping, probe, probe_udp},
+    relay::relay,
     space::{Running, Space, output_of},
     traffic::{Report, Traffic},
     wire::{OUTSIDE, Wire, node_addresses, route_to_pods},

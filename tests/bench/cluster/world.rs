@@ -1,8 +1,7 @@
 //! A real API server, and nodes of the lab whose agents ask it.
 
 use std::fs;
-use std::io;
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::pin::pin;
 use std::sync::Arc;
@@ -20,7 +19,7 @@ use tokio::runtime::Runtime;
 use weir::kube::crd::NodeEndpoints;
 
 use crate::control_plane::{self, ControlPlane};
-use crate::lab::{self, Lab, Pod, Setup, Space};
+use crate::lab::{self, Lab, Pod, Setup, Space, relay};
 
 /// The ABI directory of the pinned maps is the only one there.
 const PINS: &str = "bpf/weir";
@@ -184,7 +183,7 @@ impl Relay {
         thread::spawn(move || {
             for client in accepting.incoming() {
                 let Ok(client) = client else { return };
-                thread::spawn(move || relay(client, port));
+                thread::spawn(move || relay(client, TcpStream::connect(("127.0.0.1", port))?));
             }
         });
         Ok(Self(listener))
@@ -196,21 +195,4 @@ impl Drop for Relay {
         // Ends the thread that accepts, which holds the node's namespace.
         let _ = nix::sys::socket::shutdown(self.0.as_raw_fd(), nix::sys::socket::Shutdown::Both);
     }
-}
-
-fn relay(client: TcpStream, port: u16) -> io::Result<()> {
-    let server = TcpStream::connect(("127.0.0.1", port))?;
-    for stream in [&client, &server] {
-        stream.set_nodelay(true)?;
-    }
-    let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
-    let forth = thread::spawn(move || {
-        let _ = io::copy(&mut from, &mut to);
-        let _ = to.shutdown(Shutdown::Write);
-    });
-    let (mut from, mut to) = (server, client);
-    let _ = io::copy(&mut from, &mut to);
-    let _ = to.shutdown(Shutdown::Both);
-    let _ = forth.join();
-    Ok(())
 }

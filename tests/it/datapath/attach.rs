@@ -119,7 +119,7 @@ fn a_new_pod_has_filters_at_once_and_links_when_it_is_quiet() -> Result<()> {
         first.attach_pod(EndpointId(1), 1)?;
         assert_eq!((filters()?.map(|filters| filters.len()), links()?), ([1, 1], 0));
         first.verify_pod(1)?;
-        assert!(!first.settle_one(Duration::from_secs(3600)), "pods may still be coming");
+        assert!(!first.settle_a_pod(Duration::from_secs(3600)), "pods may still be coming");
         assert_eq!(links()?, 0);
         drop(first);
 
@@ -128,17 +128,17 @@ fn a_new_pod_has_filters_at_once_and_links_when_it_is_quiet() -> Result<()> {
         second.attach_pod(EndpointId(1), 1)?;
         second.verify_pod(1)?;
         assert_eq!((filters()?.map(|filters| filters.len()), links()?), ([1, 1], 0));
-        assert!(second.settle_one(Duration::ZERO));
+        assert!(second.settle_a_pod(Duration::ZERO));
         assert_eq!((filters()?.map(|filters| filters.len()), links()?), ([0, 0], 2));
         second.verify_pod(1)?;
-        assert!(!second.settle_one(Duration::ZERO), "nothing is left to do");
+        assert!(!second.settle_a_pod(Duration::ZERO), "nothing is left to do");
         second.detach_pod(EndpointId(1), 1)?;
         assert_eq!((filters()?.map(|filters| filters.len()), links()?), ([0, 0], 0));
 
         // Gone before it was quiet: nothing comes back.
         second.attach_pod(EndpointId(1), 1)?;
         second.detach_pod(EndpointId(1), 1)?;
-        assert!(!second.settle_one(Duration::ZERO));
+        assert!(!second.settle_a_pod(Duration::ZERO));
         assert_eq!((filters()?.map(|filters| filters.len()), links()?), ([0, 0], 0));
         assert!(second.verify_pod(1).is_err());
         Ok(())

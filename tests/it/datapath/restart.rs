@@ -36,7 +36,7 @@ fn pod_links(pins: &Path) -> Result<[(u32, u32); 2]> {
 /// As when the pod has been there for a while.
 fn attach_and_settle(datapath: &Datapath) -> Result<()> {
     datapath.attach_pod(EndpointId(1), 1)?;
-    datapath.settle_one(Duration::ZERO);
+    datapath.settle_a_pod(Duration::ZERO);
     datapath.verify_pod(1)
 }
 
