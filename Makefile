@@ -26,7 +26,7 @@ verify: setup ## verified instructions of every BPF program (root)
 	cargo run --bin weir -- verify --limit 200000
 
 bench: setup ## measure; tables here, JSON in target/bench (root)
-	cargo build --release --bins --example bench && cargo run --release --example bench
+	cargo build --release --bins --example bench --example cluster && cargo run --release --example bench
 
 demo: setup ## two nodes, a small shop, its policies and its flows (root)
 	cargo build --bins --example demo && cargo run --example demo

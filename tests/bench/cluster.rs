@@ -1,26 +1,30 @@
 //! The suite `cluster`: what a large cluster costs an agent, and how soon a change of it counts.
 //!
 //! A real API server, real agents on the lab's nodes, real pods; the rest of a large cluster is
-//! written into the API server as its agents and controllers would have written it.
+//! written into the API server as its agents and controllers would have written it. What kubelet and
+//! the container runtime have a part in is measured on the cluster of the end-to-end tests.
 
 mod large;
 mod latency;
 mod population;
+mod real;
 mod world;
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
-use crate::lab::binary;
 use crate::row::Row;
 
-const SECTIONS: [crate::Section; 3] = [
+const SECTIONS: [crate::Section; 4] = [
     ("large", "large/start_to_programmed_seconds", large::rows),
     ("latency", "latency/policy/change/p50_ms", latency::rows),
-    ("image", "binary/weir_mib", image),
+    // Deploying it builds the image, which the last section looks at.
+    ("real", "pod/start_p50/vs_ptp", real::rows),
+    ("image", "image/compressed_mib", image),
 ];
 
 /// Measures every row, or those of the section that `ONLY` names.
@@ -28,22 +32,19 @@ pub fn rows() -> Result<Vec<Row>> {
     crate::measure_sections("cluster", &SECTIONS)
 }
 
-/// The programs as they are built here; the image where `make image` has left one.
+/// What a node is sent: the programs as they are in the image, and the image.
 fn image() -> Result<Vec<Row>> {
-    let mib = |path: &Path| -> Result<f64> { Ok(std::fs::metadata(path)?.len() as f64 / 1_048_576.0) };
-    let mut rows = vec![
-        Row::new("binary/weir_mib", "MiB", mib(&binary("weir")?)?),
-        Row::new("binary/weir_cni_mib", "MiB", mib(&binary("weir-cni")?)?),
-    ];
-    let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/image/weir.tar");
-    rows.push(if archive.exists() {
-        let compressed = Command::new("gzip").arg("--stdout").arg(&archive).output()?.stdout;
-        Row::new("image/compressed_mib", "MiB", compressed.len() as f64 / 1_048_576.0).at_most(20.0)
-    } else {
-        let why = format!("no {}: make image writes it", archive.display());
-        Row::skipped("image/compressed_mib", "MiB", why)
-    });
-    Ok(rows)
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/image");
+    let archive = directory.join("weir.tar");
+    ensure!(archive.exists(), "no {}: make image writes it", archive.display());
+    let mib = |bytes: usize| bytes as f64 / 1_048_576.0;
+    let program = |name| -> Result<f64> { Ok(mib(fs::read(directory.join("context").join(name))?.len())) };
+    let compressed = Command::new("gzip").arg("--stdout").arg(&archive).output()?.stdout;
+    Ok(vec![
+        Row::new("binary/weir_mib", "MiB", program("weir")?),
+        Row::new("binary/weir_cni_mib", "MiB", program("weir-cni")?),
+        Row::new("image/compressed_mib", "MiB", mib(compressed.len())).at_most(20.0),
+    ])
 }
 
 /// The value below which `share` of the samples are.

@@ -5,10 +5,15 @@ mod cluster;
 #[allow(dead_code)]
 mod control_plane;
 mod datapath;
+#[path = "../e2e/world.rs"]
+#[allow(dead_code)]
+mod end_to_end;
 #[path = "../it/packets/frame.rs"]
 #[allow(dead_code)]
 mod frame;
 mod from_pod;
+#[path = "../kubernetes/mod.rs"]
+mod kubernetes;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod load;

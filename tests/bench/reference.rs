@@ -1,5 +1,6 @@
 //! What Weir is compared with: the kernel's own ways, and the CNI plugins of the distribution.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -97,6 +98,9 @@ pub struct OtherPlugin {
 }
 
 impl OtherPlugin {
+    /// How the addresses that it gives begin.
+    pub const ADDRESSES: &str = "10.4.";
+
     /// The bridge plugin.
     pub fn bridge(directory: &Path) -> Self {
         Self::new("bridge", directory, json!({"bridge": "cni0", "isGateway": true}))
@@ -118,11 +122,38 @@ impl OtherPlugin {
         Self { program: Path::new(PLUGINS).join(name), config }
     }
 
-    /// Connects `pod` to `node`: its address, and how long that took.
-    pub fn add(&self, node: &Space, pod: &Space) -> Result<(std::net::IpAddr, Duration)> {
+    /// What a container runtime reads to use it.
+    pub fn list(&self) -> Value {
+        let mut plugin = self.config.clone();
+        let mut list = json!({});
+        for key in ["cniVersion", "name"] {
+            list[key] = plugin[key].take();
+        }
+        list["plugins"] = json!([plugin]);
+        list
+    }
+
+    /// Copies it, and what gives it addresses, to `directory`.
+    pub fn install(&self, directory: &Path) -> Result<()> {
+        self.check()?;
+        for program in [&self.program, &self.program.with_file_name("host-local")] {
+            let name = program.file_name().context("a program has a name")?;
+            fs::copy(program, directory.join(name))
+                .with_context(|| format!("copying {} to {}", program.display(), directory.display()))?;
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
         if !self.program.exists() {
             bail!("{} is not installed (containernetworking-plugins)", self.program.display());
         }
+        Ok(())
+    }
+
+    /// Connects `pod` to `node`: its address, and how long that took.
+    pub fn add(&self, node: &Space, pod: &Space) -> Result<(std::net::IpAddr, Duration)> {
+        self.check()?;
         let mut command = Command::new(&self.program);
         command.env("CNI_COMMAND", "ADD").env("CNI_CONTAINERID", pod.name()).env("CNI_IFNAME", "eth0");
         command.env("CNI_NETNS", pod.path()).env("CNI_PATH", PLUGINS);

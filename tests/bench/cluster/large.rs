@@ -15,7 +15,7 @@ use weir::model::{IdentityId, IdentityLabels};
 use super::population::{
     self, NODES, PODS_PER_NODE, SERVICES, namespace, node_endpoints, node_name, pod_labels,
 };
-use super::world::{World, Writes, memory};
+use super::world::{World, Writes, agent, memory};
 use crate::lab::{Node, Pod};
 use crate::load::median;
 use crate::row::Row;
@@ -58,7 +58,7 @@ pub fn rows() -> Result<Vec<Row>> {
         })
     })?;
     changing.1?;
-    let (resident, peak) = (memory(node, "VmRSS:")?, memory(node, "VmHWM:")?);
+    let (resident, peak) = (memory(agent(node)?, "VmRSS:")?, memory(agent(node)?, "VmHWM:")?);
     drop(pods);
     Ok(vec![
         Row::new("large/start_to_programmed_seconds/first", "s", first).at_most(5.0),
@@ -147,8 +147,7 @@ async fn claims_agree(world: &World) -> Result<f64> {
 /// The processor time of the node's agent during `work`, in cores, and what came of the work.
 fn cores<T>(node: &Node, work: impl FnOnce() -> T) -> Result<(f64, T)> {
     let ticks = || -> Result<u64> {
-        let pid = node.agent_pid().context("the agent runs")?;
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let stat = fs::read_to_string(format!("/proc/{}/stat", agent(node)?))?;
         // After the name, which may hold spaces, user and system time are the 12th and 13th.
         let rest = stat.rsplit(") ").next().context("a name in parentheses")?;
         rest.split(' ').skip(11).take(2).map(|ticks| Ok(ticks.parse::<u64>()?)).sum()

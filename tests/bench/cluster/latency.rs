@@ -14,7 +14,7 @@ use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
 
 use super::quantile;
-use super::world::{PinnedMap, World, Writes, memory};
+use super::world::{PinnedMap, World, Writes, agent, memory};
 use crate::lab::Pod;
 use crate::load::median;
 use crate::row::Row;
@@ -52,7 +52,7 @@ pub fn rows() -> Result<Vec<Row>> {
     rows.extend(slices(&world)?);
     rows.push(burst(&world)?);
     rows.push(Row::new("agent/start_to_ready_seconds", "s", median(ready)).at_most(1.0));
-    rows.push(Row::new("agent/rss_mib", "MiB", memory(world.lab.node(2), "VmRSS:")?));
+    rows.push(Row::new("agent/rss_mib", "MiB", memory(agent(world.lab.node(2))?, "VmRSS:")?));
     Ok(rows)
 }
 

@@ -14,6 +14,7 @@ use k8s_openapi::api::core::v1::{Namespace, Node, Pod as PodObject};
 use kube::Client;
 use kube::api::{Api, DeleteParams, WatchEvent, WatchParams};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use weir::kube::crd::NodeEndpoints;
@@ -150,12 +151,16 @@ impl PinnedMap {
     }
 }
 
-/// A line of the memory of a node's agent, in MiB.
-pub fn memory(node: &lab::Node, line: &str) -> Result<f64> {
-    let pid = node.agent_pid().context("the agent runs")?;
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+/// A line of the memory of a process, in MiB.
+pub fn memory(process: Pid, line: &str) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let value = status.lines().find_map(|text| text.strip_prefix(line)).context("a line of status")?;
     Ok(value.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+}
+
+/// The process of a node's agent.
+pub fn agent(node: &lab::Node) -> Result<Pid> {
+    Ok(Pid::from_raw(i32::try_from(node.agent_pid().context("the agent runs")?)?))
 }
 
 /// A Node as a kubelet registers it.
