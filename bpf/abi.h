@@ -205,7 +205,9 @@ struct service {
 };
 
 enum service_flags {
-	SERVICE_WILDCARD = 1 << 0, /* the port 0 entry */
+	SERVICE_WILDCARD = 1 << 0,  /* the port 0 entry */
+	SERVICE_HOST_PORT = 1 << 1, /* a port of this node that is a pod's: for everybody who reaches the node */
+	SERVICE_LOOPBACK = 1 << 2,  /* of a loopback address: for sockets of the node's own namespace only */
 };
 
 /* A new set of backends is written under the next generation, then service.generation flips. */

@@ -1,29 +1,58 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /*
  * The node's own devices. from_network gives pods what is theirs: answers to
- * masqueraded packets, and with native routing whatever is addressed to them;
- * everything else is the stack's. to_network masquerades what pods send out of
- * the cluster.
+ * masqueraded packets, what comes for their host ports, and with native routing
+ * whatever is addressed to them; everything else is the stack's. to_network
+ * masquerades what pods send out of the cluster.
  */
 #include "lib/flow.h"
 #include "lib/forward.h"
 #include "lib/icmp.h"
 #include "lib/nat.h"
+#include "lib/service.h"
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
+
+/* Makes the pod that has this port of the node the destination: true if one
+ * has. It keeps nothing: a packet that policy denies must not cost a row. */
+__weak __noinline int network_host_port(struct packet *packet)
+{
+	struct backend *backend;
+
+	if (!packet)
+		return 0;
+	/* Tunnel packets are the most of what comes, and never a pod's. */
+	if (packet->protocol == IPPROTO_UDP &&
+	    packet->destination_port == bpf_htons(settings.tunnel_port))
+		return 0;
+	backend = service_host_port(&packet->destination,
+				    packet->destination_port, packet->protocol);
+	if (!backend)
+		return 0;
+	addr_copy(&packet->service, &packet->destination);
+	packet->service_port = packet->destination_port;
+	addr_copy(&packet->destination, &backend->addr);
+	packet->destination_port = backend->port;
+	packet->flags |= PACKET_HAS_SERVICE | PACKET_NEW_DESTINATION;
+	return 1;
+}
 
 /* 1: a pod's, go on; 0: the stack's; or a drop. */
 static __always_inline int network_is_for_pod(struct __sk_buff *ctx,
 					      struct packet *packet)
 {
 	struct address *address;
+	int ret = 0;
 
-	if (addr_equal(&packet->destination, nat_node_addr(packet)))
-		return packet->flags & PACKET_ICMP_ERROR
-			       ? icmp_translate(ctx, packet, DIRECTION_INGRESS)
-			       : nat_restore(ctx, packet);
-	address = bpf_map_lookup_elem(&addresses, &packet->destination);
-	return address && address->endpoint_id;
+	if (addr_equal(&packet->destination, nat_node_addr(packet))) {
+		if (packet->flags & PACKET_ICMP_ERROR)
+			return icmp_translate(ctx, packet, DIRECTION_INGRESS);
+		ret = nat_restore(ctx, packet);
+	} else {
+		address = bpf_map_lookup_elem(&addresses, &packet->destination);
+		ret = address && address->endpoint_id;
+	}
+	return ret ? ret : network_host_port(packet);
 }
 
 SEC("tcx/ingress")

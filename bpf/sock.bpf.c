@@ -65,6 +65,15 @@ static __always_inline __u32 sock_number(__u64 cookie)
 	return (cookie * 0x9e3779b97f4a7c15) >> 32;
 }
 
+/* A loopback address means another thing in every namespace. */
+static __always_inline bool sock_may_use(struct bpf_sock_addr *ctx,
+					 const struct service *service)
+{
+	return !(service->flags & SERVICE_LOOPBACK) ||
+	       (settings.netns_cookie &&
+		bpf_get_netns_cookie(ctx) == settings.netns_cookie);
+}
+
 /* connect() and sendmsg(). */
 static __always_inline int sock_translate(struct bpf_sock_addr *ctx,
 					  bool is_datagram, bool is_ipv6)
@@ -88,6 +97,8 @@ static __always_inline int sock_translate(struct bpf_sock_addr *ctx,
 	}
 	if (service->flags & SERVICE_WILDCARD)
 		return sock_refuse();
+	if (!sock_may_use(ctx, service))
+		return SOCK_PASS;
 
 	key.cookie = bpf_get_socket_cookie(ctx);
 	number = is_datagram ? sock_number(key.cookie) : bpf_get_prandom_u32();

@@ -43,14 +43,17 @@ static __always_inline int forward_set_tunnel_key(struct __sk_buff *ctx,
 		       : 0;
 }
 
-static __always_inline int forward_to_route(struct __sk_buff *ctx,
-					    const struct packet *packet)
+__weak __noinline int forward_to_route(struct __sk_buff *ctx,
+				       struct packet *packet)
 {
 	struct bpf_fib_lookup fib = {.ifindex = ctx->ifindex};
 	struct bpf_redir_neigh next = {};
-	bool is_ipv6 = packet->flags & PACKET_IPV6;
+	bool is_ipv6;
 	long ret;
 
+	if (!packet)
+		return -DROP_UNROUTABLE_IP;
+	is_ipv6 = packet->flags & PACKET_IPV6;
 	if (is_ipv6) {
 		fib.family = AF_INET6;
 		__builtin_memcpy(fib.source, packet->source.w, 16);
@@ -113,6 +116,10 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 	case ROUTE_NODE:
 		return forward_to_node(ctx, packet);
 	case ROUTE_STACK:
+		/* A host port answers: the stack would not take the node's own
+		 * address from a device. */
+		if (packet->flags & PACKET_NEW_SOURCE)
+			return forward_to_route(ctx, packet);
 		/* Who asked the pod by its own address hears from that address.
 		 */
 		if (packet->flags & PACKET_REPLY)

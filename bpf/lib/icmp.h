@@ -9,6 +9,7 @@
 
 #include "flow.h"
 #include "nat.h"
+#include "service.h"
 
 #define ICMP_HEADER_LENGTH ((__u32)sizeof(struct icmphdr))
 
@@ -192,9 +193,9 @@ static __always_inline int judge(struct __sk_buff *ctx, struct packet *packet)
 }
 
 /*
- * Masquerades an ICMP error like the flow it tells of: coming in, the node's
- * address becomes the pod's; going out, the pod's the node's. 1 if it did, 0 if
- * the flow is none of ours, or a drop.
+ * Translates an ICMP error like the flow it tells of, masqueraded or of a host
+ * port: coming in, the node's address becomes the pod's; going out, the pod's
+ * the node's. 1 if it did, 0 if the flow is none of ours, or a drop.
  */
 __weak __noinline int icmp_translate(struct __sk_buff *ctx,
 				     struct packet *packet, __u32 direction)
@@ -202,7 +203,9 @@ __weak __noinline int icmp_translate(struct __sk_buff *ctx,
 	struct packet inner = {};
 	struct nat_key key = {};
 	bool out = direction == DIRECTION_EGRESS;
+	struct backend *pod;
 	struct nat *other;
+	struct nat to = {};
 	int ret;
 
 	if (!packet)
@@ -219,19 +222,28 @@ __weak __noinline int icmp_translate(struct __sk_buff *ctx,
 	key.protocol = inner.protocol;
 	key.direction = direction;
 	other = bpf_map_lookup_elem(&nat, &key);
-	if (!other)
-		return 0;
+	if (other) {
+		to = *other;
+	} else {
+		pod = out ? NULL
+			  : service_host_port(&inner.source, inner.source_port,
+					      inner.protocol);
+		if (!pod)
+			return 0;
+		to.addr = pod->addr;
+		to.port = pod->port;
+	}
 	if (out) {
-		inner.destination = other->addr;
-		inner.destination_port = other->port;
-		packet->source = other->addr;
+		inner.destination = to.addr;
+		inner.destination_port = to.port;
+		packet->source = to.addr;
 		packet->flags |= PACKET_NEW_SOURCE;
 		ret = icmp_rewrite_inner(ctx, packet, &inner,
 					 REWRITE_DESTINATION);
 	} else {
-		inner.source = other->addr;
-		inner.source_port = other->port;
-		packet->destination = other->addr;
+		inner.source = to.addr;
+		inner.source_port = to.port;
+		packet->destination = to.addr;
 		packet->flags |= PACKET_NEW_DESTINATION;
 		ret = icmp_rewrite_inner(ctx, packet, &inner, REWRITE_SOURCE);
 	}

@@ -42,6 +42,19 @@ service_select_backend(const struct service *service, __u32 number)
 	return bpf_map_lookup_elem(&backends, &key);
 }
 
+/* The pod that has a port of this node, or NULL. */
+static __always_inline struct backend *
+service_host_port(const struct addr *addr, __be16 port, __u8 protocol)
+{
+	struct service *service = service_find(addr, port, protocol);
+
+	/* Addresses of services are for the cluster only. */
+	if (!service || !(service->flags & SERVICE_HOST_PORT) ||
+	    service->flags & SERVICE_LOOPBACK)
+		return NULL;
+	return service_select_backend(service, 0);
+}
+
 /* A backend that was chosen is still one of the service's. */
 static __always_inline bool service_has_backend(const struct service *service,
 						const struct addr *addr,
@@ -109,6 +122,9 @@ __weak __noinline int service_translate(struct packet *packet)
 		return -DROP_INVALID_PACKET;
 	service = service_find(&packet->destination, packet->destination_port,
 			       packet->protocol);
+	/* Nobody sends packets to loopback addresses in good faith. */
+	if (service && service->flags & SERVICE_LOOPBACK)
+		return 0;
 	if (!service) {
 		if (service_find(&packet->destination, 0, 0))
 			return -DROP_IS_CLUSTER_IP;

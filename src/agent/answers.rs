@@ -299,6 +299,7 @@ impl Known {
             let protocol: Protocol = key.protocol?;
             Some(ServiceRow {
                 service: ObjectKey::clone(&frontend.service),
+                is_host_port: frontend.is_host_port,
                 address: key.address,
                 port: key.port,
                 protocol: protocol.to_string(),

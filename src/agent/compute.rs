@@ -90,6 +90,7 @@ type Resolved = BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>;
 pub struct Compute {
     node_name: Arc<str>,
     internal_addresses: Vec<IpAddr>,
+    host_port_addresses: Vec<IpAddr>,
     owners: node::Addresses,
     frontends: service::Frontends,
     compiler: policy::Compiler,
@@ -103,12 +104,14 @@ impl Compute {
     pub fn new(
         node_name: &str,
         internal_addresses: Vec<IpAddr>,
+        host_port_addresses: Vec<IpAddr>,
         first_policy: PolicyId,
         first_local: IdentityId,
     ) -> Self {
         Self {
             node_name: node_name.into(),
             internal_addresses,
+            host_port_addresses,
             owners: node::Addresses::default(),
             frontends: service::Frontends::default(),
             compiler: policy::Compiler::new(first_policy, first_local),
@@ -151,6 +154,8 @@ impl Compute {
         desired.local_identities = compiled.local_identities;
         desired.selected_by = compiled.selected_by;
         desired.frontends = services.frontends.clone();
+        let pods = endpoints.values().map(|(endpoint, _)| endpoint.as_ref());
+        desired.frontends.extend(service::host_ports(&self.host_port_addresses, pods));
         desired.nodes = view.nodes.values().filter(|node| *node.name != *self.node_name).cloned().collect();
         Ok(desired)
     }

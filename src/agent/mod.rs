@@ -19,6 +19,7 @@ mod publish;
 mod rounds;
 mod upkeep;
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -80,6 +81,7 @@ pub async fn run(config: Config) -> Result<()> {
         state_directory: state_dir.clone(),
         enforced_within: ENFORCED_WITHIN,
         verify_programs: known.clone().verify_programs(),
+        tunnel_port: config.args.tunnel_port,
     };
     let manager = endpoint::Manager::open(options, endpoints, &enforced)
         .context("reading the endpoints of this node back")?;
@@ -141,6 +143,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     let compute = Compute::new(
         &config.args.node_name,
         devices.internal_addresses.clone(),
+        host_port_addresses(&node),
         writers.policies.next_free_id(),
         writers.addresses.highest_local_identity(),
     );
@@ -235,15 +238,21 @@ fn load(config: &Config, node: &Node) -> Result<(Devices, Arc<Datapath>)> {
     Ok((devices, Arc::new(datapath)))
 }
 
+/// Where pods' host ports are: the node's addresses, and for its own sockets the loopback ones.
+fn host_port_addresses(node: &Node) -> Vec<IpAddr> {
+    let loopback = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+    node.addresses.iter().copied().chain(loopback).collect()
+}
+
 fn options(config: &Config, node: &Node, devices: &Devices) -> Options {
     let args = &config.args;
     let node_ipv4 = node.addresses.iter().find_map(|address| match address {
-        std::net::IpAddr::V4(address) => Some(*address),
-        std::net::IpAddr::V6(_) => None,
+        IpAddr::V4(address) => Some(*address),
+        IpAddr::V6(_) => None,
     });
     let node_ipv6 = node.addresses.iter().find_map(|address| match address {
-        std::net::IpAddr::V4(_) => None,
-        std::net::IpAddr::V6(address) => Some(*address),
+        IpAddr::V4(_) => None,
+        IpAddr::V6(address) => Some(*address),
     });
     Options {
         pins: config.pins.clone(),
@@ -263,6 +272,7 @@ fn options(config: &Config, node: &Node, devices: &Devices) -> Options {
         settings: Settings {
             node_ipv4,
             node_ipv6,
+            netns_cookie: netlink::namespace_cookie(),
             tunnel_ifindex: devices.overlay,
             tunnel_port: args.tunnel_port,
             flow_report: std::time::Duration::from_secs(args.flow_report_seconds.into()),

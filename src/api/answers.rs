@@ -169,9 +169,12 @@ pub struct PolicyRow {
 /// A frontend of a Service: a row of the answer to `Services`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceRow {
-    /// Namespace and name.
+    /// Namespace and name; of the pod, if it is a host port.
     pub service: ObjectKey,
-    /// A cluster IP.
+    /// A port of this node that is a pod's.
+    #[serde(default)]
+    pub is_host_port: bool,
+    /// A cluster IP, or an address of this node.
     pub address: IpAddr,
     /// The frontend's port.
     pub port: u16,

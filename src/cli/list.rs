@@ -94,7 +94,8 @@ pub fn service(command: ServiceCommand) -> Result<(), Failure> {
     let ServiceCommand::List(args) = command;
     args.list(&Request::Services, ["SERVICE", "FRONTEND", "PROTOCOL", "BACKENDS"], |row: &ServiceRow| {
         let frontend = std::net::SocketAddr::new(row.address, row.port);
-        [row.service.to_string(), frontend.to_string(), row.protocol.clone(), join(&row.backends)]
+        let name = if row.is_host_port { format!("pod {}", row.service) } else { row.service.to_string() };
+        [name, frontend.to_string(), row.protocol.clone(), join(&row.backends)]
     })
 }
 

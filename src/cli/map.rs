@@ -95,6 +95,7 @@ pub fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     let settings = Settings {
         node_ipv4: Some(Ipv4Addr::LOCALHOST),
         node_ipv6: Some(Ipv6Addr::LOCALHOST),
+        netns_cookie: Some(1),
         tunnel_ifindex: Some(1),
         ..Settings::default()
     };

@@ -8,13 +8,14 @@ use serde_json::Value;
 use super::request::is_identifier;
 use super::{Attachment, Error, ErrorCode, Result, VERSIONS};
 use crate::api::DEFAULT_SOCKET;
+use crate::model::{PortMapping, Protocol};
 
 /// Longer ones no runtime has; a GC that lists a full node's pods has a tenth.
 pub(super) const CONFIG_BYTES_MAX: u64 = 1024 * 1024;
 const DEFAULT_STATE_DIRECTORY: &str = "/var/lib/weir";
 const NAME_MAX: usize = 255;
 
-/// The keys that matter to us. Others (`capabilities`, `runtimeConfig`, `args`, ...) claim nothing and are ignored.
+/// The keys that matter to us. Others (`capabilities`, `args`, ...) claim nothing and are ignored.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub(super) struct Config {
     #[serde(rename = "cniVersion", default)]
@@ -31,6 +32,28 @@ pub(super) struct Config {
     pub(super) previous_result: Option<Value>,
     #[serde(rename = "cni.dev/valid-attachments", default)]
     pub(super) valid_attachments: Option<Vec<Attachment>>,
+    #[serde(rename = "runtimeConfig", default)]
+    runtime: Option<RuntimeConfig>,
+}
+
+/// What the runtime adds because our configuration says that we are capable of it.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+struct RuntimeConfig {
+    #[serde(rename = "portMappings", default)]
+    port_mappings: Option<Vec<RuntimePortMapping>>,
+}
+
+/// A row of `portMappings` as runtimes write it (CNI conventions, "dynamic plugin specific fields").
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RuntimePortMapping {
+    #[serde(default)]
+    host_port: u16,
+    container_port: u16,
+    #[serde(default)]
+    protocol: String,
+    #[serde(rename = "hostIP", default)]
+    host_ip: String,
 }
 
 impl Config {
@@ -65,10 +88,41 @@ impl Config {
         Ok(config)
     }
 
+    /// The pod's host ports; the agent refuses those that it cannot serve.
+    pub(super) fn port_mappings(&self) -> Result<Vec<PortMapping>> {
+        let mappings = self.runtime.iter().flat_map(|runtime| runtime.port_mappings.iter().flatten());
+        // Port 0: a port of the container that the node does not have.
+        mappings.filter(|mapping| mapping.host_port != 0).map(RuntimePortMapping::understood).collect()
+    }
+
     /// True if the configuration's version is `version` or newer.
     pub(super) fn is_at_least(&self, version: &str) -> bool {
         let place = |wanted: &str| VERSIONS.iter().position(|version| *version == wanted);
         place(&self.version) >= place(version)
+    }
+}
+
+impl RuntimePortMapping {
+    fn understood(&self) -> Result<PortMapping> {
+        let refuse = |what: &str, value: &str| {
+            let shown: String = value.chars().take(64).collect();
+            Err(invalid(format!("{what} of portMappings is not acceptable"))
+                .with_details(format!("{shown:?}")))
+        };
+        let protocol = match self.protocol.to_ascii_lowercase().as_str() {
+            "" | "tcp" => Protocol::Tcp,
+            "udp" => Protocol::Udp,
+            "sctp" => Protocol::Sctp,
+            _ => return refuse("protocol", &self.protocol),
+        };
+        let host_ip = match self.host_ip.as_str() {
+            "" => None,
+            text => match text.parse() {
+                Ok(address) => Some(address),
+                Err(_) => return refuse("hostIP", text),
+            },
+        };
+        Ok(PortMapping { host_port: self.host_port, container_port: self.container_port, protocol, host_ip })
     }
 }
 

@@ -60,7 +60,8 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
     pub(super) fn del(&self) -> Result<Request> {
         let container_id = self.required("CNI_CONTAINERID")?;
         let attachment = Attachment { container_id, interface: self.required("CNI_IFNAME")? };
-        let request = Request { attachment, netns: None, pod: None, pod_uid: None };
+        let request =
+            Request { attachment, netns: None, pod: None, pod_uid: None, port_mappings: Vec::new() };
         request.validate()?;
         Ok(request)
     }

@@ -72,6 +72,7 @@ pub fn write_configuration(directories: &Directories, configuration: &Configurat
             "type": PLUGIN,
             "socket": configuration.socket,
             "stateDir": configuration.state_dir,
+            "capabilities": {"portMappings": true},
         }],
     });
     let text = serde_json::to_string_pretty(&list).context("writing JSON")? + "\n";
@@ -272,5 +273,6 @@ mod tests {
         assert_eq!(list["cniVersion"], "1.0.0");
         assert_eq!(list["plugins"][0]["type"], "weir-cni");
         assert_eq!(list["plugins"][0]["socket"], "/run/weir/agent.sock");
+        assert_eq!(list["plugins"][0]["capabilities"]["portMappings"], true);
     }
 }

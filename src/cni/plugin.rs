@@ -54,7 +54,7 @@ fn answer<F: Fn(&str) -> Option<String>>(
     let config = Config::parse(&text)?;
     version.clone_from(&config.version);
     match command {
-        Command::Add => add(&config, &environment.add()?).map(Some),
+        Command::Add => add(&config, environment.add()?).map(Some),
         Command::Del => del(&config, environment.del()?).map(|()| None),
         Command::Check => {
             require(&config, "0.4.0", "CHECK")?;
@@ -100,8 +100,10 @@ fn require(config: &Config, version: &str, command: &str) -> Result<()> {
     ))
 }
 
-fn add(config: &Config, request: &Request) -> Result<Value> {
-    let request = api::Request::CniAdd(request.clone());
+fn add(config: &Config, mut request: Request) -> Result<Value> {
+    request.port_mappings = config.port_mappings()?;
+    request.validate()?;
+    let request = api::Request::CniAdd(request);
     let added: AddResult =
         ask(config, &request, ADD_WITHIN).map_err(|error| refusal(error, ErrorCode::TryAgainLater))?;
     result::render(config, &added)
@@ -121,7 +123,9 @@ fn del(config: &Config, request: Request) -> Result<()> {
     })
 }
 
-fn check(config: &Config, request: Request) -> Result<()> {
+fn check(config: &Config, mut request: Request) -> Result<()> {
+    request.port_mappings = config.port_mappings()?;
+    request.validate()?;
     let checked: AddResult = ask(config, &api::Request::CniCheck(request), ANSWER_WITHIN)
         .map_err(|error| refusal(error, ErrorCode::TryAgainLater))?;
     result::compare(config, &checked)

@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Error, ErrorCode, Result};
-use crate::model::{MacAddress, ObjectKey};
+use crate::model::{MacAddress, ObjectKey, PortMapping, Protocol};
 
 /// The specification bounds no container id; runtimes have 64 characters.
 const CONTAINER_ID_MAX: usize = 255;
@@ -15,6 +15,8 @@ const INTERFACE_MAX: usize = 15;
 /// PATH_MAX less the final zero.
 const NETNS_MAX: usize = 4095;
 const UID_MAX: usize = 128;
+/// A pod has no more: its object could not be stored.
+const PORT_MAPPINGS_MAX: usize = 4096;
 
 /// One interface of one container: what the specification calls an attachment.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -42,6 +44,9 @@ pub struct Request {
     /// K8S_POD_UID of `CNI_ARGS`, where the runtime gives it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_uid: Option<String>,
+    /// `portMappings` of the runtime's configuration: the pod's host ports.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub port_mappings: Vec<PortMapping>,
 }
 
 /// A pod's connection, as the agent made it.
@@ -111,7 +116,7 @@ impl Request {
         {
             return Err(refuse("K8S_POD_UID", "is no UID", uid));
         }
-        Ok(())
+        validate_port_mappings(&self.port_mappings)
     }
 }
 
@@ -127,6 +132,27 @@ fn is_dns_label(text: &str) -> bool {
         && text.bytes().all(is_inner)
         && !text.starts_with('-')
         && !text.ends_with('-')
+}
+
+fn validate_port_mappings(mappings: &[PortMapping]) -> Result<()> {
+    let refuse = |code, message: &str, mapping: &PortMapping| {
+        Err(Error::new(code, message).with_details(mapping.to_string()))
+    };
+    if mappings.len() > PORT_MAPPINGS_MAX {
+        return Err(Error::new(ErrorCode::InvalidConfig, "the pod has too many host ports"));
+    }
+    for (place, mapping) in mappings.iter().enumerate() {
+        if mapping.host_port == 0 || mapping.container_port == 0 {
+            return refuse(ErrorCode::InvalidConfig, "a host port or its container port is 0", mapping);
+        }
+        if mapping.protocol == Protocol::Sctp {
+            return refuse(ErrorCode::UnsupportedField, "host ports are for TCP and UDP only", mapping);
+        }
+        if mappings[..place].iter().any(|before| before.conflicts_with(mapping)) {
+            return refuse(ErrorCode::InvalidConfig, "the pod has the same host port twice", mapping);
+        }
+    }
+    Ok(())
 }
 
 fn validate_netns(netns: &Path) -> Result<()> {

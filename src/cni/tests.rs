@@ -58,7 +58,7 @@ fn the_environment_of_a_runtime_is_understood() {
     let environment = Environment(|name: &str| variables.get(name).cloned());
     assert_eq!(environment.command(), Ok(Command::Add));
     let attachment = Attachment { container_id: "0a1b2c".to_owned(), interface: "eth0".to_owned() };
-    let del = Request { attachment, netns: None, pod: None, pod_uid: None };
+    let del = Request { attachment, netns: None, pod: None, pod_uid: None, port_mappings: Vec::new() };
     let check = Request { netns: Some(PathBuf::from("/var/run/netns/cni-1")), ..del.clone() };
     let add = Request {
         pod: Some(ObjectKey::new("shop", "web-0")),
@@ -247,7 +247,10 @@ fn a_del_without_agent_is_queued_once_and_succeeds() {
     let queued = queue.list().expect("listing");
     let [(path, Ok(request))] = queued.as_slice() else { panic!("{queued:?}") };
     let attachment = Attachment { container_id: "0a1b2c".to_owned(), interface: "eth0".to_owned() };
-    assert_eq!(*request, Request { attachment, netns: None, pod: None, pod_uid: None });
+    assert_eq!(
+        *request,
+        Request { attachment, netns: None, pod: None, pod_uid: None, port_mappings: Vec::new() }
+    );
     queue.remove(path).expect("removing");
     queue.remove(path).expect("removing again");
     assert_eq!(std::fs::read_dir(state.join("deletes")).expect("listing").count(), 0);

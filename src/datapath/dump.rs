@@ -206,7 +206,11 @@ fn service_row(key: abi::ServiceKey, row: abi::Service) -> Row {
         "service": row.service_id,
         "generation": row.generation,
         "backends": row.backend_count,
-        "flags": names(row.flags, &[(service_flags::SERVICE_WILDCARD.0, "wildcard")]),
+        "flags": names(row.flags, &[
+            (service_flags::SERVICE_WILDCARD.0, "wildcard"),
+            (service_flags::SERVICE_HOST_PORT.0, "host-port"),
+            (service_flags::SERVICE_LOOPBACK.0, "loopback"),
+        ]),
     });
     Some((key.as_bytes().to_vec(), value))
 }

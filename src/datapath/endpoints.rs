@@ -129,6 +129,7 @@ mod tests {
                 host_interface: "weir0".to_owned(),
                 host_ifindex: 12,
                 mac: MacAddress([2, 0, 0, 0, 0, 3]),
+                port_mappings: Vec::new(),
             }),
             identity: IdentityId(256),
             policy: PolicyId(5),

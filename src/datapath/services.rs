@@ -103,7 +103,7 @@ impl ServiceWriter {
         let row_key = service_key(key);
         let old = self.services.rows().get(&Bytes(row_key)).copied();
         let old_backends = old.map(|old| self.backends_of(&old)).unwrap_or_default();
-        let flags = flags_of(key);
+        let flags = flags_of(key, frontend);
         if old.is_some_and(|old| old.flags == flags) && old_backends == frontend.backends {
             return Ok(());
         }
@@ -160,8 +160,12 @@ fn service_key(key: &FrontendKey) -> ServiceKey {
     }
 }
 
-fn flags_of(key: &FrontendKey) -> u32 {
-    if key.protocol.is_none() { service_flags::SERVICE_WILDCARD.0 } else { 0 }
+fn flags_of(key: &FrontendKey, frontend: &Frontend) -> u32 {
+    let wildcard = if key.protocol.is_none() { service_flags::SERVICE_WILDCARD.0 } else { 0 };
+    let host_port = if frontend.is_host_port { service_flags::SERVICE_HOST_PORT.0 } else { 0 };
+    let is_loopback = frontend.is_host_port && key.address.is_loopback();
+    let loopback = if is_loopback { service_flags::SERVICE_LOOPBACK.0 } else { 0 };
+    wildcard | host_port | loopback
 }
 
 fn backend_keys(service: &Service) -> impl Iterator<Item = BackendKey> + use<> {

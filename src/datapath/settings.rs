@@ -48,6 +48,9 @@ pub struct Settings {
     pub loopback_ipv4: Ipv4Addr,
     /// Stands for a pod that reaches itself through a service.
     pub loopback_ipv6: Ipv6Addr,
+    /// The cookie of the node's network namespace: only its sockets have its loopback addresses.
+    /// `None`: the kernel has none (before 5.14).
+    pub netns_cookie: Option<u64>,
     /// The VXLAN device; `None`: native routing.
     pub tunnel_ifindex: Option<u32>,
     /// UDP port of the tunnels.
@@ -81,6 +84,7 @@ impl Default for Settings {
             node_ipv6: None,
             loopback_ipv4: Ipv4Addr::new(169, 254, 42, 1),
             loopback_ipv6: Ipv6Addr::new(0xfd57, 0x6569, 0x7200, 0, 0, 0, 0x2a, 1),
+            netns_cookie: None,
             tunnel_ifindex: None,
             tunnel_port: 8472,
             flow_report: Duration::from_secs(5),
@@ -107,6 +111,7 @@ impl Settings {
             node_ipv6: address(self.node_ipv6.map(IpAddr::V6)),
             loopback_ipv4: addr_of(self.loopback_ipv4.into()),
             loopback_ipv6: addr_of(self.loopback_ipv6.into()),
+            netns_cookie: self.netns_cookie.unwrap_or(0),
             jiffies_per_second,
             tunnel_ifindex: self.tunnel_ifindex.unwrap_or(0),
             flow_report_seconds: seconds(self.flow_report),

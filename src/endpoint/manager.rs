@@ -15,7 +15,7 @@ use super::store::Store;
 use super::{Enforced, Progress, host_interface_name, is_host_interface_name, pod_mac};
 use crate::cni::{self, AddResult, Attachment, DeleteQueue, Error, ErrorCode, Request};
 use crate::ipam::Ipam;
-use crate::model::{Endpoint, EndpointId, MacAddress};
+use crate::model::{Endpoint, EndpointId, MacAddress, PortMapping, Protocol};
 use crate::netlink::{self, PodLinkSpec};
 use crate::tables::Table;
 
@@ -33,6 +33,8 @@ pub struct Options {
     pub enforced_within: Duration,
     /// Asked by CHECK.
     pub verify_programs: Box<VerifyPrograms>,
+    /// UDP port of the tunnels, which no pod can have.
+    pub tunnel_port: u16,
 }
 
 /// The pods of this node. Shared; every method can run at the same time as any other.
@@ -52,6 +54,7 @@ struct Allocations {
     last_id: u16,
     by_attachment: HashMap<Attachment, EndpointId>,
     by_id: BTreeMap<EndpointId, Attachment>,
+    port_mappings: BTreeMap<EndpointId, Vec<PortMapping>>,
     /// What is being worked on: one at a time per attachment.
     busy: HashMap<Attachment, Arc<Work>>,
 }
@@ -177,6 +180,10 @@ impl Manager {
             return Err(failed("the pod is connected in another network namespace")
                 .with_details(endpoint.netns.display().to_string()));
         }
+        // Some runtimes say them with an ADD only.
+        if !request.port_mappings.is_empty() && request.port_mappings != endpoint.port_mappings {
+            return Err(failed("the pod has other host ports").with_details(shown(&endpoint.port_mappings)));
+        }
         self.verify(endpoint).await
     }
 
@@ -198,8 +205,9 @@ impl Manager {
 
     /// A repeated ADD: the same answer, if all is as it was answered.
     async fn answer_again(&self, request: &Request, endpoint: Arc<Endpoint>) -> Result<AddResult, Error> {
-        let is_same =
-            request.netns.as_ref() == Some(&endpoint.netns) && request.pod.as_ref() == Some(&endpoint.pod);
+        let is_same = request.netns.as_ref() == Some(&endpoint.netns)
+            && request.pod.as_ref() == Some(&endpoint.pod)
+            && request.port_mappings == endpoint.port_mappings;
         if !is_same {
             return Err(failed("this container is connected already, as another pod")
                 .with_details(endpoint.pod.to_string()));
@@ -231,6 +239,7 @@ impl Manager {
         let pod = request.pod.clone().ok_or_else(|| missing("the pod's namespace and name"))?;
         let attachment = &request.attachment;
         let mut allocations = self.allocations();
+        self.reserve(&request.port_mappings, &allocations)?;
         let id = allocations.free_id(&self.progress.borrow()).ok_or_else(|| {
             later("this node has as many pods as it can have").with_details(LAST_ID.to_string())
         })?;
@@ -253,8 +262,30 @@ impl Manager {
             host_interface: host_interface_name(attachment),
             host_ifindex: 0,
             mac: pod_mac(attachment),
+            port_mappings: request.port_mappings.clone(),
         };
+        allocations.port_mappings.insert(id, endpoint.port_mappings.clone());
         Ok((endpoint, allocations.mtu))
+    }
+
+    /// Refuses host ports that somebody has: the scheduler knows of pods only, and of those that are ending not.
+    fn reserve(&self, wanted: &[PortMapping], allocations: &Allocations) -> Result<(), Error> {
+        for mapping in wanted {
+            if mapping.protocol == Protocol::Udp && mapping.host_port == self.options.tunnel_port {
+                return Err(failed("the host port is the one that nodes' tunnels use")
+                    .with_details(format!("{mapping}; set another tunnel port, or give the pod another")));
+            }
+            let holder = allocations
+                .port_mappings
+                .iter()
+                .find(|(_, held)| held.iter().any(|held| held.conflicts_with(mapping)));
+            if let Some((id, _)) = holder {
+                let pod = self.table.get(id).map_or_else(|| id.to_string(), |holder| holder.pod.to_string());
+                return Err(later("another pod of this node has the host port")
+                    .with_details(format!("{mapping} is {pod}'s")));
+            }
+        }
+        Ok(())
     }
 
     async fn enforced(&self, id: EndpointId, mut deletions: watch::Receiver<u32>) -> Result<(), Error> {
@@ -316,6 +347,7 @@ impl Manager {
         }
         let mut allocations = self.allocations();
         allocations.ipam.release(endpoint.addresses());
+        allocations.port_mappings.remove(&endpoint.id);
         if let Some(attachment) = allocations.by_id.remove(&endpoint.id) {
             allocations.by_attachment.remove(&attachment);
         }
@@ -337,6 +369,10 @@ impl Allocations {
             mtu: 0,
             last_id: endpoints.clone().map(|endpoint| endpoint.id.0).max().unwrap_or(0),
             by_attachment: endpoints.clone().map(|endpoint| (attachment(endpoint), endpoint.id)).collect(),
+            port_mappings: endpoints
+                .clone()
+                .map(|endpoint| (endpoint.id, endpoint.port_mappings.clone()))
+                .collect(),
             by_id: endpoints.map(|endpoint| (endpoint.id, attachment(endpoint))).collect(),
             busy: HashMap::new(),
         }
@@ -410,6 +446,10 @@ pub(super) async fn run_to_end<T: Send + 'static>(
     work: impl Future<Output = cni::Result<T>> + Send + 'static,
 ) -> cni::Result<T> {
     tokio::spawn(work).await.unwrap_or_else(|panic| Err(internal(&panic)))
+}
+
+fn shown(mappings: &[PortMapping]) -> String {
+    mappings.iter().map(PortMapping::to_string).collect::<Vec<_>>().join(", ")
 }
 
 pub(super) fn later(message: &str) -> Error {

@@ -42,7 +42,8 @@ impl Manager {
                 continue;
             }
             info!(endpoint = %endpoint.id, pod = %endpoint.pod, "removing an endpoint that the runtime does not know");
-            let request = Request { attachment, netns: None, pod: None, pod_uid: None };
+            let request =
+                Request { attachment, netns: None, pod: None, pod_uid: None, port_mappings: Vec::new() };
             if let Err(error) = self.delete(request).await {
                 failures.push(format!("{}: {error}", endpoint.pod));
             }

@@ -16,6 +16,7 @@ fn endpoint(id: u16) -> Endpoint {
         host_interface: host_interface_name(&attachment),
         host_ifindex: 7,
         mac: pod_mac(&attachment),
+        port_mappings: Vec::new(),
         container_id: attachment.container_id,
         interface: attachment.interface,
         netns: PathBuf::from("/var/run/netns/cni-1"),

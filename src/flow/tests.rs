@@ -68,6 +68,7 @@ fn endpoint(id: u16, name: &str, ipv4: &str) -> (EndpointId, Arc<Endpoint>) {
         host_interface: "weir0".to_owned(),
         host_ifindex: 9,
         mac: MacAddress::default(),
+        port_mappings: Vec::new(),
     };
     (EndpointId(id), Arc::new(endpoint))
 }

@@ -82,7 +82,7 @@ pub struct EndpointEntry {
 /// The address, port and protocol of a service. Shown as `address:port/protocol`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FrontendKey {
-    /// A cluster IP.
+    /// A cluster IP, or an address of this node where a pod has a host port.
     pub address: IpAddr,
     /// 0 with protocol `None`: every other port of the address, refused.
     pub port: u16,
@@ -110,8 +110,11 @@ impl Serialize for FrontendKey {
 /// Where a frontend leads.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Frontend {
-    /// The Service.
+    /// The Service, or the pod whose host port it is.
     pub service: Arc<ObjectKey>,
+    /// A pod's host port.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub is_host_port: bool,
     /// Ready backends, sorted, without doubles; none: refused at once.
     pub backends: Vec<SocketAddr>,
 }

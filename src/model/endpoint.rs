@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::ObjectKey;
+use super::{ObjectKey, PortMapping};
 
 /// The number of a pod on its node: index of the `endpoints` map, 1 to 4095.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -65,6 +65,9 @@ pub struct Endpoint {
     pub host_ifindex: u32,
     /// Hardware address inside the pod.
     pub mac: MacAddress,
+    /// Ports of the node that are the pod's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub port_mappings: Vec<PortMapping>,
 }
 
 impl Endpoint {

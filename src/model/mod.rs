@@ -8,9 +8,11 @@ mod endpoint;
 mod identity;
 mod objects;
 mod policy;
+mod port_mapping;
 
 pub use desired::*;
 pub use endpoint::*;
 pub use identity::*;
 pub use objects::*;
 pub use policy::*;
+pub use port_mapping::*;

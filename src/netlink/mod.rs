@@ -27,7 +27,7 @@ use std::path::PathBuf;
 pub use link::{
     Link, add_address, delete_link, devices_with, ensure_vxlan, link, link_index, links, raise_link,
 };
-pub use namespace::{open_namespace, within};
+pub use namespace::{namespace_cookie, open_namespace, within};
 pub use pod::{
     GATEWAY_IPV4, GATEWAY_IPV6, POD_ROUTE_PROTOCOL, PodLink, PodLinkSpec, create_pod_link, raise_pod_link,
     verify_pod_link,

@@ -13,6 +13,8 @@ use super::{Error, Result};
 
 /// NS_GET_NSTYPE of linux/nsfs.h, `_IO(0xb7, 3)`; the kernel has it since 4.11.
 const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
+/// Of asm-generic/socket.h; the libc crate does not have it.
+const SO_NETNS_COOKIE: libc::c_int = 71;
 
 /// Opens `path` if it is a network namespace and not the agent's own.
 pub fn open_namespace(path: &Path) -> Result<File> {
@@ -50,6 +52,28 @@ pub fn within<T: Send>(namespace: &File, work: impl FnOnce() -> Result<T> + Send
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// The kernel's name for the network namespace of the calling thread, which is never 0; `None` where it
+/// has none (SO_NETNS_COOKIE of socket(7), since 5.14).
+#[allow(unsafe_code)]
+pub fn namespace_cookie() -> Option<u64> {
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))
+        .or_else(|_| std::net::UdpSocket::bind((std::net::Ipv6Addr::UNSPECIFIED, 0)))
+        .ok()?;
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the descriptor is open, and the kernel writes at most `length` bytes to `cookie`.
+    let outcome = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    (outcome == 0 && cookie != 0).then_some(cookie)
 }
 
 #[allow(unsafe_code)]

@@ -49,6 +49,7 @@ impl World {
             host_interface: "weir0".to_owned(),
             host_ifindex: 7,
             mac: MacAddress::default(),
+            port_mappings: Vec::new(),
         };
         self.endpoints.insert(EndpointId(id), (Arc::new(endpoint), IdentityId(identity)));
         self

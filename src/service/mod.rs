@@ -7,6 +7,7 @@
 //! [`frontends`] says what there is; [`Frontends`] says the same again and again at the cost
 //! of what changed.
 
+mod host_ports;
 #[cfg(test)]
 mod tests;
 
@@ -14,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+pub use host_ports::host_ports;
 use imbl::ordmap::DiffItem;
 use serde::Serialize;
 
@@ -175,12 +177,13 @@ fn frontends_of(
     slices: &[&EndpointSlice],
 ) -> BTreeMap<FrontendKey, Frontend> {
     let wildcard = FrontendKey { address, port: 0, protocol: None };
-    let refused = Frontend { service: name.clone(), backends: Vec::new() };
+    let refused = Frontend { service: name.clone(), is_host_port: false, backends: Vec::new() };
     let mut frontends = BTreeMap::from([(wildcard, refused)]);
     for port in service.ports.iter().filter(|port| port.port != 0) {
         let key = FrontendKey { address, port: port.port, protocol: Some(port.protocol) };
         frontends.entry(key).or_insert_with(|| Frontend {
             service: name.clone(),
+            is_host_port: false,
             backends: backends_of(port, address.is_ipv4(), slices),
         });
     }

@@ -35,6 +35,7 @@ type Step = (&'static str, fn(&mut World) -> Result<()>);
 const STEPS: &[Step] = &[
     ("pods_reach_one_another", pods::pods_reach_one_another),
     ("pods_on_the_hosts_network", pods::pods_on_the_hosts_network),
+    ("host_ports_by_address_and_protocol", pods::host_ports_by_address_and_protocol),
     ("services_of_both_families", services::services_of_both_families),
     ("services_follow_their_pods", services::services_follow_their_pods),
     ("names_by_cluster_dns", services::names_by_cluster_dns),

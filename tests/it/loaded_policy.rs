@@ -96,6 +96,7 @@ fn endpoint_entry(cluster: &Cluster, id: EndpointId, identity: IdentityId, outpu
         // Where test runs come from.
         host_ifindex: 1,
         mac: MacAddress(POD_MAC),
+        port_mappings: Vec::new(),
     };
     let policy = output.of_endpoint[&id];
     let rules = output.policies.get(&policy);

@@ -9,6 +9,7 @@ mod datapath;
 mod demo;
 mod flows;
 mod golden;
+mod host_ports;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod lab_itself;

@@ -23,6 +23,7 @@ pub struct PodSpec<'a> {
     name: String,
     labels: Vec<(String, String)>,
     ports: Vec<(String, String, u16)>,
+    host_ports: Vec<Value>,
     is_outside_cgroup: bool,
 }
 
@@ -58,6 +59,7 @@ impl<'a> PodSpec<'a> {
             name: name.to_owned(),
             labels: Vec::new(),
             ports: Vec::new(),
+            host_ports: Vec::new(),
             is_outside_cgroup: false,
         }
     }
@@ -89,6 +91,14 @@ impl<'a> PodSpec<'a> {
     /// Adds a named TCP port.
     pub fn port(mut self, name: &str, port: u16) -> Self {
         self.ports.push((name.to_owned(), "TCP".to_owned(), port));
+        self
+    }
+
+    /// Gives it a port of its node, of `host_ip` if that is not empty, as runtimes write it.
+    pub fn host_port(mut self, protocol: &str, host_ip: &str, host_port: u16, container_port: u16) -> Self {
+        self.host_ports.push(json!({
+            "protocol": protocol, "hostIP": host_ip, "hostPort": host_port, "containerPort": container_port,
+        }));
         self
     }
 
@@ -142,7 +152,11 @@ impl<'a> PodSpec<'a> {
         let id = self.lab.next_name();
         let cgroup = (!self.is_outside_cgroup).then(|| self.node.cgroup());
         let space = Space::create(&format!("{id}-{}", self.name), cgroup)?;
-        Ok((space, Plugin::of(self.node), id))
+        let mut plugin = Plugin::of(self.node);
+        if !self.host_ports.is_empty() {
+            plugin.config["runtimeConfig"] = json!({"portMappings": self.host_ports});
+        }
+        Ok((space, plugin, id))
     }
 
     fn add(&self, space: &Space, plugin: &Plugin, container_id: &str) -> Result<Value> {

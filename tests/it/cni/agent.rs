@@ -62,6 +62,7 @@ impl Agent {
             state_directory: directory.join("state"),
             enforced_within: Duration::from_millis(500),
             verify_programs: Box::new(|_| Ok(())),
+            tunnel_port: 8472,
         };
         let manager = Manager::open(options, Arc::clone(&endpoints), &enforced).expect("opening the manager");
         let cidrs: Vec<_> = cidrs.iter().map(|cidr| cidr.parse().expect("a CIDR")).collect();

@@ -170,6 +170,7 @@ fn request(runtime: &Runtime) -> weir::cni::Request {
         netns: Some(variable("CNI_NETNS").into()),
         pod: None,
         pod_uid: None,
+        port_mappings: Vec::new(),
     }
 }
 

@@ -70,6 +70,7 @@ fn endpoints(policy: PolicyId) -> BTreeMap<EndpointId, EndpointEntry> {
         host_interface: "weir1".to_owned(),
         host_ifindex: 11,
         mac: MacAddress([2, 0, 0, 0, 0, 1]),
+        port_mappings: Vec::new(),
     };
     let entry = EndpointEntry {
         endpoint: Arc::new(endpoint),
@@ -88,8 +89,8 @@ fn frontends(backends: &[&str]) -> Result<Frontends> {
     let tcp = FrontendKey { address, port: 80, protocol: Some(Protocol::Tcp) };
     let rest = FrontendKey { address, port: 0, protocol: None };
     Ok(Frontends::from_iter([
-        (tcp, Frontend { service: service.clone(), backends }),
-        (rest, Frontend { service, backends: Vec::new() }),
+        (tcp, Frontend { service: service.clone(), is_host_port: false, backends }),
+        (rest, Frontend { service, is_host_port: false, backends: Vec::new() }),
     ]))
 }
 

@@ -274,3 +274,46 @@ fn set_forwarding() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_host_port_leads_to_its_pod_and_nothing_else_does() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, host, pod) = ((cast.world, 40000), (cast.node, 8000), (cast.a, 80));
+        world.host_port((cast.node, 8000, 6), 50, pod)?;
+        let asked = tcp(client, host, SYN);
+        becomes(world, "from_network", &asked, REDIRECT, &tcp(client, pod, SYN))?;
+        becomes(world, "from_network", &tcp(client, host, ACK), REDIRECT, &tcp(client, pod, ACK))?;
+        // Another port, another protocol, and a service's address stay the stack's.
+        for other in
+            [tcp(client, (cast.node, 8001), SYN), udp(client, host), tcp(client, (cast.service, 80), SYN)]
+        {
+            becomes(world, "from_network", &other, PASS, &other)?;
+        }
+        // What a client quotes of the answer names the pod again; without a flow it is nobody's.
+        let answer = udp((cast.node, 8000), client);
+        let error = unreachable(cast.world, &answer);
+        becomes(world, "from_network", &error, PASS, &error)?;
+        world.host_port((cast.node, 8000, 17), 51, pod)?;
+        let datagram = udp(client, host);
+        becomes(world, "from_network", &datagram, REDIRECT, &udp(client, pod))?;
+        let arrives = quoting(&unreachable(cast.world, &udp(pod, client)), &answer);
+        becomes(world, "from_network", &error, REDIRECT, &arrives)?;
+        // Nobody outside reaches a loopback address.
+        let loopback: IpAddr = if cast.node.is_ipv4() { "127.0.0.1".parse()? } else { "::1".parse()? };
+        world.host_port((loopback, 8000, 6), 52, pod)?;
+        for program in ["from_network", "from_pod"] {
+            let from = if program == "from_pod" { (cast.b, 40000) } else { client };
+            let packet = tcp(from, (loopback, 8000), SYN).by(2);
+            let outcome = world.send(program, &packet)?;
+            ensure!(outcome.action != REDIRECT && outcome.frame == packet.bytes(), "{program}: {outcome:?}");
+        }
+        // The pod's policy judges, and sees the client; a denied packet leaves nothing.
+        world.forget_flows()?;
+        world.enforce(1, &[INGRESS])?;
+        let denied = world.send("from_network", &asked)?;
+        ensure!(denied.action == SHOT, "{denied:?}");
+        assert_eq!(world.connections(0)?.len() + world.connections(1)?.len(), 0);
+        Ok(())
+    })
+}

@@ -16,7 +16,7 @@ use weir::datapath::abi::{
 };
 use weir::datapath::abi::{Fragment, FragmentKey, Nat, NatKey, Plain, SocketKey, SocketOrigin};
 use weir::datapath::types::{
-    address_flags, direction as way, endpoint_flags, policy_bits, policy_verdict, prefix_flags,
+    address_flags, direction as way, endpoint_flags, policy_bits, policy_verdict, prefix_flags, service_flags,
 };
 use weir::datapath::{Datapath, EventReader, GarbageReport, MapSizes, Settings, addr_of};
 
@@ -295,6 +295,16 @@ impl World {
             flags: u32::from(port == 0),
         };
         self.put("services", &key, &row)
+    }
+
+    /// Gives a port of this node to a pod.
+    pub fn host_port(&self, frontend: (IpAddr, u16, u8), service_id: u32, pod: (IpAddr, u16)) -> Result<()> {
+        self.service(frontend, service_id, 1, &[pod])?;
+        let (address, port, protocol) = frontend;
+        let key = ServiceKey { addr: addr_of(address), port: port.to_be(), protocol, scope: 0 };
+        let loopback = if address.is_loopback() { service_flags::SERVICE_LOOPBACK.0 } else { 0 };
+        let flags = service_flags::SERVICE_HOST_PORT.0 | loopback;
+        self.put("services", &key, &Service { service_id, generation: 1, backend_count: 1, flags })
     }
 
     /// Changes an endpoint's row and raises its epoch.

@@ -1,0 +1,184 @@
+//! Host ports: a port of the node that leads to its pod, for everybody who reaches the node.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use anyhow::{Result, ensure};
+
+use crate::lab::{Lab, OUTSIDE, Pod, Setup, Space, Traffic, Via, probe, wait_for};
+use crate::require::require_lab;
+use crate::verdicts::{Expected, Row, expect_all};
+
+const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+
+struct World {
+    /// Has 8000/TCP and 8001/UDP of node 1.
+    web: Pod,
+    near: Pod,
+    /// Its sockets are outside the node's cgroup.
+    packets: Pod,
+    far: Pod,
+    lab: Lab,
+}
+
+impl World {
+    fn start(routing: &str) -> Result<Self> {
+        let lab = Lab::start(Setup { nodes: 2, routing: routing.to_owned(), ..Setup::default() })?;
+        let web = lab
+            .pod(1, "shop/web")
+            .label("app", "web")
+            .host_port("tcp", "", 8000, 80)
+            .host_port("UDP", "", 8001, 81)
+            .create()?;
+        let near = lab.pod(1, "shop/near").label("app", "near").create()?;
+        let packets = lab.pod(1, "shop/packets").outside_cgroup().create()?;
+        let far = lab.pod(2, "shop/far").create()?;
+        Ok(Self { web, near, packets, far, lab })
+    }
+
+    /// Everybody who is not the node itself.
+    fn clients(&self) -> [(&Space, &str); 5] {
+        [
+            (self.lab.outside(), "outside"),
+            (self.near.space(), "near"),
+            (self.packets.space(), "packets"),
+            (self.far.space(), "far"),
+            (self.lab.node(2).space(), "node2"),
+        ]
+    }
+
+    fn targets(&self) -> impl Iterator<Item = (Via, SocketAddr)> {
+        let addresses = self.lab.node(1).addresses().iter();
+        addresses.flat_map(|address| {
+            [(Via::Tcp, SocketAddr::new(*address, 8000)), (Via::Udp, SocketAddr::new(*address, 8001))]
+        })
+    }
+
+    fn rows(&self, expected: Expected) -> Vec<Row<'_>> {
+        let row = |(space, name)| {
+            self.targets().map(move |(via, target)| Row::from_space(space, name, via, target, expected))
+        };
+        self.clients().into_iter().flat_map(row).collect()
+    }
+}
+
+#[test]
+fn everybody_who_reaches_the_node_reaches_the_pod() -> Result<()> {
+    require_lab!();
+    for routing in ["tunnel", "native"] {
+        let world = World::start(routing)?;
+        let node = world.lab.node(1);
+        let mut rows = world.rows(Expected::Answered);
+        let own = world.targets().map(|(via, target)| (via, target, Expected::Answered));
+        let loopback = LOOPBACK.map(|address| (Via::Tcp, SocketAddr::new(address, 8000), Expected::Answered));
+        for (via, target, expected) in own.chain(loopback) {
+            rows.push(Row::from_space(node.space(), "node1", via, target, expected));
+        }
+        for address in node.addresses() {
+            // A port that no pod has, and the protocol that it has not.
+            for (via, port) in [(Via::Tcp, 8001), (Via::Udp, 8000), (Via::Tcp, 80)] {
+                let target = SocketAddr::new(*address, port);
+                rows.push(Row::from_space(world.lab.outside(), "outside", via, target, Expected::Refused));
+            }
+        }
+        // A pod's loopback address is its own.
+        for address in LOOPBACK {
+            let target = SocketAddr::new(address, 8000);
+            rows.push(Row::new(&world.near, Via::Tcp, target, Expected::Refused));
+        }
+        expect_all(&rows)?;
+        for (via, target) in world.targets() {
+            let space = world.lab.outside();
+            let outcome = space.run(move || probe(via, target));
+            ensure!(outcome.answered_by() == Some("web"), "{routing} {target}: {outcome}");
+            let outside = OUTSIDE[usize::from(target.is_ipv6())].parse()?;
+            ensure!(outcome.seen_as() == Some(outside), "{routing} {target}: {outcome}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_pods_policy_judges() -> Result<()> {
+    require_lab!();
+    let world = World::start("tunnel")?;
+    expect_all(&world.rows(Expected::Answered))?;
+    world.lab.manifests().apply(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
+         metadata: {name: near-only, namespace: shop}\n\
+         spec: {podSelector: {matchLabels: {app: web}}, ingress: [{from: [{podSelector: {matchLabels: {app: near}}}]}]}\n",
+    )?;
+    let mut rows = Vec::new();
+    for (space, name) in world.clients() {
+        let expected = if name == "near" { Expected::Answered } else { Expected::Denied };
+        for (via, target) in world.targets() {
+            rows.push(Row::from_space(space, name, via, target, expected));
+        }
+    }
+    // The node reaches its pods whatever the policy says.
+    for (via, target) in world.targets() {
+        rows.push(Row::from_space(world.lab.node(1).space(), "node1", via, target, Expected::Answered));
+    }
+    expect_all(&rows)
+}
+
+#[test]
+fn a_host_port_survives_a_restart_and_ends_with_its_pod() -> Result<()> {
+    require_lab!();
+    let world = World::start("tunnel")?;
+    let node = world.lab.node(1);
+    expect_all(&world.rows(Expected::Answered))?;
+    let target = SocketAddr::new(node.addresses()[0], 8000);
+    let stream = Traffic::tcp(world.lab.outside(), target);
+    stream.wait_for_answers(50)?;
+    node.kill_agent()?;
+    node.start_agent()?;
+    node.wait_ready()?;
+    stream.wait_for_answers(50)?;
+    stream.stop()?.check_nothing_lost()?;
+    world.web.check(node)?;
+
+    // Somebody who has it keeps it, and is named.
+    let refused = world.lab.pod(1, "shop/greedy").host_port("tcp", "127.0.0.1", 8000, 80).create();
+    let error = format!("{:#}", refused.err().unwrap_or_else(|| anyhow::anyhow!("connected")));
+    ensure!(
+        error.contains("another pod of this node has the host port") && error.contains("shop/web"),
+        "{error}"
+    );
+    world.web.delete(node)?;
+    wait_for("the port to be the node's again", || {
+        let outcome = world.lab.outside().run(move || probe(Via::Tcp, target));
+        Ok(outcome.is_refused())
+    })?;
+    let next = world.lab.pod(1, "shop/next").host_port("tcp", "127.0.0.1", 8000, 80).create()?;
+    let loopback = SocketAddr::new(LOOPBACK[0], 8000);
+    expect_all(&[
+        Row::from_space(node.space(), "node1", Via::Tcp, loopback, Expected::Answered),
+        Row::from_space(world.lab.outside(), "outside", Via::Tcp, target, Expected::Refused),
+        Row::new(&world.near, Via::Tcp, target, Expected::Refused),
+        Row::new(&next, Via::Tcp, SocketAddr::new(world.near.address(true), 80), Expected::Answered),
+    ])
+}
+
+#[test]
+fn host_ports_that_cannot_be_served_are_refused() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup::default())?;
+    let rows: [(&str, &str, u16, u16, &str); 5] = [
+        ("sctp", "", 8000, 80, "TCP and UDP only"),
+        ("icmp", "", 8000, 80, "protocol of portMappings"),
+        ("tcp", "10.0.0.300", 8000, 80, "hostIP of portMappings"),
+        ("tcp", "", 8000, 0, "is 0"),
+        ("udp", "", 8472, 80, "tunnels use"),
+    ];
+    for (number, (protocol, host_ip, host_port, container_port, expected)) in rows.into_iter().enumerate() {
+        let name = format!("shop/bad{number}");
+        let pod = lab.pod(1, &name).host_port(protocol, host_ip, host_port, container_port).create();
+        let error = pod.err().map(|error| format!("{error:#}")).unwrap_or_default();
+        ensure!(error.contains(expected), "{protocol} {host_ip} {host_port} {container_port}: {error:?}");
+    }
+    let twice =
+        lab.pod(1, "shop/twice").host_port("tcp", "", 8000, 80).host_port("tcp", "", 8000, 81).create();
+    ensure!(twice.is_err(), "the same host port twice");
+    // Port 0 of the node: none.
+    lab.pod(1, "shop/none").host_port("tcp", "", 0, 80).create().map(drop)
+}
