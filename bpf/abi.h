@@ -294,7 +294,8 @@ struct connection {
 	__u16 flags;		/* enum connection_flags */
 	__u8 tcp_flags[2];	/* every flag seen, per side */
 	__u8 route[2];		/* enum route: to the initiator, to the responder */
-	__u8 pad[4];
+	__be16 other_port;	/* FLOW: the initiator's own source port, SERVICE: the one on the way; 0: the same */
+	__u8 pad[2];
 };
 _Static_assert(sizeof(struct connection) == 104, "connection");
 

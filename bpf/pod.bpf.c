@@ -17,6 +17,20 @@
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
 
 /*
+ * The packet may be of a flow that has another source port on the way: another
+ * flow has its name there, or had when it began.
+ */
+static __always_inline bool from_pod_may_clash(const struct packet *packet)
+{
+	if (packet->flags & PACKET_CLASHES)
+		return true;
+	return packet->flags & PACKET_BEGINS &&
+	       !(packet->flags & PACKET_HAS_SERVICE) &&
+	       packet->protocol == IPPROTO_TCP &&
+	       !(packet->tcp_flags & TCP_SYN);
+}
+
+/*
  * The pod's packet is of no flow under this name. Names the backend if it goes
  * to a service: 1 if that flow is known, 0 if it must be judged, or a drop.
  */
@@ -28,6 +42,10 @@ __weak __noinline int from_pod_translate(struct __sk_buff *ctx,
 	if (!packet)
 		return -DROP_INVALID_PACKET;
 	ret = service_translate(packet);
+	if (!ret && from_pod_may_clash(packet))
+		ret = service_avoid_clash(packet);
+	if (ret > 0)
+		ret = service_keep(packet);
 	if (ret)
 		return ret;
 	/* Only nodes make tunnel packets; a service makes no difference. */
@@ -41,6 +59,20 @@ __weak __noinline int from_pod_translate(struct __sk_buff *ctx,
 	return flow_established(ctx, packet);
 }
 
+/*
+ * The flow of this name is another one: the pod's to a service, on its way to
+ * this backend. What it sends to the service never comes here by this name.
+ */
+static __always_inline bool from_pod_clashes(const struct packet *packet,
+					     const struct fast *fast)
+{
+	const struct connection *flow = fast->connection;
+
+	return flow->flags & CONNECTION_TRANSLATED &&
+	       !(fast->high ^ (flow->flags & CONNECTION_INITIATOR_HIGH)) &&
+	       !connection_is_expired(flow, packet->protocol, bpf_jiffies64());
+}
+
 /* Of a flow whose verdict stands; it may have been looked for already. */
 static __always_inline bool from_pod_continues(struct __sk_buff *ctx,
 					       struct packet *packet,
@@ -50,6 +82,10 @@ static __always_inline bool from_pod_continues(struct __sk_buff *ctx,
 		fast->high = connection_key_of(packet, &fast->key);
 		fast->connection =
 			bpf_map_lookup_elem(&connections, &fast->key);
+	}
+	if (fast->connection && from_pod_clashes(packet, fast)) {
+		packet->flags |= PACKET_CLASHES;
+		return false;
 	}
 	if (fast->connection)
 		return flow_continue(ctx, packet, &fast->key, fast->connection,

@@ -60,6 +60,10 @@ flow_restore_service(struct packet *packet, const struct connection *connection)
 		packet->destination = packet->source;
 		packet->flags |= PACKET_NEW_DESTINATION;
 	}
+	if (connection->other_port) {
+		packet->destination_port = connection->other_port;
+		packet->flags |= PACKET_NEW_DESTINATION;
+	}
 	packet->source = connection->service;
 	packet->source_port = connection->service_port;
 	packet->flags |= PACKET_NEW_SOURCE;
@@ -316,6 +320,7 @@ static __noinline int flow_insert(struct __sk_buff *ctx, struct packet *packet,
 	fresh->bytes[0] = packet->bytes;
 	fresh->service = packet->service;
 	fresh->service_port = packet->service_port;
+	fresh->other_port = packet->own_port;
 	fresh->tcp_flags[0] = packet->tcp_flags;
 	fresh->flags = flow->high ? CONNECTION_INITIATOR_HIGH : 0;
 	if (packet->flags & PACKET_LOOPBACK)
@@ -504,7 +509,9 @@ __weak __noinline int flow_open_again(struct __sk_buff *ctx,
 
 	if (!packet)
 		return -DROP_INVALID_PACKET;
-	if (!(packet->flags & PACKET_BEGINS) || flow_is_answer(packet))
+	/* TCP begins with a SYN; what does not may bear another name. */
+	if (!(packet->flags & PACKET_BEGINS) || flow_is_answer(packet) ||
+	    (packet->protocol == IPPROTO_TCP && !(packet->tcp_flags & TCP_SYN)))
 		return 0;
 	of = judged_find(packet);
 	if (!of)

@@ -174,7 +174,11 @@ __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 	}
 	inner.destination = connection->service;
 	inner.destination_port = connection->service_port;
-	return icmp_rewrite_inner(ctx, packet, &inner, REWRITE_DESTINATION);
+	ret = icmp_rewrite_inner(ctx, packet, &inner, REWRITE_DESTINATION);
+	if (ret || !connection->other_port)
+		return ret;
+	inner.source_port = connection->other_port;
+	return icmp_rewrite_inner(ctx, packet, &inner, REWRITE_SOURCE);
 }
 
 /* The verdict on any packet: 0 or a drop. */

@@ -37,7 +37,8 @@ enum packet_flags {
 	PACKET_NEW_SOURCE =
 		1 << 13, /* source differs from what is in the frame */
 	PACKET_NEW_DESTINATION = 1 << 14,
-	PACKET_BEGINS = 1 << 15, /* no flow of this name runs */
+	PACKET_BEGINS = 1 << 15,  /* no flow of this name runs */
+	PACKET_CLASHES = 1 << 16, /* a translated flow has its name on the way */
 };
 
 struct packet {
@@ -48,20 +49,20 @@ struct packet {
 	__u32 destination_identity;
 	__u32 rule_id;
 	__u32 bytes;
+	__u32 flags; /* enum packet_flags */
 	__be16 source_port;
 	__be16 destination_port;
 	__be16 service_port;
+	__be16 own_port; /* the source port before translation; 0: the same */
 	__u16 source_endpoint;
 	__u16 destination_endpoint;
 	__u16 l4_offset;
-	__u16 flags; /* enum packet_flags */
 	__u8 protocol;
 	__u8 tcp_flags;
 	__u8 icmp_type;
 	__u8 icmp_code;
 	__u8 direction;
 	__u8 route; /* enum route, of the destination */
-	__u8 pad[2];
 } __attribute__((aligned(8)));
 
 static __always_inline bool addr_equal(const struct addr *a,

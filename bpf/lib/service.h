@@ -12,6 +12,10 @@
 /* How many slots are searched for a backend when the set has changed. */
 #define SERVICE_SEARCH_SLOTS 256
 
+/* Other source ports: 32768 to 49151, tried at random. */
+#define SERVICE_PORT_MIN 32768
+#define SERVICE_PORT_TRIES 8
+
 static __always_inline struct service *service_find(const struct addr *addr,
 						    __be16 port, __u8 protocol)
 {
@@ -104,9 +108,134 @@ service_recall(const struct service *service, const struct packet *packet,
 	return chosen;
 }
 
+/* The entry is of the flow that the packet becomes. */
+static __always_inline bool service_is_own(const struct connection *flow,
+					   const struct packet *packet,
+					   __be16 own_port)
+{
+	__be16 port = flow->other_port ? flow->other_port : packet->source_port;
+
+	return flow->flags & (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK) &&
+	       port == own_port && flow->service_port == packet->service_port &&
+	       addr_equal(&flow->service, &packet->service);
+}
+
+/*
+ * The pod sees another destination than the backend does: it may use one source
+ * port for several at once, to services with a backend in common or to the
+ * backend itself. On the way each needs its own. The packet is translated
+ * already, its source port is the pod's; 0 or a drop.
+ */
+static __always_inline int service_choose_port(struct packet *packet,
+					       struct connection_key *key,
+					       __u64 now)
+{
+	struct connection *flow;
+	__be16 own_port = packet->source_port;
+
+	for (int i = 0; i < SERVICE_PORT_TRIES; i++) {
+		connection_key_of(packet, key);
+		flow = bpf_map_lookup_elem(&connections, key);
+		if (!flow ||
+		    connection_is_expired(flow, packet->protocol, now) ||
+		    service_is_own(flow, packet, own_port)) {
+			if (packet->source_port != own_port)
+				packet->own_port = own_port;
+			return 0;
+		}
+		packet->source_port =
+			bpf_htons(SERVICE_PORT_MIN +
+				  (bpf_get_prandom_u32() & 0x3fff));
+	}
+	return -DROP_NO_NAT_MAPPING;
+}
+
+/* Notes a packet of a choice that was made before, and its source port. */
+static __always_inline void service_follow(struct connection *chosen,
+					   struct packet *packet, __u64 now)
+{
+	chosen->last_seen_jiffies = now;
+	chosen->tcp_flags[0] |= packet->tcp_flags;
+	if (packet->tcp_flags & (TCP_FIN | TCP_RST))
+		chosen->flags |= CONNECTION_CLOSING;
+	else if (!(packet->tcp_flags & TCP_SYN))
+		chosen->flags |= CONNECTION_REPLIED;
+	if (!chosen->other_port)
+		return;
+	packet->own_port = packet->source_port;
+	packet->source_port = chosen->other_port;
+	packet->flags |= PACKET_NEW_SOURCE;
+}
+
+/*
+ * Keeps where a flow goes whose packet is translated for the first time, and
+ * gives it its source port: 0 or a drop.
+ */
+__weak __noinline int service_keep(struct packet *packet)
+{
+	struct connection_key key __attribute__((aligned(8)));
+	struct connection *chosen;
+	struct service *service;
+	__u64 now = bpf_jiffies64();
+	__u32 zero = 0, high;
+	int ret;
+
+	if (!packet)
+		return -DROP_INVALID_PACKET;
+	ret = service_choose_port(packet, &key, now);
+	if (ret)
+		return ret;
+	chosen = bpf_map_lookup_elem(&scratch, &zero);
+	if (!chosen)
+		return -DROP_CONNECTION_INSERT;
+	__builtin_memset(chosen, 0, sizeof(*chosen));
+	chosen->last_seen_jiffies = now;
+	chosen->last_report_jiffies = now;
+	addr_copy(&chosen->service, &packet->destination);
+	chosen->service_port = packet->destination_port;
+	service = service_find(&packet->service, packet->service_port,
+			       packet->protocol);
+	if (service) {
+		chosen->egress_epoch = service->generation;
+		chosen->identity[0] = service->service_id;
+	}
+	chosen->endpoint[0] = packet->source_endpoint;
+	chosen->tcp_flags[0] = packet->tcp_flags;
+	if (packet->own_port) {
+		chosen->other_port = packet->source_port;
+		packet->flags |= PACKET_NEW_SOURCE;
+	}
+
+	/* Under the name that the pod knows. */
+	high = connection_key_fill(
+		packet->flags & PACKET_LOOPBACK
+			? (const void *)&packet->destination
+			: (const void *)&packet->source,
+		(const void *)&packet->service,
+		packet->own_port ? packet->own_port : packet->source_port,
+		packet->service_port, packet->protocol, &key);
+	key.kind = CONNECTION_SERVICE;
+	chosen->flags = high ? CONNECTION_INITIATOR_HIGH : 0;
+	if (bpf_map_update_elem(&connections, &key, chosen, BPF_ANY) &&
+	    bpf_map_update_elem(&connections, &key, chosen, BPF_ANY))
+		return -DROP_CONNECTION_INSERT;
+	return 0;
+}
+
+/* To itself a pod speaks from the loopback address. */
+static __always_inline void service_use_loopback(struct packet *packet)
+{
+	if (!addr_equal(&packet->source, &packet->destination))
+		return;
+	packet->source = packet->flags & PACKET_IPV6 ? settings.loopback_ipv6
+						     : settings.loopback_ipv4;
+	packet->flags |= PACKET_NEW_SOURCE | PACKET_LOOPBACK;
+}
+
 /*
  * If the packet goes to a service: makes its destination the backend, and its
- * source the loopback address when that is the sender itself. 0 or a drop.
+ * source the loopback address when that is the sender itself. 0, 1 if the choice
+ * is new (service_keep), or a drop.
  */
 __weak __noinline int service_translate(struct packet *packet)
 {
@@ -115,8 +244,6 @@ __weak __noinline int service_translate(struct packet *packet)
 	struct service *service;
 	struct backend *backend;
 	__u64 now = bpf_jiffies64();
-	__u32 zero = 0;
-	bool high;
 
 	if (!packet)
 		return -DROP_INVALID_PACKET;
@@ -136,50 +263,58 @@ __weak __noinline int service_translate(struct packet *packet)
 	if (service->flags & SERVICE_WILDCARD)
 		return -DROP_IS_CLUSTER_IP;
 
-	high = connection_key_of(packet, &key);
+	connection_key_of(packet, &key);
 	key.kind = CONNECTION_SERVICE;
+	packet->flags |= PACKET_NEW_DESTINATION;
 	chosen = service_recall(service, packet, &key, now);
 	if (chosen) {
-		chosen->last_seen_jiffies = now;
-		chosen->tcp_flags[0] |= packet->tcp_flags;
-		if (packet->tcp_flags & (TCP_FIN | TCP_RST))
-			chosen->flags |= CONNECTION_CLOSING;
-		else if (!(packet->tcp_flags & TCP_SYN))
-			chosen->flags |= CONNECTION_REPLIED;
-	} else {
-		/* Once more: the set may have changed between the two reads. */
-		backend =
-			service_select_backend(service, bpf_get_prandom_u32());
-		if (!backend)
-			backend = service_select_backend(service, 0);
-		if (!backend)
-			return -DROP_NO_SERVICE_BACKEND;
-		chosen = bpf_map_lookup_elem(&scratch, &zero);
-		if (!chosen)
-			return -DROP_CONNECTION_INSERT;
-		__builtin_memset(chosen, 0, sizeof(*chosen));
-		chosen->last_seen_jiffies = now;
-		chosen->last_report_jiffies = now;
-		chosen->service = backend->addr;
-		chosen->service_port = backend->port;
-		chosen->egress_epoch = service->generation;
-		chosen->identity[0] = service->service_id;
-		chosen->endpoint[0] = packet->source_endpoint;
-		chosen->tcp_flags[0] = packet->tcp_flags;
-		chosen->flags = high ? CONNECTION_INITIATOR_HIGH : 0;
-		if (bpf_map_update_elem(&connections, &key, chosen, BPF_ANY) &&
-		    bpf_map_update_elem(&connections, &key, chosen, BPF_ANY))
-			return -DROP_CONNECTION_INSERT;
+		addr_copy(&packet->destination, &chosen->service);
+		packet->destination_port = chosen->service_port;
+		service_use_loopback(packet);
+		service_follow(chosen, packet, now);
+		return 0;
 	}
+	/* Once more: the set may have changed between the two reads. */
+	backend = service_select_backend(service, bpf_get_prandom_u32());
+	if (!backend)
+		backend = service_select_backend(service, 0);
+	if (!backend)
+		return -DROP_NO_SERVICE_BACKEND;
+	addr_copy(&packet->destination, &backend->addr);
+	packet->destination_port = backend->port;
+	service_use_loopback(packet);
+	return 1;
+}
 
-	packet->destination = chosen->service;
-	packet->destination_port = chosen->service_port;
-	packet->flags |= PACKET_NEW_DESTINATION;
-	if (addr_equal(&packet->source, &packet->destination)) {
-		packet->source = packet->flags & PACKET_IPV6
-					 ? settings.loopback_ipv6
-					 : settings.loopback_ipv4;
-		packet->flags |= PACKET_NEW_SOURCE | PACKET_LOOPBACK;
-	}
+/*
+ * A flow that goes to a backend by its own address while a translated one of the
+ * same source port does: it takes another port on the way, and is translated
+ * from then on, to where it goes anyway. 0, 1 if that is new (service_keep), or
+ * a drop.
+ */
+__weak __noinline int service_avoid_clash(struct packet *packet)
+{
+	struct connection_key key __attribute__((aligned(8)));
+	struct connection *chosen;
+	__u64 now = bpf_jiffies64();
+
+	if (!packet)
+		return -DROP_INVALID_PACKET;
+	connection_key_of(packet, &key);
+	key.kind = CONNECTION_SERVICE;
+	chosen = bpf_map_lookup_elem(&connections, &key);
+	if (chosen && (connection_is_expired(chosen, packet->protocol, now) ||
+		       (packet->tcp_flags & TCP_SYN &&
+			chosen->flags &
+				(CONNECTION_CLOSING | CONNECTION_REPLIED))))
+		chosen = NULL;
+	if (!chosen && !(packet->flags & PACKET_CLASHES))
+		return 0;
+	addr_copy(&packet->service, &packet->destination);
+	packet->service_port = packet->destination_port;
+	packet->flags |= PACKET_HAS_SERVICE;
+	if (!chosen)
+		return 1;
+	service_follow(chosen, packet, now);
 	return 0;
 }

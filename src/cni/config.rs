@@ -43,16 +43,17 @@ struct RuntimeConfig {
     port_mappings: Option<Vec<RuntimePortMapping>>,
 }
 
-/// A row of `portMappings` as runtimes write it (CNI conventions, "dynamic plugin specific fields").
+/// A row of `portMappings` (CNI conventions, "dynamic plugin specific fields"); containerd writes the names
+/// with a capital, which plugins in Go do not notice.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
 struct RuntimePortMapping {
-    #[serde(default)]
+    #[serde(rename = "hostPort", alias = "HostPort", default)]
     host_port: u16,
+    #[serde(rename = "containerPort", alias = "ContainerPort")]
     container_port: u16,
-    #[serde(default)]
+    #[serde(alias = "Protocol", default)]
     protocol: String,
-    #[serde(rename = "hostIP", default)]
+    #[serde(rename = "hostIP", alias = "HostIP", default)]
     host_ip: String,
 }
 

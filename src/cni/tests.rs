@@ -338,3 +338,23 @@ fn a_check_compares_with_what_the_runtime_remembers() {
     assert_eq!(compare(json!({})), Err(100));
     assert_eq!(compare(Value::Null), Err(7));
 }
+
+#[test]
+fn host_ports_are_read_as_runtimes_write_them() {
+    let mut config = config();
+    config["runtimeConfig"] = json!({"portMappings": [
+        {"hostPort": 8000, "containerPort": 80, "protocol": "tcp", "hostIP": ""},
+        // containerd
+        {"HostPort": 8000, "ContainerPort": 81, "Protocol": "udp", "HostIP": "fd00::1"},
+        {"hostPort": 0, "containerPort": 82},
+        {"hostPort": 8001, "containerPort": 83},
+    ]});
+    let config = Config::parse(config.to_string().as_bytes()).expect("a configuration");
+    let shown: Vec<String> = config
+        .port_mappings()
+        .expect("host ports")
+        .iter()
+        .map(|mapping| format!("{mapping} {}", mapping.container_port))
+        .collect();
+    assert_eq!(shown, ["*:8000/TCP 80", "[fd00::1]:8000/UDP 81", "*:8001/TCP 83"]);
+}

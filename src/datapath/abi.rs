@@ -78,7 +78,7 @@ plain! {
     ConnectionKey { addr, port, protocol, kind, pad }
     Connection {
         last_seen_jiffies, last_report_jiffies, packets, bytes, service, egress_epoch, ingress_epoch,
-        identity, egress_rule, ingress_rule, endpoint, service_port, flags, tcp_flags, route, pad,
+        identity, egress_rule, ingress_rule, endpoint, service_port, flags, tcp_flags, route, other_port, pad,
     }
     NatKey { local, remote, local_port, remote_port, protocol, direction, pad }
     Nat { addr, created_jiffies, port, pad }

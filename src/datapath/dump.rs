@@ -255,6 +255,7 @@ fn connection_row(key: abi::ConnectionKey, row: abi::Connection) -> Row {
         "bytes": row.bytes,
         "service": ip(row.service),
         "service_port": u16::from_be(row.service_port),
+        "other_port": u16::from_be(row.other_port),
         "identities": row.identity,
         "endpoints": row.endpoint,
         "egress_epoch": row.egress_epoch,

@@ -1,10 +1,16 @@
 //! ClusterIP services: at the socket, and per packet for pods that the hooks do not see.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::lab::{Lab, Pod, ServicePort, Setup, Traffic, Via, backend, socket_address, wait_for};
 use crate::require::require_lab;
@@ -237,4 +243,60 @@ spec:
         })
         .collect();
     expect_all(&rows)
+}
+
+/// A connection from a source port of the caller's choice.
+fn connect_from(pod: &Pod, port: u16, target: SocketAddr) -> Result<TcpStream> {
+    let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+    pod.space().run(move || {
+        let family = if target.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+        setsockopt(&socket, sockopt::SendTimeout, &TimeVal::milliseconds(900))?;
+        bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(any, port)))?;
+        connect(socket.as_raw_fd(), &SockaddrStorage::from(target))?;
+        let mut stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(Duration::from_millis(900)))?;
+        // The server says its name first.
+        let length = stream.read(&mut [0; 128])?;
+        ensure!(length > 0, "{target} closed the connection");
+        Ok(stream)
+    })
+}
+
+#[test]
+fn one_source_port_serves_a_service_and_its_backend_at_once() -> Result<()> {
+    require_lab!();
+    let shop = Shop::start()?;
+    shop.serve(&[&shop.near])?;
+    shop.lab.service("shop/again", &["10.96.0.11", "fd00:96::11"], &ports(), &[&shop.near])?;
+    expect_everywhere(&shop.clients(), Expected::Answered)?;
+    let again = ["10.96.0.11", "fd00:96::11"].map(|address| socket_address(address, 1080));
+    let rows = again.map(|target| Row::new(&shop.packets, Via::Tcp, target, Expected::Answered));
+    expect_all(&rows)?;
+    let mut port = 20000;
+    for (service, again) in ADDRESSES.map(|address| socket_address(address, 1080)).into_iter().zip(again) {
+        let backend = SocketAddr::new(shop.near.address(service.is_ipv4()), 80);
+        for targets in [[service, backend, again], [backend, again, service], [again, service, backend]] {
+            for is_closed_first in [false, true] {
+                port += 1;
+                let mut open = Vec::new();
+                for target in targets {
+                    let stream = connect_from(&shop.packets, port, target).with_context(|| {
+                        format!("{target} of {targets:?}, closed first: {is_closed_first}")
+                    })?;
+                    if is_closed_first {
+                        stream.shutdown(Shutdown::Both)?;
+                    }
+                    open.push(stream);
+                }
+                // Those that are open still lead to whom they were opened to.
+                for mut stream in open.into_iter().filter(|_| !is_closed_first) {
+                    stream.write_all(b"more")?;
+                    ensure!(stream.read(&mut [0; 16])? == 4, "the echo of {:?}", stream.peer_addr());
+                }
+            }
+        }
+    }
+    Ok(())
 }

@@ -272,3 +272,69 @@ fn a_service_reached_from_outside_is_nothing() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn one_source_port_towards_a_service_and_its_backend_is_two_flows() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, service, backend) = ((cast.a, 40000), (cast.service, 80), (cast.b, 8080));
+        let other_service =
+            (if cast.a.is_ipv4() { "10.96.0.99".parse()? } else { "fd00:96::99".parse()? }, 80);
+        world.service((other_service.0, other_service.1, 6), 900, 1, &[backend])?;
+        // The first has the port on the way, each that follows another one; the answers find back.
+        let mut ways = Vec::new();
+        for target in [service, backend, other_service] {
+            let way = (cast.a, on_the_way(world, &tcp(client, target, SYN).by(1))?);
+            becomes(world, &tcp(backend, way, SYN | ACK).by(2), &tcp(target, client, SYN | ACK))?;
+            ways.push((target, way));
+        }
+        ensure!(ways[0].1 == client, "{ways:?}");
+        let ports: std::collections::BTreeSet<u16> = ways.iter().map(|(_, (_, port))| *port).collect();
+        ensure!(ports.len() == 3, "{ways:?}");
+        for (target, way) in &ways {
+            for flags in [ACK, ACK | FIN] {
+                becomes(world, &tcp(client, *target, flags).by(1), &tcp(*way, backend, flags))?;
+                becomes(world, &tcp(backend, *way, flags).by(2), &tcp(*target, client, flags))?;
+            }
+        }
+        // A flow keeps its port when the one that it gave way to is forgotten.
+        let (target, way) = ways[1];
+        world.forget_flows_of_kind(0)?;
+        becomes(world, &tcp(client, target, ACK).by(1), &tcp(way, backend, ACK))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn datagrams_of_one_socket_to_a_service_and_its_backend_are_answered_by_name() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, service, backend) = ((cast.a, 40000), (cast.service, 80), (cast.b, 8080));
+        for first in [service, backend] {
+            world.forget_flows()?;
+            let second = if first == service { backend } else { service };
+            for target in [first, second, first] {
+                let way = (cast.a, on_the_way(world, &udp(client, target).by(1))?);
+                ensure!((way == client) == (target == first), "{target:?} by {way:?}");
+                becomes(world, &udp(backend, way).by(2), &udp(target, client))?;
+                // What the backend's host says of it names what the client knows.
+                let error = unreachable(cast.b, &udp(way, backend));
+                let outcome = world.send("from_pod", &error.by(2))?;
+                ensure!(outcome.action == REDIRECT, "{outcome:?}");
+                let quote = &outcome.frame[if cast.a.is_ipv4() { 14 + 20 + 8 } else { 14 + 40 + 8 }..];
+                let ports = if cast.a.is_ipv4() { &quote[20..24] } else { &quote[40..44] };
+                let quoted = [client.1.to_be_bytes(), target.1.to_be_bytes()].concat();
+                ensure!(ports == quoted, "{target:?}: {ports:?}, not {quoted:?}");
+            }
+        }
+        Ok(())
+    })
+}
+
+/// The source port with which a packet leaves from_pod.
+fn on_the_way(world: &mut World, packet: &Packet) -> Result<u16> {
+    let outcome = world.send("from_pod", packet)?;
+    ensure!(outcome.action == REDIRECT, "counted {:?} for {packet:?}", outcome.counted);
+    let offset = if packet.source.is_ipv4() { 34 } else { 54 };
+    Ok(u16::from_be_bytes([outcome.frame[offset], outcome.frame[offset + 1]]))
+}

@@ -388,6 +388,15 @@ impl World {
         Ok(())
     }
 
+    /// Forgets the connections of a kind.
+    pub fn forget_flows_of_kind(&self, kind: u8) -> Result<()> {
+        let map = self.datapath.typed::<ConnectionKey, Connection>("connections")?;
+        let mut rows = map.rows()?;
+        rows.retain(|key, _| key.0.kind != kind);
+        map.sync(&rows)?;
+        Ok(())
+    }
+
     /// Every connection of a kind, with its key.
     pub fn connections(&self, kind: u8) -> Result<Vec<(ConnectionKey, Connection)>> {
         let rows = self.datapath.typed::<ConnectionKey, Connection>("connections")?.rows()?;
