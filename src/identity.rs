@@ -1,9 +1,12 @@
 //! Identities from pods (keystone K7): which labels count, and which number they hash to.
 //!
 //! An identity is everything of a pod that policy can ask for. What differs in every
-//! pod of one workload is left out, or each pod would be an identity of its own. Pod
+//! pod of one workload is left out, or each pod would be an identity of its own, unless
+//! a policy does ask for it: then pods that have it get identities with it. Pod
 //! labels and namespace labels stay in two fields: no pod can claim its namespace's
 //! labels, and the namespace's name comes from its key, never from a label.
+
+use std::collections::BTreeSet;
 
 use sha2::{Digest, Sha256};
 
@@ -12,7 +15,7 @@ use crate::model::{IdentityId, IdentityLabels, Labels, Namespace, Pod, Requireme
 /// The label that every namespace has, with its name as the value.
 const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 
-/// Pod labels that controllers set anew for every revision or run, and that nobody selects by.
+/// Pod labels that controllers set anew for every revision or run, and that hardly anybody selects by.
 /// A StatefulSet's `pod-name` and `pod-index` stay: policies do select by them, there are only
 /// as many as pods, and they come back with every pod.
 const DROPPED: [&str; 8] = [
@@ -26,12 +29,12 @@ const DROPPED: [&str; 8] = [
     "pod-template-hash",
 ];
 
-/// True for a pod label that is no part of identities; no selector can ask for it.
+/// True for a pod label that is no part of identities unless a policy asks for it.
 pub fn is_dropped(label: &str) -> bool {
     DROPPED.binary_search(&label).is_ok()
 }
 
-/// The labels that `selector` asks pods for although no identity has them.
+/// The labels of [`is_dropped`] that `selector` asks pods for.
 pub fn dropped_labels(selector: &Selector) -> impl Iterator<Item = &str> {
     selector
         .requirements
@@ -45,8 +48,18 @@ pub fn dropped_labels(selector: &Selector) -> impl Iterator<Item = &str> {
         .filter(|key| is_dropped(key))
 }
 
-/// Everything of `pod` that policy can ask for.
-pub fn labels_of(pod: &Pod, namespace: Option<&Namespace>) -> IdentityLabels {
+/// Those of them that a pod must not have: that an identity is without one may mean that its pod's node has
+/// yet to give it another identity.
+pub fn undecidable_labels(selector: &Selector) -> impl Iterator<Item = &str> {
+    let negative = selector.requirements.iter().filter_map(|requirement| match requirement {
+        Requirement::NotIn(key, _) | Requirement::DoesNotExist(key) => Some(key.as_str()),
+        Requirement::In(..) | Requirement::Exists(_) => None,
+    });
+    negative.filter(|key| is_dropped(key))
+}
+
+/// Everything of `pod` that policy can ask for; of the labels of [`is_dropped`] those that are `asked` for.
+pub fn labels_of(pod: &Pod, namespace: Option<&Namespace>, asked: &BTreeSet<String>) -> IdentityLabels {
     let mut namespace_labels = namespace.map_or_else(Labels::new, |namespace| namespace.labels.clone());
     namespace_labels.insert(NAMESPACE_NAME.to_owned(), pod.key.namespace.to_string());
     let mut named_ports = pod.named_ports.clone();
@@ -61,7 +74,7 @@ pub fn labels_of(pod: &Pod, namespace: Option<&Namespace>) -> IdentityLabels {
         pod_labels: pod
             .labels
             .iter()
-            .filter(|(key, _)| !is_dropped(key))
+            .filter(|(key, _)| !is_dropped(key) || asked.contains(*key))
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect(),
         named_ports,
@@ -84,6 +97,8 @@ mod tests {
 
     use super::*;
     use crate::model::{NamedPort, ObjectKey, Protocol};
+
+    const NONE: BTreeSet<String> = BTreeSet::new();
 
     fn labels(pairs: &[(&str, &str)]) -> Labels {
         pairs.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
@@ -111,9 +126,9 @@ mod tests {
     fn pods_of_one_workload_share_an_identity() {
         let one = pod(&[("app", "web"), ("pod-template-hash", "7d4b"), ("controller-revision-hash", "0")]);
         let two = pod(&[("app", "web"), ("pod-template-hash", "99aa"), ("controller-uid", "1")]);
-        assert_eq!(labels_of(&one, None), labels_of(&two, None));
+        assert_eq!(labels_of(&one, None, &NONE), labels_of(&two, None, &NONE));
         assert_eq!(
-            labels_of(&one, Some(&Namespace { labels: labels(&[("team", "red")]) })),
+            labels_of(&one, Some(&Namespace { labels: labels(&[("team", "red")]) }), &NONE),
             IdentityLabels {
                 namespace: "shop".to_owned(),
                 namespace_labels: labels(&[(NAMESPACE_NAME, "shop"), ("team", "red")]),
@@ -125,10 +140,20 @@ mod tests {
     }
 
     #[test]
+    fn a_label_of_a_run_counts_where_a_policy_asks_for_it() {
+        let job = pod(&[("app", "web"), ("job-name", "night"), ("controller-uid", "1")]);
+        let asked = BTreeSet::from(["job-name".to_owned()]);
+        let expected = labels(&[("app", "web"), ("job-name", "night")]);
+        assert_eq!(labels_of(&job, None, &asked).pod_labels, expected);
+        let web = pod(&[("app", "web")]);
+        assert_eq!(labels_of(&web, None, &asked), labels_of(&web, None, &NONE));
+    }
+
+    #[test]
     fn the_namespace_name_cannot_be_claimed_by_a_label() {
         let liar = Namespace { labels: labels(&[(NAMESPACE_NAME, "kube-system")]) };
         let pod = pod(&[(NAMESPACE_NAME, "kube-system")]);
-        let labels_of_liar = labels_of(&pod, Some(&liar));
+        let labels_of_liar = labels_of(&pod, Some(&liar), &NONE);
         assert_eq!(labels_of_liar.namespace_labels, labels(&[(NAMESPACE_NAME, "shop")]));
         assert_eq!(labels_of_liar.namespace, "shop");
     }
@@ -141,12 +166,12 @@ mod tests {
         one.named_ports.insert("dns".to_owned(), vec![udp, tcp]);
         let mut two = pod(&[]);
         two.named_ports.insert("dns".to_owned(), vec![tcp, udp, tcp]);
-        assert_eq!(number(&labels_of(&one, None), 0), number(&labels_of(&two, None), 0));
+        assert_eq!(number(&labels_of(&one, None, &NONE), 0), number(&labels_of(&two, None, &NONE), 0));
     }
 
     #[test]
     fn numbers_are_the_clusters_and_never_change() {
-        let labels = labels_of(&pod(&[("app", "web")]), None);
+        let labels = labels_of(&pod(&[("app", "web")]), None, &NONE);
         assert_eq!(number(&labels, 0), IdentityId(8646325));
         assert_ne!(number(&labels, 0), number(&labels, 1));
         for attempt in 0..10_000 {

@@ -96,6 +96,8 @@ pub struct Compute {
     compiler: policy::Compiler,
     numbers: HashMap<Arc<IdentityLabels>, IdentityId>,
     numbers_from: (Snapshot<IdentityId, Arc<IdentityLabels>>, Snapshot<IdentityId, ()>),
+    asked_labels: BTreeSet<String>,
+    asked_by: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
     last_identity: BTreeMap<EndpointId, (ObjectKey, IdentityId)>,
 }
 
@@ -117,6 +119,8 @@ impl Compute {
             compiler: policy::Compiler::new(first_policy, first_local),
             numbers: HashMap::new(),
             numbers_from: Default::default(),
+            asked_labels: BTreeSet::new(),
+            asked_by: Snapshot::new(),
             last_identity: BTreeMap::new(),
         }
     }
@@ -124,6 +128,10 @@ impl Compute {
     /// What `view` asks of the kernel.
     pub fn desired(&mut self, view: &View) -> Result<Desired, policy::Error> {
         self.learn_numbers(&view.identities, &view.to_claim);
+        if !self.asked_by.ptr_eq(&view.policies) {
+            self.asked_labels = policy::asked_labels(&view.policies);
+            self.asked_by = view.policies.clone();
+        }
         let mut desired = Desired::default();
         let endpoints = self.resolve(view, &mut desired);
         let owners = self.owners.update(&node::Input {
@@ -213,7 +221,7 @@ impl Compute {
             return Err(format!("the pod {} known has another UID: waiting for {uid}", endpoint.pod));
         }
         let namespace = view.namespaces.get(&endpoint.pod.namespace);
-        let labels = identity::labels_of(pod, namespace.map(Arc::as_ref));
+        let labels = identity::labels_of(pod, namespace.map(Arc::as_ref), &self.asked_labels);
         match self.numbers.get(&labels) {
             Some(number) => Ok(*number),
             None => {
@@ -273,7 +281,7 @@ fn conflicts(
     });
     let labels = ignored_labels.iter().map(|(policy, labels)| {
         let labels = labels.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
-        format!("NetworkPolicy {policy} selects by {labels}, which identities leave out")
+        format!("NetworkPolicy {policy} lets in who is without {labels}: Weir cannot tell, so nobody is")
     });
     addresses.chain(services).chain(labels).collect()
 }

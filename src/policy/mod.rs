@@ -38,6 +38,7 @@ use crate::tables::Snapshot;
 
 use peers::{Member, Peers};
 use prefixes::{Assigned, Locals, Tree};
+pub use select::asked_labels;
 use select::{Definition, Selections};
 use value::Value;
 
@@ -71,8 +72,7 @@ pub struct Output {
     pub prefixes: Arc<BTreeMap<IpNet, PrefixEntry>>,
     /// What the local numbers mean.
     pub local_identities: Arc<BTreeMap<IdentityId, LocalIdentity>>,
-    /// Labels that policies ask pods for although identities leave them out: such a
-    /// selector selects by the rest of the cluster's knowledge, as a peer nobody.
+    /// Labels of a revision or run that policies ask peers not to have: nobody is let in for that.
     pub ignored_labels: Arc<BTreeMap<ObjectKey, BTreeSet<String>>>,
 }
 

@@ -64,8 +64,8 @@ impl PeerKey {
                 namespace.as_deref().is_none_or(|namespace| *namespace == *labels.namespace)
                     && pods.matches(&labels.pod_labels)
                     && namespaces.matches(&labels.namespace_labels)
-                    // Whether a pod has such a label is not known: nobody is let in for it.
-                    && identity::dropped_labels(pods).next().is_none()
+                    // Whether a pod is without such a label is not known: nobody is let in for it.
+                    && identity::undecidable_labels(pods).next().is_none()
             }),
             Self::Block { cidr, except } => {
                 member.prefixes.contains(cidr) && !except.iter().any(|hole| member.prefixes.contains(hole))

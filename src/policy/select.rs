@@ -41,7 +41,7 @@ pub struct Selections {
     snapshot: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
     states: BTreeMap<ObjectKey, State>,
     selected: BTreeMap<IdentityId, Arc<Selection>>,
-    /// Labels that policies ask pods for although no identity has them.
+    /// Labels of a revision or run that policies ask peers not to have: nobody is let in for that.
     ignored_labels: Arc<BTreeMap<ObjectKey, BTreeSet<String>>>,
     next: u64,
 }
@@ -54,6 +54,22 @@ struct State {
     /// Port names of its ingress rules.
     names: BTreeSet<(String, Protocol)>,
     ignored: BTreeSet<String>,
+}
+
+/// The labels of a revision or run that policies ask pods for: identities have them then.
+pub fn asked_labels(policies: &Snapshot<ObjectKey, Arc<NetworkPolicy>>) -> BTreeSet<String> {
+    let mut asked = BTreeSet::new();
+    for policy in policies.values() {
+        asked.extend(identity::dropped_labels(&policy.pod_selector).map(str::to_owned));
+        for rule in policy.ingress.iter().chain(&policy.egress).flatten() {
+            for peer in rule.peers.iter().flatten() {
+                if let Peer::Pods { pods, .. } = peer {
+                    asked.extend(identity::dropped_labels(pods).map(str::to_owned));
+                }
+            }
+        }
+    }
+    asked
 }
 
 impl Selections {
@@ -160,7 +176,7 @@ impl Selections {
             .collect()
     }
 
-    /// Labels that policies ask pods for although no identity has them.
+    /// Labels of a revision or run that policies ask peers not to have: nobody is let in for that.
     pub fn ignored_labels(&self) -> Arc<BTreeMap<ObjectKey, BTreeSet<String>>> {
         self.ignored_labels.clone()
     }
@@ -172,7 +188,7 @@ impl State {
             revision,
             prefixes: BTreeSet::new(),
             names: BTreeSet::new(),
-            ignored: identity::dropped_labels(&policy.pod_selector).map(str::to_owned).collect(),
+            ignored: BTreeSet::new(),
             policy: policy.clone(),
         };
         for rule in policy.ingress.iter().flatten() {
@@ -195,7 +211,7 @@ impl State {
                     self.prefixes.extend(except.iter().map(IpNet::trunc));
                 }
                 Peer::Pods { pods, .. } => {
-                    self.ignored.extend(identity::dropped_labels(pods).map(str::to_owned));
+                    self.ignored.extend(identity::undecidable_labels(pods).map(str::to_owned));
                 }
             }
         }

@@ -32,6 +32,13 @@ impl World {
         self
     }
 
+    fn label(mut self, id: u32, name: &str, value: &str) -> Self {
+        let mut labels = IdentityLabels::clone(&self.identities[&IdentityId(id)]);
+        labels.pod_labels.insert(name.to_owned(), value.to_owned());
+        self.identities.insert(IdentityId(id), Arc::new(labels));
+        self
+    }
+
     fn endpoint(mut self, id: u16, identity: u32) -> Self {
         self.endpoints.insert(EndpointId(id), IdentityId(identity));
         self
@@ -402,7 +409,25 @@ fn another_prefix_is_another_local_number() {
 }
 
 #[test]
-fn a_selector_on_a_left_out_label_lets_nobody_in_and_is_reported() {
+fn a_label_of_a_run_lets_in_who_has_it_and_nobody_who_is_without() {
+    let in_night = Requirement::In("job-name".to_owned(), BTreeSet::from(["night".to_owned()]));
+    let with_job = Selector { requirements: vec![in_night] };
+    let world = World::default()
+        .identity(300, "shop", "web")
+        .identity(301, "shop", "job")
+        .label(301, "job-name", "night")
+        .endpoint(1, 300)
+        .policy(ingress(
+            policy("in", app("web")),
+            Some(vec![Peer::Pods { namespaces: None, pods: with_job }]),
+            None,
+        ));
+    let output = world.compile(&mut compiler());
+    assert_eq!(*output.ignored_labels, BTreeMap::new());
+    let ingress_of = output.policies[&PolicyId(1)].ingress.as_ref().expect("ingress");
+    assert_eq!(ingress_of.peers.keys().copied().collect::<Vec<_>>(), [IdentityId(301)]);
+    assert_eq!(asked_labels(&world.policies), BTreeSet::from(["job-name".to_owned()]));
+
     let not_hash = Selector { requirements: vec![Requirement::DoesNotExist("pod-template-hash".to_owned())] };
     let world = World::default().identity(300, "shop", "web").endpoint(1, 300).policy(ingress(
         policy("in", app("web")),

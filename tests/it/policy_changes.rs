@@ -137,3 +137,33 @@ fn a_pod_is_not_reached_before_its_policy_is_enforced() -> Result<()> {
     }
     Ok(())
 }
+
+/// Labels of a revision or run are in no identity, or each run would be one; where a policy asks for
+/// such a label, they are.
+#[test]
+fn a_policy_may_ask_for_the_label_of_a_run() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup { nodes: 2, ..Setup::default() })?;
+    let job = |node, name: &str, run: &str| lab.pod(node, name).label("job-name", run).create();
+    let (night, day) = (job(1, "shop/night", "night")?, job(2, "shop/day", "day")?);
+    let client = lab.pod(1, "shop/client").create()?;
+    let rows = |night_expected, day_expected| {
+        let target = |pod: &crate::lab::Pod| SocketAddr::new(pod.address(true), 80);
+        vec![
+            Row::new(&client, Via::Tcp, target(&night), night_expected),
+            Row::new(&client, Via::Tcp, target(&day), Expected::Answered),
+            Row::new(&day, Via::Tcp, target(&night), day_expected),
+        ]
+    };
+    expect_all(&rows(Expected::Answered, Expected::Answered))?;
+    let policy = |ingress: &str| {
+        lab.manifests().apply(&format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: night, namespace: shop}}\n\
+             spec: {{podSelector: {{matchLabels: {{job-name: night}}}}, ingress: {ingress}}}\n"
+        ))
+    };
+    policy("[]")?;
+    expect_all(&rows(Expected::Denied, Expected::Denied))?;
+    policy("[{from: [{podSelector: {matchLabels: {job-name: day}}}]}]")?;
+    expect_all(&rows(Expected::Denied, Expected::Answered))
+}

@@ -44,7 +44,11 @@ impl Facts {
         };
         for (index, pod) in cluster.pods.iter().enumerate() {
             let namespace = &cluster.namespaces[&*pod.pod.key.namespace];
-            let labels = identity::labels_of(&pod.pod, Some(&Namespace { labels: namespace.clone() }));
+            let labels = identity::labels_of(
+                &pod.pod,
+                Some(&Namespace { labels: namespace.clone() }),
+                &Default::default(),
+            );
             let id = identity::number(&labels, 0);
             facts.identities.insert(id, Arc::new(labels));
             let endpoint = (pod.node == node).then_some(EndpointId(index as u16 + 1));
