@@ -13,9 +13,14 @@ use crate::model::{IdentityLabels, PublishedEndpoint};
 
 /// The version of the definitions below, raised by every change: an operator never replaces
 /// definitions of a higher version.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 /// The annotation of a definition that holds its version.
 pub const SCHEMA_VERSION_ANNOTATION: &str = "weir.dev/schema-version";
+/// An IPv4 address, or what may be an IPv6 one: whoever reads it parses it.
+const ADDRESS: &str = r"^([0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9a-f:]*:[0-9a-f:.]*)$";
+/// The same with the length of a prefix.
+const CIDR: &str = r"^([0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9a-f:]*:[0-9a-f:.]*)/[0-9]{1,3}$";
+
 /// The annotation that marks an identity as unused; its value is since when.
 pub const UNUSED_SINCE: &str = "weir.dev/unused-since";
 /// The condition of a WeirNode that says whether the operator could give it pod CIDRs.
@@ -31,7 +36,8 @@ pub const POD_CIDRS_ALLOCATED: &str = "PodCIDRsAllocated";
     doc = "The labels that an identity's number, which is its name, stands for.",
     plural = "identities",
     category = "weir",
-    validation = Rule::new("self.metadata.name.matches('^[1-9][0-9]{2,7}$')").message("the name must be a number"),
+    validation = Rule::new("self.metadata.name.matches('^[1-9][0-9]{2,7}$') && int(self.metadata.name) >= 256 && int(self.metadata.name) <= 16777215")
+        .message("the name must be an identity's number, 256 to 16777215"),
     printcolumn = r#"{"name": "Namespace", "type": "string", "jsonPath": ".spec.namespace"}"#,
     printcolumn = r#"{"name": "Service Account", "type": "string", "jsonPath": ".spec.serviceAccount"}"#,
     printcolumn = r#"{"name": "Labels", "type": "string", "jsonPath": ".spec.podLabels"}"#,
@@ -62,6 +68,7 @@ pub struct Port {
     #[schemars(range(min = 1, max = 65535))]
     pub port: u16,
     /// TCP, UDP or SCTP.
+    #[schemars(regex(pattern = "^(TCP|UDP|SCTP)$"))]
     pub protocol: String,
 }
 
@@ -88,6 +95,7 @@ pub struct NodeEndpointsSpec {
     pub node: String,
     /// The node's own addresses in the pod network.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(inner(regex(pattern = ADDRESS), length(max = 45)))]
     pub internal_addresses: Vec<String>,
     /// Its pods.
     #[serde(default)]
@@ -102,6 +110,7 @@ pub struct Endpoint {
     /// The pod's name.
     pub name: String,
     /// One address per family.
+    #[schemars(length(max = 2), inner(regex(pattern = ADDRESS), length(max = 45)))]
     pub addresses: Vec<String>,
     /// The name of its Identity.
     #[schemars(range(min = 256, max = 0xff_ffff))]
@@ -134,7 +143,7 @@ pub struct Endpoint {
 pub struct WeirNodeSpec {
     /// From the operator's pools; empty where the Node has its own.
     #[serde(default, rename = "podCIDRs", skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 2), inner(length(max = 43)))]
+    #[schemars(length(max = 2), inner(regex(pattern = CIDR), length(max = 43)))]
     pub pod_cidrs: Vec<String>,
 }
 
@@ -231,7 +240,7 @@ mod tests {
             Sha256::digest(text).iter().take(4).map(|byte| format!("{byte:02x}")).collect::<String>();
         assert_eq!(
             (SCHEMA_VERSION, digest.as_str()),
-            (1, "d4aeeabf"),
+            (2, "59ed5e19"),
             "raise SCHEMA_VERSION, then note both here"
         );
     }

@@ -30,9 +30,11 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+pub(crate) use convert::Object;
 pub use convert::{FieldError, Kind};
 pub use health::{Health, KindHealth, Report};
 pub use publish::{Publisher, heartbeat_name};
+pub(crate) use watched::{Watchable, Watched};
 
 use crate::model::{
     Allocation, EndpointSlice, IdentityId, IdentityLabels, Namespace, NetworkPolicy, Node, NodeEndpoints,

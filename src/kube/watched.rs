@@ -60,6 +60,7 @@ impl<M: Watchable> Watched<M> {
             name: text("name"),
             namespace: text("namespace"),
             resource_version: text("resourceVersion"),
+            uid: text("uid"),
             ..ObjectMeta::default()
         };
         let id = convert::identify(M::KIND, &Field::root(value, false));

@@ -35,6 +35,8 @@ pub struct Metrics {
     pub taints_removed: Counter,
     /// Nodes whose objects were cleaned away.
     pub nodes_forgotten: Counter,
+    /// Objects that Weir cannot take as they are, by kind.
+    pub objects_reported: Family<KindLabel, Gauge>,
     /// Writes and passes that did not work and are tried again.
     pub errors: Counter,
 }
@@ -49,6 +51,13 @@ impl From<&Pool> for PoolLabel {
     fn from(pool: &Pool) -> Self {
         Self { pool: pool.cidr.to_string() }
     }
+}
+
+/// A kind of objects.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct KindLabel {
+    /// As in documents.
+    pub kind: &'static str,
 }
 
 /// ready, not ready or silent.
@@ -78,6 +87,11 @@ impl Metrics {
         registry.register("identities_deleted", "Unused identities deleted", self.identities_deleted.clone());
         registry.register("taints_set", "Nodes tainted for want of an agent", self.taints_set.clone());
         registry.register("taints_removed", "Nodes whose taint was taken away", self.taints_removed.clone());
+        registry.register(
+            "objects_reported",
+            "Objects that Weir cannot take as they are, by kind; an event on each says why",
+            self.objects_reported.clone(),
+        );
         registry.register("nodes_forgotten", "Deleted Nodes cleaned up after", self.nodes_forgotten.clone());
         registry.register("errors", "What did not work and is tried again", self.errors.clone());
     }

@@ -3,7 +3,8 @@
 //! ```text
 //! election ── leads ──> definitions ──> nodes (watched) ──> cidrs  pod CIDRs from pools
 //!                                            │        └──> life   taint, condition, deleted nodes
-//!                                            └ identities         garbage collection
+//!                                            ├ identities         garbage collection
+//!                                            └ reports            events on broken objects
 //! ```
 //!
 //! Pods need no operator: what it does is for nodes and identities that come and go. Replicas that do
@@ -20,6 +21,7 @@ mod life;
 mod metrics;
 mod nodes;
 pub mod pools;
+mod reports;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -174,6 +176,7 @@ async fn work(
         done = rounds => done,
         () = filling => Ok(()),
         () = collector.run() => Ok(()),
+        () = reports::run(client, &args.operator_name, metrics) => Ok(()),
     }
 }
 

@@ -38,8 +38,8 @@ use crate::tables::Snapshot;
 
 use peers::{Member, Peers};
 use prefixes::{Assigned, Locals, Tree};
-pub use select::asked_labels;
 use select::{Definition, Selections};
+pub use select::{asked_labels, undecidable_labels};
 use value::Value;
 
 /// What policy depends on.

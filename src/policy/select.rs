@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use crate::identity;
 use crate::model::{
-    IdentityId, IdentityLabels, NetworkPolicy, ObjectKey, Peer, PolicyRule, PortSelector, Protocol,
+    IdentityId, IdentityLabels, NetworkPolicy, ObjectKey, Peer, PolicyRule, PortSelector, Protocol, Selector,
 };
 use crate::tables::Snapshot;
 
@@ -58,18 +58,23 @@ struct State {
 
 /// The labels of a revision or run that policies ask pods for: identities have them then.
 pub fn asked_labels(policies: &Snapshot<ObjectKey, Arc<NetworkPolicy>>) -> BTreeSet<String> {
-    let mut asked = BTreeSet::new();
-    for policy in policies.values() {
-        asked.extend(identity::dropped_labels(&policy.pod_selector).map(str::to_owned));
-        for rule in policy.ingress.iter().chain(&policy.egress).flatten() {
-            for peer in rule.peers.iter().flatten() {
-                if let Peer::Pods { pods, .. } = peer {
-                    asked.extend(identity::dropped_labels(pods).map(str::to_owned));
-                }
-            }
-        }
-    }
-    asked
+    let selectors =
+        policies.values().flat_map(|policy| std::iter::once(&policy.pod_selector).chain(peers_of(policy)));
+    selectors.flat_map(identity::dropped_labels).map(str::to_owned).collect()
+}
+
+/// The pods that a policy lets in or out.
+fn peers_of(policy: &NetworkPolicy) -> impl Iterator<Item = &Selector> {
+    let rules = policy.ingress.iter().chain(&policy.egress).flatten();
+    rules.flat_map(|rule| rule.peers.iter().flatten()).filter_map(|peer| match peer {
+        Peer::Pods { pods, .. } => Some(pods),
+        Peer::Block { .. } => None,
+    })
+}
+
+/// The labels of a revision or run that this policy asks peers not to have: nobody is let in for that.
+pub fn undecidable_labels(policy: &NetworkPolicy) -> BTreeSet<String> {
+    peers_of(policy).flat_map(identity::undecidable_labels).map(str::to_owned).collect()
 }
 
 impl Selections {
@@ -188,7 +193,7 @@ impl State {
             revision,
             prefixes: BTreeSet::new(),
             names: BTreeSet::new(),
-            ignored: BTreeSet::new(),
+            ignored: undecidable_labels(&policy),
             policy: policy.clone(),
         };
         for rule in policy.ingress.iter().flatten() {
@@ -205,14 +210,9 @@ impl State {
 
     fn add_peers(&mut self, rule: &PolicyRule) {
         for peer in rule.peers.iter().flatten() {
-            match peer {
-                Peer::Block { cidr, except } => {
-                    self.prefixes.insert(cidr.trunc());
-                    self.prefixes.extend(except.iter().map(IpNet::trunc));
-                }
-                Peer::Pods { pods, .. } => {
-                    self.ignored.extend(identity::undecidable_labels(pods).map(str::to_owned));
-                }
+            if let Peer::Block { cidr, except } = peer {
+                self.prefixes.insert(cidr.trunc());
+                self.prefixes.extend(except.iter().map(IpNet::trunc));
             }
         }
     }

@@ -34,6 +34,15 @@ pub fn malformed_objects_change_nothing_else(world: &mut World) -> Result<()> {
             agent.node
         );
     }
+    for name in ["broken-slice", "ghost-0"] {
+        world.cluster.wait(&format!("an event on {name}"), PATIENCE, || {
+            let events = world.cluster.get(&["events", "--all-namespaces"])?;
+            let mut events = events["items"].as_array().into_iter().flatten();
+            Ok(events.any(|event| {
+                event["involvedObject"]["name"] == *name && event["reportingComponent"] == "weir-operator"
+            }))
+        })?;
+    }
     let mut rows = Vec::new();
     for address in world.service("e2e", "server")? {
         let to = std::net::SocketAddr::new(address, 80);

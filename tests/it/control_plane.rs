@@ -292,6 +292,7 @@ fn api_of(client: &Client, object: &DynamicObject) -> Result<Api<DynamicObject>>
     let kind = gvk.kind.to_lowercase();
     let plural = match kind.strip_suffix('y') {
         Some(stem) => format!("{stem}ies"),
+        None if kind.ends_with('s') => kind,
         None => format!("{kind}s"),
     };
     let resource = ApiResource::from_gvk_with_plural(&gvk, &plural);

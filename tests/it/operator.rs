@@ -4,6 +4,7 @@ mod access;
 mod identities;
 mod leaders;
 mod nodes;
+mod reports;
 
 use std::collections::BTreeSet;
 use std::future::Future;

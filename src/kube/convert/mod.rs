@@ -221,7 +221,9 @@ pub fn convert(id: &ObjectId, document: &Value, is_strict: bool) -> Result<Conve
         Kind::Namespace => Some(Object::Namespace(Arc::new(pod::namespace(id, &document)?))),
         Kind::Pod => Some(Object::Pod(Arc::new(pod::pod(id, &document)?))),
         Kind::Node => Some(Object::Node(Arc::new(node::node(id, &document)?))),
-        Kind::Service => service::service(id, &document)?.map(|service| Object::Service(Arc::new(service))),
+        Kind::Service => {
+            service::service(id, &document, &mut warnings)?.map(|service| Object::Service(Arc::new(service)))
+        }
         Kind::EndpointSlice => service::endpoint_slice(id, &document, &mut warnings)?
             .map(|slice| Object::EndpointSlice(Arc::new(slice))),
         Kind::NetworkPolicy => Some(Object::NetworkPolicy(Arc::new(policy::network_policy(id, &document)?))),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::{Field, FieldError, ObjectId, Result, items, names};
-use crate::model::{EndpointSlice, ObjectKey, Service, ServicePort, SliceBackend};
+use crate::model::{EndpointSlice, ObjectKey, Protocol, Service, ServicePort, SliceBackend};
 
 /// The label of a slice that names its Service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -13,7 +13,7 @@ const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const NOT_OURS: [&str; 2] = ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"];
 
 /// `None` for a Service that has no addresses by its type, or that is not ours to serve.
-pub fn service(id: &ObjectId, document: &Field) -> Result<Option<Service>> {
+pub fn service(id: &ObjectId, document: &Field, warnings: &mut Vec<FieldError>) -> Result<Option<Service>> {
     let labels = document.get("metadata")?.get("labels")?.strings()?;
     if NOT_OURS.iter().any(|label| labels.contains_key(*label)) {
         return Ok(None);
@@ -22,7 +22,10 @@ pub fn service(id: &ObjectId, document: &Field) -> Result<Option<Service>> {
     let kind = spec.get("type")?;
     match kind.string()? {
         Some("ExternalName") => return Ok(None),
-        None | Some("" | "ClusterIP" | "NodePort" | "LoadBalancer") => {}
+        None | Some("" | "ClusterIP") => {}
+        Some(name @ ("NodePort" | "LoadBalancer")) => {
+            warnings.push(kind.error(format!("of a {name} Service Weir serves the cluster IPs only")));
+        }
         Some(other) => {
             let known = "ClusterIP, NodePort, LoadBalancer and ExternalName";
             return Err(kind.error(format!("{other:?} is not a type of Service; known are {known}")));
@@ -30,7 +33,27 @@ pub fn service(id: &ObjectId, document: &Field) -> Result<Option<Service>> {
     }
     let addresses = cluster_addresses(&spec)?;
     let ports = service_ports(&spec.get("ports")?)?;
+    warn_of_unserved(&spec, warnings)?;
     Ok(Some(Service { key: id.key.clone(), addresses, ports }))
+}
+
+/// What a Service may ask for and does not get: whoever wrote it should not find out by himself.
+fn warn_of_unserved(spec: &Field, warnings: &mut Vec<FieldError>) -> Result<()> {
+    let affinity = spec.get("sessionAffinity")?;
+    if affinity.string()? == Some("ClientIP") {
+        warnings.push(affinity.error("ClientIP is not kept: each connection may reach another backend"));
+    }
+    let traffic = spec.get("internalTrafficPolicy")?;
+    if traffic.string()? == Some("Local") {
+        warnings.push(traffic.error("Local is not kept: backends of all nodes are reached"));
+    }
+    for port in items(&spec.get("ports")?)? {
+        let protocol = port.get("protocol")?;
+        if protocol.protocol()? == Protocol::Sctp {
+            warnings.push(protocol.error("Weir serves TCP and UDP only"));
+        }
+    }
+    Ok(())
 }
 
 /// `clusterIPs`, or `clusterIP`; none for a headless Service.
@@ -102,7 +125,10 @@ pub fn endpoint_slice(
     let is_ipv4 = match address_type.required_string()? {
         "IPv4" => true,
         "IPv6" => false,
-        "FQDN" => return Ok(None),
+        "FQDN" => {
+            warnings.push(address_type.error("FQDN names no addresses, so this slice has no backends"));
+            return Ok(None);
+        }
         other => return Err(address_type.error(format!("{other:?} is not IPv4, IPv6 or FQDN"))),
     };
     let labels = document.get("metadata")?.get("labels")?.strings()?;

@@ -387,7 +387,7 @@ fn services_have_addresses_unless_they_are_headless() {
         ),
         ("{clusterIP: None, ports: [{port: 80}]}", service(&[], vec![port("", Protocol::Tcp, 80)])),
         ("{clusterIP: None, clusterIPs: [None]}", service(&[], vec![])),
-        ("{type: NodePort, clusterIP: '::1:2'}", service(&["::1:2"], vec![])),
+        ("{type: ClusterIP, clusterIP: '::1:2'}", service(&["::1:2"], vec![])),
     ] {
         let yaml = format!("{{metadata: {{name: web, namespace: shop}}, spec: {spec}}}");
         assert_eq!(object(Kind::Service, &yaml), Object::Service(Arc::new(expected)), "{spec}");
@@ -398,14 +398,31 @@ fn services_have_addresses_unless_they_are_headless() {
             Kind::Service,
             "{metadata: {name: a, labels: {service.kubernetes.io/service-proxy-name: other}}, spec: {clusterIP: 10.0.0.1}}",
         ),
-        (
-            Kind::EndpointSlice,
-            "{metadata: {name: a, labels: {kubernetes.io/service-name: b}}, addressType: FQDN}",
-        ),
         (Kind::EndpointSlice, "{metadata: {name: a}, addressType: IPv4}"),
     ] {
         assert_eq!(converted(kind, yaml), Ok(Converted { object: None, warnings: vec![] }), "{yaml}");
     }
+}
+
+#[test]
+fn what_is_not_served_is_said() {
+    let service = "{metadata: {name: web}, spec: {clusterIP: 10.96.0.1, type: LoadBalancer, sessionAffinity: ClientIP, \
+                   internalTrafficPolicy: Local, ports: [{port: 80, protocol: SCTP}]}}";
+    let slice = "{metadata: {name: a, labels: {kubernetes.io/service-name: b}}, addressType: FQDN}";
+    let said = |kind, yaml| {
+        let converted = converted(kind, yaml).expect("it is taken");
+        let warnings: Vec<String> = converted.warnings.iter().map(ToString::to_string).collect();
+        (converted.object.is_some(), warnings)
+    };
+    let expected = [
+        "spec.type: of a LoadBalancer Service Weir serves the cluster IPs only",
+        "spec.sessionAffinity: ClientIP is not kept: each connection may reach another backend",
+        "spec.internalTrafficPolicy: Local is not kept: backends of all nodes are reached",
+        "spec.ports[0].protocol: Weir serves TCP and UDP only",
+    ];
+    assert_eq!(said(Kind::Service, service), (true, expected.map(str::to_owned).to_vec()));
+    let expected = "addressType: FQDN names no addresses, so this slice has no backends".to_owned();
+    assert_eq!(said(Kind::EndpointSlice, slice), (false, vec![expected]));
 }
 
 #[test]

@@ -1,0 +1,169 @@
+//! Says on an object, by an event, what Weir cannot take of it.
+//!
+//! Agents keep the last good state of a broken object, and say so in their own status; who wrote the
+//! object looks at the object. So the leader reads what agents read, with the same words for what is
+//! wrong, and keeps nothing but what it has said. Events are forgotten after an hour: it says it again.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use futures::{StreamExt, join};
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::api::Api;
+use kube::runtime::WatchStreamExt;
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::runtime::watcher::{self, watcher};
+use kube::{Client, Resource, ResourceExt};
+use tokio::time::{Instant, interval_at};
+use tracing::warn;
+
+use super::metrics::{KindLabel, Metrics};
+use crate::kube::{Object, Watchable, Watched};
+use crate::model;
+use crate::policy;
+
+/// Objects in a page of the first list: as much text as is in memory at a time.
+const PAGE: u32 = 50;
+/// The server ends a watch after this long; one that is silent is noticed then.
+const WATCH_SECONDS: u32 = 290;
+/// API servers forget events after an hour.
+const AGAIN: Duration = Duration::from_secs(50 * 60);
+/// A note has at most 1024 bytes (events.k8s.io/v1, `note`).
+const NOTE_MAX: usize = 1000;
+
+/// Follows every kind that agents read and that somebody may have written wrong. Never returns.
+pub async fn run(client: &Client, name: &str, metrics: &Metrics) {
+    join!(
+        Reports::<model::Node>::new(client, name, metrics).run(),
+        Reports::<model::Service>::new(client, name, metrics).run(),
+        Reports::<model::EndpointSlice>::new(client, name, metrics).run(),
+        Reports::<model::NetworkPolicy>::new(client, name, metrics).run(),
+        Reports::<model::IdentityLabels>::new(client, name, metrics).run(),
+        Reports::<model::NodeEndpoints>::new(client, name, metrics).run(),
+        Reports::<model::Allocation>::new(client, name, metrics).run(),
+    );
+}
+
+struct Reports<M> {
+    api: Api<Watched<M>>,
+    recorder: Recorder,
+    metrics: Metrics,
+    /// By UID.
+    said: HashMap<String, (ObjectReference, Event)>,
+}
+
+impl<M: Watchable> Reports<M> {
+    fn new(client: &Client, name: &str, metrics: &Metrics) -> Self {
+        let reporter = Reporter { controller: "weir-operator".to_owned(), instance: Some(name.to_owned()) };
+        Self {
+            api: Api::all(client.clone()),
+            recorder: Recorder::new(client.clone(), reporter),
+            metrics: metrics.clone(),
+            said: HashMap::new(),
+        }
+    }
+
+    async fn run(mut self) {
+        let config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(PAGE);
+        let mut changes = Box::pin(watcher(self.api.clone(), config).default_backoff());
+        let mut again = interval_at(Instant::now() + AGAIN, AGAIN);
+        let mut is_silent = false;
+        loop {
+            tokio::select! {
+                change = changes.next() => match change {
+                    Some(Ok(change)) => {
+                        is_silent = false;
+                        self.take(change).await;
+                    }
+                    // Once per outage; the watch goes on by itself.
+                    Some(Err(error)) if !is_silent => {
+                        is_silent = true;
+                        warn!(kind = %M::KIND, %error, "watching what agents read");
+                    }
+                    Some(Err(_)) => {}
+                    None => return,
+                },
+                _ = again.tick() => self.say_again().await,
+            }
+        }
+    }
+
+    async fn take(&mut self, change: watcher::Event<Watched<M>>) {
+        match change {
+            watcher::Event::Apply(object) | watcher::Event::InitApply(object) => self.look_at(&object).await,
+            watcher::Event::Delete(object) => drop(object.uid().and_then(|uid| self.said.remove(&uid))),
+            watcher::Event::Init | watcher::Event::InitDone => {}
+        }
+        self.metrics
+            .objects_reported
+            .get_or_create(&KindLabel { kind: M::KIND.name() })
+            .set(self.said.len() as i64);
+    }
+
+    async fn look_at(&mut self, object: &Watched<M>) {
+        let Some(uid) = object.uid() else { return };
+        let Some(event) = complaint(object) else {
+            self.said.remove(&uid);
+            return;
+        };
+        if self.said.get(&uid).is_some_and(|(_, said)| said.note == event.note) {
+            return;
+        }
+        let regarding = ObjectReference {
+            api_version: Some(M::KIND.api_version()),
+            kind: Some(M::KIND.name().to_owned()),
+            name: object.meta().name.clone(),
+            namespace: object.namespace(),
+            uid: Some(uid.clone()),
+            ..ObjectReference::default()
+        };
+        self.say(&regarding, &event).await;
+        self.said.insert(uid, (regarding, event));
+    }
+
+    async fn say_again(&self) {
+        for (regarding, event) in self.said.values() {
+            self.say(regarding, event).await;
+        }
+    }
+
+    async fn say(&self, regarding: &ObjectReference, event: &Event) {
+        if let Err(error) = self.recorder.publish(event, regarding).await {
+            self.metrics.errors.inc();
+            warn!(kind = %M::KIND, name = regarding.name, %error, "publishing an event");
+        }
+    }
+}
+
+/// What is to be said of an object, if anything is.
+fn complaint<M>(object: &Watched<M>) -> Option<Event> {
+    let (reason, text) = match &object.outcome {
+        Err(error) => ("Malformed", format!("Weir keeps its last good state: {error}")),
+        Ok(converted) => {
+            let mut parts: Vec<String> = converted.warnings.iter().map(ToString::to_string).collect();
+            if let Some(Object::NetworkPolicy(policy)) = &converted.object {
+                parts.extend(policy::undecidable_labels(policy).into_iter().map(|label| {
+                    format!("whether a pod is without {label} Weir cannot tell: no pod is let in for that")
+                }));
+            }
+            ("PartlyIgnored", parts.join("; "))
+        }
+    };
+    if text.is_empty() {
+        return None;
+    }
+    Some(Event {
+        type_: EventType::Warning,
+        reason: reason.to_owned(),
+        note: Some(
+            text.chars()
+                .scan(0, |length, letter| {
+                    *length += letter.len_utf8();
+                    (*length <= NOTE_MAX).then_some(letter)
+                })
+                .collect(),
+        ),
+        action: "Read".to_owned(),
+        secondary: None,
+    })
+}
