@@ -12,6 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use kube::api::{Api, ListParams, WatchEvent, WatchParams};
 use kube::core::watch::Bookmark;
 use kube::{Client, ResourceExt};
 use thiserror::Error;
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
 
@@ -51,16 +53,17 @@ const REFUSALS_MAX: u32 = 3;
 /// Keeps `tables` equal to what the API server says. Never returns.
 pub async fn run(client: Client, node: &str, tables: Arc<Tables>, health: Arc<Health>) {
     let own_pods = format!("spec.nodeName={node}");
+    let answered = Arc::new(Notify::new());
     futures::join!(
-        Watch::<Namespace>::new(&client, None, &tables, &health).run(),
-        Watch::<Pod>::new(&client, Some(own_pods), &tables, &health).run(),
-        Watch::<Node>::new(&client, None, &tables, &health).run(),
-        Watch::<Service>::new(&client, None, &tables, &health).run(),
-        Watch::<EndpointSlice>::new(&client, None, &tables, &health).run(),
-        Watch::<NetworkPolicy>::new(&client, None, &tables, &health).run(),
-        Watch::<IdentityLabels>::new(&client, None, &tables, &health).run(),
-        Watch::<NodeEndpoints>::new(&client, None, &tables, &health).run(),
-        Watch::<Allocation>::new(&client, None, &tables, &health).run(),
+        Watch::<Namespace>::new(&client, None, &tables, &health, &answered).run(),
+        Watch::<Pod>::new(&client, Some(own_pods), &tables, &health, &answered).run(),
+        Watch::<Node>::new(&client, None, &tables, &health, &answered).run(),
+        Watch::<Service>::new(&client, None, &tables, &health, &answered).run(),
+        Watch::<EndpointSlice>::new(&client, None, &tables, &health, &answered).run(),
+        Watch::<NetworkPolicy>::new(&client, None, &tables, &health, &answered).run(),
+        Watch::<IdentityLabels>::new(&client, None, &tables, &health, &answered).run(),
+        Watch::<NodeEndpoints>::new(&client, None, &tables, &health, &answered).run(),
+        Watch::<Allocation>::new(&client, None, &tables, &health, &answered).run(),
     );
 }
 
@@ -84,6 +87,22 @@ enum Interruption {
 }
 
 impl Interruption {
+    /// There is no server, or it cannot answer now: every watch has the same trouble.
+    fn is_absence(&self) -> bool {
+        match self {
+            Self::Api(kube::Error::Api(status)) => matches!(status.code, 429 | 500..=503),
+            _ => self.is_silence(),
+        }
+    }
+
+    /// No server says anything.
+    fn is_silence(&self) -> bool {
+        match self {
+            Self::Api(error) => !matches!(error, kube::Error::Api(_)),
+            error => matches!(error, Self::Silent),
+        }
+    }
+
     /// The server is well and will not go on from this version: 504 is how it says that
     /// the version is one that it has yet to see, as after its data was restored.
     fn is_refusal(&self) -> bool {
@@ -115,12 +134,22 @@ struct Watch<M> {
     does_stream: bool,
     sink: Sink,
     health: Arc<Health>,
+    /// Shared by all watches: told by the first that is answered by a server that was away.
+    answered: Arc<Notify>,
+    /// The server was away, and nobody has said that it is back.
+    is_searching: bool,
     /// What is wrong with objects.
     reports: BTreeMap<ObjectId, Vec<FieldError>>,
 }
 
 impl<M: Watchable> Watch<M> {
-    fn new(client: &Client, fields: Option<String>, tables: &Arc<Tables>, health: &Arc<Health>) -> Self {
+    fn new(
+        client: &Client,
+        fields: Option<String>,
+        tables: &Arc<Tables>,
+        health: &Arc<Health>,
+        answered: &Arc<Notify>,
+    ) -> Self {
         Self {
             api: Api::all(client.clone()),
             fields,
@@ -128,6 +157,8 @@ impl<M: Watchable> Watch<M> {
             does_stream: true,
             sink: Sink::new(tables.clone()),
             health: health.clone(),
+            answered: answered.clone(),
+            is_searching: false,
             reports: BTreeMap::new(),
         }
     }
@@ -135,6 +166,7 @@ impl<M: Watchable> Watch<M> {
     async fn run(mut self) {
         let mut delay = DELAY_MIN;
         let mut refusals = 0;
+        let mut was_silent = false;
         let mut said = String::new();
         loop {
             let before = self.version.clone();
@@ -159,12 +191,18 @@ impl<M: Watchable> Watch<M> {
                     self.does_stream = false;
                     continue;
                 }
-                Interruption::Expired => self.version = None,
+                // It is well: a list can come soon, if this was not the answer to one.
+                Interruption::Expired if self.version.take().is_some() => delay = DELAY_MIN,
                 _ if error.is_refusal() => refusals += 1,
                 _ => {}
             }
             if refusals >= REFUSALS_MAX {
                 self.version = None;
+            }
+            let (is_absence, is_silent) = (error.is_absence(), error.is_silence());
+            // One that has just come back may refuse until it has read its storage.
+            if mem::replace(&mut was_silent, is_silent) && !is_silent {
+                delay = DELAY_MIN;
             }
             // Once per outage; what the server last said stands.
             let text = format!("{:#}", anyhow::Error::new(error));
@@ -174,9 +212,18 @@ impl<M: Watchable> Watch<M> {
                 warn!(kind = %M::KIND, error = text, "watching the API is interrupted");
                 said = text;
             }
-            sleep(jittered(delay)).await;
+            self.pause(jittered(delay), is_absence).await;
             delay = (delay * 2).min(delay_max);
         }
+    }
+
+    /// Waits before the next attempt; no longer than until another watch finds the server that is away.
+    async fn pause(&mut self, delay: Duration, is_absence: bool) {
+        if !is_absence {
+            return sleep(delay).await;
+        }
+        // Whoever was told tells nobody: each round of attempts is one wait of somebody's.
+        self.is_searching = timeout(delay, self.answered.notified()).await.is_err();
     }
 
     /// One connection: a full list where there is no version to go on from, then changes
@@ -192,6 +239,9 @@ impl<M: Watchable> Watch<M> {
         };
         let mut stream = Box::pin(stream.map_err(|error| refused(error, listed.is_some(), M::KIND))?);
         self.health.record(M::KIND, |health| health.is_connected = true);
+        if mem::take(&mut self.is_searching) {
+            self.answered.notify_waiters();
+        }
         while let Some(event) = next(&mut stream, listed.is_some()).await? {
             match event.map_err(|error| refused(error, listed.is_some(), M::KIND))? {
                 WatchEvent::Added(object) | WatchEvent::Modified(object) => match &mut listed {

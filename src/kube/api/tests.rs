@@ -87,9 +87,11 @@ fn status(code: u16) -> Value {
 /// A server that the test answers for, a watch of namespaces, and their table.
 struct Lab {
     requests: mpsc::UnboundedReceiver<Request>,
+    client: Client,
     tables: Arc<Tables>,
     health: Arc<Health>,
-    tasks: [JoinHandle<()>; 2],
+    answered: Arc<Notify>,
+    tasks: Vec<JoinHandle<()>>,
 }
 
 impl Drop for Lab {
@@ -119,8 +121,9 @@ impl Lab {
         config.default_retry = false;
         let client = Client::try_from(config).expect("a client");
         let (tables, health) = (Arc::new(Tables::new()), Arc::new(Health::default()));
-        let watch = tokio::spawn(Watch::<Namespace>::new(&client, None, &tables, &health).run());
-        Self { requests, tables, health, tasks: [server, watch] }
+        let answered = Arc::default();
+        let watch = tokio::spawn(Watch::<Namespace>::new(&client, None, &tables, &health, &answered).run());
+        Self { requests, client, tables, health, answered, tasks: vec![server, watch] }
     }
 
     /// One that has listed these namespaces by a stream that is still open.
@@ -134,10 +137,14 @@ impl Lab {
     }
 
     async fn request(&mut self) -> Request {
-        let request = tokio::time::timeout(Duration::from_secs(20), self.requests.recv()).await;
-        let request = request.expect("a request comes").expect("the server is running");
+        let request = self.any_request().await;
         assert_eq!(request.path, "/api/v1/namespaces");
         request
+    }
+
+    async fn any_request(&mut self) -> Request {
+        let request = tokio::time::timeout(Duration::from_secs(20), self.requests.recv()).await;
+        request.expect("a request comes").expect("the server is running")
     }
 
     /// Every namespace with its version.
@@ -321,6 +328,38 @@ async fn an_api_that_is_away_changes_nothing() {
     events.event("DELETED", &namespace("b", "30"));
     lab.wait_for(&["a=1"]).await;
     assert!(lab.health().is_connected);
+}
+
+#[tokio::test]
+async fn a_server_that_is_back_is_found_by_one_watch_for_all() {
+    let mut lab = Lab::start().await;
+    lab.request().await.refuse(503);
+    let first = lab.request().await;
+    let other = Watch::<NetworkPolicy>::new(&lab.client, None, &lab.tables, &lab.health, &lab.answered);
+    lab.tasks.push(tokio::spawn(other.run()));
+    for _ in 0..5 {
+        lab.any_request().await.refuse(503);
+    }
+    // It begins its fifth pause, of 1.6 s at least.
+    sleep(Duration::from_millis(100)).await;
+    let started = Instant::now();
+    let _events = first.stream();
+    let other = lab.any_request().await;
+    assert!(other.path.ends_with("/networkpolicies"), "{}", other.path);
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn a_server_that_forgot_is_listed_soon_however_long_it_was_away() {
+    let (mut lab, events) = Lab::listed(&["a"]).await;
+    drop(events);
+    for _ in 0..4 {
+        lab.request().await.refuse(503);
+    }
+    lab.request().await.refuse(410);
+    let started = Instant::now();
+    assert_eq!(lab.request().await.query("sendInitialEvents"), Some("true"));
+    assert!(started.elapsed() < Duration::from_millis(700), "{:?}", started.elapsed());
 }
 
 #[tokio::test]
