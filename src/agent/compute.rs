@@ -73,6 +73,8 @@ pub struct Desired {
     pub nodes: Vec<Arc<Node>>,
     /// This node's pods, for the other nodes.
     pub published: Vec<PublishedEndpoint>,
+    /// How many of its pods are not among these yet.
+    pub coming: usize,
     /// Endpoints that cannot be enforced yet, and why.
     pub waiting: BTreeMap<EndpointId, String>,
     /// Identities of this node's pods, for as long as they have them.
@@ -153,6 +155,7 @@ impl Compute {
         let services = self.frontends.update(&view.services, &view.slices);
         desired.conflicts = conflicts(&owners.conflicts, &services.conflicts, &compiled.ignored_labels);
         desired.published = endpoints.values().map(publish).collect();
+        desired.coming = coming(&self.node_name, view, &endpoints);
         let held = |identity| Some((identity, view.identities.get(&identity)?.clone()));
         desired.held = endpoints.values().filter_map(|(_, identity)| held(*identity)).collect();
         desired.endpoints = endpoint_entries(&endpoints, &compiled);
@@ -233,6 +236,13 @@ impl Compute {
             }
         }
     }
+}
+
+/// Counts the pods of `node` that have no endpoint yet.
+fn coming(node: &str, view: &View, endpoints: &Resolved) -> usize {
+    let there: BTreeSet<_> = endpoints.values().map(|(endpoint, _)| &endpoint.pod).collect();
+    let is_own = |pod: &Pod| pod.node.as_deref() == Some(node) && !pod.host_network && !pod.is_terminal;
+    view.pods.values().filter(|pod| is_own(pod) && !there.contains(&pod.key)).count()
 }
 
 fn publish((endpoint, identity): &(Arc<Endpoint>, IdentityId)) -> PublishedEndpoint {

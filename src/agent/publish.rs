@@ -1,10 +1,11 @@
 //! What this node tells the others: identity numbers it claims, its pods.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
+use tokio::time::timeout_at;
 
 use crate::kube::Publisher;
 use crate::model::{IdentityLabels, NodeEndpoints};
@@ -13,10 +14,16 @@ use crate::model::{IdentityLabels, NodeEndpoints};
 const BATCH: Duration = Duration::from_millis(20);
 /// While changes go on, each write waits this many times as long after the last one as that did.
 const GROWTH: u32 = 3;
-/// And no longer than this. A hundred pods that start at once are a handful of writes then; other nodes
-/// judge their packets meanwhile by the identity in the tunnel header. Native routing has none: there a
-/// pod of such a burst is a stranger to the others for as long, and a policy that names it denies.
+/// And no longer than this.
 const LAST_BATCH: Duration = Duration::from_secs(1);
+/// Of pods that start at once, a write has this part at least: a hundred are a handful of writes, soon
+/// after one another where pods start fast, and farther apart where they start slowly.
+const PART: usize = 6;
+/// No write waits longer for its part than this after the one before. It costs the pods nothing: where a
+/// hundred take 14 s, containers start seconds after their pods have addresses. Other nodes
+/// judge packets meanwhile by the identity in the tunnel header. Native routing has none: there a
+/// pod that is not published yet is a stranger to the others, and a policy that names it denies.
+const LAST_PART: Duration = Duration::from_secs(2);
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
 
@@ -70,20 +77,31 @@ impl Claims {
     }
 }
 
+/// What the others should know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct News {
+    /// This node's pods.
+    pub endpoints: NodeEndpoints,
+    /// How many pods of this node are still to be connected.
+    pub coming: usize,
+}
+
 /// Publishes the newest set of pods, batched, again and again until it is out.
-pub async fn publish_endpoints(
-    publisher: Arc<Publisher>,
-    mut newest: watch::Receiver<Option<NodeEndpoints>>,
-) {
+pub async fn publish_endpoints(publisher: Arc<Publisher>, mut newest: watch::Receiver<Option<News>>) {
     let mut pause = FIRST_RETRY;
-    let mut spacing = Spacing::default();
+    let mut pace = Pace::default();
+    let mut written = None;
     while newest.changed().await.is_ok() {
-        tokio::time::sleep(spacing.wait(Instant::now())).await;
+        pace.wait(&mut newest, written.as_ref()).await;
         loop {
-            let Some(endpoints) = newest.borrow_and_update().clone() else { break };
+            let Some(News { endpoints, .. }) = newest.borrow_and_update().clone() else { break };
+            if written.as_ref() == Some(&endpoints) {
+                break;
+            }
             match publisher.publish_endpoints(&endpoints).await {
                 Ok(()) => {
                     pause = FIRST_RETRY;
+                    written = Some(endpoints);
                     break;
                 }
                 Err(error) => {
@@ -96,53 +114,136 @@ pub async fn publish_endpoints(
     }
 }
 
-/// When the next write may be: soon after a lone change, ever later while changes follow one another.
+/// When the next write may be: soon after a lone change, later while changes follow one another.
 #[derive(Default)]
-struct Spacing {
-    /// When the last write was to begin, and how long after it the next one may.
+struct Pace {
+    /// When the last write began, and how long after it the next one may.
     last: Option<(Instant, Duration)>,
+    /// So many pods were changed or coming at a time, since writes follow one another.
+    at_once: usize,
 }
 
-impl Spacing {
-    /// How long to wait with the write of a change that comes now.
-    fn wait(&mut self, now: Instant) -> Duration {
-        let (at, next) = match self.last {
-            Some((last, gap)) if now < last + gap => (last + gap, (gap * GROWTH).min(LAST_BATCH)),
-            _ => (now + BATCH, BATCH * GROWTH),
-        };
-        self.last = Some((at, next));
-        at.saturating_duration_since(now)
+impl Pace {
+    /// Waits until the write of a change that has just come is due; returns at once if nothing is to be written.
+    async fn wait(&mut self, newest: &mut watch::Receiver<Option<News>>, written: Option<&NodeEndpoints>) {
+        let began = Instant::now();
+        loop {
+            let due = match &*newest.borrow_and_update() {
+                Some(news) if Some(&news.endpoints) != written => {
+                    self.due(began, changes(&news.endpoints, written), news.coming)
+                }
+                _ => return,
+            };
+            if due <= Instant::now() {
+                return self.wrote(began, Instant::now());
+            }
+            // Pods that come meanwhile may make it sooner.
+            let _ = timeout_at(due.into(), newest.changed()).await;
+        }
     }
+
+    /// When to write `changed` pods, the first of which changed at `began`, while others are `coming`.
+    fn due(&mut self, began: Instant, changed: usize, coming: usize) -> Instant {
+        let soon = began + BATCH;
+        let Some((at, gap)) = self.last else { return soon };
+        if began > at + LAST_PART {
+            self.at_once = 0;
+        }
+        self.at_once = self.at_once.max(changed + coming);
+        let is_part = coming == 0 || changed * PART >= self.at_once;
+        soon.max(at + if is_part { gap } else { LAST_PART })
+    }
+
+    fn wrote(&mut self, began: Instant, now: Instant) {
+        let gap = match self.last {
+            Some((at, gap)) if began < at + gap => (gap * GROWTH).min(LAST_BATCH),
+            _ => BATCH * GROWTH,
+        };
+        self.last = Some((now, gap));
+    }
+}
+
+/// How many pods are not as they were written.
+fn changes(newest: &NodeEndpoints, written: Option<&NodeEndpoints>) -> usize {
+    let endpoints = written.map(|written| &*written.endpoints).unwrap_or_default();
+    let mut before: BTreeMap<_, _> = endpoints.iter().map(|endpoint| (&endpoint.pod, endpoint)).collect();
+    let other = newest.endpoints.iter().filter(|endpoint| before.remove(&endpoint.pod) != Some(endpoint));
+    other.count() + before.len()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{IdentityId, ObjectKey, PublishedEndpoint};
 
-    /// When changes that come every `apart` until `end` are written, from the first of them on.
-    fn writes(apart: Duration, end: Duration) -> Vec<Duration> {
+    const COUNT: u32 = 100;
+
+    /// When `count` pods that are connected every `apart` are written; those that are not
+    /// connected yet are known to come if they are `at_once`.
+    fn writes(apart: Duration, count: u32, at_once: bool) -> Vec<Duration> {
         let start = Instant::now();
-        let mut spacing = Spacing::default();
-        let (mut now, mut written) = (Duration::ZERO, Vec::new());
-        while now < end {
-            now += spacing.wait(start + now);
-            written.push(now);
-            // The next change that comes after the write.
-            now = apart * (now.as_nanos() / apart.as_nanos() + 1) as u32;
+        let (mut pace, mut began, mut written, mut times) = (Pace::default(), None, 0, Vec::new());
+        let mut now = Duration::ZERO;
+        while written < count {
+            let connected = count.min((now.as_nanos() / apart.as_nanos()) as u32 + 1);
+            if connected > written {
+                let since = start + *began.get_or_insert(now);
+                let coming = if at_once { count - connected } else { 0 };
+                if pace.due(since, (connected - written) as usize, coming as usize) <= start + now {
+                    pace.wrote(since, start + now);
+                    (began, written) = (None, connected);
+                    times.push(now);
+                }
+            }
+            now += Duration::from_millis(1);
         }
-        written
+        times
     }
 
     #[test]
     fn a_lone_change_is_written_soon() {
         let apart = Duration::from_secs(3);
-        assert_eq!(writes(apart, 2 * apart), [BATCH, apart + BATCH]);
+        assert_eq!(writes(apart, 2, false), [BATCH, apart + BATCH]);
     }
 
     #[test]
-    fn many_changes_are_few_writes() {
-        let written = writes(Duration::from_millis(10), Duration::from_secs(5));
+    fn a_few_pods_are_written_as_they_come() {
+        let apart = Duration::from_millis(200);
+        let soon: Vec<_> = (0..5).map(|number| number * apart + BATCH).collect();
+        assert_eq!(writes(apart, 5, true), soon);
+    }
+
+    #[test]
+    fn a_hundred_at_once_are_few_writes_and_none_waits_for_long() {
+        for milliseconds in [1, 10, 30, 100, 150] {
+            let apart = Duration::from_millis(milliseconds);
+            let written = writes(apart, COUNT, true);
+            assert!(written.len() <= 10, "{apart:?}: {written:?}");
+            // The last ones wait for nobody.
+            let end = (COUNT - 1) * apart + LAST_BATCH;
+            assert!(written.last().is_some_and(|last| *last <= end), "{apart:?}: {written:?}");
+            assert!(written.windows(2).all(|pair| pair[1] - pair[0] <= LAST_PART), "{apart:?}: {written:?}");
+        }
+    }
+
+    #[test]
+    fn changes_without_end_are_a_write_a_second() {
+        let written = writes(Duration::from_millis(10), 500, false);
         assert!(written.len() <= 10, "{written:?}");
         assert!(written.windows(2).all(|pair| pair[1] - pair[0] <= LAST_BATCH), "{written:?}");
+    }
+
+    #[test]
+    fn changes_are_counted_by_pod() {
+        let endpoint = |name: &str, identity| PublishedEndpoint {
+            pod: ObjectKey::new("shop", name),
+            addresses: Vec::new(),
+            identity: IdentityId(identity),
+        };
+        let node = |endpoints| NodeEndpoints { node: "a".into(), internal_addresses: Vec::new(), endpoints };
+        let before = node(vec![endpoint("same", 300), endpoint("other", 300), endpoint("gone", 300)]);
+        let now = node(vec![endpoint("new", 300), endpoint("same", 300), endpoint("other", 301)]);
+        assert_eq!((changes(&now, Some(&before)), changes(&now, None)), (3, 3));
+        assert_eq!(changes(&now, Some(&now)), 0);
     }
 }

@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, watch};
 
 use super::compute::{Compute, Desired, View};
-use super::publish::Claims;
+use super::publish::{Claims, News};
 use crate::endpoint::Enforced;
 use crate::kube::Tables;
 use crate::model::{Endpoint, EndpointId, NodeEndpoints};
@@ -48,7 +48,7 @@ pub struct Rounds {
     /// Where ADD waits.
     pub enforced: Enforced,
     /// This node's pods, for the others.
-    pub published: watch::Sender<Option<NodeEndpoints>>,
+    pub published: watch::Sender<Option<News>>,
     /// What is in force.
     pub current: Arc<Current>,
     /// Backends whose sockets are to be ended.
@@ -124,7 +124,8 @@ impl Rounds {
         if !removed_backends.is_empty() && self.removed_backends.send(removed_backends).is_err() {
             tracing::debug!("nobody ends stale sockets any more: the agent is stopping");
         }
-        let news = NodeEndpoints { endpoints: desired.published.clone(), ..self.this_node.clone() };
+        let endpoints = NodeEndpoints { endpoints: desired.published.clone(), ..self.this_node.clone() };
+        let news = News { endpoints, coming: desired.coming };
         self.published.send_if_modified(|published| {
             let changed = published.as_ref() != Some(&news);
             if changed {
