@@ -1,6 +1,7 @@
 # Every target is at most three lines and calls one tool or one script.
 # KEEP=1 make demo      leaves the demo running
 # make bench SUITE=NAME one suite only, of datapath and cluster ONLY=SECTION; make golden UPDATE=1 rewrites the files
+# make e2e ONLY=dns     the steps with this in their names; make e2e-faults ONLY=hundred likewise
 
 export KEEP SUITE ONLY UPDATE NODES AWAY
 .DEFAULT_GOAL := help
@@ -47,10 +48,10 @@ cluster-down: ## end and remove it
 	@tests/lab/clean weirlab-cluster
 
 e2e: setup ## end-to-end tests on a real cluster of their own (root)
-	cargo build --bins --example cluster && cargo test --test e2e
+	cargo build --bins --example cluster && cargo test --test e2e -- $(ONLY)
 
 e2e-faults: setup ## the same cluster, and what it survives: AWAY=120 seconds without API server (root)
-	cargo build --bins --example cluster && cargo test --test e2e -- --faults
+	cargo build --bins --example cluster && cargo test --test e2e -- --faults $(ONLY)
 
 deploy: setup ## build the image, install Weir in the cluster of kubectl's context
 	@scripts/deploy up

@@ -5,7 +5,7 @@
 //!
 //!     cargo test --test e2e                 every step
 //!     cargo test --test e2e -- dns          those whose name has `dns` in it
-//!     cargo test --test e2e -- --faults     the table of faults
+//!     cargo test --test e2e -- --faults     the table of faults, or those that are named
 
 #[path = "../kubernetes/mod.rs"]
 mod kubernetes;

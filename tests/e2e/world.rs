@@ -104,7 +104,7 @@ impl World {
 
     /// Waits for `kubectl rollout status`.
     pub fn rollout(&self, namespace: &str, what: &str) -> Result<()> {
-        let arguments = ["--namespace", namespace, "rollout", "status", what, "--timeout=120s"];
+        let arguments = ["--namespace", namespace, "rollout", "status", what, "--timeout=180s"];
         self.cluster.kubectl(&arguments, "").map(drop)
     }
 
