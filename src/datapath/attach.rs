@@ -172,7 +172,7 @@ impl Datapath {
             |info: &LinkTypeInfo| matches!(info, LinkTypeInfo::Tcx(found) if found.ifindex == ifindex);
         let pin = self.link_pin(&format!("{ifindex}-{name}"));
         let is_new = self
-            .attach_link(pin, program, is_ours, || create_tcx_link(program, ifindex))
+            .attach_link(pin, program, is_ours, || attach_tcx(program, ifindex))
             .with_context(|| format!("attaching {name} to device {ifindex}"))?;
         if is_new {
             // A former process may have attached by clsact: never two programs on a hook.
@@ -295,7 +295,8 @@ fn update_pinned(
     }
 }
 
-fn create_tcx_link(program: &ProgramMut<'_>, ifindex: u32) -> Result<Link> {
+/// Attaches a program to a device, at the hook that its section names, until the link is dropped.
+pub fn attach_tcx(program: &ProgramMut<'_>, ifindex: u32) -> Result<Link> {
     let ifindex = i32::try_from(ifindex)?;
     // SAFETY: the program is loaded, and no options are given.
     let link = unsafe {

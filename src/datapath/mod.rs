@@ -42,7 +42,7 @@ use libbpf_rs::{MapCore, MapHandle, Object, ProgramMut};
 
 pub use abi::{addr_of, ip_of};
 pub use addresses::AddressWriter;
-pub use attach::{AttachMode, detach_all};
+pub use attach::{AttachMode, attach_tcx, detach_all};
 pub use counters::{MapFill, MetricRow};
 pub use dump::{MAP_NAMES, dump};
 pub use endpoints::EndpointWriter;

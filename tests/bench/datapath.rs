@@ -90,11 +90,13 @@ fn same_node() -> Result<Vec<Row>> {
     let (direct, again) =
         (Reference::direct(&format!("{prefix}-d"))?, Reference::direct(&format!("{prefix}-a"))?);
     let routed = Reference::routed(&format!("{prefix}-r"))?;
+    let redirect = Reference::redirecting(&format!("{prefix}-e"), &directory)?;
     let bridge = Reference::bridge(&format!("{prefix}-b"), &directory);
     let mut paths = vec![
         path("direct", &direct),
         path("again", &again),
         path("routed", &routed),
+        path("empty_redirect", &redirect),
         weir.path("weir"),
         silent.path("silent"),
     ];
@@ -126,6 +128,8 @@ fn same_node() -> Result<Vec<Row>> {
             }
         }
         rows.push(row("weir", "silent", "same_node/flows_on_vs_off".to_owned()).at_least(0.98));
+        rows.push(row("weir", "empty_redirect", "same_node/vs_empty_redirect".to_owned()));
+        rows.push(row("empty_redirect", "direct", "empty_redirect/vs_direct".to_owned()));
         rows.push(row("routed", "direct", "routed/vs_direct".to_owned()));
     }
     fs::remove_dir_all(&directory).or_else(|error| match error.kind() {

@@ -6,9 +6,11 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use libbpf_rs::Link;
 use serde_json::{Value, json};
 
 use crate::lab::Space;
+use crate::world::load_test_program;
 
 /// Where Debian and Ubuntu put the plugins of `containernetworking-plugins`.
 const PLUGINS: &str = "/usr/lib/cni";
@@ -21,6 +23,7 @@ pub struct Reference {
     pub server: Space,
     /// The server's IPv4 address.
     pub address: std::net::IpAddr,
+    _links: Vec<Link>,
     _between: Vec<Space>,
 }
 
@@ -34,7 +37,41 @@ impl Reference {
             "link set eth0 up",
         ])?;
         server.configure(&["addr add 10.3.0.2/24 dev eth0", "link set eth0 up"])?;
-        Ok(Self { client, server, address: [10, 3, 0, 2].into(), _between: Vec::new() })
+        Ok(Self { client, server, address: [10, 3, 0, 2].into(), _links: Vec::new(), _between: Vec::new() })
+    }
+
+    /// Two veth pairs, and on the node's side of each a program that redirects into the other pod: the
+    /// floor of everything that hangs on tcx.
+    pub fn redirecting(name: &str, directory: &Path) -> Result<Self> {
+        let (client, server) = ends(name)?;
+        let node = Space::create(&format!("{name}-node"), None)?;
+        for (number, pod) in [(1, &client), (2, &server)] {
+            let (other, mac) = (3 - number, format!("02:00:00:00:00:0{number}"));
+            node.configure(&[
+                &format!("link add pod{number} address {mac} type veth peer name eth0 netns {}", pod.name()),
+                &format!("link set pod{number} up"),
+            ])?;
+            pod.configure(&[
+                &format!("addr add 10.3.0.{number}/24 dev eth0"),
+                "link set eth0 up",
+                // The node's own address, so that the frame is for whoever receives it.
+                &format!("neigh replace 10.3.0.{other} lladdr {mac} dev eth0 nud permanent"),
+            ])?;
+        }
+        fs::create_dir_all(directory)?;
+        let directory = directory.to_owned();
+        let links = node.run(move || {
+            let index = |number: u32| nix::net::if_::if_nametoindex(&*format!("pod{number}"));
+            let link = |number: u32| {
+                let object = directory.join(format!("redirect{number}.bpf.o"));
+                let peer = format!("-DPEER={}", index(3 - number)?);
+                let loaded = load_test_program("tests/bench/redirect.bpf.c", &object, &[&peer])?;
+                let program = loaded.progs_mut().next().context("no program")?;
+                weir::datapath::attach_tcx(&program, index(number)?)
+            };
+            Ok::<_, anyhow::Error>(vec![link(1)?, link(2)?])
+        })?;
+        Ok(Self { client, server, address: [10, 3, 0, 2].into(), _links: links, _between: vec![node] })
     }
 
     /// Two veth pairs, and a node that forwards between them.
@@ -44,7 +81,7 @@ impl Reference {
         node.set_sysctls(&[("ipv4/ip_forward", "1")])?;
         plug_pod(&node, &client, "10.3.1.1", 1500)?;
         plug_pod(&node, &server, "10.3.1.2", 1500)?;
-        Ok(Self { client, server, address: [10, 3, 1, 2].into(), _between: vec![node] })
+        Ok(Self { client, server, address: [10, 3, 1, 2].into(), _links: Vec::new(), _between: vec![node] })
     }
 
     /// Two nodes on a wire that route to each other's pods, through VXLAN if asked for.
@@ -76,7 +113,7 @@ impl Reference {
             between.push(node);
         }
         between.push(wire);
-        Ok(Self { client, server, address: [10, 3, 2, 1].into(), _between: between })
+        Ok(Self { client, server, address: [10, 3, 2, 1].into(), _links: Vec::new(), _between: between })
     }
 
     /// Two pods of one node, connected by the CNI bridge plugin.
@@ -86,7 +123,7 @@ impl Reference {
         let plugin = OtherPlugin::bridge(directory);
         plugin.add(&node, &client)?;
         let address = plugin.add(&node, &server)?.0;
-        Ok(Self { client, server, address, _between: vec![node] })
+        Ok(Self { client, server, address, _links: Vec::new(), _between: vec![node] })
     }
 }
 

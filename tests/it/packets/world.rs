@@ -522,16 +522,20 @@ impl World {
 }
 
 fn load_arrive(directory: &Path) -> Result<Object> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/packets/arrive.bpf.c");
-    let object = directory.join("arrive.bpf.o");
+    load_test_program("tests/it/packets/arrive.bpf.c", &directory.join("arrive.bpf.o"), &[])
+}
+
+/// Compiles a program that is no part of the datapath, and loads it.
+pub fn load_test_program(source: &str, object: &Path, arguments: &[&str]) -> Result<Object> {
     let clang = (15..=22).rev().map(|version| format!("clang-{version}")).chain(["clang".to_owned()]);
     let clang = std::env::var("CLANG").into_iter().chain(clang).find(|clang| {
         Command::new(clang).arg("--version").output().is_ok_and(|output| output.status.success())
     });
     let output = Command::new(clang.context("no clang")?)
         .args(["-g", "-O2", "-target", "bpf", "-mcpu=v3", "-c", "-o"])
-        .args([&object, &source])
+        .args([object, &Path::new(env!("CARGO_MANIFEST_DIR")).join(source)])
+        .args(arguments)
         .output()?;
-    ensure!(output.status.success(), "compiling arrive: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(ObjectBuilder::default().open_file(&object)?.load()?)
+    ensure!(output.status.success(), "compiling {source}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(ObjectBuilder::default().open_file(object)?.load()?)
 }
