@@ -364,7 +364,7 @@ struct event_count {
 
 enum event_type {
 	EVENT_FLOW_NEW = 1,
-	EVENT_FLOW_UPDATE = 2, /* new TCP flags, a new verdict, or some seconds passed */
+	EVENT_FLOW_UPDATE = 2, /* an RST, a new verdict, or some seconds passed */
 	EVENT_FLOW_END = 3,
 	EVENT_DROP = 4,
 };

@@ -3,7 +3,8 @@
  * Collecting what has expired, in the kernel: an iterator looks again at the
  * entry before it deletes it, so a flow that came back a moment ago stays; and
  * it yields between batches. The agent only reads the iterators to their end:
- * one byte for each entry that is gone.
+ * one byte for each entry that is gone. On the way it reports the flows that
+ * rest: what came since their last record would wait for their next packet.
  */
 #include "lib/connection.h"
 
@@ -19,29 +20,57 @@ static __always_inline void count_deleted(struct bpf_iter_meta *meta)
 	bpf_seq_write(meta->seq, &mark, sizeof(mark));
 }
 
+/* Without a packet: of a flow that has ended, or rests. */
+static __always_inline void report(const struct connection *connection,
+				   const struct connection_key *key, __u8 type)
+{
+	struct event *event = event_reserve();
+
+	if (!event)
+		return;
+	event_from_connection(event, connection, key);
+	event->type = type;
+	event->ifindex = 0;
+	bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+}
+
+/*
+ * A TCP connection that was answered, or more, since its last record, and has no
+ * packet to take the next one along; what else there is ends within a minute.
+ */
+static __always_inline bool rests_unreported(const struct connection *of,
+					     __u8 protocol, __u64 now)
+{
+	return protocol == IPPROTO_TCP && of->flags & CONNECTION_REPLIED &&
+	       of->last_seen_jiffies >= of->last_report_jiffies &&
+	       now - of->last_report_jiffies >
+		       seconds_to_jiffies(settings.flow_report_seconds);
+}
+
 SEC("iter/bpf_map_elem")
 int collect_connections(struct bpf_iter__bpf_map_elem *ctx)
 {
 	struct connection *connection = ctx->value;
 	struct connection_key *key = ctx->key;
+	__u64 now = bpf_jiffies64();
 	struct connection_key copy;
-	struct event *event;
+	bool is_reported;
 
 	if (!connection || !key)
 		return 0;
-	if (!connection_is_expired(connection, key->protocol, bpf_jiffies64()))
-		return 0;
 	copy = *key;
-	if (copy.kind == CONNECTION_FLOW && settings.flow_events &&
-	    !(connection->flags & CONNECTION_ENDED)) {
-		event = event_reserve();
-		if (event) {
-			event_from_connection(event, connection, &copy);
-			event->type = EVENT_FLOW_END;
-			event->ifindex = 0;
-			bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+	is_reported = copy.kind == CONNECTION_FLOW && settings.flow_events &&
+		      !(connection->flags & CONNECTION_ENDED);
+	if (!connection_is_expired(connection, copy.protocol, now)) {
+		if (is_reported && rests_unreported(connection, copy.protocol,
+						    now)) {
+			connection->last_report_jiffies = now;
+			report(connection, &copy, EVENT_FLOW_UPDATE);
 		}
+		return 0;
 	}
+	if (is_reported)
+		report(connection, &copy, EVENT_FLOW_END);
 	if (!bpf_map_delete_elem(&connections, &copy))
 		count_deleted(ctx->meta);
 	return 0;

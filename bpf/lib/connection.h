@@ -112,9 +112,9 @@ static __always_inline __u32 connection_account(struct connection *connection,
 		if (fresh & TCP_RST ||
 		    fresh & connection->tcp_flags[side ^ 1] & TCP_FIN)
 			connection->flags |= CONNECTION_CLOSING;
-		/* FINs and the rest say little: the end is told with the last
-		 * packet. */
-		report |= fresh & (TCP_SYN | TCP_RST);
+		/* An answer and FINs say little: the end is told with the last
+		 * packet, and a flow that rests by the collector. */
+		report |= fresh & TCP_RST;
 	}
 	if (!report || !settings.flow_events)
 		return 0;

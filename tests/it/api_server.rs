@@ -252,7 +252,7 @@ async fn nobody_changes_an_identity(client: &Client) -> Result<()> {
     ensure!(error.to_string().contains("an identity never changes"), "{error}");
     let named = Identity::new("not-a-number", IdentitySpec::from(&labels("x")));
     let error = identities.create(&Default::default(), &named).await.err().context("the name passed")?;
-    ensure!(error.to_string().contains("the name must be a number"), "{error}");
+    ensure!(error.to_string().contains("the name must be an identity's number"), "{error}");
     let endpoints: Api<NodeEndpointsObject> = Api::all(client.clone());
     let mut other = endpoints.get("a-0").await?;
     other.metadata = kube::core::ObjectMeta { name: Some("b-7".to_owned()), ..Default::default() };

@@ -82,7 +82,7 @@ fn a_tcp_connection_is_one_entry_and_few_events() -> Result<()> {
             ensure!(outcome.counted == [(0, EGRESS as u8)], "counted {:?}", outcome.counted);
             events.extend(outcome.events);
         }
-        assert_eq!(types(&events), [NEW, UPDATE, END]);
+        assert_eq!(types(&events), [NEW, END]);
         let flow = only_flow(world)?;
         assert_eq!((flow.packets, flow.tcp_flags), ([4, 4], [SYN | ACK | FIN, SYN | ACK | FIN]));
         let length = |packet: &Packet| packet.bytes().len() as u64;
@@ -455,6 +455,29 @@ fn nobody_puts_packets_into_a_flow_between_pods() -> Result<()> {
             let outcome = world.send_as(program, &forward(&cast, ACK), arrival)?;
             ensure!(outcome.action == SHOT && outcome.counted == [(132, INGRESS as u8)], "{outcome:?}");
         }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_connection_that_rests_is_reported_once() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        for segment in [forward(&cast, SYN), backward(&cast, SYN | ACK), forward(&cast, ACK)] {
+            expect(world, &segment, REDIRECT)?;
+        }
+        let (_, events) = world.collect_garbage()?;
+        assert!(events.is_empty(), "{events:?}");
+        // Minutes: more than the interval of reports, less than what ends a connection.
+        world.change_connections(|_, row| {
+            row.last_seen_jiffies -= 100_000;
+            row.last_report_jiffies -= 100_000;
+        })?;
+        let (_, events) = world.collect_garbage()?;
+        assert_eq!(types(&events), [UPDATE]);
+        assert_eq!((events[0].packets, events[0].tcp_flags), ([2, 1], SYN | ACK));
+        let (_, events) = world.collect_garbage()?;
+        assert!(events.is_empty(), "{events:?}");
         Ok(())
     })
 }
