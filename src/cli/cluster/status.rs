@@ -9,6 +9,7 @@ use kube::ResourceExt;
 use kube::api::{Api, ListParams};
 use serde::Serialize;
 
+use super::operator::{self, OperatorStatus};
 use super::{Agent, Cluster, ClusterArgs, explained};
 use crate::api::answers::StatusAnswer;
 use crate::cli::{Failure, Format, output, table};
@@ -40,6 +41,7 @@ pub struct ClusterStatus {
     server: String,
     kubernetes: String,
     is_ready: bool,
+    operator: OperatorStatus,
     nodes: Vec<NodeRow>,
 }
 
@@ -71,11 +73,12 @@ impl ClusterStatus {
         let ready = self.nodes.iter().filter(|row| row.is_ready).count();
         writeln!(
             out,
-            "{} of {} nodes ready; Kubernetes {} at {}\n",
+            "{} of {} nodes ready; Kubernetes {} at {}\n{}\n",
             ready,
             self.nodes.len(),
             self.kubernetes,
-            self.server
+            self.server,
+            self.operator.line()
         )?;
         let rows: Vec<_> = self.nodes.iter().map(NodeRow::cells).collect();
         let header = [
@@ -92,14 +95,15 @@ impl ClusterStatus {
             "PROBLEMS",
         ];
         table::write(out, header, &rows)?;
-        let problems: Vec<_> = self
-            .nodes
-            .iter()
-            .flat_map(|row| row.problems.iter().map(|problem| [row.node.clone(), problem.clone()]))
+        let of_operator = std::iter::once(("operator", &self.operator.problems));
+        let of_nodes = self.nodes.iter().map(|row| (row.node.as_str(), &row.problems));
+        let problems: Vec<_> = of_operator
+            .chain(of_nodes)
+            .flat_map(|(of, problems)| problems.iter().map(|problem| [of.to_owned(), problem.clone()]))
             .collect();
         if !problems.is_empty() {
             writeln!(out)?;
-            table::write(out, ["NODE", "PROBLEM"], &problems)?;
+            table::write(out, ["WHERE", "PROBLEM"], &problems)?;
         }
         Ok(())
     }
@@ -133,6 +137,7 @@ pub async fn ask(args: &ClusterArgs) -> Result<ClusterStatus> {
     let nodes = Api::<Node>::all(cluster.client.clone()).list(&ListParams::default()).await;
     let nodes = nodes.map_err(explained).context("listing the nodes")?.items;
     let agents = cluster.agents().await?;
+    let (operator, mut complaints) = futures::join!(operator::ask(&cluster), operator::complaints(&cluster));
     let row = |node: Node| {
         let agent = agents.iter().find(|agent| agent.node == node.name_any()).cloned();
         let cluster = &cluster;
@@ -140,10 +145,14 @@ pub async fn ask(args: &ClusterArgs) -> Result<ClusterStatus> {
     };
     let mut rows: Vec<NodeRow> = stream::iter(nodes).map(row).buffer_unordered(AT_ONCE).collect().await;
     rows.sort_by(|a, b| a.node.cmp(&b.node));
+    for row in &mut rows {
+        row.problems.extend(complaints.remove(&row.node).unwrap_or_default());
+    }
     Ok(ClusterStatus {
         server: cluster.server.clone(),
         kubernetes: cluster.version.clone(),
         is_ready: rows.iter().all(|row| row.is_ready),
+        operator,
         nodes: rows,
     })
 }
@@ -227,6 +236,12 @@ mod tests {
             server: "https://a".to_owned(),
             kubernetes: "v1.34.4".to_owned(),
             is_ready: false,
+            operator: OperatorStatus {
+                ready: 1,
+                wanted: 2,
+                leader: Some("one".to_owned()),
+                problems: vec!["1 of 2 replicas are not ready".to_owned()],
+            },
             nodes: vec![row("a", Some(status)), row("b", None)],
         };
         let mut out = Vec::new();
@@ -234,13 +249,14 @@ mod tests {
         let text = String::from_utf8(out).expect("text");
         assert_eq!(
             text,
-            "1 of 2 nodes ready; Kubernetes v1.34.4 at https://a\n\n\
+            "1 of 2 nodes ready; Kubernetes v1.34.4 at https://a\noperator: 1 of 2 ready, one leads\n\n\
              NODE  AGENT         READY  VERSION  KERNEL  ROUTING  PODS  IDENTITIES  POLICIES  DROPS  PROBLEMS\n\
              a     weir-agent-a  yes    0.1.0    -       native   0/0   0           0         7      2\n\
              b     none          NO     -        -       -        -     -           -         -      -\n\n\
-             NODE  PROBLEM\n\
-             a     NetworkPolicy shop/web: no such port\n\
-             a     the map nat has 95 of 100 rows\n"
+             WHERE     PROBLEM\n\
+             operator  1 of 2 replicas are not ready\n\
+             a         NetworkPolicy shop/web: no such port\n\
+             a         the map nat has 95 of 100 rows\n"
         );
         assert_eq!(cluster.outcome().expect_err("b").to_string(), "not ready: b");
     }
