@@ -19,7 +19,8 @@ __weak __noinline int network_host_port(struct packet *packet)
 {
 	struct backend *backend;
 
-	if (!packet)
+	if (!packet || (packet->protocol != IPPROTO_TCP &&
+			packet->protocol != IPPROTO_UDP))
 		return 0;
 	/* Tunnel packets are the most of what comes, and never a pod's. */
 	if (packet->protocol == IPPROTO_UDP &&

@@ -153,7 +153,7 @@ impl Compute {
             pod_cidrs: &pod_cidrs,
         })?;
         let services = self.frontends.update(&view.services, &view.slices);
-        desired.conflicts = conflicts(&owners.conflicts, &services.conflicts, &compiled.ignored_labels);
+        desired.conflicts = conflicts(&owners.conflicts, &services.conflicts);
         desired.published = endpoints.values().map(publish).collect();
         desired.coming = coming(&self.node_name, view, &endpoints);
         let held = |identity| Some((identity, view.identities.get(&identity)?.clone()));
@@ -271,11 +271,7 @@ fn endpoint_entries(endpoints: &Resolved, compiled: &policy::Output) -> BTreeMap
     endpoints.iter().filter_map(entry).collect()
 }
 
-fn conflicts(
-    addresses: &[node::Conflict],
-    services: &[service::Conflict],
-    ignored_labels: &BTreeMap<ObjectKey, BTreeSet<String>>,
-) -> Vec<String> {
+fn conflicts(addresses: &[node::Conflict], services: &[service::Conflict]) -> Vec<String> {
     let addresses = addresses.iter().map(|conflict| {
         let why = match &conflict.reason {
             node::ConflictReason::OwnedBy(owner) => format!("{owner} has it"),
@@ -289,9 +285,5 @@ fn conflicts(
         let service::Conflict { service, address, owner } = conflict;
         format!("Service {service} has the cluster IP {address}, which is Service {owner}'s")
     });
-    let labels = ignored_labels.iter().map(|(policy, labels)| {
-        let labels = labels.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
-        format!("NetworkPolicy {policy} lets in who is without {labels}: Weir cannot tell, so nobody is")
-    });
-    addresses.chain(services).chain(labels).collect()
+    addresses.chain(services).collect()
 }

@@ -30,7 +30,6 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-pub(crate) use convert::Object;
 pub use convert::{FieldError, Kind};
 pub use health::{Health, KindHealth, Report};
 pub use publish::{Publisher, heartbeat_name};

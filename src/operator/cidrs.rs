@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::api::{Api, Patch, PatchParams, PostParams};
-use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::runtime::events::{Event, EventType, Recorder};
 use kube::{Client, Resource, ResourceExt};
 use serde_json::json;
 use tracing::{error, info, warn};
@@ -21,7 +21,7 @@ use tracing::{error, info, warn};
 use super::metrics::Metrics;
 use super::nodes::View;
 use super::pools::{Pool, Pools};
-use super::{FIELD_MANAGER, is_conflict, merge};
+use super::{FIELD_MANAGER, is_conflict, merge, recorder};
 use crate::kube::crd::{POD_CIDRS_ALLOCATED, WeirNode, WeirNodeSpec};
 
 /// Gives pod CIDRs to nodes.
@@ -39,10 +39,9 @@ pub struct Cidrs {
 impl Cidrs {
     /// Has given nothing yet.
     pub fn new(client: &Client, name: &str, pools: &[Pool], metrics: Metrics) -> Self {
-        let reporter = Reporter { controller: "weir-operator".to_owned(), instance: Some(name.to_owned()) };
         Self {
             weir_nodes: Api::all(client.clone()),
-            recorder: Recorder::new(client.clone(), reporter),
+            recorder: recorder(client, name),
             pools: Pools::new(pools),
             given: HashMap::new(),
             said: HashMap::new(),

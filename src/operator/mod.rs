@@ -29,6 +29,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use kube::Client;
 use kube::api::{Api, PatchParams};
+use kube::runtime::events::{Recorder, Reporter};
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
@@ -186,6 +187,12 @@ async fn round(stores: &nodes::Stores, cidrs: &mut cidrs::Cidrs, keeper: &mut li
     let forgotten = keeper.round(&view).await?;
     forgotten.iter().for_each(|name| cidrs.forget(name));
     given
+}
+
+/// What publishes events; `name` is the replica's.
+fn recorder(client: &Client, name: &str) -> Recorder {
+    let reporter = Reporter { controller: FIELD_MANAGER.to_owned(), instance: Some(name.to_owned()) };
+    Recorder::new(client.clone(), reporter)
 }
 
 /// The write lost against another, or its object is there already or gone: the next look decides.

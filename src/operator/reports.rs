@@ -11,16 +11,16 @@ use futures::{StreamExt, join};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::Api;
 use kube::runtime::WatchStreamExt;
-use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::runtime::events::{Event, EventType, Recorder};
 use kube::runtime::watcher::{self, watcher};
 use kube::{Client, Resource, ResourceExt};
 use tokio::time::{Instant, interval_at};
 use tracing::warn;
 
 use super::metrics::{KindLabel, Metrics};
-use crate::kube::{Object, Watchable, Watched};
+use super::recorder;
+use crate::kube::{Watchable, Watched};
 use crate::model;
-use crate::policy;
 
 /// Objects in a page of the first list: as much text as is in memory at a time.
 const PAGE: u32 = 50;
@@ -54,10 +54,9 @@ struct Reports<M> {
 
 impl<M: Watchable> Reports<M> {
     fn new(client: &Client, name: &str, metrics: &Metrics) -> Self {
-        let reporter = Reporter { controller: "weir-operator".to_owned(), instance: Some(name.to_owned()) };
         Self {
             api: Api::all(client.clone()),
-            recorder: Recorder::new(client.clone(), reporter),
+            recorder: recorder(client, name),
             metrics: metrics.clone(),
             said: HashMap::new(),
         }
@@ -140,12 +139,7 @@ fn complaint<M>(object: &Watched<M>) -> Option<Event> {
     let (reason, text) = match &object.outcome {
         Err(error) => ("Malformed", format!("Weir keeps its last good state: {error}")),
         Ok(converted) => {
-            let mut parts: Vec<String> = converted.warnings.iter().map(ToString::to_string).collect();
-            if let Some(Object::NetworkPolicy(policy)) = &converted.object {
-                parts.extend(policy::undecidable_labels(policy).into_iter().map(|label| {
-                    format!("whether a pod is without {label} Weir cannot tell: no pod is let in for that")
-                }));
-            }
+            let parts: Vec<String> = converted.warnings.iter().map(ToString::to_string).collect();
             ("PartlyIgnored", parts.join("; "))
         }
     };

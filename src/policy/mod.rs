@@ -38,8 +38,8 @@ use crate::tables::Snapshot;
 
 use peers::{Member, Peers};
 use prefixes::{Assigned, Locals, Tree};
+pub use select::asked_labels;
 use select::{Definition, Selections};
-pub use select::{asked_labels, undecidable_labels};
 use value::Value;
 
 /// What policy depends on.
@@ -72,8 +72,6 @@ pub struct Output {
     pub prefixes: Arc<BTreeMap<IpNet, PrefixEntry>>,
     /// What the local numbers mean.
     pub local_identities: Arc<BTreeMap<IdentityId, LocalIdentity>>,
-    /// Labels of a revision or run that policies ask peers not to have: nobody is let in for that.
-    pub ignored_labels: Arc<BTreeMap<ObjectKey, BTreeSet<String>>>,
 }
 
 /// Why there is no output. The last one stays true until the agent starts again.
@@ -264,7 +262,6 @@ impl Compiler {
             addresses: self.assigned.addresses.clone(),
             prefixes: self.assigned.prefixes.clone(),
             local_identities: self.assigned.identities.clone(),
-            ignored_labels: self.selections.ignored_labels(),
             ..Output::default()
         };
         for (endpoint, id) in &self.endpoints {

@@ -41,8 +41,6 @@ pub struct Selections {
     snapshot: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
     states: BTreeMap<ObjectKey, State>,
     selected: BTreeMap<IdentityId, Arc<Selection>>,
-    /// Labels of a revision or run that policies ask peers not to have: nobody is let in for that.
-    ignored_labels: Arc<BTreeMap<ObjectKey, BTreeSet<String>>>,
     next: u64,
 }
 
@@ -53,7 +51,6 @@ struct State {
     prefixes: BTreeSet<IpNet>,
     /// Port names of its ingress rules.
     names: BTreeSet<(String, Protocol)>,
-    ignored: BTreeSet<String>,
 }
 
 /// The labels of a revision or run that policies ask pods for: identities have them then.
@@ -70,11 +67,6 @@ fn peers_of(policy: &NetworkPolicy) -> impl Iterator<Item = &Selector> {
         Peer::Pods { pods, .. } => Some(pods),
         Peer::Block { .. } => None,
     })
-}
-
-/// The labels of a revision or run that this policy asks peers not to have: nobody is let in for that.
-pub fn undecidable_labels(policy: &NetworkPolicy) -> BTreeSet<String> {
-    peers_of(policy).flat_map(identity::undecidable_labels).map(str::to_owned).collect()
 }
 
 impl Selections {
@@ -99,9 +91,6 @@ impl Selections {
         }
         if is_changed {
             self.selected.clear();
-            let states = self.states.iter().filter(|(_, state)| !state.ignored.is_empty());
-            let ignored = states.map(|(key, state)| (key.clone(), state.ignored.clone()));
-            self.ignored_labels = Arc::new(ignored.collect());
         }
         is_changed
     }
@@ -180,22 +169,12 @@ impl Selections {
             .copied()
             .collect()
     }
-
-    /// Labels of a revision or run that policies ask peers not to have: nobody is let in for that.
-    pub fn ignored_labels(&self) -> Arc<BTreeMap<ObjectKey, BTreeSet<String>>> {
-        self.ignored_labels.clone()
-    }
 }
 
 impl State {
     fn new(policy: Arc<NetworkPolicy>, revision: Revision) -> Self {
-        let mut state = Self {
-            revision,
-            prefixes: BTreeSet::new(),
-            names: BTreeSet::new(),
-            ignored: undecidable_labels(&policy),
-            policy: policy.clone(),
-        };
+        let mut state =
+            Self { revision, prefixes: BTreeSet::new(), names: BTreeSet::new(), policy: policy.clone() };
         for rule in policy.ingress.iter().flatten() {
             state.add_peers(rule);
             for port in rule.ports.iter().flatten() {

@@ -423,7 +423,6 @@ fn a_label_of_a_run_lets_in_who_has_it_and_nobody_who_is_without() {
             None,
         ));
     let output = world.compile(&mut compiler());
-    assert_eq!(*output.ignored_labels, BTreeMap::new());
     let ingress_of = output.policies[&PolicyId(1)].ingress.as_ref().expect("ingress");
     assert_eq!(ingress_of.peers.keys().copied().collect::<Vec<_>>(), [IdentityId(301)]);
     assert_eq!(asked_labels(&world.policies), BTreeSet::from(["job-name".to_owned()]));
@@ -436,8 +435,6 @@ fn a_label_of_a_run_lets_in_who_has_it_and_nobody_who_is_without() {
     ));
     let output = world.compile(&mut compiler());
     assert_eq!(output.policies[&PolicyId(1)].ingress, Some(CompiledDirection::default()));
-    let labels = BTreeSet::from(["pod-template-hash".to_owned()]);
-    assert_eq!(*output.ignored_labels, BTreeMap::from([(ObjectKey::new("shop", "in"), labels)]));
 }
 
 #[test]

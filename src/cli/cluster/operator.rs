@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::{Context, Result};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::ResourceExt;
@@ -77,17 +78,17 @@ fn leader(lease: &Lease, now: jiff::Timestamp) -> Option<String> {
 }
 
 /// What the operator says is wrong with nodes, by name.
-pub(super) async fn complaints(cluster: &Cluster) -> BTreeMap<String, Vec<String>> {
+pub(super) async fn complaints(cluster: &Cluster) -> Result<BTreeMap<String, Vec<String>>> {
     let nodes: Api<WeirNode> = Api::all(cluster.client.clone());
-    // A cluster without the definition has no operator, which is said already.
-    let Ok(nodes) = nodes.list(&ListParams::default()).await else { return BTreeMap::new() };
+    let nodes =
+        nodes.list(&ListParams::default()).await.map_err(explained).context("listing the WeirNodes")?;
     let of_node = |node: &WeirNode| {
         let conditions = node.status.iter().flat_map(|status| &status.conditions);
         let wrong = conditions.filter(|condition| condition.status == "False");
         wrong.map(|condition| format!("{}: {}", condition.reason, condition.message)).collect::<Vec<_>>()
     };
     let all = nodes.iter().map(|node| (node.name_any(), of_node(node)));
-    all.filter(|(_, complaints)| !complaints.is_empty()).collect()
+    Ok(all.filter(|(_, complaints)| !complaints.is_empty()).collect())
 }
 
 #[cfg(test)]

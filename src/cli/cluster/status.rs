@@ -1,5 +1,6 @@
 //! `weir status --cluster`: one line for each node.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use anyhow::{Context, Result};
@@ -69,6 +70,28 @@ impl ClusterStatus {
         Err(Failure::NotReady(format!("not ready: {}", nodes.join(", "))))
     }
 
+    /// Each problem once, with where it is: every agent says the same of an object that all of them read.
+    fn problems(&self) -> Vec<[String; 2]> {
+        let of_operator = std::iter::once(("operator", &self.operator.problems));
+        let of_nodes = self.nodes.iter().map(|row| (row.node.as_str(), &row.problems));
+        let mut places: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        let mut texts = Vec::new();
+        for (place, problems) in of_operator.chain(of_nodes) {
+            for problem in problems {
+                let places = places.entry(problem).or_default();
+                if places.is_empty() {
+                    texts.push(problem);
+                }
+                places.push(place);
+            }
+        }
+        let shown = |places: &[&str]| match places {
+            [place] => (*place).to_owned(),
+            places => format!("{} nodes", places.len()),
+        };
+        texts.into_iter().map(|text| [shown(&places[text.as_str()]), text.clone()]).collect()
+    }
+
     fn write_table(&self, out: &mut impl Write) -> io::Result<()> {
         let ready = self.nodes.iter().filter(|row| row.is_ready).count();
         writeln!(
@@ -95,12 +118,7 @@ impl ClusterStatus {
             "PROBLEMS",
         ];
         table::write(out, header, &rows)?;
-        let of_operator = std::iter::once(("operator", &self.operator.problems));
-        let of_nodes = self.nodes.iter().map(|row| (row.node.as_str(), &row.problems));
-        let problems: Vec<_> = of_operator
-            .chain(of_nodes)
-            .flat_map(|(of, problems)| problems.iter().map(|problem| [of.to_owned(), problem.clone()]))
-            .collect();
+        let problems = self.problems();
         if !problems.is_empty() {
             writeln!(out)?;
             table::write(out, ["WHERE", "PROBLEM"], &problems)?;
@@ -137,7 +155,11 @@ pub async fn ask(args: &ClusterArgs) -> Result<ClusterStatus> {
     let nodes = Api::<Node>::all(cluster.client.clone()).list(&ListParams::default()).await;
     let nodes = nodes.map_err(explained).context("listing the nodes")?.items;
     let agents = cluster.agents().await?;
-    let (operator, mut complaints) = futures::join!(operator::ask(&cluster), operator::complaints(&cluster));
+    let (mut operator, complaints) = futures::join!(operator::ask(&cluster), operator::complaints(&cluster));
+    let mut complaints = complaints.unwrap_or_else(|error| {
+        operator.problems.push(format!("{error:#}"));
+        BTreeMap::new()
+    });
     let row = |node: Node| {
         let agent = agents.iter().find(|agent| agent.node == node.name_any()).cloned();
         let cluster = &cluster;
@@ -259,5 +281,18 @@ mod tests {
              a         the map nat has 95 of 100 rows\n"
         );
         assert_eq!(cluster.outcome().expect_err("b").to_string(), "not ready: b");
+
+        let mut same = row("c", None);
+        same.problems = cluster.nodes[0].problems.clone();
+        let all = ClusterStatus { nodes: cluster.nodes.into_iter().chain([same]).collect(), ..cluster };
+        let said = |place: &str, text: &str| [place.to_owned(), text.to_owned()];
+        assert_eq!(
+            all.problems(),
+            [
+                said("operator", "1 of 2 replicas are not ready"),
+                said("2 nodes", "NetworkPolicy shop/web: no such port"),
+                said("2 nodes", "the map nat has 95 of 100 rows"),
+            ]
+        );
     }
 }

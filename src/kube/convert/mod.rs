@@ -226,7 +226,9 @@ pub fn convert(id: &ObjectId, document: &Value, is_strict: bool) -> Result<Conve
         }
         Kind::EndpointSlice => service::endpoint_slice(id, &document, &mut warnings)?
             .map(|slice| Object::EndpointSlice(Arc::new(slice))),
-        Kind::NetworkPolicy => Some(Object::NetworkPolicy(Arc::new(policy::network_policy(id, &document)?))),
+        Kind::NetworkPolicy => {
+            Some(Object::NetworkPolicy(Arc::new(policy::network_policy(id, &document, &mut warnings)?)))
+        }
         Kind::Identity => {
             let (number, labels, is_unused) = own::identity(id, &document)?;
             Some(Object::Identity(number, Arc::new(labels), is_unused))

@@ -8,16 +8,21 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-use super::{Field, ObjectId, Result, check_labels, items, names};
+use super::{Field, FieldError, ObjectId, Result, check_labels, items, names};
+use crate::identity;
 use crate::model::{NetworkPolicy, Peer, PolicyRule, PortMatch, PortSelector, Requirement, Selector};
 
-pub fn network_policy(id: &ObjectId, document: &Field) -> Result<NetworkPolicy> {
+pub fn network_policy(
+    id: &ObjectId,
+    document: &Field,
+    warnings: &mut Vec<FieldError>,
+) -> Result<NetworkPolicy> {
     document.only(&["apiVersion", "kind", "metadata", "spec", "status"])?;
     let spec = document.get("spec")?;
     spec.only(&["podSelector", "policyTypes", "ingress", "egress"])?;
     let pod_selector = selector(&spec.get("podSelector")?)?;
-    let ingress = rules(&spec.get("ingress")?, "from")?;
-    let egress = rules(&spec.get("egress")?, "to")?;
+    let ingress = rules(&spec.get("ingress")?, "from", warnings)?;
+    let egress = rules(&spec.get("egress")?, "to", warnings)?;
     let (is_ingress, is_egress) = match policy_types(&spec.get("policyTypes")?)? {
         Some(types) => types,
         None => (true, !egress.is_empty()),
@@ -47,11 +52,11 @@ fn policy_types(field: &Field) -> Result<Option<(bool, bool)>> {
     Ok(Some((ingress, egress)))
 }
 
-fn rules(list: &Field, peers: &str) -> Result<Vec<PolicyRule>> {
+fn rules(list: &Field, peers: &str, warnings: &mut Vec<FieldError>) -> Result<Vec<PolicyRule>> {
     let rule = |rule: &Field| {
         rule.only(&[peers, "ports"])?;
         Ok(PolicyRule {
-            peers: collect(&rule.get(peers)?, peer)?,
+            peers: collect(&rule.get(peers)?, |field| peer(field, warnings))?,
             ports: collect(&rule.get("ports")?, port)?,
         })
     };
@@ -59,24 +64,30 @@ fn rules(list: &Field, peers: &str) -> Result<Vec<PolicyRule>> {
 }
 
 /// The elements of a list of which "none" means "all".
-fn collect<T>(list: &Field, read: impl Fn(&Field) -> Result<T>) -> Result<Option<Vec<T>>> {
+fn collect<T>(list: &Field, read: impl FnMut(&Field) -> Result<T>) -> Result<Option<Vec<T>>> {
     match items(list)? {
         items if items.is_empty() => Ok(None),
         items => Ok(Some(items.iter().map(read).collect::<Result<_>>()?)),
     }
 }
 
-fn peer(peer: &Field) -> Result<Peer> {
+fn peer(peer: &Field, warnings: &mut Vec<FieldError>) -> Result<Peer> {
     peer.only(&["podSelector", "namespaceSelector", "ipBlock"])?;
     let (pods, namespaces) = (peer.get("podSelector")?, peer.get("namespaceSelector")?);
     let block = peer.get("ipBlock")?;
     match (block.is_present(), pods.is_present() || namespaces.is_present()) {
         (true, true) => Err(peer.error("has ipBlock and a selector; a peer is either addresses or pods")),
         (true, false) => ip_block(&block),
-        (false, true) => Ok(Peer::Pods {
-            namespaces: namespaces.is_present().then(|| selector(&namespaces)).transpose()?,
-            pods: selector(&pods)?,
-        }),
+        (false, true) => {
+            let selected = selector(&pods)?;
+            warnings.extend(identity::undecidable_labels(&selected).map(|label| {
+                pods.error(format!(
+                    "whether a pod is without {label} cannot be told: none is let in for that"
+                ))
+            }));
+            let namespaces = namespaces.is_present().then(|| selector(&namespaces)).transpose()?;
+            Ok(Peer::Pods { namespaces, pods: selected })
+        }
         (false, false) => {
             Err(peer.error("is empty; one of podSelector, namespaceSelector and ipBlock is required"))
         }

@@ -13,7 +13,12 @@ const TAKEN: &[(&str, &str, &str, &str)] = &[
     ("Service", "outer", "PartlyIgnored", "of a NodePort Service Weir serves the cluster IPs only"),
     ("Service", "outer", "PartlyIgnored", "spec.ports[1].protocol: Weir serves TCP and UDP only"),
     ("EndpointSlice", "names", "PartlyIgnored", "addressType: FQDN names no addresses"),
-    ("NetworkPolicy", "revision", "PartlyIgnored", "without pod-template-hash"),
+    (
+        "NetworkPolicy",
+        "revision",
+        "PartlyIgnored",
+        "spec.ingress[0].from[0].podSelector: whether a pod is without pod-template-hash",
+    ),
     ("NodeEndpoints", "ghost-0", "Malformed", "spec.endpoints[0].addresses[0]"),
     ("WeirNode", "ghost", "Malformed", "spec.podCIDRs[0]"),
     ("Identity", "300", "Malformed", "spec.serviceAccount"),
