@@ -57,10 +57,10 @@ static __always_inline bool connection_is_local(const struct connection *of)
 
 /* True with the acknowledgement of the last FIN. */
 static __always_inline bool connection_ends(const struct connection *of,
-					    const struct packet *packet)
+					    __u8 tcp_flags)
 {
 	return of->tcp_flags[0] & of->tcp_flags[1] & TCP_FIN &&
-	       !(packet->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) &&
+	       !(tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) &&
 	       !(of->flags & CONNECTION_ENDED);
 }
 
@@ -72,16 +72,16 @@ static __always_inline bool connection_ends(const struct connection *of,
  * first: at 1,000 a second and CPU it stays half a second. What comes after that
  * is judged as if it began a flow, as a host's stack would.
  */
-__weak __noinline int connection_retire(struct connection_key *key,
-					__u32 is_local)
+static __always_inline void connection_retire(const struct connection_key *key,
+					      bool is_local)
 {
 	struct connection *connection;
 	struct ended *last;
 	__u32 zero = 0, slot;
 
 	last = bpf_map_lookup_elem(&ended, &zero);
-	if (!key || !last)
-		return 0;
+	if (!last)
+		return;
 	slot = is_local ? last->local++ % ENDED_LOCAL
 			: ENDED_LOCAL + last->remote++ % ENDED_REMOTE;
 	connection = bpf_map_lookup_elem(&connections, &last->keys[slot]);
@@ -89,22 +89,39 @@ __weak __noinline int connection_retire(struct connection_key *key,
 	if (connection && connection->flags & CONNECTION_ENDED)
 		bpf_map_delete_elem(&connections, &last->keys[slot]);
 	last->keys[slot] = *key;
+}
+
+/* Its last packet has passed: tells so, with `flags` of the record, and lets
+ * it go. */
+__weak __noinline int connection_end(struct __sk_buff *ctx,
+				     struct connection *connection,
+				     struct connection_key *key, __u32 flags)
+{
+	struct event *event;
+
+	if (!connection || !key)
+		return 0;
+	if (settings.flow_events) {
+		event = event_of_flow(ctx, connection, key, EVENT_FLOW_END,
+				      flags);
+		if (event)
+			bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+	}
+	connection->flags |= CONNECTION_ENDED;
+	connection_retire(key, connection_is_local(connection));
 	return 0;
 }
 
-/* Counts a packet; the type of the event that it is worth, or 0. */
-static __always_inline __u32 connection_account(struct connection *connection,
-						const struct packet *packet,
-						__u32 side, __u64 now)
+/* Counts a packet and what it says of its connection; the TCP flags that this
+ * side has not shown before. */
+static __always_inline __u8 connection_count(struct connection *connection,
+					     __u32 side, __u8 tcp_flags,
+					     __u32 bytes)
 {
-	__u8 fresh = packet->tcp_flags & ~connection->tcp_flags[side];
-	bool report = now - connection->last_report_jiffies >
-		      seconds_to_jiffies(settings.flow_report_seconds);
+	__u8 fresh = tcp_flags & ~connection->tcp_flags[side];
 
-	if (connection->last_seen_jiffies != now)
-		connection->last_seen_jiffies = now;
 	__sync_fetch_and_add(&connection->packets[side], 1);
-	__sync_fetch_and_add(&connection->bytes[side], packet->bytes);
+	__sync_fetch_and_add(&connection->bytes[side], bytes);
 	if (side && !(connection->flags & CONNECTION_REPLIED))
 		connection->flags |= CONNECTION_REPLIED;
 	if (fresh) {
@@ -112,10 +129,25 @@ static __always_inline __u32 connection_account(struct connection *connection,
 		if (fresh & TCP_RST ||
 		    fresh & connection->tcp_flags[side ^ 1] & TCP_FIN)
 			connection->flags |= CONNECTION_CLOSING;
-		/* An answer and FINs say little: the end is told with the last
-		 * packet, and a flow that rests by the collector. */
-		report |= fresh & TCP_RST;
 	}
+	return fresh;
+}
+
+/* Counts a packet; the type of the event that it is worth, or 0. */
+static __always_inline __u32 connection_account(struct connection *connection,
+						const struct packet *packet,
+						__u32 side, __u64 now)
+{
+	bool report = now - connection->last_report_jiffies >
+		      seconds_to_jiffies(settings.flow_report_seconds);
+
+	if (connection->last_seen_jiffies != now)
+		connection->last_seen_jiffies = now;
+	/* An answer and FINs say little: the end is told with the last packet,
+	 * and a flow that rests by the collector. */
+	report |= connection_count(connection, side, packet->tcp_flags,
+				   packet->bytes) &
+		  TCP_RST;
 	if (!report || !settings.flow_events)
 		return 0;
 	connection->last_report_jiffies = now;

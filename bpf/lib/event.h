@@ -78,6 +78,30 @@ event_from_connection(struct event *event, const struct connection *from,
 	__builtin_memset(event->pad, 0, sizeof(event->pad));
 }
 
+/* The record of a flow; `flags` are enum event_flags that its entry cannot say.
+ */
+static __always_inline struct event *
+event_of_flow(struct __sk_buff *ctx, const struct connection *connection,
+	      const struct connection_key *key, __u32 type, __u32 flags)
+{
+	struct event *event = event_reserve();
+
+	if (!event)
+		return NULL;
+	event_from_connection(event, connection, key);
+	event->type = type;
+	event->ifindex = ctx->ifindex;
+	event->flags |= flags;
+	return event;
+}
+
+/* What a record says of the way of its last packet. */
+static __always_inline __u32 event_flags_of(const struct packet *packet)
+{
+	return (packet->flags & PACKET_REPLY ? EVENT_REPLY : 0) |
+	       (packet->flags & PACKET_FROM_OVERLAY ? EVENT_FROM_OVERLAY : 0);
+}
+
 /* A flow's record: it began, or something about it is new. */
 __weak __noinline int event_flow(struct __sk_buff *ctx, struct packet *packet,
 				 struct connection *connection, __u32 type)
@@ -88,18 +112,12 @@ __weak __noinline int event_flow(struct __sk_buff *ctx, struct packet *packet,
 	if (!packet || !connection)
 		return 0;
 	connection_key_of(packet, &key);
-	event = event_reserve();
+	event = event_of_flow(ctx, connection, &key, type,
+			      event_flags_of(packet));
 	if (!event)
 		return 0;
-	event_from_connection(event, connection, &key);
-	event->type = type;
-	event->ifindex = ctx->ifindex;
 	event->icmp_type = packet->icmp_type;
 	event->icmp_code = packet->icmp_code;
-	if (packet->flags & PACKET_REPLY)
-		event->flags |= EVENT_REPLY;
-	if (packet->flags & PACKET_FROM_OVERLAY)
-		event->flags |= EVENT_FROM_OVERLAY;
 	bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 	return 0;
 }

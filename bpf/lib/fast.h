@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
  * The packet that nearly every packet is: TCP or UDP from a pod to a pod of the
- * same node, of a flow whose verdict stands, with nothing to write and nothing
- * to report. All it needs stays in registers; whatever is not exactly so goes
- * the ordinary way, which decides everything again (flow.h has the reason for
- * each check). Nothing here drops a packet.
+ * same node, of a flow whose verdict stands, with nothing to write. All it
+ * needs stays in registers; whatever is not exactly so goes the ordinary way,
+ * which decides everything again (flow.h has the reason for each check).
+ * Nothing here drops a packet.
  */
 #pragma once
 
@@ -51,16 +51,6 @@ static __always_inline bool fast_is_recent(struct connection *connection)
 	return true;
 }
 
-/* Nothing is to be told, translated or ended. */
-static __always_inline bool fast_is_plain(const struct connection *connection,
-					  __u32 side)
-{
-	return !(connection->flags &
-		 (CONNECTION_CLOSING | CONNECTION_TRANSLATED |
-		  CONNECTION_LOOPBACK)) &&
-	       (!side || connection->flags & CONNECTION_REPLIED);
-}
-
 /* The device to redirect to, or 0: the ordinary way. */
 static __always_inline __u32 fast_from_pod(struct __sk_buff *ctx,
 					   struct fast *fast)
@@ -76,9 +66,9 @@ static __always_inline __u32 fast_from_pod(struct __sk_buff *ctx,
 	fast->is_looked_up = false;
 	fast->connection = NULL;
 	fast->high = 0;
-	/* Beginnings and ends are reported. */
 	if (!packet_parse_plain(data, end, &tuple) ||
-	    tuple.tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST))
+	    (tuple.tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN ||
+	    tuple.tcp_flags & TCP_RST)
 		return 0;
 	id = ethernet->destination[4] << 8 | ethernet->destination[5];
 	source = endpoint_by_id(id);
@@ -99,7 +89,8 @@ static __always_inline __u32 fast_from_pod(struct __sk_buff *ctx,
 	/* The verifier forgets what it knew of a number in memory. */
 	barrier_var(side);
 	side &= 1;
-	if (!fast_is_plain(connection, side) ||
+	if (connection->flags &
+		    (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK) ||
 	    connection->endpoint[side] != id ||
 	    !fast_is_current(source, side ? connection->ingress_epoch
 					  : connection->egress_epoch))
@@ -115,10 +106,10 @@ static __always_inline __u32 fast_from_pod(struct __sk_buff *ctx,
 		return 0;
 	if (!fast_is_recent(connection))
 		return 0;
-	__sync_fetch_and_add(&connection->packets[side], 1);
-	__sync_fetch_and_add(&connection->bytes[side], ctx->len);
-	if (tuple.tcp_flags & ~connection->tcp_flags[side])
-		connection->tcp_flags[side] |= tuple.tcp_flags;
+	connection_count(connection, side, tuple.tcp_flags, ctx->len);
+	if (connection_ends(connection, tuple.tcp_flags))
+		connection_end(ctx, connection, &fast->key,
+			       side ? EVENT_REPLY : 0);
 	metric_count(DROP_NONE, DIRECTION_EGRESS, ctx->len);
 	return destination->ifindex;
 }

@@ -109,16 +109,13 @@ static __always_inline bool flow_continue(struct __sk_buff *ctx,
 	if (side)
 		packet->flags |= PACKET_REPLY;
 	event = connection_account(connection, packet, side, now);
-	ends = connection_ends(connection, packet);
-	if (ends && settings.flow_events)
-		event = EVENT_FLOW_END;
-	if (event)
+	ends = connection_ends(connection, packet->tcp_flags);
+	if (event && !ends)
 		event_flow(ctx, packet, connection, event);
 	flow_restore_service(packet, connection);
-	if (ends) {
-		connection->flags |= CONNECTION_ENDED;
-		connection_retire(key, connection_is_local(connection));
-	}
+	/* The entry may be another flow's after this. */
+	if (ends)
+		connection_end(ctx, connection, key, event_flags_of(packet));
 	return true;
 }
 
