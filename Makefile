@@ -3,7 +3,7 @@
 # make bench SUITE=NAME one suite only, of datapath and cluster ONLY=SECTION; make golden UPDATE=1 rewrites the files
 # make e2e ONLY=dns     the steps with this in their names; make e2e-faults ONLY=hundred likewise
 
-export KEEP SUITE ONLY UPDATE NODES AWAY
+export KEEP SUITE ONLY UPDATE NODES AWAY FAMILY
 .DEFAULT_GOAL := help
 .PHONY: setup build check test golden verify bench demo image kind kind-down cluster cluster-down e2e e2e-faults deploy undeploy clean help
 
@@ -35,7 +35,7 @@ demo: setup ## two nodes, a small shop, its policies and its flows (root)
 image: setup ## the container image, into docker, podman or buildah
 	@scripts/image
 
-kind: ## a kind cluster without a network: two workers, dual stack
+kind: ## a kind cluster without a network: two workers, FAMILY=dual, ipv4 or ipv6
 	@scripts/kind up
 
 kind-down: ## delete it
