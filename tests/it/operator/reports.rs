@@ -134,8 +134,10 @@ fn malformed_objects_are_refused_or_reported_on_the_object() -> Result<()> {
             .await?;
         }
         let all = events.list(&ListParams::default()).await?.items;
+        // The API server has something to say of Services, too (ClusterIPNotAllocated).
         let of_good = all.iter().find(|event| {
-            event.regarding.as_ref().is_some_and(|regarding| regarding.name.as_deref() == Some("good"))
+            event.reporting_controller.as_deref() == Some("weir-operator")
+                && event.regarding.as_ref().is_some_and(|regarding| regarding.name.as_deref() == Some("good"))
         });
         ensure!(of_good.is_none(), "{of_good:?}");
 
