@@ -24,19 +24,16 @@ static __always_inline void count_deleted(struct bpf_iter_meta *meta)
 static __always_inline void report(const struct connection *connection,
 				   const struct connection_key *key, __u8 type)
 {
-	struct event *event = event_reserve();
+	struct event *event = event_of_flow(connection, key, type, 0, 0);
 
-	if (!event)
-		return;
-	event_from_connection(event, connection, key);
-	event->type = type;
-	event->ifindex = 0;
-	bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+	if (event)
+		bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 }
 
 /*
- * A TCP connection that was answered, or more, since its last record, and has no
- * packet to take the next one along; what else there is ends within a minute.
+ * A TCP connection that was answered, or more, since its last record, and has
+ * no packet to take the next one along; what else there is ends within a
+ * minute.
  */
 static __always_inline bool rests_unreported(const struct connection *of,
 					     __u8 protocol, __u64 now)
@@ -62,8 +59,8 @@ int collect_connections(struct bpf_iter__bpf_map_elem *ctx)
 	is_reported = copy.kind == CONNECTION_FLOW && settings.flow_events &&
 		      !(connection->flags & CONNECTION_ENDED);
 	if (!connection_is_expired(connection, copy.protocol, now)) {
-		if (is_reported && rests_unreported(connection, copy.protocol,
-						    now)) {
+		if (is_reported &&
+		    rests_unreported(connection, copy.protocol, now)) {
 			connection->last_report_jiffies = now;
 			report(connection, &copy, EVENT_FLOW_UPDATE);
 		}

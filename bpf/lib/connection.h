@@ -69,8 +69,8 @@ static __always_inline bool connection_ends(const struct connection *of,
  * find nothing of it in the cache: one that has ended makes room soon. Between
  * two pods of this node nothing is on its way any more; elsewhere a FIN or its
  * acknowledgement may get lost and come again, so that many others must end
- * first: at 1,000 a second and CPU it stays half a second. What comes after that
- * is judged as if it began a flow, as a host's stack would.
+ * first: at 1,000 a second and CPU it stays half a second. What comes after
+ * that is judged as if it began a flow, as a host's stack would.
  */
 static __always_inline void connection_retire(const struct connection_key *key,
 					      bool is_local)
@@ -102,8 +102,8 @@ __weak __noinline int connection_end(struct __sk_buff *ctx,
 	if (!connection || !key)
 		return 0;
 	if (settings.flow_events) {
-		event = event_of_flow(ctx, connection, key, EVENT_FLOW_END,
-				      flags);
+		event = event_of_flow(connection, key, EVENT_FLOW_END,
+				      ctx->ifindex, flags);
 		if (event)
 			bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 	}

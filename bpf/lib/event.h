@@ -78,11 +78,15 @@ event_from_connection(struct event *event, const struct connection *from,
 	__builtin_memset(event->pad, 0, sizeof(event->pad));
 }
 
-/* The record of a flow; `flags` are enum event_flags that its entry cannot say.
+/*
+ * The record of a flow, which is to be submitted, or NULL. What its entry
+ * cannot say: the device of its last packet (0: there was none), and enum
+ * event_flags.
  */
 static __always_inline struct event *
-event_of_flow(struct __sk_buff *ctx, const struct connection *connection,
-	      const struct connection_key *key, __u32 type, __u32 flags)
+event_of_flow(const struct connection *connection,
+	      const struct connection_key *key, __u32 type, __u32 ifindex,
+	      __u32 flags)
 {
 	struct event *event = event_reserve();
 
@@ -90,7 +94,7 @@ event_of_flow(struct __sk_buff *ctx, const struct connection *connection,
 		return NULL;
 	event_from_connection(event, connection, key);
 	event->type = type;
-	event->ifindex = ctx->ifindex;
+	event->ifindex = ifindex;
 	event->flags |= flags;
 	return event;
 }
@@ -112,7 +116,7 @@ __weak __noinline int event_flow(struct __sk_buff *ctx, struct packet *packet,
 	if (!packet || !connection)
 		return 0;
 	connection_key_of(packet, &key);
-	event = event_of_flow(ctx, connection, &key, type,
+	event = event_of_flow(connection, &key, type, ctx->ifindex,
 			      event_flags_of(packet));
 	if (!event)
 		return 0;

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 use weir::datapath::abi::{Connection, Event};
-use weir::datapath::types::{connection_flags, event_type};
+use weir::datapath::types::{connection_flags, event_flags, event_type};
 
 use super::frame::{ACK, FIN, Packet, RST, SYN, echo, echo_reply, tcp, udp};
 use super::world::{
@@ -90,7 +90,13 @@ fn a_tcp_connection_is_one_entry_and_few_events() -> Result<()> {
         assert_eq!((flow.identity, flow.endpoint), ([A, B], [1, 2]));
         let closing = connection_flags::CONNECTION_CLOSING.0 | connection_flags::CONNECTION_REPLIED.0;
         assert_eq!(u32::from(flow.flags) & closing, closing);
-        let last = events.last().expect("there are three");
+        let [_, last] = &events[..] else { unreachable!("there are two") };
+        let told_by = |event: &Event| u32::from(event.flags) & event_flags::EVENT_REPLY.0 != 0;
+        assert_eq!(
+            events.iter().map(told_by).collect::<Vec<_>>(),
+            [false, true],
+            "who has sent the last packet"
+        );
         assert_eq!((last.source_identity, last.destination_identity), (A, B));
         assert_eq!(u16::from_be(last.source_port), 40000);
         assert_eq!(last.packets, [4, 4]);
