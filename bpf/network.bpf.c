@@ -50,7 +50,7 @@ static __always_inline int network_is_for_pod(struct __sk_buff *ctx,
 			return icmp_translate(ctx, packet, DIRECTION_INGRESS);
 		ret = nat_restore(ctx, packet);
 	} else {
-		address = bpf_map_lookup_elem(&addresses, &packet->destination);
+		address = address_find(&packet->destination);
 		ret = address && address->endpoint_id;
 	}
 	return ret ? ret : network_host_port(packet);
@@ -110,7 +110,7 @@ int to_network(struct __sk_buff *ctx)
 	if (!(packet.flags & PACKET_HAS_ADDRESSES) ||
 	    addr_equal(&packet.source, nat_node_addr(&packet)))
 		return TC_ACT_OK;
-	address = bpf_map_lookup_elem(&addresses, &packet.source);
+	address = address_find(&packet.source);
 	if (!address || !address->endpoint_id)
 		return TC_ACT_OK;
 	packet.source_endpoint = address->endpoint_id;

@@ -16,7 +16,7 @@ static __always_inline int overlay_check_sender(struct __sk_buff *ctx,
 {
 	struct bpf_tunnel_key key = {};
 	struct address *address;
-	struct addr node = {};
+	struct addr node __attribute__((aligned(8))) = {};
 
 	if (!bpf_skb_get_tunnel_key(ctx, &key, sizeof(key), 0)) {
 		addr_from_ipv4(&node, bpf_htonl(key.remote_ipv4));
@@ -26,7 +26,7 @@ static __always_inline int overlay_check_sender(struct __sk_buff *ctx,
 	} else {
 		return -DROP_UNKNOWN_SENDER;
 	}
-	address = bpf_map_lookup_elem(&addresses, &node);
+	address = address_find(&node);
 	if (!address || !(address->flags & ADDRESS_NODE) ||
 	    address->flags & ADDRESS_LOCAL)
 		return -DROP_UNKNOWN_SENDER;
@@ -52,12 +52,12 @@ static __always_inline int overlay_is_for_node(const struct packet *packet)
 {
 	struct address *address;
 
-	address = bpf_map_lookup_elem(&addresses, &packet->destination);
+	address = address_find(&packet->destination);
 	if (!address || !(address->flags & ADDRESS_LOCAL) ||
 	    address->endpoint_id)
 		return 0;
 	/* Ours do not come in from outside. */
-	address = bpf_map_lookup_elem(&addresses, &packet->source);
+	address = address_find(&packet->source);
 	return address && address->flags & ADDRESS_LOCAL
 		       ? -DROP_INVALID_SOURCE_IP
 		       : 1;
@@ -130,7 +130,7 @@ int to_overlay(struct __sk_buff *ctx)
 	/* What the stack tells every device (MLD, mDNS) is no packet lost. */
 	if (addr_is_multicast(&packet.destination))
 		return TC_ACT_SHOT;
-	address = bpf_map_lookup_elem(&addresses, &packet.destination);
+	address = address_find(&packet.destination);
 	if (!address || addr_is_zero(&address->node))
 		return finish(ctx, &packet, -DROP_NO_TUNNEL_ENDPOINT);
 	ret = forward_set_tunnel_key(ctx, &address->node, IDENTITY_REMOTE_NODE);

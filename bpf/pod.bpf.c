@@ -145,7 +145,7 @@ static __always_inline bool to_pod_is_addressee(struct __sk_buff *ctx,
 	struct address *address;
 	struct endpoint *endpoint;
 
-	address = bpf_map_lookup_elem(&addresses, &packet->destination);
+	address = address_find(&packet->destination);
 	if (!address || !address->endpoint_id)
 		return false;
 	endpoint = endpoint_by_id(address->endpoint_id);

@@ -47,7 +47,7 @@ struct bpf_iter__udp {
 	struct udp_sock *udp_sk;
 } __attribute__((preserve_access_index));
 
-int bpf_sock_destroy(struct sock_common *sock) __ksym;
+int bpf_sock_destroy(struct sock_common *sock) __ksym __weak;
 
 static __always_inline void socket_peer(struct sock_common *common,
 					struct socket_key *key)

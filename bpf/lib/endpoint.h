@@ -6,7 +6,7 @@
  */
 #pragma once
 
-#include "packet.h"
+#include "identity.h"
 
 static __always_inline struct endpoint *endpoint_by_id(__u32 id)
 {
@@ -44,7 +44,7 @@ endpoint_of_source(struct __sk_buff *ctx, struct packet *packet)
 			return endpoint;
 	}
 	packet->source_endpoint = 0;
-	address = bpf_map_lookup_elem(&addresses, &packet->source);
+	address = address_find(&packet->source);
 	if (!address || !address->endpoint_id)
 		return NULL;
 	endpoint = endpoint_by_id(address->endpoint_id);

@@ -80,14 +80,13 @@ static __always_inline bool flow_continue(struct __sk_buff *ctx,
 					  __u32 high)
 {
 	__u32 side = high ^ (connection->flags & CONNECTION_INITIATOR_HIGH);
-	__u64 now = bpf_jiffies64();
 	__u32 event;
 	bool ends;
 
 	/* The verifier forgets what it knew of a number in memory. */
 	barrier_var(side);
 	side &= 1;
-	if (connection_begins_anew(connection, packet, side, now)) {
+	if (connection_begins_anew(connection, packet, side, bpf_jiffies64())) {
 		packet->flags |= PACKET_BEGINS;
 		return false;
 	}
@@ -108,7 +107,7 @@ static __always_inline bool flow_continue(struct __sk_buff *ctx,
 
 	if (side)
 		packet->flags |= PACKET_REPLY;
-	event = connection_account(connection, packet, side, now);
+	event = connection_account(connection, packet, side, bpf_jiffies64());
 	ends = connection_ends(connection, packet->tcp_flags);
 	if (event && !ends)
 		event_flow(ctx, packet, connection, event);
@@ -298,17 +297,18 @@ static __always_inline void flow_keep_verdict(struct connection *connection,
 	connection->ingress_epoch = flow->ingress.epoch;
 }
 
-/* The entry of a flow that begins with this packet: 0 or a drop. */
-static __noinline int flow_insert(struct __sk_buff *ctx, struct packet *packet,
-				  struct flow *flow, __u64 now)
+/* The entry of a flow that begins with this packet, or NULL. */
+static __noinline struct connection *flow_insert(const struct packet *packet,
+						 const struct flow *flow)
 {
 	struct connection *fresh;
+	__u64 now = bpf_jiffies64();
 	__u32 zero = 0;
 
 	/* Too large for the stack beside the rest; no one preempts us. */
 	fresh = bpf_map_lookup_elem(&scratch, &zero);
 	if (!fresh)
-		return -DROP_CONNECTION_INSERT;
+		return NULL;
 	__builtin_memset(fresh, 0, sizeof(*fresh));
 	flow_keep_verdict(fresh, flow);
 	fresh->last_seen_jiffies = now;
@@ -332,6 +332,18 @@ static __noinline int flow_insert(struct __sk_buff *ctx, struct packet *packet,
 	 * again. */
 	if (bpf_map_update_elem(&connections, &flow->key, fresh, BPF_ANY) &&
 	    bpf_map_update_elem(&connections, &flow->key, fresh, BPF_ANY))
+		return NULL;
+	return fresh;
+}
+
+/* Begins a flow with this packet: 0 or a drop. */
+static __always_inline int flow_begin(struct __sk_buff *ctx,
+				      struct packet *packet,
+				      const struct flow *flow)
+{
+	struct connection *fresh = flow_insert(packet, flow);
+
+	if (!fresh)
 		return -DROP_CONNECTION_INSERT;
 	if (settings.flow_events)
 		event_flow(ctx, packet, fresh, EVENT_FLOW_NEW);
@@ -445,7 +457,6 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 		.ingress = {.direction = DIRECTION_INGRESS},
 	};
 	struct connection *connection = NULL;
-	__u64 now = bpf_jiffies64();
 	__u32 side, sender;
 	int ret;
 
@@ -481,13 +492,13 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 		return ret;
 	if (!connection) {
 		judged_keep(packet, sender, &flow);
-		return flow_insert(ctx, packet, &flow, now);
+		return flow_begin(ctx, packet, &flow);
 	}
 
 	flow_keep_verdict(connection, &flow);
 	side = flow.side;
 	barrier_var(side);
-	if (connection_account(connection, packet, side & 1, now))
+	if (connection_account(connection, packet, side & 1, bpf_jiffies64()))
 		event_flow(ctx, packet, connection, EVENT_FLOW_UPDATE);
 	flow_restore_service(packet, connection);
 	return 0;
@@ -532,6 +543,6 @@ __weak __noinline int flow_open_again(struct __sk_buff *ctx,
 	flow.high = connection_key_of(packet, &flow.key);
 	if (packet->flags & PACKET_FROM_POD)
 		flow_find_socket(ctx, packet);
-	ret = flow_insert(ctx, packet, &flow, bpf_jiffies64());
+	ret = flow_begin(ctx, packet, &flow);
 	return ret ? ret : 1;
 }

@@ -82,7 +82,7 @@ __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 
 	if (!packet)
 		return -DROP_UNROUTABLE_IP;
-	address = bpf_map_lookup_elem(&addresses, &packet->destination);
+	address = address_find(&packet->destination);
 	if (!address)
 		return -DROP_UNROUTABLE_IP;
 	if (!settings.tunnel_ifindex)

@@ -43,6 +43,15 @@ static __always_inline bool identity_is_nobody(const struct addr *addr)
 	       addr_equal(addr, (const struct addr *)&settings.loopback_ipv6);
 }
 
+/* By a copy: older verifiers take no key out of a function's argument. */
+static __noinline struct address *address_find(const struct addr *addr)
+{
+	struct addr key __attribute__((aligned(8)));
+
+	addr_copy(&key, addr);
+	return bpf_map_lookup_elem(&addresses, &key);
+}
+
 static __noinline void identity_of_prefix(const struct addr *addr,
 					  struct peer *peer)
 {
@@ -64,7 +73,7 @@ static __noinline void identity_of_prefix(const struct addr *addr,
 static __always_inline void identity_resolve(const struct addr *addr,
 					     struct peer *peer)
 {
-	struct address *address = bpf_map_lookup_elem(&addresses, addr);
+	struct address *address = address_find(addr);
 
 	if (address)
 		identity_of_address(address, peer);
@@ -75,7 +84,7 @@ static __always_inline void identity_resolve(const struct addr *addr,
 /* An address of one of the cluster's nodes. */
 static __always_inline bool identity_is_node(const struct addr *addr)
 {
-	struct address *address = bpf_map_lookup_elem(&addresses, addr);
+	struct address *address = address_find(addr);
 
 	return address && address->flags & (ADDRESS_NODE | ADDRESS_INTERNAL);
 }

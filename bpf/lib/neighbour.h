@@ -33,7 +33,7 @@ static __always_inline int neighbour_reply(struct __sk_buff *ctx,
 
 static __always_inline int neighbour_answer_arp(struct __sk_buff *ctx)
 {
-	struct addr source = {};
+	struct addr source __attribute__((aligned(8))) = {};
 	struct address *address;
 	struct arphdr arp;
 	__be32 sender, target;
@@ -45,7 +45,7 @@ static __always_inline int neighbour_answer_arp(struct __sk_buff *ctx)
 	__builtin_memcpy(&sender, arp.sender_ip, 4);
 	__builtin_memcpy(&target, arp.target_ip, 4);
 	addr_from_ipv4(&source, sender);
-	address = bpf_map_lookup_elem(&addresses, &source);
+	address = address_find(&source);
 	/* Gratuitous or somebody else's: nobody needs an answer. */
 	if (!address || !address->endpoint_id || sender == target)
 		return -DROP_UNSUPPORTED_L2;
@@ -89,12 +89,12 @@ static __always_inline int neighbour_answer_solicitation(struct __sk_buff *ctx,
 	struct neighbour_advertisement answer = {};
 	struct endpoint *endpoint;
 	__be32 length = bpf_htonl(32 + IPPROTO_ICMPV6);
-	__be32 target[4];
+	struct addr target __attribute__((aligned(8)));
 	__u16 id = 0;
 	__s64 sum;
 
 	if (bpf_skb_load_bytes(ctx, 6, answer.mac, 6) ||
-	    bpf_skb_load_bytes(ctx, packet->l4_offset + 8, target, 16))
+	    bpf_skb_load_bytes(ctx, packet->l4_offset + 8, &target, 16))
 		return -DROP_FORBIDDEN_ICMPV6;
 	if (addr_is_zero(&packet->source))
 		return -DROP_FORBIDDEN_ICMPV6;
@@ -103,7 +103,7 @@ static __always_inline int neighbour_answer_solicitation(struct __sk_buff *ctx,
 		id = packet->source_endpoint;
 	else
 		return -DROP_FORBIDDEN_ICMPV6;
-	if (addr_equal(&endpoint->ipv6, (struct addr *)target))
+	if (addr_equal(&endpoint->ipv6, &target))
 		return -DROP_FORBIDDEN_ICMPV6;
 	if (bpf_skb_change_tail(ctx, ETHERNET_LENGTH + sizeof(answer), 0))
 		return -DROP_WRITE_ERROR;
@@ -117,12 +117,12 @@ static __always_inline int neighbour_answer_solicitation(struct __sk_buff *ctx,
 		answer.ip.payload_length = bpf_htons(32);
 		answer.ip.next_header = IPPROTO_ICMPV6;
 		answer.ip.hop_limit = 255;
-		__builtin_memcpy(answer.ip.source, target, 16);
+		__builtin_memcpy(answer.ip.source, &target, 16);
 		__builtin_memcpy(answer.ip.destination, packet->source.w, 16);
 		answer.type = ICMPV6_NEIGHBOUR_ADVERTISEMENT;
 		/* Solicited, override. */
 		answer.flags = bpf_htonl(0x60000000);
-		__builtin_memcpy(answer.target, target, 16);
+		__builtin_memcpy(answer.target, &target, 16);
 		answer.option = 2;
 		answer.option_length = 1;
 		__builtin_memcpy(answer.mac, mac, 6);

@@ -310,6 +310,12 @@ static __always_inline int packet_parse_ipv4(struct __sk_buff *ctx,
 	return packet_track_fragment(packet, ip.id);
 }
 
+static __always_inline bool is_extension_header(__u8 next)
+{
+	return next == IPPROTO_HOPOPTS || next == IPPROTO_ROUTING ||
+	       next == IPPROTO_DSTOPTS || next == IPPROTO_FRAGMENT;
+}
+
 /* At most six extension headers, RFC 8200's order not enforced. */
 static __always_inline int packet_parse_ipv6(struct __sk_buff *ctx,
 					     struct packet *packet)
@@ -341,14 +347,9 @@ static __always_inline int packet_parse_ipv6(struct __sk_buff *ctx,
 		return -DROP_INVALID_PACKET;
 
 	next = ip.next_header;
-	for (int i = 0; i <= 6; i++) {
-		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING &&
-		    next != IPPROTO_DSTOPTS && next != IPPROTO_FRAGMENT) {
-			packet->protocol = next;
-			packet->l4_offset = offset;
-			goto l4;
-		}
-		if (i == 6 || bpf_skb_load_bytes(ctx, offset, &extension, 8))
+	/* Counted: older verifiers refuse a loop entered in its middle. */
+	for (int i = 0; i < 6 && is_extension_header(next); i++) {
+		if (bpf_skb_load_bytes(ctx, offset, &extension, 8))
 			return -DROP_INVALID_EXTENSION_HEADER;
 		/* RFC 5095: type 0 sends a packet to and fro. */
 		if (next == IPPROTO_ROUTING &&
@@ -375,7 +376,10 @@ static __always_inline int packet_parse_ipv6(struct __sk_buff *ctx,
 		}
 		next = extension.next_header;
 	}
-l4:
+	if (is_extension_header(next))
+		return -DROP_INVALID_EXTENSION_HEADER;
+	packet->protocol = next;
+	packet->l4_offset = offset;
 	ret = packet_parse_l4(ctx, packet);
 	if (ret || !(packet->flags & PACKET_FRAGMENT))
 		return ret;

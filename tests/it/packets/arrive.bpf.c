@@ -2,7 +2,8 @@
 /*
  * What BPF_PROG_TEST_RUN cannot say of a packet: that it came by a tunnel, or
  * with a VLAN tag. This sets it and goes on in the program under test. Compiled
- * by the test itself; no part of the datapath.
+ * by the test itself, with SECTION that of the programs under test; no part of
+ * the datapath.
  */
 typedef unsigned char __u8;
 typedef unsigned short __u16;
@@ -52,13 +53,13 @@ static long (*const set_tunnel_key)(void *ctx, void *key, __u32 size,
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 /* What BPF_PROG_TEST_RUN costs by itself. */
-SEC("tcx/ingress")
+SEC(SECTION)
 int empty(void *ctx)
 {
 	return 0;
 }
 
-SEC("tcx/ingress")
+SEC(SECTION)
 int arrive(void *ctx)
 {
 	struct arrival *arrival;

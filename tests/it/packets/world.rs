@@ -193,7 +193,7 @@ impl World {
         let datapath = Datapath::open_private(settings, &sizes)?;
         let events = datapath.events()?;
         let directory = tempfile::tempdir()?;
-        let arrive = load_arrive(directory.path())?;
+        let arrive = load_arrive(directory.path(), datapath.features().has_tcx)?;
         Ok(Self { datapath, events, arrive, _directory: directory })
     }
 
@@ -521,8 +521,10 @@ impl World {
     }
 }
 
-fn load_arrive(directory: &Path) -> Result<Object> {
-    load_test_program("tests/it/packets/arrive.bpf.c", &directory.join("arrive.bpf.o"), &[])
+fn load_arrive(directory: &Path, has_tcx: bool) -> Result<Object> {
+    // A kernel calls only programs of the same attach type, and older ones have none for tcx.
+    let section = if has_tcx { "-DSECTION=\"tcx/ingress\"" } else { "-DSECTION=\"tc\"" };
+    load_test_program("tests/it/packets/arrive.bpf.c", &directory.join("arrive.bpf.o"), &[section])
 }
 
 /// Compiles a program that is no part of the datapath, and loads it.
