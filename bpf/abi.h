@@ -408,3 +408,14 @@ struct event {
 	__u8 pad[2];
 };
 _Static_assert(sizeof(struct event) == 128, "event");
+
+/* What destroy_sockets writes: a connected UDP socket whose backend is gone. */
+struct stale_socket {
+	__u64 cookie;
+	struct addr local;
+	struct addr remote;
+	__be16 local_port;
+	__be16 remote_port;
+	__u32 ifindex; /* that it is bound to, or 0 */
+};
+_Static_assert(sizeof(struct stale_socket) == 48, "stale_socket");

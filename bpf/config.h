@@ -37,6 +37,7 @@ const volatile struct settings settings __attribute__((weak)) = {};
 /* Types that no map reaches: anchored here so that BTF, and so Rust, has them. */
 struct exported_types {
 	struct event event;
+	struct stale_socket stale_socket;
 	struct connection connection;
 	enum drop_reason drop_reason;
 	enum reserved_identity reserved_identity;

@@ -3,9 +3,8 @@
  * Ending connected UDP sockets whose backend is gone: nothing else would tell
  * the application, which would send into the void for as long as it lives. TCP
  * finds out by itself. Walks the sockets of the network namespace of the thread
- * that opens the iterator, and writes one byte for each socket it has ended.
- *
- * Kernels before 6.5 lack bpf_sock_destroy; the agent then leaves this out.
+ * that opens the iterator, and writes each that is ended. Kernels before 6.5
+ * have no bpf_sock_destroy: there the agent ends what is written.
  */
 #include "lib/service.h"
 
@@ -24,10 +23,14 @@ struct in6_addr {
 
 struct sock_common {
 	__be32 skc_daddr;
+	__be32 skc_rcv_saddr;
 	__be16 skc_dport;
+	__u16 skc_num;
 	unsigned short skc_family;
 	volatile unsigned char skc_state;
+	int skc_bound_dev_if;
 	struct in6_addr skc_v6_daddr;
+	struct in6_addr skc_v6_rcv_saddr;
 } __attribute__((preserve_access_index));
 
 struct sock {
@@ -49,17 +52,27 @@ struct bpf_iter__udp {
 
 int bpf_sock_destroy(struct sock_common *sock) __ksym __weak;
 
-static __always_inline void socket_peer(struct sock_common *common,
-					struct socket_key *key)
+static __always_inline void addr_from_in6(struct addr *addr,
+					  const struct in6_addr *ipv6)
 {
-	key->port = common->skc_dport;
+	addr->w[0] = ipv6->in6_u.u6_addr32[0];
+	addr->w[1] = ipv6->in6_u.u6_addr32[1];
+	addr->w[2] = ipv6->in6_u.u6_addr32[2];
+	addr->w[3] = ipv6->in6_u.u6_addr32[3];
+}
+
+static __always_inline void socket_name(struct sock_common *common,
+					struct stale_socket *name)
+{
+	name->remote_port = common->skc_dport;
+	name->local_port = bpf_htons(common->skc_num);
+	name->ifindex = common->skc_bound_dev_if;
 	if (common->skc_family == AF_INET) {
-		addr_from_ipv4(&key->backend, common->skc_daddr);
+		addr_from_ipv4(&name->local, common->skc_rcv_saddr);
+		addr_from_ipv4(&name->remote, common->skc_daddr);
 	} else if (bpf_core_field_exists(common->skc_v6_daddr)) {
-		key->backend.w[0] = common->skc_v6_daddr.in6_u.u6_addr32[0];
-		key->backend.w[1] = common->skc_v6_daddr.in6_u.u6_addr32[1];
-		key->backend.w[2] = common->skc_v6_daddr.in6_u.u6_addr32[2];
-		key->backend.w[3] = common->skc_v6_daddr.in6_u.u6_addr32[3];
+		addr_from_in6(&name->local, &common->skc_v6_rcv_saddr);
+		addr_from_in6(&name->remote, &common->skc_v6_daddr);
 	}
 }
 
@@ -108,23 +121,26 @@ SEC("iter/udp")
 int destroy_sockets(struct bpf_iter__udp *ctx)
 {
 	struct udp_sock *socket = ctx->udp_sk;
+	struct stale_socket name = {};
 	struct socket_origin *origin;
 	struct socket_key key = {};
 	struct sock_common *common;
-	__u8 mark = 1;
 
 	if (!socket)
 		return 0;
 	common = (struct sock_common *)socket;
 	if (common->skc_state != TCP_ESTABLISHED)
 		return 0;
-	key.cookie = bpf_get_socket_cookie(socket);
+	socket_name(common, &name);
+	name.cookie = bpf_get_socket_cookie(socket);
+	key.cookie = name.cookie;
+	key.backend = name.remote;
+	key.port = name.remote_port;
 	key.protocol = IPPROTO_UDP;
-	socket_peer(common, &key);
 	origin = bpf_map_lookup_elem(&sockets, &key);
 	if (!origin || socket_is_current(&key, origin))
 		return 0;
-	if (!bpf_sock_destroy(common))
-		bpf_seq_write(ctx->meta->seq, &mark, sizeof(mark));
+	if (!bpf_ksym_exists(bpf_sock_destroy) || !bpf_sock_destroy(common))
+		bpf_seq_write(ctx->meta->seq, &name, sizeof(name));
 	return 0;
 }

@@ -223,7 +223,8 @@ impl Known {
         if let Some(loaded) = self.loaded.get() {
             let features = loaded.datapath.features();
             rows.push(("attach", format!("{:?}", features.attach).to_lowercase()));
-            rows.push(("ends stale UDP sockets", features.has_socket_destroy.to_string()));
+            let ended_by = if features.has_socket_destroy { "iterator" } else { "sock_diag" };
+            rows.push(("stale UDP sockets ended by", ended_by.to_owned()));
             for (program, reason) in &features.not_loaded {
                 rows.push(("left out", format!("{program}: {reason}")));
             }

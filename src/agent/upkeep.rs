@@ -7,11 +7,12 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, Result};
 use tokio::sync::mpsc;
 
-use crate::datapath::Datapath;
+use crate::datapath::{Datapath, abi};
 use crate::model::{Endpoint, EndpointId};
+use crate::netlink;
 use crate::tables::Table;
 
 /// How often expired connections are deleted.
@@ -50,6 +51,15 @@ pub async fn collect_garbage(datapath: Arc<Datapath>) {
     }
 }
 
+/// Ends a socket of the calling thread's namespace; one that has ended is no error.
+fn end_socket(socket: &abi::StaleSocket) -> Result<()> {
+    let end = |addr, port| SocketAddr::new(abi::ip_of(addr), u16::from_be(port));
+    let local = end(socket.local, socket.local_port);
+    let remote = end(socket.remote, socket.remote_port);
+    netlink::destroy_udp_socket(local, remote, socket.ifindex, socket.cookie)?;
+    Ok(())
+}
+
 /// Ends UDP sockets, of pods and of the node, whose backend was taken out of its service.
 pub async fn end_stale_sockets(
     datapath: Arc<Datapath>,
@@ -67,7 +77,7 @@ pub async fn end_stale_sockets(
             // A namespace that is gone has no sockets either.
             namespaces.extend(endpoints.values().filter_map(|endpoint| File::open(&endpoint.netns).ok()));
             let descriptors: Vec<_> = namespaces.iter().map(AsFd::as_fd).collect();
-            datapath.destroy_stale_sockets(&descriptors)
+            datapath.destroy_stale_sockets(&descriptors, end_socket)
         });
         match ended.await {
             Ok(Ok(sockets)) => tracing::debug!(sockets, ?backends, "ended sockets of removed backends"),

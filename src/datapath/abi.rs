@@ -12,6 +12,7 @@ pub use super::types::{
     policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule, policy_rule_key as PolicyRuleKey,
     prefix as Prefix, prefix_key as PrefixKey, service as Service, service_key as ServiceKey,
     settings as Settings, socket_key as SocketKey, socket_origin as SocketOrigin,
+    stale_socket as StaleSocket,
 };
 
 /// Types that are nothing but their bytes: every bit pattern is a value, and
@@ -93,6 +94,7 @@ plain! {
         source_endpoint, destination_endpoint, protocol, r#type, reason, direction, tcp_flags,
         icmp_type, icmp_code, flags, pad,
     }
+    StaleSocket { cookie, local, remote, local_port, remote_port, ifindex }
     Settings {
         node_ipv4, node_ipv6, loopback_ipv4, loopback_ipv6, netns_cookie, jiffies_per_second,
         tunnel_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,

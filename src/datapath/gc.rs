@@ -11,6 +11,7 @@ use nix::sched::{CloneFlags, setns};
 use serde::Serialize;
 
 use super::Datapath;
+use super::abi::{Plain, StaleSocket};
 use super::messages::with_messages;
 
 /// What a round of garbage collection did.
@@ -34,20 +35,32 @@ impl Datapath {
         Ok(GarbageReport { connections, nat, duration: start.elapsed() })
     }
 
-    /// Ends UDP sockets that are connected to backends which are gone, in each of
-    /// the network namespaces; all are tried, the first error is returned.
-    pub fn destroy_stale_sockets(&self, namespaces: &[BorrowedFd<'_>]) -> Result<u64> {
+    /// Ends UDP sockets that are connected to backends which are gone, in each of the
+    /// network namespaces; all are tried, the first error is returned. `end` is for kernels
+    /// that let no iterator do it; it runs in the socket's namespace.
+    pub fn destroy_stale_sockets(
+        &self,
+        namespaces: &[BorrowedFd<'_>],
+        end: impl Fn(&StaleSocket) -> Result<()> + Sync,
+    ) -> Result<u64> {
         if self.is_left_out("destroy_sockets") {
             return Ok(0);
         }
         let link = self.program("destroy_sockets")?.attach().map_err(with_messages);
         let link = &link.context("attaching destroy_sockets")?;
+        let walk = || {
+            let stale = stale_sockets(link).context("running destroy_sockets")?;
+            if !self.features.has_socket_destroy {
+                stale.iter().try_for_each(&end)?;
+            }
+            Ok(stale.len() as u64)
+        };
         // The iterator walks the namespace of the thread that opens it. The thread
         // ends with the work, so that nobody else finds itself in a pod.
         let work = || {
             let results = namespaces.iter().map(|namespace| {
                 setns(namespace, CloneFlags::CLONE_NEWNET).context("entering a network namespace")?;
-                read_to_end(link).context("running destroy_sockets")
+                walk()
             });
             // One namespace that cannot be entered keeps no other from being walked.
             let (mut total, mut failed) = (0, Ok(()));
@@ -68,19 +81,28 @@ impl Datapath {
         let handle = self.map(map)?;
         let link = self.program(program)?.attach_iter(handle.as_fd()).map_err(with_messages);
         let link = link.with_context(|| format!("attaching {program} to map {map}"))?;
-        read_to_end(&link).with_context(|| format!("running {program}"))
+        let mut written = 0;
+        read_to_end(&link, |bytes| written += bytes.len() as u64)
+            .with_context(|| format!("running {program}"))?;
+        Ok(written)
     }
 }
 
-/// Runs an iterator; the bytes that it wrote, which is one for each entry that it deleted.
-fn read_to_end(link: &Link) -> Result<u64> {
+/// What destroy_sockets writes.
+fn stale_sockets(link: &Link) -> Result<Vec<StaleSocket>> {
+    let mut written = Vec::new();
+    read_to_end(link, |bytes| written.extend_from_slice(bytes))?;
+    Ok(written.chunks_exact(size_of::<StaleSocket>()).filter_map(StaleSocket::from_bytes).collect())
+}
+
+/// Runs an iterator, and takes what it writes: one byte for each entry deleted, if nothing else is said.
+fn read_to_end(link: &Link, mut take: impl FnMut(&[u8])) -> Result<()> {
     let mut iterator = Iter::new(link)?;
     let mut buffer = [0; 4096];
-    let mut total = 0;
     loop {
         match iterator.read(&mut buffer) {
-            Ok(0) => return Ok(total),
-            Ok(length) => total += length as u64,
+            Ok(0) => return Ok(()),
+            Ok(length) => take(&buffer[..length]),
             // The iterator stops after a million entries in one call, to be called again.
             Err(error) if matches!(error.raw_os_error(), Some(nix::libc::EAGAIN | nix::libc::EINTR)) => {}
             Err(error) => return Err(error.into()),

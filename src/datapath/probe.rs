@@ -27,7 +27,7 @@ pub struct Features {
     pub has_tcx: bool,
     /// How programs are attached: `tcx` or `clsact`.
     pub attach: AttachMode,
-    /// Sockets can be destroyed by an iterator.
+    /// Sockets can be ended by an iterator; else the agent asks for it, one by one.
     pub has_socket_destroy: bool,
     /// Programs that are not loaded, and why.
     pub not_loaded: Vec<(String, String)>,
@@ -52,9 +52,6 @@ pub(super) fn probe(attach: AttachMode) -> Result<Features> {
         ..Features::default()
     };
     features.attach = attach.resolve(features.has_tcx)?;
-    if !features.has_socket_destroy {
-        features.leave_out_optional("the kernel has no bpf_sock_destroy (Linux 6.5 and later have it)");
-    }
     Ok(features)
 }
 

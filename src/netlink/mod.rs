@@ -11,6 +11,7 @@
 //! link         devices: find, delete, raise, VXLAN
 //! pod          the link between a pod and its node
 //! route        routes and neighbours that are ours
+//! socket       ending sockets, through sock_diag
 //! sysctl       /proc/sys/net
 //! ```
 
@@ -19,6 +20,7 @@ mod link;
 mod namespace;
 mod pod;
 mod route;
+mod socket;
 mod sysctl;
 
 use std::io;
@@ -33,6 +35,7 @@ pub use pod::{
     verify_pod_link,
 };
 pub use route::{NODE_ROUTE_PROTOCOL, Route, neighbours, node_routes, sync_neighbours, sync_routes};
+pub use socket::destroy_udp_socket;
 pub use sysctl::{get_sysctl, set_sysctl, set_sysctl_root};
 
 /// What went wrong between us and the kernel.

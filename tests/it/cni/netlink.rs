@@ -1,8 +1,8 @@
 //! What `netlink` makes, looked at through the kernel's own eyes.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
-use std::time::Instant;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use weir::model::{EndpointId, MacAddress};
@@ -139,5 +139,37 @@ fn root_routes_and_neighbours_become_what_is_wanted() {
         wanted.pop_first();
         netlink::sync_neighbours(device, &wanted).expect("syncing");
         assert_eq!(netlink::neighbours(device).expect("listing"), wanted);
+    });
+}
+
+#[test]
+fn root_only_the_socket_that_is_named_ends() {
+    if skip_without_root("root_only_the_socket_that_is_named_ends") {
+        return;
+    }
+    on_a_node(|| {
+        // The last is an IPv6 socket that speaks IPv4.
+        for (local, remote) in [("127.0.0.1", "127.0.0.2"), ("::1", "::1"), ("::", "::ffff:127.0.0.2")] {
+            let address = |text: &str, port| SocketAddr::new(text.parse().expect("an address"), port);
+            let socket = UdpSocket::bind(address(local, 0)).expect("binding");
+            let remote = address(remote, 4000);
+            socket.connect(remote).expect("connecting");
+            socket.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+            let canonical =
+                |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+            let local = canonical(socket.local_addr().expect("its address"));
+            let remote = canonical(remote);
+            let cookie = socket2::SockRef::from(&socket).cookie().expect("its cookie");
+
+            // Another port, another's number: nobody is ended, which is no error.
+            let another = SocketAddr::new(local.ip(), local.port() ^ 1);
+            netlink::destroy_udp_socket(another, remote, 0, cookie).expect("nobody has this name");
+            netlink::destroy_udp_socket(local, remote, 0, cookie + 1).expect("nobody has this number");
+            assert!(socket.take_error().expect("asking").is_none());
+
+            netlink::destroy_udp_socket(local, remote, 0, cookie).expect("ending it");
+            let ended = socket.recv(&mut [0]).expect_err("nothing is received by what has ended");
+            assert_eq!(ended.kind(), std::io::ErrorKind::ConnectionAborted, "{local}");
+        }
     });
 }

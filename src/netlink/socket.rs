@@ -1,0 +1,73 @@
+//! Ending a socket from outside (sock_diag(7), SOCK_DESTROY of linux/sock_diag.h).
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST};
+use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
+
+use super::{Error, Result};
+
+/// Of linux/sock_diag.h.
+const SOCK_DESTROY: u16 = 21;
+/// NLMSG_ERROR of linux/netlink.h: also an acknowledgement, with error 0.
+const NLMSG_ERROR: u16 = 2;
+const HEADER_BYTES: usize = 16;
+/// `struct nlmsghdr` and `struct inet_diag_req_v2` of linux/inet_diag.h.
+const REQUEST_BYTES: usize = HEADER_BYTES + 56;
+
+/// Ends a UDP socket of the calling thread's network namespace, whose owner gets ECONNABORTED.
+/// `ifindex` is the device that it is bound to or 0, `cookie` is SO_COOKIE's. A socket that is
+/// no more is no error. Needs CAP_NET_ADMIN, and CONFIG_INET_DIAG_DESTROY of the kernel.
+pub fn destroy_udp_socket(local: SocketAddr, remote: SocketAddr, ifindex: u32, cookie: u64) -> Result<()> {
+    let ask = || {
+        let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+        socket.bind_auto()?;
+        socket.send(&request(local, remote, ifindex, cookie), 0)?;
+        let (answer, _) = socket.recv_from_full()?;
+        outcome(&answer)
+    };
+    match ask() {
+        Ok(()) => Ok(()),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        Err(error) => Err(Error::kernel(format!("ending the UDP socket from {local} to {remote}"), error)),
+    }
+}
+
+fn request(local: SocketAddr, remote: SocketAddr, ifindex: u32, cookie: u64) -> Vec<u8> {
+    let family = if remote.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let mut bytes = Vec::with_capacity(REQUEST_BYTES);
+    // struct nlmsghdr: length, type, flags, sequence, port
+    bytes.extend((REQUEST_BYTES as u32).to_ne_bytes());
+    bytes.extend(SOCK_DESTROY.to_ne_bytes());
+    bytes.extend((NLM_F_REQUEST | NLM_F_ACK).to_ne_bytes());
+    bytes.extend([0; 8]);
+    // struct inet_diag_req_v2: family, protocol, extensions, pad, states
+    bytes.extend([family as u8, libc::IPPROTO_UDP as u8, 0, 0]);
+    bytes.extend(u32::MAX.to_ne_bytes());
+    // struct inet_diag_sockid
+    bytes.extend(local.port().to_be_bytes());
+    bytes.extend(remote.port().to_be_bytes());
+    for address in [local.ip(), remote.ip()] {
+        let mut field = [0; 16];
+        match address {
+            IpAddr::V4(address) => field[..4].copy_from_slice(&address.octets()),
+            IpAddr::V6(address) => field = address.octets(),
+        }
+        bytes.extend(field);
+    }
+    bytes.extend(ifindex.to_ne_bytes());
+    bytes.extend((cookie as u32).to_ne_bytes());
+    bytes.extend(((cookie >> 32) as u32).to_ne_bytes());
+    bytes
+}
+
+fn outcome(answer: &[u8]) -> io::Result<()> {
+    let field = |at: usize| answer.get(at..at + 4).and_then(|field| field.try_into().ok());
+    let kind = answer.get(4..6).and_then(|field| field.try_into().ok()).map(u16::from_ne_bytes);
+    match (kind, field(HEADER_BYTES).map(i32::from_ne_bytes)) {
+        (Some(NLMSG_ERROR), Some(0)) => Ok(()),
+        (Some(NLMSG_ERROR), Some(number)) => Err(io::Error::from_raw_os_error(-number)),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the answer is no acknowledgement")),
+    }
+}
