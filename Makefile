@@ -1,11 +1,12 @@
 # Every target is at most three lines and calls one tool or one script.
 # KEEP=1 make demo      leaves the demo running
 # make bench SUITE=NAME one suite only, of datapath and cluster ONLY=SECTION; make golden UPDATE=1 rewrites the files
+# make kernels ONLY=packets   the tests with this in their names, on both kernels
 # make e2e ONLY=dns     the steps with this in their names; make e2e-faults ONLY=hundred likewise
 
 export KEEP SUITE ONLY UPDATE NODES AWAY FAMILY
 .DEFAULT_GOAL := help
-.PHONY: setup build check test golden verify bench demo image kind kind-down cluster cluster-down e2e e2e-faults deploy undeploy clean help
+.PHONY: setup build check test golden verify kernels bench demo image kind kind-down cluster cluster-down e2e e2e-faults deploy undeploy clean help
 
 setup: ## install what the build needs and the machine lacks (Debian, Ubuntu)
 	@scripts/setup
@@ -28,6 +29,10 @@ verify: setup ## verified instructions of every BPF program (root)
 
 bench: setup ## measure; tables here, JSON in target/bench (root)
 	cargo build --release --bins --example bench --example cluster && cargo run --release --example bench
+
+kernels: setup ## programs, packets and the lab on Linux 6.1 and 6.12, emulated (root)
+	for release in 6.1 6.12; do CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="scripts/kernel $$release" \
+		cargo test --test it -- $(or $(ONLY),datapath:: packets same_node two_nodes services::) || exit 1; done
 
 demo: setup ## two nodes, a small shop, its policies and its flows (root)
 	cargo build --bins --example demo && cargo run --example demo

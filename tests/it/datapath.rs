@@ -20,11 +20,12 @@ use crate::require::require_lab;
 fn isolated(test: impl FnOnce(&Path) -> Result<()> + Send) -> Result<()> {
     let directory = tempfile::Builder::new().prefix("weir-datapath-").tempdir()?;
     std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
+        let name = std::thread::current().name().unwrap_or("a test").to_owned();
+        let thread = std::thread::Builder::new().name(name).spawn_scoped(scope, || {
             unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)?;
             mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
             test(&directory.path().join("bpf/weir/v1"))
-        });
+        })?;
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }

@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, anyhow};
 
@@ -83,7 +83,7 @@ impl fmt::Display for Row<'_> {
 
 /// Probes until every row holds in one round; an error names those that never did.
 pub fn expect_all(rows: &[Row<'_>]) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + crate::lab::patience();
     loop {
         let failed = wrong_rows(rows);
         if failed.is_empty() {

@@ -273,13 +273,21 @@ fn has_failed() -> bool {
     std::thread::panicking() || HAS_FAILED.get()
 }
 
+/// How long a test waits for what comes at once: 10 s, and on slow (emulated) machines as many
+/// times longer as WEIR_TEST_PATIENCE says.
+pub fn patience() -> Duration {
+    let factor = std::env::var("WEIR_TEST_PATIENCE").ok().and_then(|factor| factor.parse().ok());
+    Duration::from_secs(10) * factor.unwrap_or(1)
+}
+
 /// Polls until `condition` holds; the error says what was awaited.
 pub fn wait_for(what: &str, condition: impl FnMut() -> Result<bool>) -> Result<()> {
     noting_failure(poll_for(what, condition))
 }
 
 fn poll_for(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let patience = patience();
+    let deadline = Instant::now() + patience;
     loop {
         let last = condition();
         if matches!(last, Ok(true)) {
@@ -287,7 +295,7 @@ fn poll_for(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<(
         }
         if Instant::now() > deadline {
             last.with_context(|| format!("waiting for {what}"))?;
-            bail!("waited 10 s in vain for {what}");
+            bail!("waited {patience:?} in vain for {what}");
         }
         std::thread::sleep(Duration::from_millis(10));
     }

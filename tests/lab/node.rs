@@ -160,7 +160,7 @@ impl Node {
 
     /// Waits until the agent says that it is ready; how long that took.
     pub fn wait_ready(&self) -> Result<Duration> {
-        let began = Instant::now();
+        let (began, patience) = (Instant::now(), 3 * super::patience());
         let address: SocketAddr = METRICS.parse()?;
         loop {
             if let Ok((200, _)) = self.space.http_get(address, "/readyz") {
@@ -171,8 +171,8 @@ impl Node {
             {
                 bail!("the agent of {} ended: {status}\n{}", self.name, self.log_tail());
             }
-            if began.elapsed() > Duration::from_secs(30) {
-                bail!("the agent of {} is not ready after 30 s\n{}", self.name, self.log_tail());
+            if began.elapsed() > patience {
+                bail!("the agent of {} is not ready after {patience:?}\n{}", self.name, self.log_tail());
             }
             std::thread::sleep(Duration::from_millis(2));
         }

@@ -10,7 +10,7 @@ use weir::model::EndpointId;
 use weir::netlink;
 
 use super::{isolated, link_ids, options};
-use crate::require::require_lab;
+use crate::require::{require_lab, require_tcx};
 
 fn attached_by(attach: AttachMode, pins: &Path) -> Result<Datapath> {
     let datapath = Datapath::load(&Options { attach, ..options(pins) })?;
@@ -34,6 +34,7 @@ fn a_link_whose_device_is_gone_is_collected_and_its_pin_used_again() -> Result<(
     require_lab!();
     isolated(|pins| {
         let datapath = Datapath::load(&options(pins))?;
+        require_tcx!(datapath);
         let device = netlink::ensure_vxlan("weirtest0", 8472, 1400)?;
         datapath.attach_overlay(device)?;
         assert_eq!(datapath.collect_zombie_links()?, 0);
@@ -89,10 +90,7 @@ fn a_change_of_the_attach_mode_leaves_one_program_on_a_hook() -> Result<()> {
     require_lab!();
     isolated(|pins| {
         let clsact = attached_by(AttachMode::Clsact, pins)?;
-        if !clsact.features().has_tcx {
-            eprintln!("SKIPPED (needs tcx): the change to tcx and back");
-            return Ok(());
-        }
+        require_tcx!(clsact);
         drop(clsact);
         drop(attached_by(AttachMode::Tcx, pins)?);
         assert_eq!(filters()?, [Vec::<String>::new(), Vec::new()]);
@@ -111,10 +109,7 @@ fn a_new_pod_has_filters_at_once_and_links_when_it_is_quiet() -> Result<()> {
     require_lab!();
     isolated(|pins| {
         let first = Datapath::load(&options(pins))?;
-        if !first.features().has_tcx {
-            eprintln!("SKIPPED (needs tcx): the change from filters to links");
-            return Ok(());
-        }
+        require_tcx!(first);
         let links = || std::fs::read_dir(pins.join("links")).map(Iterator::count);
         first.attach_pod(EndpointId(1), 1)?;
         assert_eq!((filters()?.map(|filters| filters.len()), links()?), ([1, 1], 0));
@@ -219,7 +214,12 @@ fn what_is_missing_is_named() -> Result<()> {
             "{error:#}"
         );
         let error = datapath.attach_pod(EndpointId(1), 9999).err().context("a device that does not exist")?;
-        assert!(format!("{error:#}").contains("attaching from_pod to device 9999"), "{error:#}");
+        let error = format!("{error:#}");
+        let expected = match datapath.features().attach {
+            AttachMode::Clsact => "adding clsact to device 9999",
+            _ => "attaching from_pod to device 9999",
+        };
+        assert!(error.contains(expected), "{error}");
         Ok(())
     })
 }

@@ -13,12 +13,12 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapHandle, MapType};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use serde_json::json;
-use weir::datapath::{Datapath, MapSizes, Options, dump};
+use weir::datapath::{Datapath, MapSizes, Options, Settings, dump};
 use weir::model::{AddressEntry, AddressKind, EndpointId, IdentityId};
 use weir::tables::Snapshot;
 
-use super::{isolated, link_ids, options};
-use crate::require::require_lab;
+use super::{isolated, link_ids, options, small_maps};
+use crate::require::{require_lab, require_tcx};
 
 const PINS_OF_CHILD: &str = "WEIR_TEST_DATAPATH_PINS";
 
@@ -45,6 +45,7 @@ fn links_and_rows_survive_a_restart() -> Result<()> {
     require_lab!();
     isolated(|pins| {
         let first = Datapath::load(&options(pins))?;
+        require_tcx!(first);
         attach_and_settle(&first)?;
         first.writers()?.addresses.write(&one_address()?, &BTreeMap::new())?;
         let before = pod_links(pins)?;
@@ -58,6 +59,7 @@ fn links_and_rows_survive_a_restart() -> Result<()> {
 fn links_and_rows_survive_a_kill() -> Result<()> {
     require_lab!();
     isolated(|pins| {
+        require_tcx!(Datapath::open_private(&Settings::default(), &small_maps())?);
         let mut child = Command::new(env::current_exe()?)
             .args(["--ignored", "--exact", "--nocapture", "datapath::restart::as_a_child_to_be_killed"])
             .env(PINS_OF_CHILD, pins)
@@ -127,6 +129,7 @@ fn another_abi_version_takes_over_the_links() -> Result<()> {
     isolated(|pins| {
         let old = pins.with_file_name("v0");
         let datapath = Datapath::load(&options(&old))?;
+        require_tcx!(datapath);
         attach_and_settle(&datapath)?;
         datapath.attach_network(1)?;
         let before = pod_links(&old)?;
