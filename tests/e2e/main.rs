@@ -18,6 +18,7 @@ mod life;
 mod pods;
 mod policies;
 mod services;
+mod tools;
 mod world;
 
 use std::env;
@@ -47,6 +48,9 @@ const STEPS: &[Step] = &[
     ("namespaces_go_with_all_they_hold", life::namespaces_go_with_all_they_hold),
     ("agents_write_their_own_objects_only", life::agents_write_their_own_objects_only),
     ("numbers_in_a_real_prometheus", life::numbers_in_a_real_prometheus),
+    ("connectivity_test_of_everything", tools::connectivity_test_of_everything),
+    ("status_of_the_cluster", tools::status_of_the_cluster),
+    ("sysdump_without_secrets", tools::sysdump_without_secrets),
     ("sources_against_a_bare_api_server", api_server::sources_against_a_bare_api_server),
 ];
 
