@@ -13,6 +13,9 @@ use crate::lab::output_of;
 use crate::world::{PATIENCE, PORT, Pod, Row, World, both};
 
 const AGENTS: &str = "app.kubernetes.io/name=weir-agent";
+const OPERATORS: &str = "app.kubernetes.io/name=weir-operator";
+/// Where the operator's metrics are on its node (deploy/base/settings.env).
+const OPERATOR_METRICS: &str = "127.0.0.1:9963";
 
 /// Objects that the API server takes, and that make no sense to Weir.
 const MALFORMED: &str = include_str!("malformed.yaml");
@@ -162,28 +165,46 @@ pub fn agents_write_their_own_objects_only(world: &mut World) -> Result<()> {
     Ok(())
 }
 
-/// A Prometheus on a node scrapes its agent; every agent's metrics are well formed.
+/// What a Prometheus that scrapes both has to answer.
+const QUERIES: [&str; 4] = [
+    "up{job=\"weir\"}==1",
+    "count({__name__=~\"weir_.*\",job=\"weir\"})>10",
+    "up{job=\"weir-operator\"}==1",
+    "count({__name__=~\"weir_operator_.*\",job=\"weir-operator\"})>2",
+];
+
+/// A Prometheus scrapes an agent and the operator; the metrics of all of them are well formed.
 pub fn numbers_in_a_real_prometheus(world: &mut World) -> Result<()> {
     let agents: BTreeSet<String> =
         world.pods("weir-system", AGENTS)?.into_iter().map(|agent| agent.node).collect();
     ensure!(agents.len() == 3, "agents on {agents:?}");
-    for node in world.cluster.nodes() {
-        let (status, metrics) = node.space().http_get(crate::lab::METRICS.parse()?, "/metrics")?;
-        ensure!(status == 200, "the agent of {} answers {status}", node.name());
+    let operator = world.pods("weir-system", OPERATORS)?.swap_remove(0);
+    let node = world.cluster.nodes().iter().find(|node| node.name() == operator.node);
+    let node = node.with_context(|| format!("the operator's node {}", operator.node))?;
+    let agents_metrics = world.cluster.nodes().iter().map(|node| (node, crate::lab::METRICS));
+    for (node, address) in agents_metrics.chain([(node, OPERATOR_METRICS)]) {
+        let (status, metrics) = node.space().http_get(address.parse()?, "/metrics")?;
+        ensure!(status == 200, "{address} on {} answers {status}", node.name());
         output_of(Command::new("promtool").args(["check", "metrics"]), &metrics)
-            .with_context(|| format!("checking the metrics of {}", node.name()))?;
+            .with_context(|| format!("checking the metrics of {address} on {}", node.name()))?;
     }
     let directory = world.cluster.directory().join("prometheus");
     fs::create_dir_all(&directory)?;
-    let config = "global: {scrape_interval: 1s}\nscrape_configs: [{job_name: weir, static_configs: [{targets: [\"127.0.0.1:9962\"]}]}]\n";
+    let agent = crate::lab::METRICS;
+    let config = format!(
+        "global: {{scrape_interval: 1s}}
+scrape_configs:
+- {{job_name: weir, static_configs: [{{targets: [\"{agent}\"]}}]}}
+- {{job_name: weir-operator, static_configs: [{{targets: [\"{OPERATOR_METRICS}\"]}}]}}
+"
+    );
     fs::write(directory.join("prometheus.yml"), config)?;
     let mut prometheus = Command::new("prometheus");
     prometheus.arg("--config.file=prometheus.yml").arg("--storage.tsdb.path=data");
     prometheus.arg("--web.listen-address=127.0.0.1:9090").current_dir(&directory).stdin(Stdio::null());
-    let node = world.cluster.node(1);
     let log = directory.join("log");
     let daemon = Daemon::start(node.space(), world.cluster.name(), "prometheus", prometheus, &log)?;
-    for query in ["up{job=\"weir\"}==1", "count({__name__=~\"weir_.*\"})>10"] {
+    for query in QUERIES {
         let encoded: String = query.bytes().map(|byte| format!("%{byte:02x}")).collect();
         world.cluster.wait(&format!("an answer of Prometheus to {query}"), PATIENCE, || {
             let (_, answer) = node
