@@ -58,9 +58,11 @@ fn links_and_rows_survive_a_restart() -> Result<()> {
 #[test]
 fn links_and_rows_survive_a_kill() -> Result<()> {
     require_lab!();
+    // In another mount namespace the path may be another.
+    let program = env::current_exe()?;
     isolated(|pins| {
         require_tcx!(Datapath::open_private(&Settings::default(), &small_maps())?);
-        let mut child = Command::new(env::current_exe()?)
+        let mut child = Command::new(&program)
             .args(["--ignored", "--exact", "--nocapture", "datapath::restart::as_a_child_to_be_killed"])
             .env(PINS_OF_CHILD, pins)
             .stdout(Stdio::piped())
