@@ -51,7 +51,7 @@ impl Datapath {
         let walk = || {
             let stale = stale_sockets(link).context("running destroy_sockets")?;
             if !self.features.has_socket_destroy {
-                stale.iter().try_for_each(&end)?;
+                stale.iter().map(&end).fold(Ok(()), Result::and)?;
             }
             Ok(stale.len() as u64)
         };
