@@ -22,6 +22,9 @@ pub(super) struct Config {
     pub(super) version: String,
     #[serde(default)]
     name: String,
+    /// The plugin that the configuration asks for.
+    #[serde(rename = "type", default)]
+    pub(super) plugin: String,
     /// Where the agent listens.
     #[serde(default = "default_socket")]
     pub(super) socket: PathBuf,

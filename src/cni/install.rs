@@ -7,7 +7,7 @@
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -16,6 +16,8 @@ use tracing::info;
 
 /// The plugin's file name, and its `type` in the network configuration.
 pub const PLUGIN: &str = "weir-cni";
+/// By this name containerd calls the plugin that raises a pod's `lo`.
+pub use super::loopback::PLUGIN as LOOPBACK;
 /// Our network configuration; runtimes take the first by name.
 pub const CONFIGURATION: &str = "05-weir.conflist";
 /// What is appended to the names of other plugins' configurations that are moved aside.
@@ -57,6 +59,17 @@ fn install_binary_from(plugin: &Path, directories: &Directories) -> Result<()> {
     if put(&target, &wanted, 0o755).with_context(|| format!("installing {}", target.display()))? {
         info!(path = %target.display(), "the CNI plugin is installed");
     }
+    link_loopback(directories)
+}
+
+/// Where nobody has put a plugin for `lo`, ours is found by its name, too. One that is there stays.
+fn link_loopback(directories: &Directories) -> Result<()> {
+    let path = directories.binaries.join(LOOPBACK);
+    match symlink(PLUGIN, &path) {
+        Ok(()) => info!(path = %path.display(), "the CNI plugin answers for lo, too"),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(error).with_context(|| format!("linking {}", path.display())),
+    }
     Ok(())
 }
 
@@ -97,6 +110,10 @@ pub fn uninstall(directories: &Directories) -> Result<()> {
             fs::rename(&from, &to).with_context(|| format!("moving {} back", to.display()))?;
             info!(path = %to.display(), "another plugin's configuration is back in place");
         }
+    }
+    let loopback = directories.binaries.join(LOOPBACK);
+    if fs::read_link(&loopback).is_ok_and(|target| target == Path::new(PLUGIN)) {
+        remove(&loopback)?;
     }
     remove(&directories.binaries.join(PLUGIN))
 }
@@ -231,7 +248,30 @@ mod tests {
         install_binary_from(&source, &node.directories).expect("installing");
         assert_eq!(fs::read_to_string(&target).ok().as_deref(), Some("two"));
         assert_eq!(io::read_to_string(running).ok().as_deref(), Some("one"));
-        assert_eq!(fs::read_dir(&node.directories.binaries).expect("listing").count(), 1);
+        assert_eq!(names_in(&node.directories.binaries).expect("listing"), [LOOPBACK, PLUGIN]);
+    }
+
+    #[test]
+    fn a_plugin_for_lo_is_added_only_where_there_is_none() {
+        let (bare, packaged) = (node(), node());
+        fs::create_dir(&packaged.directories.binaries).expect("making bin");
+        let theirs = packaged.directories.binaries.join(LOOPBACK);
+        fs::write(&theirs, "theirs").expect("writing a plugin");
+        for node in [&bare, &packaged] {
+            let source = node.root.path().join("weir-cni");
+            fs::write(&source, "ours").expect("writing a plugin");
+            install_binary_from(&source, &node.directories).expect("installing");
+            install_binary_from(&source, &node.directories).expect("installing again");
+        }
+        let added = bare.directories.binaries.join(LOOPBACK);
+        assert_eq!(fs::read_to_string(&added).ok().as_deref(), Some("ours"));
+        assert_eq!(fs::read_to_string(&theirs).ok().as_deref(), Some("theirs"));
+
+        for node in [&bare, &packaged] {
+            uninstall(&node.directories).expect("uninstalling");
+        }
+        assert_eq!(names_in(&bare.directories.binaries).expect("listing"), [""; 0]);
+        assert_eq!(names_in(&packaged.directories.binaries).expect("listing"), [LOOPBACK]);
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod config;
 mod environment;
 mod error;
 pub mod install;
+mod loopback;
 mod plugin;
 mod queue;
 mod request;

@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 
 use super::config::{CONFIG_BYTES_MAX, Config};
 use super::environment::{Command, Environment};
-use super::{AddResult, DeleteQueue, Error, ErrorCode, NEWEST_VERSION, Request, Result, VERSIONS, result};
+use super::{
+    AddResult, DeleteQueue, Error, ErrorCode, NEWEST_VERSION, Request, Result, VERSIONS, loopback, result,
+};
 use crate::api::{self, Client};
 
 /// Longer than the agent itself waits for a pod's policy.
@@ -53,6 +55,9 @@ fn answer<F: Fn(&str) -> Option<String>>(
     }
     let config = Config::parse(&text)?;
     version.clone_from(&config.version);
+    if config.plugin == loopback::PLUGIN {
+        return loopback::answer(command, environment, &config);
+    }
     match command {
         Command::Add => add(&config, environment.add()?).map(Some),
         Command::Del => del(&config, environment.del()?).map(|()| None),

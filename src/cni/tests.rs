@@ -358,3 +358,24 @@ fn host_ports_are_read_as_runtimes_write_them() {
         .collect();
     assert_eq!(shown, ["*:8000/TCP 80", "[fd00::1]:8000/UDP 81", "*:8001/TCP 83"]);
 }
+
+#[test]
+fn lo_needs_no_agent() {
+    let mut config = config();
+    config["type"] = json!("loopback");
+    config["name"] = json!("cni-loopback");
+    let input = config.to_string();
+    let mut variables = variables();
+    variables.insert("CNI_IFNAME", "lo".to_owned());
+    for command in ["DEL", "STATUS", "GC"] {
+        variables.insert("CNI_COMMAND", command.to_owned());
+        let outcome = run(|name| variables.get(name).cloned(), input.as_bytes());
+        assert_eq!((outcome.exit_code, outcome.output.as_str()), (0, ""), "{command}");
+    }
+    for command in ["ADD", "CHECK"] {
+        variables.insert("CNI_COMMAND", command.to_owned());
+        assert_eq!(refused(&variables, input.as_bytes()), (100, "the pod's lo is not up".to_owned()));
+    }
+    variables.insert("CNI_NETNS", "../escape".to_owned());
+    assert_eq!(refused(&variables, input.as_bytes()).0, 4);
+}
