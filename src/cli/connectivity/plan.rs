@@ -78,6 +78,7 @@ impl Check {
         match &self.probe {
             Probe::TcpEcho { target, .. }
             | Probe::TcpConnect { target, .. }
+            | Probe::TcpHangUp { target, .. }
             | Probe::UdpEcho { target, .. } => Some(*target),
             Probe::Dns { .. } => None,
         }
@@ -88,6 +89,7 @@ impl Check {
         match &mut self.probe {
             Probe::TcpEcho { seconds, .. }
             | Probe::TcpConnect { seconds, .. }
+            | Probe::TcpHangUp { seconds, .. }
             | Probe::UdpEcho { seconds, .. }
             | Probe::Dns { seconds, .. } => *seconds = DENIED_SECONDS,
         }
@@ -208,17 +210,21 @@ impl Plan {
             };
             let address = SocketAddr::new(ip, place.kubelet_port);
             let to = format!("kubelet of {}", place.node);
-            self.checks.push(connect("pod to node", to, Some(index + 1), address));
+            let probe = Probe::TcpHangUp { target: address, seconds: SECONDS };
+            self.checks.push(connect("pod to node", to, Some(index + 1), address, probe));
         }
     }
 
     /// The API server, the world, names.
     fn beyond(&mut self, world: &World, is_ipv6: bool) {
         for address in world.kubernetes.iter().filter(|address| address.is_ipv6() == is_ipv6) {
-            self.checks.push(connect("pod to API server", "service kubernetes".to_owned(), None, *address));
+            let probe = Probe::TcpHangUp { target: *address, seconds: SECONDS };
+            let to = "service kubernetes".to_owned();
+            self.checks.push(connect("pod to API server", to, None, *address, probe));
         }
         for address in world.external.iter().filter(|address| address.is_ipv6() == is_ipv6) {
-            self.checks.push(connect("outside", address.to_string(), None, *address));
+            let probe = Probe::TcpConnect { target: *address, seconds: SECONDS };
+            self.checks.push(connect("outside", address.to_string(), None, *address, probe));
         }
         if let (None, Some(ip)) = (&world.no_dns, pick(world.services.get(&server(1)), is_ipv6)) {
             let service = format!("{}.{}", server(1), world.namespace);
@@ -300,7 +306,7 @@ fn echo(
     Check { test, asker, to, place, protocol, is_ipv6: target.is_ipv6(), probe, expected }
 }
 
-fn connect(test: &'static str, to: String, place: Option<usize>, target: SocketAddr) -> Check {
+fn connect(test: &'static str, to: String, place: Option<usize>, target: SocketAddr, probe: Probe) -> Check {
     Check {
         test,
         asker: Asker::Pod(CLIENT),
@@ -308,7 +314,7 @@ fn connect(test: &'static str, to: String, place: Option<usize>, target: SocketA
         place,
         protocol: "TCP",
         is_ipv6: target.is_ipv6(),
-        probe: Probe::TcpConnect { target, seconds: SECONDS },
+        probe,
         expected: Expected::Answer(Vec::new()),
     }
 }

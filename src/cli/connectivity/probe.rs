@@ -19,6 +19,8 @@ const BODY_BYTES: usize = 20_000;
 const DATAGRAM_BYTES: usize = 1_000;
 /// A service whose backends are not known yet refuses; so long it may.
 const REFUSED_MAX: Duration = Duration::from_secs(3);
+/// So long a server that is connected may say nothing.
+const SILENCE: Duration = Duration::from_secs(4);
 const RETRY: Duration = Duration::from_millis(100);
 /// A lost datagram is sent again.
 const RESEND: Duration = Duration::from_secs(1);
@@ -31,6 +33,8 @@ pub enum Probe {
     TcpEcho { target: SocketAddr, seconds: u64 },
     /// Any server: connecting is enough.
     TcpConnect { target: SocketAddr, seconds: u64 },
+    /// A server that hangs up when its client does, as one of TLS: it has to hear of that, and to say so.
+    TcpHangUp { target: SocketAddr, seconds: u64 },
     /// A server of ours: what was sent has to come back.
     UdpEcho { target: SocketAddr, seconds: u64 },
     /// The servers of /etc/resolv.conf have to know `SERVICE.NAMESPACE`.
@@ -76,6 +80,7 @@ async fn attempt(probe: &Probe) -> Outcome {
         Probe::TcpConnect { target, seconds } => {
             within(*seconds, async { connect(*target).await.map(|_| "connected".to_owned()) }).await
         }
+        Probe::TcpHangUp { target, seconds } => within(*seconds, tcp_hang_up(*target)).await,
         Probe::UdpEcho { target, seconds } => within(*seconds, udp_echo(*target)).await,
         Probe::Dns { service, is_ipv6, seconds } => within(*seconds, resolve(service, *is_ipv6)).await,
     };
@@ -118,8 +123,7 @@ async fn tcp_echo(target: SocketAddr) -> Result<String, String> {
         stream.read_to_end(&mut received).await
     };
     // Connected and then silence: a case of its own, as small packets pass.
-    let silence = Duration::from_secs(4);
-    match timeout(silence, exchange).await {
+    match timeout(SILENCE, exchange).await {
         Err(_) => return Err("connected, then no answer to 20 kB: are large packets lost (MTU)?".to_owned()),
         Ok(Err(error)) => return Err(format!("connected, then: {error}")),
         Ok(Ok(_)) => {}
@@ -127,6 +131,25 @@ async fn tcp_echo(target: SocketAddr) -> Result<String, String> {
     let head_end = received.windows(4).position(|window| window == b"\r\n\r\n");
     let answer = head_end.map(|end| &received[end + 4..]).ok_or("the answer is no HTTP")?;
     name_in(answer, &body).ok_or_else(|| "the answer is not what was sent".to_owned())
+}
+
+/// The third packet of a connection and those after it are not carried as the first two are.
+async fn tcp_hang_up(target: SocketAddr) -> Result<String, String> {
+    let mut stream = connect(target).await?;
+    let mut received = Vec::new();
+    let exchange = async {
+        stream.shutdown().await?;
+        stream.read_to_end(&mut received).await
+    };
+    match timeout(SILENCE, exchange).await {
+        Err(_) => Err("connected, then nothing passes: does the node drop what its connection tracking \
+            calls invalid (kube-proxy)?"
+            .to_owned()),
+        Ok(Err(error)) if error.kind() != io::ErrorKind::ConnectionReset => {
+            Err(format!("connected, then: {error}"))
+        }
+        Ok(_) => Ok("connected".to_owned()),
+    }
 }
 
 async fn udp_echo(target: SocketAddr) -> Result<String, String> {
@@ -206,6 +229,20 @@ mod tests {
         assert_eq!(name_in(&answer_to("web", &sent), &sent), Some("web".to_owned()));
         assert_eq!(name_in(&answer_to("web", &sent[1..]), &sent), None);
         assert_eq!(name_in(b"web", &sent), None);
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_carries_nothing_is_none() {
+        let listen = || std::net::TcpListener::bind("127.0.0.1:0").expect("listening");
+        // Nobody accepts: the kernel opens the connection, and nobody hears of its end.
+        let deaf = listen();
+        let error = tcp_hang_up(deaf.local_addr().expect("an address")).await.expect_err("nobody hangs up");
+        assert!(error.starts_with("connected, then nothing passes"), "{error}");
+
+        let polite = listen();
+        let target = polite.local_addr().expect("an address");
+        std::thread::spawn(move || polite.accept().map(drop));
+        assert_eq!(tcp_hang_up(target).await, Ok("connected".to_owned()));
     }
 
     #[test]
