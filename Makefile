@@ -2,11 +2,12 @@
 # KEEP=1 make demo      leaves the demo running
 # make bench SUITE=NAME one suite only, of datapath and cluster ONLY=SECTION; make golden UPDATE=1 rewrites the files
 # make kernels ONLY=packets   the tests with this in their names, on both kernels
-# make e2e ONLY=dns     the steps with this in their names; make e2e-faults ONLY=hundred likewise
+# make e2e ONLY=dns     the steps with this in their names; make e2e-faults ONLY=hundred and
+#                       make platforms ONLY=gke likewise
 
-export KEEP SUITE ONLY UPDATE NODES AWAY FAMILY
+export KEEP SUITE ONLY UPDATE NODES LIKE AWAY FAMILY
 .DEFAULT_GOAL := help
-.PHONY: setup build check test golden verify kernels bench demo image kind kind-down cluster cluster-down e2e e2e-faults deploy undeploy clean help
+.PHONY: setup build check test golden verify kernels bench demo image kind kind-down cluster cluster-down e2e e2e-faults platforms deploy undeploy clean help
 
 setup: ## install what the build needs and the machine lacks (Debian, Ubuntu)
 	@scripts/setup
@@ -46,7 +47,7 @@ kind: ## a kind cluster without a network: two workers, FAMILY=dual, ipv4 or ipv
 kind-down: ## delete it
 	@scripts/kind down
 
-cluster: setup ## real Kubernetes on this machine, without docker: NODES=3 (root)
+cluster: setup ## real Kubernetes on this machine, without docker: NODES=3, LIKE=gke, eks, aks, k3s (root)
 	cargo build --example cluster && target/debug/examples/cluster up
 
 cluster-down: ## end and remove it
@@ -57,6 +58,9 @@ e2e: setup ## end-to-end tests on a real cluster of their own (root)
 
 e2e-faults: setup ## the same cluster, and what it survives: AWAY=120 seconds without API server (root)
 	cargo build --bins --example cluster && cargo test --test e2e -- --faults $(ONLY)
+
+platforms: setup ## nodes like those of k3s, EKS, AKS, GKE and kubeadm: deploy, try, undeploy (root)
+	cargo build --bins --example cluster && cargo test --test e2e -- --platforms $(ONLY)
 
 deploy: setup ## build the image, install Weir in the cluster of kubectl's context
 	@scripts/deploy up

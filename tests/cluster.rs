@@ -1,6 +1,6 @@
 //! `make cluster`: real Kubernetes on this machine, in namespaces; it stays until `make cluster-down`.
 //!
-//! NODES=n gives it n nodes. There is no network for pods until Weir is deployed (`make deploy`).
+//! NODES=n gives it n nodes, LIKE=gke (eks, aks, k3s) nodes that are like that platform's. There is no network for pods until Weir is deployed (`make deploy`).
 
 #[path = "kubernetes/mod.rs"]
 mod kubernetes;
@@ -20,7 +20,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use kubernetes::{Cluster, Setup, prober};
+use kubernetes::{Cluster, Platform, Setup, prober};
 
 /// The cluster of `make cluster`; those of tests have the names of labs.
 const NAME: &str = "weirlab-cluster";
@@ -59,11 +59,13 @@ fn up() -> Result<()> {
     }
     let nodes = env::var("NODES").ok().filter(|nodes| !nodes.is_empty());
     let nodes = nodes.map_or(Ok(3), |nodes| nodes.parse()).context("NODES is no number")?;
+    let like = env::var("LIKE").ok().filter(|like| !like.is_empty());
+    let platform = like.map_or(Ok(Platform::Kubeadm), |like| Platform::named(&like)).context("LIKE")?;
     let began = Instant::now();
-    let cluster = Cluster::start(NAME, &Setup { nodes, gives_pod_cidrs: true, has_controllers: true })?;
+    let cluster = Cluster::start(NAME, &Setup { nodes, platform, has_controllers: true })?;
     let (kubeconfig, bin) = (cluster.kubeconfig(), cluster.programs().join("bin"));
     println!(
-        "{nodes} nodes after {:.1} s, without a network for pods: make deploy",
+        "{nodes} nodes like those of {platform} after {:.1} s: make deploy",
         began.elapsed().as_secs_f32()
     );
     println!("\n  export KUBECONFIG={} PATH={}:$PATH", kubeconfig.display(), bin.display());

@@ -4,14 +4,14 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 
-use crate::kubernetes::{Cluster, Setup};
+use crate::kubernetes::{Cluster, Platform, Setup};
 use crate::lab::output_of;
 use crate::world::World;
 
 /// `cargo test --test it api_server` against it.
 pub fn sources_against_a_bare_api_server(_world: &mut World) -> Result<()> {
     let name = format!("weirlab-{}-2", std::process::id());
-    let setup = Setup { nodes: 0, gives_pod_cidrs: false, has_controllers: false };
+    let setup = Setup { nodes: 0, platform: Platform::Kubeadm, has_controllers: false };
     let bare = Cluster::start(&name, &setup)?;
     let mut tests = Command::new("cargo");
     tests.args(["test", "--quiet", "--test", "it", "--", "api_server::", "--test-threads=1"]);

@@ -6,6 +6,7 @@
 //!     cargo test --test e2e                 every step
 //!     cargo test --test e2e -- dns          those whose name has `dns` in it
 //!     cargo test --test e2e -- --faults     the table of faults, or those that are named
+//!     cargo test --test e2e -- --platforms  a cluster for each platform that there is an overlay for
 
 #[path = "../kubernetes/mod.rs"]
 mod kubernetes;
@@ -15,6 +16,7 @@ mod lab;
 mod api_server;
 mod faults;
 mod life;
+mod platforms;
 mod pods;
 mod policies;
 mod services;
@@ -56,6 +58,7 @@ const STEPS: &[Step] = &[
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
+    let is_platforms = arguments.iter().any(|argument| argument == "--platforms");
     let is_faults = arguments.iter().any(|argument| argument == "--faults");
     let filters: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with("--")).collect();
     let is_wanted =
@@ -69,19 +72,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let began = Instant::now();
-    let ended = World::start().and_then(|mut world| {
-        println!(
-            "cluster and Weir are up after {:.0} s: {}",
-            began.elapsed().as_secs_f32(),
-            world.version()?
-        );
-        let is_right =
-            if is_faults { faults::run(&mut world, is_wanted)? } else { run(&mut world, is_wanted) };
-        if !is_right {
-            world.explain();
-        }
-        Ok(is_right)
-    });
+    let ended = if is_platforms { platforms::run(is_wanted) } else { run_on_one(is_faults, is_wanted) };
     match ended {
         Ok(is_right) => {
             println!(
@@ -101,6 +92,17 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn run_on_one(is_faults: bool, is_wanted: impl Fn(&str) -> bool) -> Result<bool> {
+    let began = Instant::now();
+    let mut world = World::start()?;
+    println!("cluster and Weir are up after {:.0} s: {}", began.elapsed().as_secs_f32(), world.version()?);
+    let is_right = if is_faults { faults::run(&mut world, is_wanted)? } else { run(&mut world, is_wanted) };
+    if !is_right {
+        world.explain();
+    }
+    Ok(is_right)
 }
 
 fn run(world: &mut World, is_wanted: impl Fn(&str) -> bool) -> bool {

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::kubernetes::prober::{Count, Outcome, Via};
-use crate::kubernetes::{Cluster, Daemon, Setup};
+use crate::kubernetes::{Cluster, Daemon, Platform, Setup};
 use crate::lab::{self, OUTSIDE, output_of};
 
 const FIXTURES: &str = include_str!("fixtures.yaml");
@@ -81,19 +81,24 @@ impl World {
         // From here on a process of its own removes everything, however this one ends.
         lab::cgroup::of_process()?;
         let name = format!("weirlab-{}-1", std::process::id());
-        let setup = Setup { nodes: 3, gives_pod_cidrs: true, has_controllers: true };
+        let setup = Setup { nodes: 3, platform: Platform::Kubeadm, has_controllers: true };
         let world = Self { cluster: Cluster::start(&name, &setup).context(NoCluster)? };
         world.script("scripts/deploy", &["up"])?;
-        let mut server = Command::new(world.cluster.programs().join("bin/agnhost"));
-        server.args(["netexec", "--http-port=8080", "--udp-port=8081"]).stdin(Stdio::null());
-        let log = world.cluster.directory().join("outside.log");
-        Daemon::start(world.cluster.wire().outside(), &name, "agnhost", server, &log)?;
+        world.start_outside()?;
         world.cluster.apply(FIXTURES)?;
         for daemon_set in ["server", "client", "host"] {
             world.rollout("e2e", &format!("daemonset/{daemon_set}"))?;
         }
         world.rollout("kube-system", "deployment/coredns")?;
         Ok(world)
+    }
+
+    /// Starts a server on the outside host.
+    pub fn start_outside(&self) -> Result<()> {
+        let mut server = Command::new(self.cluster.programs().join("bin/agnhost"));
+        server.args(["netexec", "--http-port=8080", "--udp-port=8081"]).stdin(Stdio::null());
+        let log = self.cluster.directory().join("outside.log");
+        Daemon::start(self.cluster.wire().outside(), self.cluster.name(), "agnhost", server, &log).map(drop)
     }
 
     /// Runs one of the repository's scripts against the cluster.

@@ -1,7 +1,7 @@
 //! The host with etcd, API server, controller manager and scheduler, and the way to it.
 
 use std::fs;
-use std::net::{IpAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,17 +12,36 @@ use anyhow::{Context, Result};
 use super::Setup;
 use super::certificates::{Authority, Pair};
 use super::daemon::Daemon;
+use super::platform::Facts;
 use crate::lab::{Space, Wire, binary};
 
 /// Its address on the wire.
 pub const ADDRESSES: [&str; 2] = ["10.200.0.200", "fd00:200::200"];
 
-/// Addresses of Services, of both families, and those of cluster DNS and of the API server.
-const SERVICE_CIDRS: &str = "10.96.0.0/16,fd02::/112";
+/// Another one there, where nodes that have no way to the first find it.
+const BALANCED: &str = "10.200.0.201";
+
+/// Addresses of Services, IPv4 first, and those of the API server.
+const SERVICE_CIDRS: [&str; 2] = ["10.96.0.0/16", "fd02::/112"];
 const API_SERVER_SERVICE: [&str; 2] = ["10.96.0.1", "fd02::1"];
 
 /// Addresses of pods; each node gets a /24 and a /64.
-const POD_CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
+const POD_CIDRS: [&str; 2] = ["10.244.0.0/16", "fd00:10:244::/56"];
+
+/// The plugin of that name, set so that a pod of these classes needs a quota of its namespace.
+const LIMITS: &str = "
+apiVersion: apiserver.config.k8s.io/v1
+kind: AdmissionConfiguration
+plugins:
+- name: ResourceQuota
+  configuration:
+    apiVersion: apiserver.config.k8s.io/v1
+    kind: ResourceQuotaConfiguration
+    limitedResources:
+    - resource: pods
+      matchScopes:
+      - {scopeName: PriorityClass, operator: In, values: [system-node-critical, system-cluster-critical]}
+";
 
 /// The daemons of the control plane.
 #[derive(Debug)]
@@ -50,6 +69,7 @@ impl ControlPlane {
         let addresses = ADDRESSES.map(|address| address.parse().expect("these are addresses"));
         let mut space = wire.host("control", &addresses, None)?;
         space.keep();
+        space.configure(&[&format!("addr add {BALANCED}/24 dev eth0")])?;
         let own = directory.join("control");
         fs::create_dir(&own)?;
         let start = |name: &str, arguments: Vec<String>| {
@@ -58,7 +78,7 @@ impl ControlPlane {
             Daemon::start(&space, cluster, name, command, &own.join(format!("{name}.log")))
         };
         start("etcd", etcd_arguments(&own))?;
-        let api_server_arguments = api_server_arguments(authority, setup)?;
+        let api_server_arguments = api_server_arguments(authority, &own, setup)?;
         let api_server = start("kube-apiserver", api_server_arguments.clone())?;
         if setup.has_controllers {
             start("kube-controller-manager", controller_manager_arguments(authority, &own, setup)?)?;
@@ -127,7 +147,8 @@ fn etcd_arguments(directory: &Path) -> Vec<String> {
     ]
 }
 
-fn api_server_arguments(authority: &Authority, setup: &Setup) -> Result<Vec<String>> {
+fn api_server_arguments(authority: &Authority, directory: &Path, setup: &Setup) -> Result<Vec<String>> {
+    let facts = setup.platform.facts();
     let addresses = ADDRESSES.iter().chain(&API_SERVER_SERVICE).chain(&["127.0.0.1", "::1"]);
     let names = [
         "kubernetes",
@@ -146,7 +167,7 @@ fn api_server_arguments(authority: &Authority, setup: &Setup) -> Result<Vec<Stri
         "--etcd-servers=http://127.0.0.1:2379".to_owned(),
         "--secure-port=6443".to_owned(),
         format!("--advertise-address={}", ADDRESSES[0]),
-        format!("--service-cluster-ip-range={SERVICE_CIDRS}"),
+        format!("--service-cluster-ip-range={}", families(SERVICE_CIDRS, facts)),
         "--allow-privileged=true".to_owned(),
         "--authorization-mode=Node,RBAC".to_owned(),
         "--enable-admission-plugins=NodeRestriction".to_owned(),
@@ -162,6 +183,11 @@ fn api_server_arguments(authority: &Authority, setup: &Setup) -> Result<Vec<Stri
     if !setup.has_controllers {
         arguments.push("--disable-admission-plugins=ServiceAccount".to_owned());
     }
+    if facts.limits_critical_pods {
+        let path = directory.join("admission.yaml");
+        fs::write(&path, LIMITS)?;
+        arguments.push(format!("--admission-control-config-file={}", path.display()));
+    }
     Ok(arguments)
 }
 
@@ -171,22 +197,25 @@ fn controller_manager_arguments(
     setup: &Setup,
 ) -> Result<Vec<String>> {
     let kubeconfig = local_kubeconfig(authority, directory, "kube-controller-manager")?;
+    let facts = setup.platform.facts();
     let mut arguments = vec![
         kubeconfig,
         "--controllers=*".to_owned(),
         "--use-service-account-credentials".to_owned(),
         "--leader-elect=false".to_owned(),
-        format!("--service-cluster-ip-range={SERVICE_CIDRS}"),
+        format!("--service-cluster-ip-range={}", families(SERVICE_CIDRS, facts)),
         format!("--root-ca-file={}", authority.certificate().display()),
         format!("--service-account-private-key-file={}", authority.service_account_key().display()),
         format!("--cluster-signing-cert-file={}", authority.certificate().display()),
         format!("--cluster-signing-key-file={}", authority.key().display()),
     ];
-    if setup.gives_pod_cidrs {
+    if facts.gives_pod_cidrs {
         arguments.push("--allocate-node-cidrs=true".to_owned());
-        arguments.push(format!("--cluster-cidr={POD_CIDRS}"));
-        arguments.push("--node-cidr-mask-size-ipv4=24".to_owned());
-        arguments.push("--node-cidr-mask-size-ipv6=64".to_owned());
+        arguments.push(format!("--cluster-cidr={}", families(POD_CIDRS, facts)));
+        if facts.has_ipv6 {
+            arguments.push("--node-cidr-mask-size-ipv4=24".to_owned());
+            arguments.push("--node-cidr-mask-size-ipv6=64".to_owned());
+        }
     }
     Ok(arguments)
 }
@@ -205,7 +234,17 @@ fn files(pair: &Pair, certificate: &str, key: &str) -> [String; 2] {
     [format!("{certificate}={}", pair.certificate.display()), format!("{key}={}", pair.key.display())]
 }
 
-/// Where nodes find the API server.
-pub(super) fn api_server() -> (IpAddr, u16) {
-    (ADDRESSES[0].parse().expect("this is an address"), 6443)
+/// IPv4's, and IPv6's where the cluster has it.
+fn families(both: [&str; 2], facts: &Facts) -> String {
+    both[..if facts.has_ipv6 { 2 } else { 1 }].join(",")
+}
+
+/// Where nodes find the API server, as it says itself.
+pub(super) fn api_server() -> SocketAddr {
+    SocketAddr::new(ADDRESSES[0].parse().expect("this is an address"), 6443)
+}
+
+/// Where nodes' own balancers find it.
+pub(super) fn balanced_api_server() -> SocketAddr {
+    SocketAddr::new(BALANCED.parse().expect("this is an address"), 6443)
 }

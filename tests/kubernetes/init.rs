@@ -3,13 +3,14 @@
 //!
 //! Its file system is the machine's, with these differences: `/proc`, `/sys`, the cgroup tree,
 //! `/sys/fs/bpf` and `/run` are fresh; `/var/lib`, `/var/log` and `/opt` are folders of its own;
-//! what it writes to `/etc` stays its own.
+//! what it writes to `/etc` and `/home` stays its own.
 
 use std::fs::{self, File, OpenOptions};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,9 @@ use nix::sys::wait::{WaitStatus, wait};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+use super::control_plane::balanced_api_server;
 use super::hierarchy::{Hierarchy, hierarchies};
+use super::platform::{Facts, Platform};
 use crate::lab::output_of;
 
 /// The file with the number of the node's first process.
@@ -28,6 +31,12 @@ pub const PID: &str = "pid";
 
 const RUNTIME: &str = "/run/containerd/containerd.sock";
 const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// Keeps pods off a new node until its agent is ready.
+const TAINT: &str = "node.weir.dev/agent-not-ready:NoSchedule";
+
+/// Starts a program of the node.
+type Start = fn(&Machine) -> Result<Pid>;
 
 /// What the first process has to know.
 #[derive(Debug, Serialize, Deserialize)]
@@ -38,7 +47,8 @@ pub struct Machine {
     pub directory: PathBuf,
     pub programs: PathBuf,
     pub cgroup: String,
-    pub api_server: (IpAddr, u16),
+    pub platform: Platform,
+    pub api_server: SocketAddr,
 }
 
 /// Gives this process namespaces of its own and starts the first process inside; returns when that ends.
@@ -111,21 +121,42 @@ fn mount_files(machine: &Machine) -> Result<()> {
         mount(Some(&own), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
             .with_context(|| format!("mounting {path}"))?;
     }
-    // containerd before 2.0 sets up lo by it.
-    fs::create_dir_all("/opt/cni/bin")?;
-    fs::copy("/usr/lib/cni/loopback", "/opt/cni/bin/loopback").context("copying the loopback plugin")?;
-    let (upper, work) = (machine.directory.join("etc"), machine.directory.join("etc.work"));
-    fs::create_dir_all(&upper)?;
-    fs::create_dir_all(&work)?;
-    let layers = format!("lowerdir=/etc,upperdir={},workdir={}", upper.display(), work.display());
-    fresh("overlay", "/etc", Some(&layers))?;
+    for path in ["/etc", "/home"] {
+        lay_over(machine, path)?;
+    }
     if Path::new("/etc/cni").exists() {
         fs::remove_dir_all("/etc/cni")?;
     }
     fs::create_dir_all("/etc/cni/net.d")?;
+    put_plugins(machine.platform.facts())?;
     // It may be a link to somewhere below /run.
     let _ = fs::remove_file("/etc/resolv.conf");
     fs::write("/etc/resolv.conf", "nameserver 10.200.0.100\n").context("writing resolv.conf")
+}
+
+/// What is written there stays the node's own.
+fn lay_over(machine: &Machine, path: &str) -> Result<()> {
+    let (upper, work) =
+        (machine.directory.join(&path[1..]), machine.directory.join(format!("{}.work", &path[1..])));
+    fs::create_dir_all(&upper)?;
+    fs::create_dir_all(&work)?;
+    let layers = format!("lowerdir={path},upperdir={},workdir={}", upper.display(), work.display());
+    fresh("overlay", path, Some(&layers))
+}
+
+/// The plugins and the network configuration that a node of the platform has before Weir comes.
+fn put_plugins(facts: &Facts) -> Result<()> {
+    fs::create_dir_all("/opt/cni/bin")?;
+    let directory = Path::new(facts.plugin_directory);
+    fs::create_dir_all(directory)?;
+    for plugin in facts.plugins {
+        fs::copy(Path::new("/usr/lib/cni").join(plugin), directory.join(plugin))
+            .with_context(|| format!("copying the plugin {plugin}"))?;
+    }
+    if let Some((name, text)) = facts.configuration {
+        fs::write(Path::new("/etc/cni/net.d").join(name), text)?;
+    }
+    Ok(())
 }
 
 fn fresh(kind: &str, target: &str, options: Option<&str>) -> Result<()> {
@@ -133,31 +164,32 @@ fn fresh(kind: &str, target: &str, options: Option<&str>) -> Result<()> {
         .with_context(|| format!("mounting {target}"))
 }
 
-/// Starts containerd and kubelet, and starts them again whenever they end.
+/// Starts what runs on a node, and starts it again whenever it ends.
 fn supervise(machine: &Machine) -> Result<()> {
-    let mut containerd = start_containerd(machine)?;
+    let containerd = start_containerd(machine)?;
     wait_for("containerd", || UnixStream::connect(RUNTIME).is_ok())?;
     for image in fs::read_dir(machine.programs.join("images"))? {
         let mut import = Command::new("ctr");
         import.args(["--namespace", "k8s.io", "images", "import"]).arg(image?.path());
         output_of(&mut import, "")?;
     }
-    let (address, port) = machine.api_server;
-    let is_there =
-        || TcpStream::connect_timeout(&SocketAddr::new(address, port), Duration::from_secs(1)).is_ok();
+    let facts = machine.platform.facts();
+    let mut running = vec![(containerd, start_containerd as Start)];
+    if facts.balancer.is_some() {
+        running.push((start_balancer(machine)?, start_balancer));
+    }
+    let is_there = || TcpStream::connect_timeout(&machine.api_server, Duration::from_secs(1)).is_ok();
     wait_for("the API server", is_there)?;
-    let mut kubelet = start_kubelet(machine)?;
+    running.push((start_kubelet(machine)?, start_kubelet));
+    if facts.has_kube_proxy {
+        running.push((start_kube_proxy(machine)?, start_kube_proxy));
+    }
     loop {
         // Orphans of the whole node are this process's children too.
-        let (WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, ..)) = wait()? else { continue };
-        if pid == containerd || pid == kubelet {
+        let (WaitStatus::Exited(ended, _) | WaitStatus::Signaled(ended, ..)) = wait()? else { continue };
+        for (pid, start) in running.iter_mut().filter(|(pid, _)| *pid == ended) {
             sleep(Duration::from_secs(1));
-        }
-        if pid == containerd {
-            containerd = start_containerd(machine)?;
-        }
-        if pid == kubelet {
-            kubelet = start_kubelet(machine)?;
+            *pid = start(machine)?;
         }
     }
 }
@@ -190,7 +222,31 @@ fn start_kubelet(machine: &Machine) -> Result<Pid> {
         format!("--node-ip={}", addresses.join(",")),
         format!("--node-labels=topology.kubernetes.io/zone={}", machine.zone),
     ]);
+    if machine.platform.facts().is_tainted {
+        kubelet.arg(format!("--register-with-taints={TAINT}"));
+    }
     start(machine, "kubelet", kubelet)
+}
+
+fn start_kube_proxy(machine: &Machine) -> Result<Pid> {
+    let kubeconfig = machine.directory.join(format!("{}-proxy.kubeconfig", machine.name));
+    let mut proxy = Command::new(machine.programs.join("bin/kube-proxy"));
+    proxy.args([
+        "--proxy-mode=iptables".to_owned(),
+        format!("--kubeconfig={}", kubeconfig.display()),
+        format!("--hostname-override={}", machine.name),
+        // These are the machine's, not the namespace's.
+        "--conntrack-max-per-core=0".to_owned(),
+    ]);
+    start(machine, "kube-proxy", proxy)
+}
+
+/// Takes connections to the API server at the node's own loopback address, as k3s does.
+fn start_balancer(machine: &Machine) -> Result<Pid> {
+    let listener = TcpListener::bind(machine.api_server).context("listening for the API server's clients")?;
+    let mut relay = Command::new(std::env::current_exe()?);
+    relay.args(["relay", &balanced_api_server().to_string()]).stdin(Stdio::from(OwnedFd::from(listener)));
+    start(machine, "balancer", relay)
 }
 
 fn start(machine: &Machine, name: &str, mut command: Command) -> Result<Pid> {

@@ -26,6 +26,7 @@ mod daemon;
 mod hierarchy;
 pub mod init;
 mod node;
+pub mod platform;
 pub mod prober;
 
 use std::fs;
@@ -40,6 +41,7 @@ use serde_json::Value;
 pub use self::{
     daemon::Daemon,
     node::{Node, load},
+    platform::Platform,
 };
 use crate::lab::{CLEAN, Wire, output_of, route_to_pods};
 use certificates::Authority;
@@ -51,13 +53,28 @@ const PROGRAMS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/cluster-pro
 /// CoreDNS, as pods.
 const CLUSTER_DNS: &str = include_str!("cluster-dns.yaml");
 
+/// The file with the name of the overlay that is for nodes like these.
+const OVERLAY: &str = "overlay";
+
+/// Where pods of system classes are limited, those of Kubernetes itself are not.
+const QUOTA: &str = "
+apiVersion: v1
+kind: ResourceQuota
+metadata: {name: gcp-critical-pods, namespace: kube-system}
+spec:
+  hard: {pods: '1000000000'}
+  scopeSelector:
+    matchExpressions:
+    - {scopeName: PriorityClass, operator: In, values: [system-node-critical, system-cluster-critical]}
+";
+
 /// What a cluster shall be.
 #[derive(Clone, Debug)]
 pub struct Setup {
     /// How many nodes.
     pub nodes: usize,
-    /// Whether the controller manager gives each node pod CIDRs; else somebody else does.
-    pub gives_pod_cidrs: bool,
+    /// Whose nodes they are like.
+    pub platform: Platform,
     /// False: an API server alone, where what is created stays as it is.
     pub has_controllers: bool,
 }
@@ -68,6 +85,7 @@ pub struct Cluster {
     name: String,
     directory: PathBuf,
     programs: PathBuf,
+    platform: Platform,
     authority: Authority,
     wire: Wire,
     control_plane: ControlPlane,
@@ -83,15 +101,21 @@ impl Cluster {
         fs::create_dir(&directory)
             .with_context(|| format!("making {}: is the cluster there already?", directory.display()))?;
         let left = Leftovers(Some(name.to_owned()));
+        let facts = setup.platform.facts();
+        fs::write(directory.join(OVERLAY), facts.overlay)?;
         let authority = Authority::create(&directory.join("pki"))?;
         let mut wire = Wire::create(name)?;
         wire.keep();
+        if !facts.is_linked {
+            wire.forward()?;
+        }
         let control_plane = ControlPlane::start(name, &wire, &directory, &programs, &authority, setup)?;
         left.forget();
         let mut cluster = Self {
             name: name.to_owned(),
             directory,
             programs,
+            platform: setup.platform,
             authority,
             wire,
             control_plane,
@@ -103,21 +127,33 @@ impl Cluster {
         }
         cluster.control_plane.write_kubeconfig(name, &cluster.kubeconfig(), &cluster.authority)?;
         cluster.wait_api_server()?;
+        if facts.limits_critical_pods {
+            cluster.apply(QUOTA)?;
+        }
         if setup.has_controllers {
             cluster.apply(CLUSTER_DNS)?;
         }
         for number in 1..=setup.nodes {
-            cluster.await_node(number, setup.gives_pod_cidrs)?;
+            cluster.await_node(number)?;
         }
         Ok(cluster)
     }
 
     fn start_node(&self, number: usize) -> Result<Node> {
-        Node::start(&self.name, &self.wire, &self.directory, number, &self.programs, &self.authority)
+        Node::start(
+            &self.name,
+            &self.wire,
+            &self.directory,
+            number,
+            &self.programs,
+            &self.authority,
+            self.platform,
+        )
     }
 
     /// Waits until the API server knows the node, and lets the other hosts reach its pods.
-    fn await_node(&self, number: usize, has_pod_cidrs: bool) -> Result<()> {
+    fn await_node(&self, number: usize) -> Result<()> {
+        let has_pod_cidrs = self.platform.facts().gives_pod_cidrs;
         let node = self.node(number);
         let mut cidrs = Vec::new();
         self.wait(&format!("{} to register", node.name()), Duration::from_secs(60), || {
@@ -181,7 +217,7 @@ impl Cluster {
     pub fn replace_node(&mut self, number: usize) -> Result<()> {
         self.nodes[number - 1].destroy(&self.wire)?;
         self.nodes[number - 1] = self.start_node(number)?;
-        self.await_node(number, true)
+        self.await_node(number)
     }
 
     /// A command that talks to this cluster, with its kubectl first on PATH.

@@ -1,7 +1,7 @@
 //! A node of the cluster, as the machine beside it sees it: its namespace, its files, its daemon.
 
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -12,10 +12,14 @@ use super::certificates::Authority;
 use super::control_plane::api_server;
 use super::daemon::Daemon;
 use super::init::Machine;
-use crate::lab::{Space, Wire, binary, node_addresses, output_of};
+use super::platform::{Facts, Platform};
+use crate::lab::{OUTSIDE, Space, Wire, binary, node_addresses, output_of};
 
 /// The address of cluster DNS.
 const CLUSTER_DNS: &str = "10.96.0.10";
+
+/// What the wire carries.
+const WIRE_MTU: u32 = 1500;
 
 /// A node.
 #[derive(Debug)]
@@ -36,14 +40,20 @@ impl Node {
         number: usize,
         programs: &Path,
         authority: &Authority,
+        platform: Platform,
     ) -> Result<Self> {
         let name = format!("node{number}");
-        let addresses = node_addresses(number)?;
+        let facts = platform.facts();
+        let mut addresses = node_addresses(number)?;
         let mut space = wire.host(&name, &addresses, None)?;
         space.keep();
+        lay_out_network(wire, &space, &name, &addresses, facts)?;
+        if !facts.has_ipv6 {
+            addresses.retain(IpAddr::is_ipv4);
+        }
         let own = directory.join(&name);
         fs::create_dir(&own)?;
-        write_files(&own, &name, &addresses, authority)?;
+        write_files(&own, &name, &addresses, authority, facts)?;
         let machine = Machine {
             name: name.clone(),
             zone: format!("zone-{}", (number - 1) % 3 + 1),
@@ -51,7 +61,8 @@ impl Node {
             directory: own.clone(),
             programs: programs.to_owned(),
             cgroup: format!("{cluster}-{name}"),
-            api_server: api_server(),
+            platform,
+            api_server: api_server_of(facts),
         };
         let mut command = Command::new(binary("examples/cluster")?);
         command.arg("machine").arg(serde_json::to_string(&machine)?).stdin(Stdio::null());
@@ -117,13 +128,62 @@ pub fn load(directory: &Path, archive: &Path) -> Result<()> {
     output_of(import.arg(archive), "").map(drop)
 }
 
-fn write_files(directory: &Path, name: &str, addresses: &[IpAddr], authority: &Authority) -> Result<()> {
+/// What the wire gave it, changed to what the platform gives.
+fn lay_out_network(
+    wire: &Wire,
+    space: &Space,
+    name: &str,
+    addresses: &[IpAddr],
+    facts: &Facts,
+) -> Result<()> {
+    let (ipv4, ipv6) = (addresses[0], addresses[1]);
+    if facts.mtu != WIRE_MTU {
+        wire.set_port(name, &format!("mtu {}", facts.mtu))?;
+        space.configure(&[&format!("link set eth0 mtu {}", facts.mtu)])?;
+    }
+    if !facts.has_ipv6 {
+        space.configure(&[&format!("addr del {ipv6}/64 dev eth0")])?;
+    }
+    if !facts.is_linked {
+        let gateway = OUTSIDE[0];
+        wire.set_port(name, "type bridge_slave isolated on")?;
+        space.configure(&[
+            &format!("addr del {ipv4}/24 dev eth0"),
+            &format!("addr add {ipv4}/32 dev eth0"),
+            &format!("route add {gateway} dev eth0 scope link"),
+            &format!("route add default via {gateway}"),
+        ])?;
+    }
+    if facts.balancer.is_some() {
+        let direct = api_server();
+        let rule = format!("rule add iif lo to {} ipproto tcp dport {} prohibit", direct.ip(), direct.port());
+        space.configure(&[&rule])?;
+    }
+    Ok(())
+}
+
+/// Where what runs on the node finds the API server.
+fn api_server_of(facts: &Facts) -> SocketAddr {
+    facts.balancer.map_or_else(api_server, |balancer| balancer.parse().expect("this is an address"))
+}
+
+fn write_files(
+    directory: &Path,
+    name: &str,
+    addresses: &[IpAddr],
+    authority: &Authority,
+    facts: &Facts,
+) -> Result<()> {
     let names: Vec<String> = addresses.iter().map(|address| format!("IP:{address}")).collect();
     let subject = format!("/O=system:nodes/CN=system:node:{name}");
     let served = authority.sign(&format!("server-{name}"), &subject, &names)?;
-    let (address, port) = api_server();
+    let server = format!("https://{}", api_server_of(facts));
     let kubeconfig = directory.join(format!("{name}.kubeconfig"));
-    authority.write_kubeconfig(&kubeconfig, "node", &format!("https://{address}:{port}"), &subject)?;
+    authority.write_kubeconfig(&kubeconfig, "node", &server, &subject)?;
+    if facts.has_kube_proxy {
+        let kubeconfig = directory.join(format!("{name}-proxy.kubeconfig"));
+        authority.write_kubeconfig(&kubeconfig, "node", &server, "/CN=system:kube-proxy")?;
+    }
     let kubelet = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
         "authentication": {"anonymous": {"enabled": false}, "webhook": {"enabled": true},
@@ -142,6 +202,16 @@ fn write_files(directory: &Path, name: &str, addresses: &[IpAddr], authority: &A
         "featureGates": {"KubeletCrashLoopBackOffMax": true}, "crashLoopBackOff": {"maxContainerRestartPeriod": "1s"},
     });
     fs::write(directory.join("kubelet.yaml"), serde_yaml::to_string(&kubelet)?)?;
-    fs::write(directory.join("containerd.toml"), include_str!("containerd.toml"))?;
+    let mut containerd = include_str!("containerd.toml").to_owned();
+    containerd.push_str(&format!(
+        "\n[plugins.\"io.containerd.grpc.v1.cri\".cni]\n  bin_dir = \"{}\"\n  conf_dir = \"/etc/cni/net.d\"\n",
+        facts.plugin_directory
+    ));
+    if let Some(template) = facts.configuration_template {
+        let path = directory.join("cni.template");
+        fs::write(&path, template)?;
+        containerd.push_str(&format!("  conf_template = \"{}\"\n", path.display()));
+    }
+    fs::write(directory.join("containerd.toml"), containerd)?;
     Ok(())
 }

@@ -59,6 +59,20 @@ impl Wire {
         self.space.configure(&[&format!("link delete {name}")])
     }
 
+    /// Sets the wire's end of a host's link, in the words of `ip link set`.
+    pub fn set_port(&self, name: &str, settings: &str) -> Result<()> {
+        self.space.configure(&[&format!("link set dev {name} {settings}")])
+    }
+
+    /// Lets the outside host pass packets on between hosts that do not see one another.
+    pub fn forward(&self) -> Result<()> {
+        self.outside.set_sysctls(&[
+            ("ipv4/ip_forward", "1"),
+            ("ipv4/conf/all/send_redirects", "0"),
+            ("ipv4/conf/eth0/send_redirects", "0"),
+        ])
+    }
+
     /// Lets both namespaces outlive this value.
     pub fn keep(&mut self) {
         self.outside.keep();
