@@ -295,7 +295,7 @@ struct connection {
 	__u8 tcp_flags[2];	/* every flag seen, per side */
 	__u8 route[2];		/* enum route: to the initiator, to the responder */
 	__be16 other_port;	/* FLOW: the initiator's own source port, SERVICE: the one on the way; 0: the same */
-	__u8 pad[2];
+	__u16 merged_jiffies;	/* low bits: when the last merged packet (GSO) came by the tunnel */
 };
 _Static_assert(sizeof(struct connection) == 104, "connection");
 
@@ -353,7 +353,11 @@ enum metric_size {
 /* node_state[0]. */
 struct node_state {
 	__u32 address_epoch; /* raised when the identity of an address changes */
-	__u32 pad;
+	__u32 flags;	     /* enum node_flags */
+};
+
+enum node_flags {
+	NODE_TUNNEL_DIRECT = 1 << 0, /* tunnel packets may pass by the kernel's VXLAN device */
 };
 
 /* event_counts[0], per CPU: offered = delivered + lost, exactly. */

@@ -47,6 +47,7 @@ struct exported_types {
 	enum endpoint_flags endpoint_flags;
 	enum policy_bits policy_bits;
 	enum address_flags address_flags;
+	enum node_flags node_flags;
 	enum prefix_flags prefix_flags;
 	enum policy_rule_prefix policy_rule_prefix;
 	enum policy_verdict policy_verdict;

@@ -53,12 +53,20 @@ enum {
 	BPF_F_IPV6 = 1 << 7,
 	BPF_F_TUNINFO_IPV6 = 1 << 0,
 	BPF_F_ZERO_CSUM_TX = 1 << 1,
+	BPF_ADJ_ROOM_MAC = 1,
 	BPF_F_ADJ_ROOM_FIXED_GSO = 1 << 0,
+	BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 = 1 << 1,
+	BPF_F_ADJ_ROOM_ENCAP_L4_UDP = 1 << 4,
+	BPF_F_ADJ_ROOM_ENCAP_L2_ETH = 1 << 6,
+	BPF_F_ADJ_ROOM_DECAP_L3_IPV6 = 1 << 8,
 	BPF_RB_NO_WAKEUP = 1 << 0,
 	BPF_SK_STORAGE_GET_F_CREATE = 1 << 0,
 	BPF_FIB_LOOKUP_SKIP_NEIGH = 1 << 2,
 	BPF_FIB_LKUP_RET_SUCCESS = 0,
 };
+
+/* Length of the inner frame's Ethernet header. */
+#define BPF_F_ADJ_ROOM_ENCAP_L2(length) ((__u64)(length) << 56)
 
 /* What a tc program answers, and skb->pkt_type. */
 enum {
@@ -164,6 +172,14 @@ struct udphdr {
 	__be16 length;
 	__sum16 check;
 };
+
+/* RFC 7348, 5. */
+struct vxlanhdr {
+	__be32 flags;
+	__be32 vni; /* << 8 */
+};
+
+#define VXLAN_HAS_VNI 0x08000000
 
 /* ICMP and ICMPv6. */
 struct icmphdr {

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /*
  * The node's own devices. from_network gives pods what is theirs: answers to
- * masqueraded packets, what comes for their host ports, and with native routing
- * whatever is addressed to them; everything else is the stack's. to_network
- * masquerades what pods send out of the cluster.
+ * masqueraded packets, what comes for their host ports, by the tunnel for
+ * running flows, and with native routing whatever is addressed to them;
+ * everything else is the stack's. to_network masquerades what pods send out of
+ * the cluster.
  */
 #include "lib/flow.h"
 #include "lib/forward.h"
 #include "lib/icmp.h"
 #include "lib/nat.h"
 #include "lib/service.h"
+#include "lib/tunnel.h"
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
 
@@ -62,6 +64,11 @@ int from_network(struct __sk_buff *ctx)
 	struct packet packet = {.direction = DIRECTION_INGRESS};
 	int parsed, ret;
 
+	if (settings.tunnel_ifindex) {
+		ret = tunnel_receive(ctx);
+		if (ret != TUNNEL_BY_DEVICE)
+			return ret;
+	}
 	parsed = packet_parse(ctx, &packet);
 	if (!(packet.flags & PACKET_HAS_ADDRESSES) ||
 	    packet.flags & PACKET_CONTROL)

@@ -7,6 +7,7 @@
 #include "lib/flow.h"
 #include "lib/forward.h"
 #include "lib/icmp.h"
+#include "lib/tunnel.h"
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
 
@@ -15,8 +16,8 @@ static __always_inline int overlay_check_sender(struct __sk_buff *ctx,
 						struct packet *packet)
 {
 	struct bpf_tunnel_key key = {};
-	struct address *address;
 	struct addr node __attribute__((aligned(8))) = {};
+	int ret;
 
 	if (!bpf_skb_get_tunnel_key(ctx, &key, sizeof(key), 0)) {
 		addr_from_ipv4(&node, bpf_htonl(key.remote_ipv4));
@@ -26,22 +27,10 @@ static __always_inline int overlay_check_sender(struct __sk_buff *ctx,
 	} else {
 		return -DROP_UNKNOWN_SENDER;
 	}
-	address = address_find(&node);
-	if (!address || !(address->flags & ADDRESS_NODE) ||
-	    address->flags & ADDRESS_LOCAL)
-		return -DROP_UNKNOWN_SENDER;
-
-	if (!key.tunnel_id)
-		return -DROP_INVALID_VNI;
-	/* Another node's host is not ours. */
-	if (key.tunnel_id == IDENTITY_HOST)
-		key.tunnel_id = IDENTITY_REMOTE_NODE;
-	if (key.tunnel_id > IDENTITY_LAST_CLUSTER ||
-	    (key.tunnel_id > IDENTITY_INGRESS &&
-	     key.tunnel_id < IDENTITY_FIRST_CLUSTER))
-		return -DROP_INVALID_IDENTITY;
-	packet->source_identity = key.tunnel_id;
-	return 0;
+	ret = tunnel_check_sender(&node, &key.tunnel_id);
+	if (!ret)
+		packet->source_identity = key.tunnel_id;
+	return ret;
 }
 
 /*

@@ -84,6 +84,11 @@ pub struct AgentArgs {
     #[arg(long, env = "WEIR_TUNNEL_PORT", value_name = "PORT", default_value_t = 8472)]
     pub tunnel_port: u16,
 
+    /// Let the programs put on and take off the tunnel's headers, past the VXLAN device; where the node has
+    /// IPsec policies they do not. False where rules of netfilter must see the tunnel's packets, too.
+    #[arg(long, env = "WEIR_TUNNEL_DIRECT", action = ArgAction::Set, default_value_t = true)]
+    pub tunnel_direct: bool,
+
     /// MTU of the pods' devices in bytes; 0: the node's device's, less the tunnel's header.
     #[arg(long, env = "WEIR_MTU", value_name = "BYTES", default_value_t = 0)]
     pub mtu: u32,

@@ -35,12 +35,19 @@ pub struct Reconciler {
     devices: Devices,
     attached: BTreeMap<EndpointId, u32>,
     routed: Option<Vec<Arc<Node>>>,
+    /// Tunnel packets shall pass by the tunnel's device where they may.
+    wants_direct_tunnel: bool,
 }
 
 impl Reconciler {
     /// Takes the writers; nothing is written yet.
-    pub fn new(datapath: Arc<Datapath>, writers: Writers, devices: Devices) -> Self {
-        Self { datapath, writers, devices, attached: BTreeMap::new(), routed: None }
+    pub fn new(
+        datapath: Arc<Datapath>,
+        writers: Writers,
+        devices: Devices,
+        wants_direct_tunnel: bool,
+    ) -> Self {
+        Self { datapath, writers, devices, attached: BTreeMap::new(), routed: None, wants_direct_tunnel }
     }
 
     /// The policy that a rule number of an event stands for.
@@ -57,6 +64,7 @@ impl Reconciler {
 
     /// Writes the difference between `desired` and the kernel.
     pub fn apply(&mut self, desired: &Desired) -> Result<Applied> {
+        self.steer_tunnel().context("deciding the tunnel's way")?;
         let writers = &mut self.writers;
         writers.policies.write(&desired.policies).context("writing policies")?;
         writers.addresses.write(&desired.addresses, &desired.prefixes).context("writing addresses")?;
@@ -66,6 +74,22 @@ impl Reconciler {
         self.route(&desired.nodes).context("writing routes")?;
         removed_backends.extend(self.prune(desired)?);
         Ok(Applied { enforced, removed_backends })
+    }
+
+    /// IPsec policies of the node's own are the kernel's to apply, and only its device asks for them.
+    fn steer_tunnel(&mut self) -> Result<()> {
+        let wants = self.wants_direct_tunnel && self.devices.overlay.is_some();
+        let policies = if wants { netlink::ipsec_policies()? } else { 0 };
+        if self.writers.addresses.write_tunnel_is_direct(wants && policies == 0)? && wants {
+            match policies {
+                0 => tracing::info!("tunnel packets pass by {OVERLAY_DEVICE}"),
+                _ => tracing::warn!(
+                    policies,
+                    "tunnel packets go by {OVERLAY_DEVICE}, more slowly: this node has IPsec policies"
+                ),
+            }
+        }
+        Ok(())
     }
 
     /// Takes away what is not desired; the backends of services that are gone.

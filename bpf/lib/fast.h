@@ -51,6 +51,73 @@ static __always_inline bool fast_is_recent(struct connection *connection)
 	return true;
 }
 
+/* False for what is not plain, and what may begin or break a flow. */
+static __always_inline bool fast_parse(void *frame, void *end,
+				       struct packet_tuple *tuple)
+{
+	return packet_parse_plain(frame, end, tuple) &&
+	       (tuple->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN &&
+	       !(tuple->tcp_flags & TCP_RST);
+}
+
+/* The packet's flow, or NULL. */
+static __always_inline struct connection *
+fast_find(struct fast *fast, const struct packet_tuple *tuple)
+{
+	fast->high = connection_key_fill(
+		tuple->source, tuple->destination, tuple->source_port,
+		tuple->destination_port, tuple->protocol, &fast->key);
+	fast->connection = bpf_map_lookup_elem(&connections, &fast->key);
+	fast->is_looked_up = true;
+	return fast->connection;
+}
+
+/* Which side of the flow has sent the packet. */
+static __always_inline __u32 fast_side(const struct fast *fast,
+				       const struct connection *connection)
+{
+	__u32 side =
+		fast->high ^ (connection->flags & CONNECTION_INITIATOR_HIGH);
+
+	/* The verifier forgets what it knew of a number in memory. */
+	barrier_var(side);
+	return side & 1;
+}
+
+/* The pod of this node that the packet is for, if the flow may go on there. */
+static __always_inline struct endpoint *
+fast_destination(const struct fast *fast, const struct connection *connection,
+		 __u32 side, bool is_ipv6)
+{
+	/* Id 0 is nobody's: a flow that ends elsewhere stops here. */
+	struct endpoint *endpoint =
+		endpoint_by_id(connection->endpoint[side ^ 1]);
+
+	if (!endpoint ||
+	    !fast_has(endpoint,
+		      (const void *)&fast->key.addr[fast->high ? 0 : 1],
+		      is_ipv6) ||
+	    !fast_is_current(endpoint, side ? connection->egress_epoch
+					    : connection->ingress_epoch))
+		return NULL;
+	return endpoint;
+}
+
+/* The entry may be another flow's after this. */
+static __always_inline void fast_count(struct __sk_buff *ctx, struct fast *fast,
+				       struct connection *connection,
+				       __u32 side, __u8 tcp_flags, __u32 flags)
+{
+	connection_count(connection, side, tcp_flags, ctx->len);
+	if (connection_ends(connection, tcp_flags))
+		connection_end(ctx, connection, &fast->key,
+			       flags | (side ? EVENT_REPLY : 0));
+	metric_count(DROP_NONE,
+		     flags & EVENT_FROM_OVERLAY ? DIRECTION_INGRESS
+						: DIRECTION_EGRESS,
+		     ctx->len);
+}
+
 /* The device to redirect to, or 0: the ordinary way. */
 static __always_inline __u32 fast_from_pod(struct __sk_buff *ctx,
 					   struct fast *fast)
@@ -66,50 +133,26 @@ static __always_inline __u32 fast_from_pod(struct __sk_buff *ctx,
 	fast->is_looked_up = false;
 	fast->connection = NULL;
 	fast->high = 0;
-	if (!packet_parse_plain(data, end, &tuple) ||
-	    (tuple.tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN ||
-	    tuple.tcp_flags & TCP_RST)
+	if (!fast_parse(data, end, &tuple))
 		return 0;
 	id = ethernet->destination[4] << 8 | ethernet->destination[5];
 	source = endpoint_by_id(id);
 	if (!source || source->ifindex != ctx->ifindex || ctx->vlan_present ||
 	    !fast_has(source, tuple.source, tuple.is_ipv6))
 		return 0;
-
-	fast->high = connection_key_fill(tuple.source, tuple.destination,
-					 tuple.source_port,
-					 tuple.destination_port, tuple.protocol,
-					 &fast->key);
-	connection = bpf_map_lookup_elem(&connections, &fast->key);
-	fast->connection = connection;
-	fast->is_looked_up = true;
+	connection = fast_find(fast, &tuple);
 	if (!connection)
 		return 0;
-	side = fast->high ^ (connection->flags & CONNECTION_INITIATOR_HIGH);
-	/* The verifier forgets what it knew of a number in memory. */
-	barrier_var(side);
-	side &= 1;
+	side = fast_side(fast, connection);
 	if (connection->flags &
 		    (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK) ||
 	    connection->endpoint[side] != id ||
 	    !fast_is_current(source, side ? connection->ingress_epoch
 					  : connection->egress_epoch))
 		return 0;
-	/* Id 0 is nobody's: a flow that ends elsewhere stops here. */
-	destination = endpoint_by_id(connection->endpoint[side ^ 1]);
-	if (!destination ||
-	    !fast_has(destination,
-		      (const void *)&fast->key.addr[fast->high ? 0 : 1],
-		      tuple.is_ipv6) ||
-	    !fast_is_current(destination, side ? connection->egress_epoch
-					       : connection->ingress_epoch))
+	destination = fast_destination(fast, connection, side, tuple.is_ipv6);
+	if (!destination || !fast_is_recent(connection))
 		return 0;
-	if (!fast_is_recent(connection))
-		return 0;
-	connection_count(connection, side, tuple.tcp_flags, ctx->len);
-	if (connection_ends(connection, tuple.tcp_flags))
-		connection_end(ctx, connection, &fast->key,
-			       side ? EVENT_REPLY : 0);
-	metric_count(DROP_NONE, DIRECTION_EGRESS, ctx->len);
+	fast_count(ctx, fast, connection, side, tuple.tcp_flags, 0);
 	return destination->ifindex;
 }

@@ -7,6 +7,7 @@
 
 #include "endpoint.h"
 #include "rewrite.h"
+#include "tunnel.h"
 
 /*
  * Into the pod's namespace at once. The frame keeps the MAC addresses it has
@@ -92,6 +93,12 @@ __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 	endpoint = endpoint_by_id(packet->source_endpoint);
 	if (!endpoint)
 		return -DROP_INVALID_IDENTITY;
+	if (tunnel_is_direct() && addr_is_ipv4(&address->node)) {
+		ret = tunnel_send(ctx, packet, address->node.w[3],
+				  endpoint->identity);
+		if (ret != TUNNEL_BY_DEVICE)
+			return ret;
+	}
 	ret = forward_set_tunnel_key(ctx, &address->node, endpoint->identity);
 	if (ret)
 		return ret;

@@ -15,12 +15,13 @@ use crate::api::answers::{
     BrokenRow, EndpointRow, FeatureRow, IdentityRow, KindRow, PolicyRow, ServiceRow, StatusAnswer, WaitingRow,
 };
 use crate::api::{Handler, Refusal, Reply, Request};
-use crate::config::Config;
+use crate::config::{Config, Routing};
 use crate::datapath::{Datapath, MapFill, RuleOrigins};
 use crate::endpoint::{Manager, Progress};
 use crate::flow::{NameSource, NameTables, Names, Query, Recorder, Stream};
 use crate::kube::{Health, Tables};
 use crate::model::{Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Protocol};
+use crate::reconcile::OVERLAY_DEVICE;
 use crate::tables::Table;
 use crate::telemetry::{ObjectCounts, Telemetry, WatchHealth};
 
@@ -225,6 +226,14 @@ impl Known {
             rows.push(("attach", format!("{:?}", features.attach).to_lowercase()));
             let ended_by = if features.has_socket_destroy { "iterator" } else { "sock_diag" };
             rows.push(("stale UDP sockets ended by", ended_by.to_owned()));
+            if args.routing == Routing::Tunnel {
+                let way = match loaded.datapath.tunnel_is_direct() {
+                    Ok(true) => "direct".to_owned(),
+                    Ok(false) => format!("by {OVERLAY_DEVICE}"),
+                    Err(error) => format!("{error:#}"),
+                };
+                rows.push(("tunnel packets", way));
+            }
             for (program, reason) in &features.not_loaded {
                 rows.push(("left out", format!("{program}: {reason}")));
             }

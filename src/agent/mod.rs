@@ -169,7 +169,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         tables,
         endpoints: known.endpoints.clone(),
         compute,
-        reconciler: Reconciler::new(datapath, writers, devices.clone()),
+        reconciler: Reconciler::new(datapath, writers, devices.clone(), config.args.tunnel_direct),
         claims: publish::Claims::new(publisher),
         enforced,
         published,

@@ -79,14 +79,14 @@ plain! {
     ConnectionKey { addr, port, protocol, kind, pad }
     Connection {
         last_seen_jiffies, last_report_jiffies, packets, bytes, service, egress_epoch, ingress_epoch,
-        identity, egress_rule, ingress_rule, endpoint, service_port, flags, tcp_flags, route, other_port, pad,
+        identity, egress_rule, ingress_rule, endpoint, service_port, flags, tcp_flags, route, other_port, merged_jiffies,
     }
     NatKey { local, remote, local_port, remote_port, protocol, direction, pad }
     Nat { addr, created_jiffies, port, pad }
     FragmentKey { source, destination, id, protocol, pad }
     Fragment { source_port, destination_port }
     Metric { packets, bytes }
-    NodeState { address_epoch, pad }
+    NodeState { address_epoch, flags }
     EventCount { offered, lost }
     Event {
         timestamp_ns, packets, bytes, source, destination, service, source_identity,

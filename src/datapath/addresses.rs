@@ -17,7 +17,7 @@ use super::abi::{Addr, Address, NodeState, Prefix, PrefixKey, addr_of};
 use super::map::{Bytes, TypedMap};
 use super::mirror::{Mirror, Put};
 use super::settled::Settled;
-use super::types::{address_flags, prefix_flags};
+use super::types::{address_flags, node_flags, prefix_flags};
 use crate::model::{AddressEntry, AddressKind, IdentityId, PrefixEntry};
 
 /// The one writer of `addresses`, `prefixes` and `node_state`.
@@ -60,6 +60,18 @@ impl AddressWriter {
         let addresses = self.addresses.rows().values().map(|row| row.identity);
         let prefixes = self.prefixes.rows().values().map(|row| row.identity);
         IdentityId(addresses.chain(prefixes).fold(IdentityId::FIRST_LOCAL.0 - 1, u32::max))
+    }
+
+    /// Whether tunnel packets may pass by the tunnel's device; true if that is news.
+    pub fn write_tunnel_is_direct(&mut self, is_direct: bool) -> Result<bool> {
+        let mut state = self.node_state.get(&0)?.context("reading the only row of node_state")?;
+        let flags = if is_direct { node_flags::NODE_TUNNEL_DIRECT.0 } else { 0 };
+        let is_news = state.flags != flags;
+        if is_news {
+            state.flags = flags;
+            self.node_state.insert(&0, &state)?;
+        }
+        Ok(is_news)
     }
 
     /// Writes rows that differ; deletes none.

@@ -11,7 +11,7 @@ use super::abi::{self, Plain, ip_of, optional_ip_of};
 use super::counters::per_cpu;
 use super::map::TypedMap;
 use super::types::{
-    address_flags, connection_flags, endpoint_flags, policy_bits, prefix_flags, service_flags,
+    address_flags, connection_flags, endpoint_flags, node_flags, policy_bits, prefix_flags, service_flags,
 };
 use crate::model::MacAddress;
 
@@ -305,7 +305,8 @@ fn fragment_row(key: abi::FragmentKey, row: abi::Fragment) -> Row {
 }
 
 fn node_state_row(_: u32, row: abi::NodeState) -> Row {
-    Some((Vec::new(), json!({ "address_epoch": row.address_epoch })))
+    let flags = names(row.flags, &[(node_flags::NODE_TUNNEL_DIRECT.0, "tunnel direct")]);
+    Some((Vec::new(), json!({ "address_epoch": row.address_epoch, "flags": flags })))
 }
 
 fn metrics(handle: &MapHandle) -> Result<Vec<Value>> {

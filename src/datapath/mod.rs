@@ -164,6 +164,12 @@ impl Datapath {
         })
     }
 
+    /// Whether tunnel packets may pass by the tunnel's device now.
+    pub fn tunnel_is_direct(&self) -> Result<bool> {
+        let state = self.typed::<u32, abi::NodeState>("node_state")?.get(&0)?.unwrap_or_default();
+        Ok(state.flags & types::node_flags::NODE_TUNNEL_DIRECT.0 != 0)
+    }
+
     /// A map with its types, for tests and tools; the agent writes through `writers`.
     pub fn typed<K: abi::Plain, V: abi::Plain>(&self, name: &str) -> Result<TypedMap<K, V>> {
         Ok(TypedMap::new(self.map(name)?)?)

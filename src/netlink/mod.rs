@@ -8,6 +8,7 @@
 //! ```text
 //! connection   the socket: batches of requests, dumps
 //! namespace    a thread that enters a pod's namespace
+//! ipsec        whether the node has policies of its own
 //! link         devices: find, delete, raise, VXLAN
 //! pod          the link between a pod and its node
 //! route        routes and neighbours that are ours
@@ -16,6 +17,7 @@
 //! ```
 
 mod connection;
+mod ipsec;
 mod link;
 mod namespace;
 mod pod;
@@ -26,6 +28,7 @@ mod sysctl;
 use std::io;
 use std::path::PathBuf;
 
+pub use ipsec::ipsec_policies;
 pub use link::{
     Link, add_address, delete_link, devices_with, ensure_vxlan, link, link_index, links, raise_link,
 };

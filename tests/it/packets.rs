@@ -8,4 +8,5 @@ mod fuzz;
 mod network;
 mod pieces;
 mod services;
+mod tunnel;
 pub mod world;

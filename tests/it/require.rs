@@ -32,6 +32,17 @@ pub fn is_skipped() -> bool {
     lack.is_some()
 }
 
+/// True if the kernel takes IPv6 out of an IPv4 tunnel (BPF_F_ADJ_ROOM_DECAP_L3_IPV6, Linux 6.3); says so if not.
+pub fn takes_ipv6_out_of_ipv4() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.trim().parse::<u32>().ok());
+    let is_known = (numbers.next(), numbers.next()) >= (Some(6), Some(3));
+    if !is_known {
+        say_skipped("IPv6 out of an IPv4 tunnel needs Linux 6.3");
+    }
+    is_known
+}
+
 /// Says past the test runner's capture what the machine lacks for this test.
 pub fn say_skipped(lack: &str) {
     let current = std::thread::current();

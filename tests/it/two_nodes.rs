@@ -1,11 +1,12 @@
 //! Pods of two nodes, by VXLAN and by native routing.
 
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
 use crate::lab::{Lab, OUTSIDE, Outcome, Server, Setup, Traffic, Via, ping, probe_udp, socket_address};
-use crate::require::require_lab;
+use crate::require::{require_lab, takes_ipv6_out_of_ipv4};
 use crate::verdicts::{Expected, Row, expect_all, expect_full_mesh};
 
 #[test]
@@ -37,6 +38,98 @@ fn a_change_to_native_routing_removes_the_tunnel_device_and_back_makes_it() -> R
             assert_eq!(devices.contains("weir_vxlan"), has_tunnel, "{routing}: {devices}");
         }
         expect_full_mesh(&[&a, &b])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn tunnel_packets_pass_by_the_device_where_they_may() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup { nodes: 2, ..Setup::default() })?;
+    let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(2, "shop/b").create()?);
+    let families = if takes_ipv6_out_of_ipv4() { &[true, false][..] } else { &[true] };
+    let stream = |is_ipv4: &bool| Traffic::tcp(a.space(), SocketAddr::new(b.address(*is_ipv4), 80));
+    let streams: Vec<Traffic> = families.iter().map(stream).collect();
+    let expect_way = |is_direct: bool| -> Result<()> {
+        let way = if is_direct { "direct" } else { "by weir_vxlan" };
+        let status = lab.node(1).weir(&["status"])?;
+        ensure!(status.contains(way), "not {way}: {status}");
+        let before = device_packets(&lab)?;
+        for stream in &streams {
+            stream.wait_for_answers(200)?;
+        }
+        let [sent, received] = [0, 1].map(|end| device_packets(&lab).map(|now| now[end] - before[end]));
+        let (sent, received) = (sent?, received?);
+        // A first packet, or one after a lull, may go the other way.
+        let is_as_expected = if is_direct { sent + received < 40 } else { sent >= 200 };
+        ensure!(is_as_expected, "{way}, but the device sent {sent} packets and received {received}");
+        Ok(())
+    };
+    expect_way(true)?;
+    // A policy that concerns nobody here: who has IPsec decides in the kernel.
+    let policy = "src 198.51.100.0/25 dst 198.51.100.128/25 dir out";
+    lab.node(1).space().ip(&format!("xfrm policy add {policy} action block"))?;
+    let _third = lab.pod(1, "shop/third").create()?;
+    expect_way(false)?;
+    lab.node(1).space().ip(&format!("xfrm policy delete {policy}"))?;
+    let _fourth = lab.pod(1, "shop/fourth").create()?;
+    expect_way(true)?;
+    for node in lab.nodes() {
+        node.stop_agent()?;
+        node.start_agent_with(&["--tunnel-direct", "false"])?;
+        node.wait_ready()?;
+    }
+    expect_way(false)?;
+    for stream in streams {
+        stream.stop()?.check_nothing_lost()?;
+    }
+    Ok(())
+}
+
+/// Packets that the tunnel devices sent on node 1 and received on node 2.
+fn device_packets(lab: &Lab) -> Result<[u64; 2]> {
+    let count = |number: usize, way: &str| -> Result<u64> {
+        let shown = lab.node(number).space().ip("-json -statistics link show weir_vxlan")?;
+        let shown: serde_json::Value = serde_json::from_str(&shown)?;
+        shown[0]["stats64"][way]["packets"].as_u64().context("no such counter")
+    };
+    Ok([count(1, "tx")?, count(2, "rx")?])
+}
+
+#[test]
+fn much_data_arrives_whole_through_the_tunnel() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup { nodes: 2, ..Setup::default() })?;
+    let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(2, "shop/b").create()?);
+    for address in b.addresses().to_vec() {
+        let target = SocketAddr::new(address, 5000);
+        let receive = b.space().run(move || std::net::TcpListener::bind(target))?;
+        let received = b.space().start(move || -> Result<Vec<u8>> {
+            let mut bytes = Vec::new();
+            let (mut stream, _) = receive.accept()?;
+            stream.read_to_end(&mut bytes)?;
+            // The answer goes the other way, in parts of all sizes.
+            for part in bytes.chunks(70_001) {
+                stream.write_all(part)?;
+            }
+            Ok(bytes)
+        });
+        let sent: Vec<u8> =
+            (0..20_000_000_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let expected = sent.clone();
+        let answer = a.space().run(move || -> Result<Vec<u8>> {
+            let mut stream = std::net::TcpStream::connect(target)?;
+            stream.set_nodelay(true)?;
+            for part in sent.chunks(33_333) {
+                stream.write_all(part)?;
+            }
+            stream.shutdown(std::net::Shutdown::Write)?;
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer)?;
+            Ok(answer)
+        })?;
+        ensure!(received.wait()? == expected, "{target} got something else");
+        ensure!(answer == expected, "{target} answered something else");
     }
     Ok(())
 }

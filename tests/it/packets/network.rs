@@ -268,7 +268,7 @@ fn native_routing_needs_a_route() -> Result<()> {
 }
 
 /// The routing table refuses to be asked on behalf of a device that does not forward.
-fn set_forwarding() -> Result<()> {
+pub fn set_forwarding() -> Result<()> {
     for name in ["ipv4/conf/all/forwarding", "ipv6/conf/all/forwarding"] {
         std::fs::write(format!("/proc/sys/net/{name}"), "1")?;
     }

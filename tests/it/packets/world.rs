@@ -16,7 +16,8 @@ use weir::datapath::abi::{
 };
 use weir::datapath::abi::{Fragment, FragmentKey, Nat, NatKey, Plain, SocketKey, SocketOrigin};
 use weir::datapath::types::{
-    address_flags, direction as way, endpoint_flags, policy_bits, policy_verdict, prefix_flags, service_flags,
+    address_flags, direction as way, endpoint_flags, node_flags, policy_bits, policy_verdict, prefix_flags,
+    service_flags,
 };
 use weir::datapath::{Datapath, EventReader, GarbageReport, MapSizes, Settings, addr_of};
 
@@ -125,6 +126,8 @@ pub struct Arrival {
     pub tunnel: Option<(Option<IpAddr>, u32)>,
     /// Has this VLAN tag.
     pub vlan: u16,
+    /// Was merged of, or will be cut into, packets with so many bytes each; 0: it was not.
+    pub gso_size: u32,
 }
 
 /// What became of a packet.
@@ -371,6 +374,14 @@ impl World {
         Ok(())
     }
 
+    /// Whether tunnel packets may pass by the tunnel's device.
+    pub fn tunnel_is_direct(&self, is_direct: bool) -> Result<()> {
+        let map = self.datapath.typed::<u32, NodeState>("node_state")?;
+        let mut row = map.get(&0)?.context("an array has every row")?;
+        row.flags = if is_direct { node_flags::NODE_TUNNEL_DIRECT.0 } else { 0 };
+        Ok(map.insert(&0, &row)?)
+    }
+
     /// As after the identity of an address has changed.
     pub fn raise_address_epoch(&self) -> Result<()> {
         let map = self.datapath.typed::<u32, NodeState>("node_state")?;
@@ -464,6 +475,7 @@ impl World {
         let mut context = [0; 192];
         context[8..12].copy_from_slice(&arrival.mark.to_ne_bytes());
         context[36..40].copy_from_slice(&u32::from(!arrival.is_from_stack).to_ne_bytes());
+        context[176..180].copy_from_slice(&arrival.gso_size.to_ne_bytes());
         let (mut context_out, mut frame) = ([0; 192], vec![0; bytes.len() + 512]);
         let needs_help = arrival.tunnel.is_some() || arrival.vlan != 0;
         let program = if needs_help {
