@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::local::LocalAddresses;
 use crate::identity;
 use crate::kube::Tables;
 use crate::model::{
@@ -32,11 +33,16 @@ pub struct View {
     to_claim: Snapshot<IdentityId, ()>,
     node_endpoints: Snapshot<Arc<str>, Arc<NodeEndpoints>>,
     endpoints: Snapshot<EndpointId, Arc<Endpoint>>,
+    local_addresses: Snapshot<IpAddr, ()>,
 }
 
 impl View {
     /// Takes the snapshots.
-    pub fn of(tables: &Tables, endpoints: &Table<EndpointId, Arc<Endpoint>>) -> Self {
+    pub fn of(
+        tables: &Tables,
+        endpoints: &Table<EndpointId, Arc<Endpoint>>,
+        local_addresses: &LocalAddresses,
+    ) -> Self {
         Self {
             namespaces: tables.namespaces.snapshot(),
             pods: tables.pods.snapshot(),
@@ -48,6 +54,7 @@ impl View {
             to_claim: tables.to_claim.snapshot(),
             node_endpoints: tables.node_endpoints.snapshot(),
             endpoints: endpoints.snapshot(),
+            local_addresses: local_addresses.snapshot(),
         }
     }
 }
@@ -92,7 +99,6 @@ type Resolved = BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>;
 pub struct Compute {
     node_name: Arc<str>,
     internal_addresses: Vec<IpAddr>,
-    host_port_addresses: Vec<IpAddr>,
     owners: node::Addresses,
     frontends: service::Frontends,
     compiler: policy::Compiler,
@@ -108,14 +114,12 @@ impl Compute {
     pub fn new(
         node_name: &str,
         internal_addresses: Vec<IpAddr>,
-        host_port_addresses: Vec<IpAddr>,
         first_policy: PolicyId,
         first_local: IdentityId,
     ) -> Self {
         Self {
             node_name: node_name.into(),
             internal_addresses,
-            host_port_addresses,
             owners: node::Addresses::default(),
             frontends: service::Frontends::default(),
             compiler: policy::Compiler::new(first_policy, first_local),
@@ -166,7 +170,10 @@ impl Compute {
         desired.selected_by = compiled.selected_by;
         desired.frontends = services.frontends.clone();
         let pods = endpoints.values().map(|(endpoint, _)| endpoint.as_ref());
-        desired.frontends.extend(service::host_ports(&self.host_port_addresses, pods));
+        // A Service keeps its address, also where a device of the node has it.
+        let is_own = |address: &&IpAddr| !services.frontends.contains_key(&FrontendKey::rest_of(**address));
+        let addresses: Vec<IpAddr> = view.local_addresses.keys().filter(is_own).copied().collect();
+        desired.frontends.extend(service::host_ports(&addresses, pods));
         desired.nodes = view.nodes.values().filter(|node| *node.name != *self.node_name).cloned().collect();
         Ok(desired)
     }

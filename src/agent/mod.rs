@@ -14,12 +14,13 @@
 mod announce;
 mod answers;
 mod compute;
+mod local;
 mod node;
 mod publish;
 mod rounds;
 mod upkeep;
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -143,10 +144,11 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     let compute = Compute::new(
         &config.args.node_name,
         devices.internal_addresses.clone(),
-        host_port_addresses(&node),
         writers.policies.next_free_id(),
         writers.addresses.highest_local_identity(),
     );
+    let local_addresses = local::follow(node.clone(), devices.internal_addresses.clone())
+        .context("listing the node's addresses")?;
     known.loaded(datapath.clone(), writers.policies.rule_origins());
 
     let events = KernelEvents::open(datapath.clone()).context("opening the ring buffer of events")?;
@@ -168,6 +170,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     let rounds = Rounds {
         tables,
         endpoints: known.endpoints.clone(),
+        local_addresses,
         compute,
         reconciler: Reconciler::new(datapath, writers, devices.clone(), config.args.tunnel_direct),
         claims: publish::Claims::new(publisher),
@@ -236,12 +239,6 @@ fn load(config: &Config, node: &Node) -> Result<(Devices, Arc<Datapath>)> {
     let zombies = datapath.collect_zombie_links().context("collecting links of devices that are gone")?;
     tracing::info!(node = node.name, mtu = devices.mtu, zombies, "loaded the datapath");
     Ok((devices, Arc::new(datapath)))
-}
-
-/// Where pods' host ports are: the node's addresses, and for its own sockets the loopback ones.
-fn host_port_addresses(node: &Node) -> Vec<IpAddr> {
-    let loopback = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
-    node.addresses.iter().copied().chain(loopback).collect()
 }
 
 fn options(config: &Config, node: &Node, devices: &Devices) -> Options {

@@ -14,6 +14,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, watch};
 
 use super::compute::{Compute, Desired, View};
+use super::local::LocalAddresses;
 use super::publish::{Claims, News};
 use crate::endpoint::Enforced;
 use crate::kube::Tables;
@@ -39,6 +40,8 @@ pub struct Rounds {
     pub tables: Arc<Tables>,
     /// From CNI.
     pub endpoints: Arc<Table<EndpointId, Arc<Endpoint>>>,
+    /// From the kernel.
+    pub local_addresses: Arc<LocalAddresses>,
     /// Numbers and their memory.
     pub compute: Compute,
     /// The kernel.
@@ -68,11 +71,13 @@ impl Rounds {
     pub async fn run(mut self, ready: ReadyGuard) {
         let mut ready = Some(ready);
         let mut endpoint_changes = self.endpoints.subscribe();
+        let mut address_changes = self.local_addresses.subscribe();
         let mut pause = FIRST_RETRY;
         self.tables.wait_synced().await;
         loop {
             let changes = self.tables.changed();
             endpoint_changes.mark_unchanged();
+            address_changes.mark_unchanged();
             let round = tokio::task::block_in_place(|| self.round());
             self.telemetry.main_loop_alive();
             match round {
@@ -95,6 +100,7 @@ impl Rounds {
                 () = changes => {}
                 () = tokio::time::sleep(IDLE_ROUND) => {}
                 changed = endpoint_changes.changed() => if changed.is_err() { return },
+                changed = address_changes.changed() => if changed.is_err() { return },
             }
         }
     }
@@ -102,7 +108,7 @@ impl Rounds {
     /// True if the kernel now holds what was desired.
     fn round(&mut self) -> Result<bool> {
         let start = Instant::now();
-        let view = View::of(&self.tables, &self.endpoints);
+        let view = View::of(&self.tables, &self.endpoints, &self.local_addresses);
         let desired = self.compute.desired(&view).context("compiling policies")?;
         self.tables.hold_identities(desired.held.clone());
         self.claims.start(&desired.unclaimed);

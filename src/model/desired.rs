@@ -90,6 +90,13 @@ pub struct FrontendKey {
     pub protocol: Option<Protocol>,
 }
 
+impl FrontendKey {
+    /// The wildcard row of a Service's address: it has one at each of its addresses.
+    pub fn rest_of(address: IpAddr) -> Self {
+        Self { address, port: 0, protocol: None }
+    }
+}
+
 impl fmt::Display for FrontendKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let address = SocketAddr::new(self.address, self.port);

@@ -6,6 +6,7 @@
 //! to the kernel in one datagram.
 //!
 //! ```text
+//! address      the node's addresses, and news of them
 //! connection   the socket: batches of requests, dumps
 //! namespace    a thread that enters a pod's namespace
 //! ipsec        whether the node has policies of its own
@@ -16,6 +17,7 @@
 //! sysctl       /proc/sys/net
 //! ```
 
+mod address;
 mod connection;
 mod ipsec;
 mod link;
@@ -28,6 +30,7 @@ mod sysctl;
 use std::io;
 use std::path::PathBuf;
 
+pub use address::{address_news, local_addresses};
 pub use ipsec::ipsec_policies;
 pub use link::{
     Link, add_address, delete_link, devices_with, ensure_vxlan, link, link_index, links, raise_link,

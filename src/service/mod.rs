@@ -162,7 +162,7 @@ fn usable_addresses(service: &Service) -> BTreeSet<IpAddr> {
 
 /// The rows of one address of a Service.
 fn keys_of(service: &Service, address: IpAddr) -> impl Iterator<Item = FrontendKey> {
-    let wildcard = FrontendKey { address, port: 0, protocol: None };
+    let wildcard = FrontendKey::rest_of(address);
     let ports = service.ports.iter().filter(|port| port.port != 0);
     let of_ports =
         ports.map(move |port| FrontendKey { address, port: port.port, protocol: Some(port.protocol) });
@@ -176,7 +176,7 @@ fn frontends_of(
     address: IpAddr,
     slices: &[&EndpointSlice],
 ) -> BTreeMap<FrontendKey, Frontend> {
-    let wildcard = FrontendKey { address, port: 0, protocol: None };
+    let wildcard = FrontendKey::rest_of(address);
     let refused = Frontend { service: name.clone(), is_host_port: false, backends: Vec::new() };
     let mut frontends = BTreeMap::from([(wildcard, refused)]);
     for port in service.ports.iter().filter(|port| port.port != 0) {

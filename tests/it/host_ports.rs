@@ -159,6 +159,75 @@ fn a_host_port_survives_a_restart_and_ends_with_its_pod() -> Result<()> {
     ])
 }
 
+/// Addresses on the nodes' link that move between them.
+const VIRTUAL: [&str; 2] = ["10.200.0.200/32", "fd00:200::200/128"];
+
+#[test]
+fn host_ports_follow_the_nodes_addresses() -> Result<()> {
+    require_lab!();
+    for routing in ["tunnel", "native"] {
+        let world = World::start(routing)?;
+        let (outside, node) = (world.lab.outside(), world.lab.node(1));
+        let give = |number: usize, verb: &str| -> Result<()> {
+            for address in VIRTUAL {
+                let nodad = if address.contains(':') && verb == "add" { " nodad" } else { "" };
+                world.lab.node(number).space().ip(&format!("address {verb} {address} dev eth0{nodad}"))?;
+            }
+            // Nobody announces the move here.
+            outside.ip("neighbour flush dev eth0").or_else(|_| outside.ip("neighbour flush all"))?;
+            Ok(())
+        };
+        let targets: Vec<(Via, SocketAddr)> = VIRTUAL
+            .iter()
+            .flat_map(|address| {
+                let address: IpAddr =
+                    address.split('/').next().unwrap_or_default().parse().expect("an address");
+                [(Via::Tcp, SocketAddr::new(address, 8000)), (Via::Udp, SocketAddr::new(address, 8001))]
+            })
+            .collect();
+        let wait_for_web = || {
+            targets.iter().try_for_each(|(via, target)| {
+                let (via, target) = (*via, *target);
+                wait_for("the pod to answer at an address that came", || {
+                    Ok(outside.run(move || probe(via, target)).answered_by() == Some("web"))
+                })
+            })
+        };
+        give(1, "add")?;
+        wait_for_web()?;
+        let mut rows = Vec::new();
+        for (via, target) in &targets {
+            for (space, name) in world.clients().into_iter().chain([(node.space(), "node1")]) {
+                rows.push(Row::from_space(space, name, *via, *target, Expected::Answered));
+            }
+        }
+        expect_all(&rows)?;
+        let stream = Traffic::tcp(outside, targets[0].1);
+        stream.wait_for_answers(50)?;
+        node.kill_agent()?;
+        node.start_agent()?;
+        node.wait_ready()?;
+        stream.wait_for_answers(50)?;
+        stream.stop()?.check_nothing_lost()?;
+        expect_all(&rows)?;
+
+        give(1, "delete")?;
+        give(2, "add")?;
+        wait_for("the node that has the address now to refuse", || {
+            Ok(targets.iter().all(|(via, target)| {
+                let (via, target) = (*via, *target);
+                outside.run(move || probe(via, target)).is_refused()
+            }))
+        })?;
+        // What it was is not kept: the node itself asks the other one.
+        expect_all(&[Row::from_space(node.space(), "node1", Via::Tcp, targets[0].1, Expected::Refused)])?;
+        give(2, "delete")?;
+        give(1, "add")?;
+        wait_for_web()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn host_ports_that_cannot_be_served_are_refused() -> Result<()> {
     require_lab!();
