@@ -44,8 +44,20 @@ static __always_inline int forward_set_tunnel_key(struct __sk_buff *ctx,
 		       : 0;
 }
 
+static __always_inline bool forward_is_network(__u32 ifindex)
+{
+	for (int i = 0; i < NETWORK_DEVICES; i++)
+		if (settings.network_ifindex[i] == ifindex)
+			return true;
+	return false;
+}
+
+/*
+ * By the node's routes, but past its stack: an action of tc, or a drop. By the
+ * stack, TC_ACT_OK, if it may and the way is none of to_network's.
+ */
 __weak __noinline int forward_to_route(struct __sk_buff *ctx,
-				       struct packet *packet)
+				       struct packet *packet, bool may_pass)
 {
 	struct bpf_fib_lookup fib = {.ifindex = ctx->ifindex};
 	struct bpf_redir_neigh next = {};
@@ -65,11 +77,13 @@ __weak __noinline int forward_to_route(struct __sk_buff *ctx,
 		fib.destination[0] = packet->destination.w[3];
 	}
 	ret = bpf_fib_lookup(ctx, &fib, sizeof(fib), BPF_FIB_LOOKUP_SKIP_NEIGH);
+	if (may_pass && (ret != BPF_FIB_LKUP_RET_SUCCESS ||
+			 !forward_is_network(fib.ifindex)))
+		return TC_ACT_OK;
 	if (ret != BPF_FIB_LKUP_RET_SUCCESS)
 		return -DROP_FIB_LOOKUP_FAILED;
 	next.nh_family = fib.family;
 	__builtin_memcpy(next.nexthop, fib.destination, 16);
-	ctx->mark = MARK_JUDGED;
 	return bpf_redirect_neigh(fib.ifindex, &next, sizeof(next), 0);
 }
 
@@ -86,8 +100,10 @@ __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 	address = address_find(&packet->destination);
 	if (!address)
 		return -DROP_UNROUTABLE_IP;
-	if (!settings.tunnel_ifindex)
-		return forward_to_route(ctx, packet);
+	if (!settings.tunnel_ifindex) {
+		ctx->mark = MARK_JUDGED;
+		return forward_to_route(ctx, packet, false);
+	}
 	if (addr_is_zero(&address->node))
 		return -DROP_NO_TUNNEL_ENDPOINT;
 	endpoint = endpoint_by_id(packet->source_endpoint);
@@ -123,14 +139,19 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 	case ROUTE_NODE:
 		return forward_to_node(ctx, packet);
 	case ROUTE_STACK:
+		/* Who asked the pod by its own address, or by a host port,
+		 * hears from that address. */
+		if (packet->flags & (PACKET_NEW_SOURCE | PACKET_REPLY))
+			ctx->mark = MARK_JUDGED;
 		/* A host port answers: the stack would not take the node's own
 		 * address from a device. */
 		if (packet->flags & PACKET_NEW_SOURCE)
-			return forward_to_route(ctx, packet);
-		/* Who asked the pod by its own address hears from that address.
-		 */
-		if (packet->flags & PACKET_REPLY)
-			ctx->mark = MARK_JUDGED;
+			return forward_to_route(ctx, packet, false);
+		/* The node's connection tracking would see one direction alone,
+		 * and its firewall take the rest for invalid. */
+		if (packet->flags & PACKET_FROM_POD &&
+		    settings.network_ifindex[0])
+			return forward_to_route(ctx, packet, true);
 		return TC_ACT_OK;
 	}
 	return -DROP_UNROUTABLE_IP;

@@ -271,6 +271,7 @@ fn options(config: &Config, node: &Node, devices: &Devices) -> Options {
             node_ipv6,
             netns_cookie: netlink::namespace_cookie(),
             tunnel_ifindex: devices.overlay,
+            network: devices.network.clone(),
             tunnel_port: args.tunnel_port,
             flow_report: std::time::Duration::from_secs(args.flow_report_seconds.into()),
             nat_ports: args.nat_port_min..=args.nat_port_max,

@@ -97,7 +97,7 @@ plain! {
     StaleSocket { cookie, local, remote, local_port, remote_port, ifindex }
     Settings {
         node_ipv4, node_ipv6, loopback_ipv4, loopback_ipv6, netns_cookie, jiffies_per_second,
-        tunnel_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,
+        tunnel_ifindex, network_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,
         other_timeout_seconds, nat_port_min, nat_port_max, tunnel_port, masquerade_ipv4,
         masquerade_ipv6, flow_events, socket_lb, pad,
     }

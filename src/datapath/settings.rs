@@ -53,6 +53,8 @@ pub struct Settings {
     pub netns_cookie: Option<u64>,
     /// The VXLAN device; `None`: native routing.
     pub tunnel_ifindex: Option<u32>,
+    /// The devices that lead to the network; what pods send out by another one passes the node's stack.
+    pub network: Vec<u32>,
     /// UDP port of the tunnels.
     pub tunnel_port: u16,
     /// A running flow is reported this often.
@@ -86,6 +88,7 @@ impl Default for Settings {
             loopback_ipv6: Ipv6Addr::new(0xfd57, 0x6569, 0x7200, 0, 0, 0, 0x2a, 1),
             netns_cookie: None,
             tunnel_ifindex: None,
+            network: Vec::new(),
             tunnel_port: 8472,
             flow_report: Duration::from_secs(5),
             tcp_timeout: Duration::from_secs(7440),
@@ -106,7 +109,7 @@ impl Settings {
     pub(super) fn encode(&self, jiffies_per_second: u32) -> abi::Settings {
         let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
         let address = |ip: Option<IpAddr>| ip.map(addr_of).unwrap_or_default();
-        abi::Settings {
+        let mut settings = abi::Settings {
             node_ipv4: address(self.node_ipv4.map(IpAddr::V4)),
             node_ipv6: address(self.node_ipv6.map(IpAddr::V6)),
             loopback_ipv4: addr_of(self.loopback_ipv4.into()),
@@ -114,6 +117,7 @@ impl Settings {
             netns_cookie: self.netns_cookie.unwrap_or(0),
             jiffies_per_second,
             tunnel_ifindex: self.tunnel_ifindex.unwrap_or(0),
+            network_ifindex: Default::default(),
             flow_report_seconds: seconds(self.flow_report),
             tcp_timeout_seconds: seconds(self.tcp_timeout),
             tcp_opening_seconds: seconds(self.tcp_opening),
@@ -127,6 +131,10 @@ impl Settings {
             flow_events: self.flow_events.into(),
             socket_lb: self.socket_lb.into(),
             pad: [0; 2],
+        };
+        for (slot, device) in settings.network_ifindex.iter_mut().zip(&self.network) {
+            *slot = *device;
         }
+        settings
     }
 }

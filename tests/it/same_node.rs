@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use crate::lab::{
-    Lab, OUTSIDE, Outcome, PATIENCE, Server, Setup, Via, ping, probe_udp, socket_address, wait_for,
+    Lab, Node, OUTSIDE, Outcome, PATIENCE, Server, Setup, Via, ping, probe_udp, socket_address, wait_for,
 };
 use crate::require::require_lab;
 use crate::verdicts::{Expected, Row, expect_all, expect_full_mesh};
@@ -70,6 +70,42 @@ fn traffic_that_leaves_the_cluster_is_masqueraded() -> Result<()> {
     let closed = pod.probe(Via::Udp, socket_address(OUTSIDE[0], 4444));
     assert_eq!(closed, Outcome::Refused, "an ICMP error about a masqueraded packet is translated back");
     Ok(())
+}
+
+/// What a firewall of the node calls invalid is what its connection tracking saw one direction of.
+#[test]
+fn traffic_that_leaves_the_cluster_passes_the_nodes_stack_in_neither_direction() -> Result<()> {
+    require_lab!();
+    for routing in ["tunnel", "native"] {
+        let lab = Lab::start(Setup { routing: routing.to_owned(), ..Setup::default() })?;
+        let pod = lab.pod(1, "shop/client").create()?;
+        let before = forwarded(lab.node(1))?;
+        for address in OUTSIDE {
+            for via in [Via::Tcp, Via::Udp, Via::Ping] {
+                let outcome = pod.probe(via, socket_address(address, 80));
+                ensure!(outcome.is_answered(), "{routing} {via:?} {address}: {outcome}");
+            }
+        }
+        let after = forwarded(lab.node(1))?;
+        ensure!(before == after, "{routing}: the stack forwarded {before:?} packets before, {after:?} after");
+    }
+    Ok(())
+}
+
+/// Packets that the node's stack has forwarded, by family.
+fn forwarded(node: &Node) -> Result<[u64; 2]> {
+    let read = |file: &str| {
+        let mut command = Command::new("cat");
+        command.arg(format!("/proc/thread-self/net/{file}"));
+        node.space().command(command, "")
+    };
+    let ipv4 = read("snmp")?;
+    let mut rows = ipv4.lines().filter(|line| line.starts_with("Ip: ")).map(str::split_whitespace);
+    let names = rows.next().context("no names")?;
+    let count = names.zip(rows.next().context("no counts")?).find(|(name, _)| *name == "ForwDatagrams");
+    let ipv6 = read("snmp6")?;
+    let count6 = ipv6.lines().find_map(|line| line.strip_prefix("Ip6OutForwDatagrams"));
+    Ok([count.context("no IPv4 count")?.1.parse()?, count6.context("no IPv6 count")?.trim().parse()?])
 }
 
 #[test]
