@@ -84,8 +84,8 @@ const EKS: Facts = Facts {
     ..KUBEADM
 };
 
-/// Without a kube-proxy, as its overlay's page wants it.
-const AKS: Facts = Facts { overlay: "aks", has_ipv6: false, gives_pod_cidrs: false, ..KUBEADM };
+const AKS: Facts =
+    Facts { overlay: "aks", has_ipv6: false, gives_pod_cidrs: false, has_kube_proxy: true, ..KUBEADM };
 
 /// Without the taint, so that Google's network has pods before Weir comes.
 const GKE: Facts = Facts {
