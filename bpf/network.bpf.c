@@ -84,6 +84,12 @@ int from_network(struct __sk_buff *ctx)
 		return finish(ctx, &packet, ret);
 	if (packet.route != ROUTE_ENDPOINT)
 		return finish(ctx, &packet, -DROP_UNROUTABLE_IP);
+	if (forward_needs_stack(&packet.source)) {
+		ret = rewrite_apply(ctx, &packet);
+		/* to_pod has nothing to add. */
+		ctx->mark = MARK_JUDGED;
+		return finish(ctx, &packet, ret ? ret : TC_ACT_OK);
+	}
 	return finish(ctx, &packet, forward(ctx, &packet));
 }
 

@@ -53,6 +53,15 @@ static __always_inline bool forward_is_network(__u32 ifindex)
 }
 
 /*
+ * Who guards a metadata service leads pods to another one by the node's own
+ * rules: these must see both directions.
+ */
+static __always_inline bool forward_needs_stack(const struct addr *outside)
+{
+	return addr_is_link_local_ipv4(outside);
+}
+
+/*
  * By the node's routes, but past its stack: an action of tc, or a drop. By the
  * stack, TC_ACT_OK, if it may and the way is none of to_network's.
  */
@@ -150,7 +159,8 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 		/* The node's connection tracking would see one direction alone,
 		 * and its firewall take the rest for invalid. */
 		if (packet->flags & PACKET_FROM_POD &&
-		    settings.network_ifindex[0])
+		    settings.network_ifindex[0] &&
+		    !forward_needs_stack(&packet->destination))
 			return forward_to_route(ctx, packet, true);
 		return TC_ACT_OK;
 	}

@@ -119,6 +119,13 @@ static __always_inline bool addr_is_ipv4(const struct addr *addr)
 	return !addr->w[0] && !addr->w[1] && addr->w[2] == bpf_htonl(0xffff);
 }
 
+/* 169.254.0.0/16 (RFC 3927), where clouds have their metadata services. */
+static __always_inline bool addr_is_link_local_ipv4(const struct addr *addr)
+{
+	return addr_is_ipv4(addr) && (addr->w[3] & bpf_htonl(0xffff0000)) ==
+					     bpf_htonl(0xa9fe0000);
+}
+
 static __always_inline bool addr_is_multicast(const struct addr *addr)
 {
 	const __u8 *byte = (const void *)addr;

@@ -92,6 +92,28 @@ fn traffic_that_leaves_the_cluster_passes_the_nodes_stack_in_neither_direction()
     Ok(())
 }
 
+/// Where clouds have their metadata services, and nodes the rules of who guards them.
+#[test]
+fn traffic_with_link_local_addresses_passes_the_nodes_stack_in_both_directions() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup::default())?;
+    let metadata: SocketAddr = "169.254.169.254:80".parse()?;
+    lab.outside().ip("address add 169.254.169.254/32 dev lo")?;
+    let _server = Server::start(lab.outside(), "metadata", &[metadata.ip()], &[metadata.port()])?;
+    let pod = lab.pod(1, "shop/client").create()?;
+    let [before, _] = forwarded(lab.node(1))?;
+    for via in [Via::Tcp, Via::Udp, Via::Ping] {
+        let outcome = pod.probe(via, metadata);
+        ensure!(outcome.is_answered(), "{via:?}: {outcome}");
+        let seen = outcome.seen_as();
+        ensure!(via == Via::Ping || seen == Some(lab.node(1).addresses()[0]), "{via:?}: {outcome}");
+    }
+    let [after, _] = forwarded(lab.node(1))?;
+    // A datagram and an echo with their answers, and a TCP connection.
+    ensure!(after >= before + 4 + 6, "the stack forwarded {before} packets before, {after} after");
+    Ok(())
+}
+
 /// Packets that the node's stack has forwarded, by family.
 fn forwarded(node: &Node) -> Result<[u64; 2]> {
     let read = |file: &str| {
