@@ -58,6 +58,32 @@ static __always_inline int network_is_for_pod(struct __sk_buff *ctx,
 	return ret ? ret : network_host_port(packet);
 }
 
+/* With native routing: what comes for a running flow goes to its pod. An action
+ * of tc, or TC_ACT_OK for the ordinary way. */
+__weak __noinline int network_receive(struct __sk_buff *ctx)
+{
+	struct connection *connection;
+	struct endpoint *destination;
+	struct packet_tuple tuple;
+	struct fast fast;
+	__u32 side;
+
+	if (!fast_parse((void *)(long)ctx->data, (void *)(long)ctx->data_end,
+			&tuple) ||
+	    ctx->vlan_present)
+		return TC_ACT_OK;
+	connection = fast_find(&fast, &tuple);
+	if (!connection)
+		return TC_ACT_OK;
+	side = fast_side(&fast, connection);
+	destination = fast_arrival(&fast, connection, side, tuple.is_ipv6);
+	if (!destination)
+		return TC_ACT_OK;
+	fast_count(ctx, &fast, connection, side, tuple.tcp_flags, 0,
+		   DIRECTION_INGRESS);
+	return bpf_redirect_peer(destination->ifindex, 0);
+}
+
 SEC("tcx/ingress")
 int from_network(struct __sk_buff *ctx)
 {
@@ -67,6 +93,10 @@ int from_network(struct __sk_buff *ctx)
 	if (settings.tunnel_ifindex) {
 		ret = tunnel_receive(ctx);
 		if (ret != TUNNEL_BY_DEVICE)
+			return ret;
+	} else {
+		ret = network_receive(ctx);
+		if (ret != TC_ACT_OK)
 			return ret;
 	}
 	parsed = packet_parse(ctx, &packet);

@@ -106,16 +106,30 @@ fast_destination(const struct fast *fast, const struct connection *connection,
 /* The entry may be another flow's after this. */
 static __always_inline void fast_count(struct __sk_buff *ctx, struct fast *fast,
 				       struct connection *connection,
-				       __u32 side, __u8 tcp_flags, __u32 flags)
+				       __u32 side, __u8 tcp_flags, __u32 flags,
+				       __u32 direction)
 {
 	connection_count(connection, side, tcp_flags, ctx->len);
 	if (connection_ends(connection, tcp_flags))
 		connection_end(ctx, connection, &fast->key,
 			       flags | (side ? EVENT_REPLY : 0));
-	metric_count(DROP_NONE,
-		     flags & EVENT_FROM_OVERLAY ? DIRECTION_INGRESS
-						: DIRECTION_EGRESS,
-		     ctx->len);
+	metric_count(DROP_NONE, direction, ctx->len);
+}
+
+/* The pod that another node's pod sends to, if their flow goes on. */
+static __always_inline struct endpoint *
+fast_arrival(const struct fast *fast, struct connection *connection, __u32 side,
+	     bool is_ipv6)
+{
+	struct endpoint *destination;
+
+	if (connection->flags & (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK) ||
+	    connection->endpoint[side] ||
+	    connection->route[side] != ROUTE_NODE ||
+	    connection->identity[side] == IDENTITY_HOST)
+		return NULL;
+	destination = fast_destination(fast, connection, side, is_ipv6);
+	return destination && fast_is_recent(connection) ? destination : NULL;
 }
 
 /* The device to redirect to, or 0: the ordinary way. */
@@ -153,6 +167,7 @@ static __always_inline __u32 fast_from_pod(struct __sk_buff *ctx,
 	destination = fast_destination(fast, connection, side, tuple.is_ipv6);
 	if (!destination || !fast_is_recent(connection))
 		return 0;
-	fast_count(ctx, fast, connection, side, tuple.tcp_flags, 0);
+	fast_count(ctx, fast, connection, side, tuple.tcp_flags, 0,
+		   DIRECTION_EGRESS);
 	return destination->ifindex;
 }

@@ -257,13 +257,8 @@ __weak __noinline int tunnel_receive(struct __sk_buff *ctx)
 	if (!connection || tunnel_must_queue(ctx, connection))
 		return TUNNEL_BY_DEVICE;
 	side = fast_side(&fast, connection);
-	if (connection->flags & (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK) ||
-	    connection->endpoint[side] ||
-	    connection->route[side] != ROUTE_NODE ||
-	    connection->identity[side] == IDENTITY_HOST)
-		return TUNNEL_BY_DEVICE;
-	destination = fast_destination(&fast, connection, side, tuple.is_ipv6);
-	if (!destination || !fast_is_recent(connection))
+	destination = fast_arrival(&fast, connection, side, tuple.is_ipv6);
+	if (!destination)
 		return TUNNEL_BY_DEVICE;
 	/* Kernels before 6.3 do not know the flag, and change nothing. */
 	if (tuple.is_ipv6)
@@ -274,6 +269,6 @@ __weak __noinline int tunnel_receive(struct __sk_buff *ctx)
 	if (tuple.is_ipv6 && tunnel_set_protocol(ctx, ETH_P_IPV6))
 		return TC_ACT_SHOT;
 	fast_count(ctx, &fast, connection, side, tuple.tcp_flags,
-		   EVENT_FROM_OVERLAY);
+		   EVENT_FROM_OVERLAY, DIRECTION_INGRESS);
 	return bpf_redirect_peer(destination->ifindex, 0);
 }
