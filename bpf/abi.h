@@ -357,7 +357,7 @@ struct node_state {
 };
 
 enum node_flags {
-	NODE_TUNNEL_DIRECT = 1 << 0, /* tunnel packets may pass by the kernel's VXLAN device */
+	NODE_PAST_STACK = 1 << 0, /* packets may go past the node's stack: it has no IPsec policies to apply */
 };
 
 /* event_counts[0], per CPU: offered = delivered + lost, exactly. */

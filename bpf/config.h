@@ -31,7 +31,8 @@ struct settings {
 	__u8 masquerade_ipv6;
 	__u8 flow_events;	     /* 0: only counters */
 	__u8 socket_lb;
-	__u8 pad[2];
+	__u8 tunnel_direct;	     /* put on and take off the tunnel's headers, past the VXLAN device */
+	__u8 pad[1];
 };
 
 extern const volatile struct settings settings;

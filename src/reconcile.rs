@@ -35,19 +35,12 @@ pub struct Reconciler {
     devices: Devices,
     attached: BTreeMap<EndpointId, u32>,
     routed: Option<Vec<Arc<Node>>>,
-    /// Tunnel packets shall pass by the tunnel's device where they may.
-    wants_direct_tunnel: bool,
 }
 
 impl Reconciler {
     /// Takes the writers; nothing is written yet.
-    pub fn new(
-        datapath: Arc<Datapath>,
-        writers: Writers,
-        devices: Devices,
-        wants_direct_tunnel: bool,
-    ) -> Self {
-        Self { datapath, writers, devices, attached: BTreeMap::new(), routed: None, wants_direct_tunnel }
+    pub fn new(datapath: Arc<Datapath>, writers: Writers, devices: Devices) -> Self {
+        Self { datapath, writers, devices, attached: BTreeMap::new(), routed: None }
     }
 
     /// The policy that a rule number of an event stands for.
@@ -64,7 +57,7 @@ impl Reconciler {
 
     /// Writes the difference between `desired` and the kernel.
     pub fn apply(&mut self, desired: &Desired) -> Result<Applied> {
-        self.steer_tunnel().context("deciding the tunnel's way")?;
+        self.steer_past_stack()?;
         let writers = &mut self.writers;
         writers.policies.write(&desired.policies).context("writing policies")?;
         writers.addresses.write(&desired.addresses, &desired.prefixes).context("writing addresses")?;
@@ -76,18 +69,21 @@ impl Reconciler {
         Ok(Applied { enforced, removed_backends })
     }
 
-    /// IPsec policies of the node's own are the kernel's to apply, and only its device asks for them.
-    fn steer_tunnel(&mut self) -> Result<()> {
-        let wants = self.wants_direct_tunnel && self.devices.overlay.is_some();
-        let policies = if wants { netlink::ipsec_policies()? } else { 0 };
-        if self.writers.addresses.write_tunnel_is_direct(wants && policies == 0)? && wants {
-            match policies {
-                0 => tracing::info!("tunnel packets pass by {OVERLAY_DEVICE}"),
-                _ => tracing::warn!(
+    /// IPsec policies of the node's own are its stack's to apply: packets go past it only where there are
+    /// none. Where that cannot be found out they do not, which is slower and no reason to stop.
+    fn steer_past_stack(&mut self) -> Result<()> {
+        let policies = netlink::ipsec_policies();
+        let is_news = self.writers.addresses.write_past_stack(matches!(policies, Ok(0)))?;
+        match policies {
+            _ if !is_news => {}
+            Ok(0) => tracing::info!("packets go past the node's stack"),
+            Ok(policies) => {
+                tracing::warn!(
                     policies,
-                    "tunnel packets go by {OVERLAY_DEVICE}, more slowly: this node has IPsec policies"
-                ),
+                    "packets go by the node's stack, more slowly: it has IPsec policies"
+                );
             }
+            Err(error) => tracing::warn!(%error, "packets go by the node's stack, more slowly"),
         }
         Ok(())
     }

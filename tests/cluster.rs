@@ -1,6 +1,7 @@
 //! `make cluster`: real Kubernetes on this machine, in namespaces; it stays until `make cluster-down`.
 //!
-//! NODES=n gives it n nodes, LIKE=gke (eks, aks, k3s) nodes that are like that platform's. There is no network for pods until Weir is deployed (`make deploy`).
+//! NODES=n gives it n nodes, LIKE=gke (eks, aks, k3s) nodes that are like that platform's. There is no
+//! network for pods until Weir is deployed (`make deploy`).
 
 #[path = "kubernetes/mod.rs"]
 mod kubernetes;

@@ -63,6 +63,15 @@ static __always_inline __u32 address_epoch(void)
 	return state ? *(volatile __u32 *)&state->address_epoch : 0;
 }
 
+/* Only the node's stack applies its IPsec policies. */
+static __always_inline bool node_allows_past_stack(void)
+{
+	__u32 zero = 0;
+	struct node_state *state = bpf_map_lookup_elem(&node_state, &zero);
+
+	return state && state->flags & NODE_PAST_STACK;
+}
+
 /* Raised when the endpoint's policy changes; with the other: a verdict's epoch.
  */
 static __always_inline __u32 endpoint_epoch(const struct endpoint *endpoint)

@@ -159,7 +159,7 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 		/* The node's connection tracking would see one direction alone,
 		 * and its firewall take the rest for invalid. */
 		if (packet->flags & PACKET_FROM_POD &&
-		    settings.network_ifindex[0] &&
+		    settings.network_ifindex[0] && node_allows_past_stack() &&
 		    !forward_needs_stack(&packet->destination))
 			return forward_to_route(ctx, packet, true);
 		return TC_ACT_OK;

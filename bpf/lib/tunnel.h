@@ -60,13 +60,9 @@ static __always_inline int tunnel_check_sender(const struct addr *node,
 	return 0;
 }
 
-/* IPsec of the node's own must see what nodes send one another. */
 static __always_inline bool tunnel_is_direct(void)
 {
-	__u32 zero = 0;
-	struct node_state *state = bpf_map_lookup_elem(&node_state, &zero);
-
-	return state && state->flags & NODE_TUNNEL_DIRECT;
+	return settings.tunnel_direct && node_allows_past_stack();
 }
 
 static __always_inline __u8 tunnel_ecn(void *frame, bool is_ipv6)
@@ -266,8 +262,10 @@ __weak __noinline int tunnel_receive(struct __sk_buff *ctx)
 	if (bpf_skb_adjust_room(ctx, -(__s32)TUNNEL_LENGTH, BPF_ADJ_ROOM_MAC,
 				flags))
 		return TUNNEL_BY_DEVICE;
-	if (tuple.is_ipv6 && tunnel_set_protocol(ctx, ETH_P_IPV6))
+	if (tuple.is_ipv6 && tunnel_set_protocol(ctx, ETH_P_IPV6)) {
+		metric_count(DROP_WRITE_ERROR, DIRECTION_INGRESS, ctx->len);
 		return TC_ACT_SHOT;
+	}
 	fast_count(ctx, &fast, connection, side, tuple.tcp_flags,
 		   EVENT_FROM_OVERLAY, DIRECTION_INGRESS);
 	return bpf_redirect_peer(destination->ifindex, 0);

@@ -227,9 +227,9 @@ impl Known {
             let ended_by = if features.has_socket_destroy { "iterator" } else { "sock_diag" };
             rows.push(("stale UDP sockets ended by", ended_by.to_owned()));
             if args.routing == Routing::Tunnel {
-                let way = match loaded.datapath.tunnel_is_direct() {
-                    Ok(true) => "direct".to_owned(),
-                    Ok(false) => format!("by {OVERLAY_DEVICE}"),
+                let way = match loaded.datapath.allows_past_stack() {
+                    Ok(true) if args.tunnel_direct => "direct".to_owned(),
+                    Ok(_) => format!("by {OVERLAY_DEVICE}"),
                     Err(error) => format!("{error:#}"),
                 };
                 rows.push(("tunnel packets", way));

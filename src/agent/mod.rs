@@ -172,7 +172,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         endpoints: known.endpoints.clone(),
         local_addresses,
         compute,
-        reconciler: Reconciler::new(datapath, writers, devices.clone(), config.args.tunnel_direct),
+        reconciler: Reconciler::new(datapath, writers, devices.clone()),
         claims: publish::Claims::new(publisher),
         enforced,
         published,
@@ -279,6 +279,7 @@ fn options(config: &Config, node: &Node, devices: &Devices) -> Options {
             masquerade_ipv6: args.masquerade && node_ipv6.is_some(),
             flow_events: args.flow_events,
             socket_lb: args.socket_lb,
+            tunnel_direct: args.tunnel_direct,
             ..Settings::default()
         },
     }

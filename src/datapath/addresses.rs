@@ -62,10 +62,10 @@ impl AddressWriter {
         IdentityId(addresses.chain(prefixes).fold(IdentityId::FIRST_LOCAL.0 - 1, u32::max))
     }
 
-    /// Whether tunnel packets may pass by the tunnel's device; true if that is news.
-    pub fn write_tunnel_is_direct(&mut self, is_direct: bool) -> Result<bool> {
+    /// Whether packets may go past the node's stack; true if that is news.
+    pub fn write_past_stack(&mut self, may: bool) -> Result<bool> {
         let mut state = self.node_state.get(&0)?.context("reading the only row of node_state")?;
-        let flags = if is_direct { node_flags::NODE_TUNNEL_DIRECT.0 } else { 0 };
+        let flags = if may { node_flags::NODE_PAST_STACK.0 } else { 0 };
         let is_news = state.flags != flags;
         if is_news {
             state.flags = flags;

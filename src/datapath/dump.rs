@@ -305,7 +305,7 @@ fn fragment_row(key: abi::FragmentKey, row: abi::Fragment) -> Row {
 }
 
 fn node_state_row(_: u32, row: abi::NodeState) -> Row {
-    let flags = names(row.flags, &[(node_flags::NODE_TUNNEL_DIRECT.0, "tunnel direct")]);
+    let flags = names(row.flags, &[(node_flags::NODE_PAST_STACK.0, "past stack")]);
     Some((Vec::new(), json!({ "address_epoch": row.address_epoch, "flags": flags })))
 }
 

@@ -164,10 +164,10 @@ impl Datapath {
         })
     }
 
-    /// Whether tunnel packets may pass by the tunnel's device now.
-    pub fn tunnel_is_direct(&self) -> Result<bool> {
+    /// Whether packets may go past the node's stack now: it has no IPsec policies.
+    pub fn allows_past_stack(&self) -> Result<bool> {
         let state = self.typed::<u32, abi::NodeState>("node_state")?.get(&0)?.unwrap_or_default();
-        Ok(state.flags & types::node_flags::NODE_TUNNEL_DIRECT.0 != 0)
+        Ok(state.flags & types::node_flags::NODE_PAST_STACK.0 != 0)
     }
 
     /// A map with its types, for tests and tools; the agent writes through `writers`.

@@ -77,6 +77,8 @@ pub struct Settings {
     pub flow_events: bool,
     /// Translate services at the socket.
     pub socket_lb: bool,
+    /// Put on and take off the tunnel's headers, past its device.
+    pub tunnel_direct: bool,
 }
 
 impl Default for Settings {
@@ -100,6 +102,7 @@ impl Default for Settings {
             masquerade_ipv6: true,
             flow_events: true,
             socket_lb: true,
+            tunnel_direct: true,
         }
     }
 }
@@ -130,7 +133,8 @@ impl Settings {
             masquerade_ipv6: self.masquerade_ipv6.into(),
             flow_events: self.flow_events.into(),
             socket_lb: self.socket_lb.into(),
-            pad: [0; 2],
+            tunnel_direct: self.tunnel_direct.into(),
+            pad: [0; 1],
         };
         for (slot, device) in settings.network_ifindex.iter_mut().zip(&self.network) {
             *slot = *device;

@@ -88,6 +88,16 @@ fn traffic_that_leaves_the_cluster_passes_the_nodes_stack_in_neither_direction()
         }
         let after = forwarded(lab.node(1))?;
         ensure!(before == after, "{routing}: the stack forwarded {before:?} packets before, {after:?} after");
+        // But where the node has IPsec policies, only its stack applies them.
+        let policy = "src 198.51.100.0/25 dst 198.51.100.128/25 dir out action block";
+        lab.node(1).space().ip(&format!("xfrm policy add {policy}"))?;
+        let _other = lab.pod(1, "shop/other").create()?;
+        for address in &OUTSIDE[..2] {
+            let outcome = pod.probe(Via::Tcp, socket_address(address, 80));
+            ensure!(outcome.is_answered(), "{routing} {address}: {outcome}");
+        }
+        let by_stack = forwarded(lab.node(1))?;
+        ensure!(by_stack[0] > after[0] && by_stack[1] > after[1], "{routing}: {after:?}, then {by_stack:?}");
     }
     Ok(())
 }

@@ -26,6 +26,20 @@ fn casts_taken_off() -> impl Iterator<Item = Cast> {
     casts().into_iter().filter(|cast| cast.a.is_ipv4() || takes_ipv6_out_of_ipv4())
 }
 
+/// Runs `work` for each of these families, where packets may go past the stack.
+fn past_the_stack(
+    casts: impl IntoIterator<Item = Cast>,
+    work: impl Fn(&mut World, Cast) -> Result<()> + Copy + Send + 'static,
+) -> Result<()> {
+    for cast in casts {
+        within(settings(), move |world| {
+            world.past_stack(true)?;
+            work(world, cast)
+        })?;
+    }
+    Ok(())
+}
+
 /// `inner` on its way from the other node to this one.
 fn tunnelled(vni: u32, inner: &Packet) -> Packet {
     let [nodes, _] = casts();
@@ -63,22 +77,18 @@ fn packets(world: &World) -> Result<u64> {
 #[test]
 fn running_flows_leave_the_tunnel_where_they_come_in() -> Result<()> {
     require_lab!();
-    for cast in casts_taken_off() {
-        within(settings(), move |world| {
-            world.tunnel_is_direct(true)?;
-            for inner in running_flows(world, cast)? {
-                let before = packets(world)?;
-                let outer = tunnelled(R, &inner);
-                let outcome = world.send("from_network", &outer)?;
-                ensure!(outcome.action == REDIRECT, "{outcome:?}");
-                ensure!(outcome.frame == taken_off(&outer, &inner), "{:02x?}", outcome.frame);
-                assert_eq!(outcome.counted, [(0, INGRESS as u8)]);
-                assert_eq!(packets(world)?, before + 1);
-            }
-            Ok(())
-        })?;
-    }
-    Ok(())
+    past_the_stack(casts_taken_off(), |world, cast| {
+        for inner in running_flows(world, cast)? {
+            let before = packets(world)?;
+            let outer = tunnelled(R, &inner);
+            let outcome = world.send("from_network", &outer)?;
+            ensure!(outcome.action == REDIRECT, "{outcome:?}");
+            ensure!(outcome.frame == taken_off(&outer, &inner), "{:02x?}", outcome.frame);
+            assert_eq!(outcome.counted, [(0, INGRESS as u8)]);
+            assert_eq!(packets(world)?, before + 1);
+        }
+        Ok(())
+    })
 }
 
 #[test]
@@ -129,7 +139,7 @@ fn what_is_not_plain_comes_by_the_device() -> Result<()> {
             let before = packets(world)?;
             for (what, frame) in &rows {
                 for is_direct in [true, false] {
-                    world.tunnel_is_direct(is_direct)?;
+                    world.past_stack(is_direct)?;
                     let outcome = world.send_bytes("from_network", frame, Arrival::default())?;
                     ensure!(outcome.action == PASS && outcome.frame == *frame, "{what}: {outcome:?}");
                 }
@@ -137,7 +147,7 @@ fn what_is_not_plain_comes_by_the_device() -> Result<()> {
             // Plain, but it may not.
             let outcome = world.send("from_network", &outer)?;
             ensure!(outcome.action == PASS && outcome.frame == outer.bytes(), "{outcome:?}");
-            world.tunnel_is_direct(true)?;
+            world.past_stack(true)?;
             let tagged = Arrival { vlan: 7, ..Arrival::default() };
             ensure!(world.send_as("from_network", &outer, tagged)?.action == PASS);
             // Judged again: by whoever sees all of it.
@@ -153,28 +163,24 @@ fn what_is_not_plain_comes_by_the_device() -> Result<()> {
 #[test]
 fn nothing_overtakes_a_merged_packet() -> Result<()> {
     require_lab!();
-    for cast in casts_taken_off() {
-        within(settings(), move |world| {
-            world.tunnel_is_direct(true)?;
-            let [tcp, udp] = running_flows(world, cast)?.try_into().expect("two flows");
-            let (outer, other) = (tunnelled(R, &tcp), tunnelled(R, &udp));
-            sleep(QUEUE);
-            ensure!(world.send("from_network", &outer)?.action == REDIRECT);
-            let merged = Arrival { gso_size: 100, ..Arrival::default() };
-            // A machine that does something else in between may need longer than a packet waits.
-            let is_behind = (0..50).any(|_| {
-                let merged = world.send_as("from_network", &outer, merged);
-                let next = world.send("from_network", &outer);
-                matches!((merged, next), (Ok(merged), Ok(next)) if merged.action == PASS && next.action == PASS)
-            });
-            ensure!(is_behind, "it overtook");
-            ensure!(world.send("from_network", &other)?.action == REDIRECT, "another flow waits, too");
-            sleep(QUEUE);
-            ensure!(world.send("from_network", &outer)?.action == REDIRECT, "it waits for ever");
-            Ok(())
-        })?;
-    }
-    Ok(())
+    past_the_stack(casts_taken_off(), |world, cast| {
+        let [tcp, udp] = running_flows(world, cast)?.try_into().expect("two flows");
+        let (outer, other) = (tunnelled(R, &tcp), tunnelled(R, &udp));
+        sleep(QUEUE);
+        ensure!(world.send("from_network", &outer)?.action == REDIRECT);
+        let merged = Arrival { gso_size: 100, ..Arrival::default() };
+        // A machine that does something else in between may need longer than a packet waits.
+        let is_behind = (0..50).any(|_| {
+            let merged = world.send_as("from_network", &outer, merged);
+            let next = world.send("from_network", &outer);
+            matches!((merged, next), (Ok(merged), Ok(next)) if merged.action == PASS && next.action == PASS)
+        });
+        ensure!(is_behind, "it overtook");
+        ensure!(world.send("from_network", &other)?.action == REDIRECT, "another flow waits, too");
+        sleep(QUEUE);
+        ensure!(world.send("from_network", &outer)?.action == REDIRECT, "it waits for ever");
+        Ok(())
+    })
 }
 
 /// A device with this node's address, and a way to the other node.
@@ -215,56 +221,48 @@ fn check_outer(frame: &[u8], inner: &[u8], vni: u32, ecn: u8) -> Result<()> {
 #[test]
 fn what_pods_send_to_other_nodes_gets_its_outer_headers_at_once() -> Result<()> {
     require_lab!();
-    for cast in casts() {
-        within(settings(), move |world| {
-            world.tunnel_is_direct(true)?;
-            let [nodes, _] = casts();
-            world.address(cast.remote, R, 0, 1, Some(nodes.other_node))?;
-            let (from, to) = ((cast.a, 40000), (cast.remote, 80));
-            let inner = tcp(from, to, SYN).by(1);
-            // No way there: the device says so.
-            let outcome = world.send("from_pod", &inner)?;
-            ensure!(outcome.action == REDIRECT && outcome.frame == inner.bytes(), "{outcome:?}");
-            connect(1500)?;
-            for (sent, expected) in [(0, 0), (1, 1), (2, 2), (3, 2)] {
-                for inner in [tcp(from, to, ACK).by(1), udp(from, to).by(1)] {
-                    let mut inner = inner.bytes();
-                    inner[15] = if cast.a.is_ipv4() { sent } else { sent << 4 };
-                    let outcome = world.send_bytes("from_pod", &inner, Arrival::default())?;
-                    ensure!(outcome.action == REDIRECT && outcome.mark == MARK, "{outcome:?}");
-                    assert_eq!(outcome.counted, [(0, EGRESS as u8)]);
-                    check_outer(&outcome.frame, &inner, A, expected)?;
-                }
+    past_the_stack(casts(), |world, cast| {
+        let [nodes, _] = casts();
+        world.address(cast.remote, R, 0, 1, Some(nodes.other_node))?;
+        let (from, to) = ((cast.a, 40000), (cast.remote, 80));
+        let inner = tcp(from, to, SYN).by(1);
+        // No way there: the device says so.
+        let outcome = world.send("from_pod", &inner)?;
+        ensure!(outcome.action == REDIRECT && outcome.frame == inner.bytes(), "{outcome:?}");
+        connect(1500)?;
+        for (sent, expected) in [(0, 0), (1, 1), (2, 2), (3, 2)] {
+            for inner in [tcp(from, to, ACK).by(1), udp(from, to).by(1)] {
+                let mut inner = inner.bytes();
+                inner[15] = if cast.a.is_ipv4() { sent } else { sent << 4 };
+                let outcome = world.send_bytes("from_pod", &inner, Arrival::default())?;
+                ensure!(outcome.action == REDIRECT && outcome.mark == MARK, "{outcome:?}");
+                assert_eq!(outcome.counted, [(0, EGRESS as u8)]);
+                check_outer(&outcome.frame, &inner, A, expected)?;
             }
-            // Not where it may not.
-            world.tunnel_is_direct(false)?;
-            let outcome = world.send("from_pod", &inner)?;
-            ensure!(outcome.action == REDIRECT && outcome.frame == inner.bytes(), "{outcome:?}");
-            Ok(())
-        })?;
-    }
-    Ok(())
+        }
+        // Not where it may not.
+        world.past_stack(false)?;
+        let outcome = world.send("from_pod", &inner)?;
+        ensure!(outcome.action == REDIRECT && outcome.frame == inner.bytes(), "{outcome:?}");
+        Ok(())
+    })
 }
 
 #[test]
 fn what_the_way_is_too_narrow_for_goes_by_the_device() -> Result<()> {
     require_lab!();
-    for cast in casts() {
-        within(settings(), move |world| {
-            world.tunnel_is_direct(true)?;
-            let [nodes, _] = casts();
-            world.address(cast.remote, R, 0, 1, Some(nodes.other_node))?;
-            connect(1400)?;
-            let header = if cast.a.is_ipv4() { 20 } else { 40 };
-            for (total, is_direct) in [(1350, true), (1351, false)] {
-                let payload = vec![7; total - header - 8];
-                let inner = udp((cast.a, 5), (cast.remote, 53)).payload(&payload).by(1);
-                let outcome = world.send("from_pod", &inner)?;
-                let length = inner.bytes().len() + if is_direct { OUTER } else { 0 };
-                ensure!(outcome.action == REDIRECT && outcome.frame.len() == length, "{total}: {outcome:?}");
-            }
-            Ok(())
-        })?;
-    }
-    Ok(())
+    past_the_stack(casts(), |world, cast| {
+        let [nodes, _] = casts();
+        world.address(cast.remote, R, 0, 1, Some(nodes.other_node))?;
+        connect(1400)?;
+        let header = if cast.a.is_ipv4() { 20 } else { 40 };
+        for (total, is_direct) in [(1350, true), (1351, false)] {
+            let payload = vec![7; total - header - 8];
+            let inner = udp((cast.a, 5), (cast.remote, 53)).payload(&payload).by(1);
+            let outcome = world.send("from_pod", &inner)?;
+            let length = inner.bytes().len() + if is_direct { OUTER } else { 0 };
+            ensure!(outcome.action == REDIRECT && outcome.frame.len() == length, "{total}: {outcome:?}");
+        }
+        Ok(())
+    })
 }

@@ -374,11 +374,11 @@ impl World {
         Ok(())
     }
 
-    /// Whether tunnel packets may pass by the tunnel's device.
-    pub fn tunnel_is_direct(&self, is_direct: bool) -> Result<()> {
+    /// Whether packets may go past the node's stack.
+    pub fn past_stack(&self, may: bool) -> Result<()> {
         let map = self.datapath.typed::<u32, NodeState>("node_state")?;
         let mut row = map.get(&0)?.context("an array has every row")?;
-        row.flags = if is_direct { node_flags::NODE_TUNNEL_DIRECT.0 } else { 0 };
+        row.flags = if may { node_flags::NODE_PAST_STACK.0 } else { 0 };
         Ok(map.insert(&0, &row)?)
     }
 
