@@ -214,7 +214,7 @@ enum service_flags {
 struct backend_key {
 	__u32 service_id;
 	__u32 generation;
-	__u32 slot; /* 0 .. backend_count - 1 */
+	__u32 slot; /* 0 .. backend_count - 1, in the order of addresses as numbers, then ports */
 };
 
 struct backend {

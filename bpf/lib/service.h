@@ -9,8 +9,8 @@
 
 #include "connection.h"
 
-/* How many slots are searched for a backend when the set has changed. */
-#define SERVICE_SEARCH_SLOTS 256
+/* Halvings that find one of as many backends as the map has room for. */
+#define SERVICE_SEARCH_STEPS 19
 
 /* Other source ports: 32768 to 49151, tried at random. */
 #define SERVICE_PORT_MIN 32768
@@ -59,6 +59,18 @@ service_host_port(const struct addr *addr, __be16 port, __u8 protocol)
 	return service_select_backend(service, 0);
 }
 
+/* The backend comes before this address and port, in the order of slots. */
+static __always_inline bool backend_is_before(const struct backend *backend,
+					      const struct addr *addr,
+					      __be16 port)
+{
+	for (int i = 0; i < 4; i++)
+		if (backend->addr.w[i] != addr->w[i])
+			return bpf_ntohl(backend->addr.w[i]) <
+			       bpf_ntohl(addr->w[i]);
+	return bpf_ntohs(backend->port) < bpf_ntohs(port);
+}
+
 /* A backend that was chosen is still one of the service's. */
 static __always_inline bool service_has_backend(const struct service *service,
 						const struct addr *addr,
@@ -68,16 +80,21 @@ static __always_inline bool service_has_backend(const struct service *service,
 		.service_id = service->service_id,
 		.generation = service->generation,
 	};
+	__u32 low = 0, high = service->backend_count;
 	struct backend *backend;
 
-	for (__u32 slot = 0; slot < SERVICE_SEARCH_SLOTS; slot++) {
-		if (slot >= service->backend_count)
-			return false;
-		key.slot = slot;
+	for (int step = 0; step < SERVICE_SEARCH_STEPS && low < high; step++) {
+		key.slot = low + (high - low) / 2;
 		backend = bpf_map_lookup_elem(&backends, &key);
-		if (backend && backend->port == port &&
-		    addr_equal(&backend->addr, addr))
+		if (!backend)
+			return false;
+		if (backend_is_before(backend, addr, port))
+			low = key.slot + 1;
+		else if (backend->port == port &&
+			 addr_equal(&backend->addr, addr))
 			return true;
+		else
+			high = key.slot;
 	}
 	return false;
 }

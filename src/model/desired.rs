@@ -122,6 +122,6 @@ pub struct Frontend {
     /// A pod's host port.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub is_host_port: bool,
-    /// Ready backends, sorted, without doubles; none: refused at once.
+    /// Ready backends, sorted (programs search them by halves), without doubles; none: refused at once.
     pub backends: Vec<SocketAddr>,
 }

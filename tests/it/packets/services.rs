@@ -191,6 +191,45 @@ fn a_removed_backend_gets_nothing_new() -> Result<()> {
     })
 }
 
+#[test]
+fn a_socket_keeps_its_backend_among_thousands() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let near = |offset: i32| match cast.remote {
+            IpAddr::V4(address) => IpAddr::from(u32::from(address).wrapping_add_signed(offset).to_be_bytes()),
+            IpAddr::V6(address) => {
+                IpAddr::from(u128::from(address).wrapping_add_signed(offset.into()).to_be_bytes())
+            }
+        };
+        // Before it and behind it.
+        let others = |count: i32| {
+            (1..=count).map(move |number| (near(if number % 3 == 0 { number } else { -number }), 53))
+        };
+        let frontend = (cast.service, 53, 17);
+        let question = udp((cast.a, 4000), (cast.service, 53)).by(1);
+        for port in [52, 53, 54] {
+            world.service(frontend, 700, 1, &[(cast.remote, port)])?;
+            let outcome = world.send("from_pod", &question)?;
+            ensure!(outcome.action != SHOT, "counted {:?}", outcome.counted);
+            for (generation, count) in [(2, 1), (3, 255), (4, 300), (5, 2999), (6, 0)] {
+                let backends: Vec<_> = others(count).chain([(cast.remote, port)]).collect();
+                world.service(frontend, 700, generation, &backends)?;
+                let outcome = world.send("from_pod", &question)?;
+                ensure!(
+                    outcome.action != SHOT && destination_of(&outcome.frame) == cast.remote,
+                    "{count} others beside port {port}: counted {:?}",
+                    outcome.counted
+                );
+            }
+            // Gone, and the flow with it.
+            world.service(frontend, 700, 7, &[(cast.b, 53)])?;
+            let outcome = world.send("from_pod", &question)?;
+            ensure!(destination_of(&outcome.frame) == cast.b, "port {port} is gone: {:?}", outcome.counted);
+        }
+        Ok(())
+    })
+}
+
 fn destination_of(frame: &[u8]) -> IpAddr {
     if frame[12..14] == [0x08, 0] {
         IpAddr::from(<[u8; 4]>::try_from(&frame[30..34]).expect("four bytes"))

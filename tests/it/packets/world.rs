@@ -285,6 +285,8 @@ impl World {
         generation: u32,
         backends: &[(IpAddr, u16)],
     ) -> Result<()> {
+        let mut backends = backends.to_vec();
+        backends.sort();
         for (slot, (address, port)) in backends.iter().enumerate() {
             let key = BackendKey { service_id, generation, slot: slot as u32 };
             let row = Backend { addr: addr_of(*address), port: port.to_be(), protocol, flags: 0 };
