@@ -150,6 +150,11 @@ pub struct AgentArgs {
     #[arg(long, env = "WEIR_NODE_STALE_SECONDS", value_name = "SECONDS", default_value_t = 60)]
     pub node_stale_seconds: u32,
 
+    /// With --manifests: an identity that no pod has had for so long is deleted. Otherwise the operator
+    /// does that.
+    #[arg(long, env = "WEIR_IDENTITY_GRACE_SECONDS", value_name = "SECONDS", default_value_t = 900)]
+    pub identity_grace_seconds: u32,
+
     /// Form of the log.
     #[arg(long, env = "WEIR_LOG_FORMAT", value_enum, default_value = "text")]
     pub log_format: LogFormat,
@@ -281,6 +286,10 @@ impl TryFrom<AgentArgs> for Config {
         if !(4..=3600).contains(&args.node_stale_seconds) {
             return refuse("node-stale-seconds", args.node_stale_seconds.to_string(), "must be 4 to 3600");
         }
+        if !(1..=604_800).contains(&args.identity_grace_seconds) {
+            let given = args.identity_grace_seconds.to_string();
+            return refuse("identity-grace-seconds", given, "must be 1 to 604800");
+        }
         for (setting, path) in [("cni-bin-dir", &args.cni_bin_dir), ("cni-config-dir", &args.cni_config_dir)]
         {
             if let Some(path) = path.as_ref().filter(|path| !path.is_absolute()) {
@@ -378,6 +387,7 @@ mod tests {
         for (flags, message) in [
             (["--mtu", "100"], "--mtu 100: must be 0, or 1280 (IPv6's least) to 65535"),
             (["--connections-max", "1"], "--connections-max 1: must be 1024 to 16777216"),
+            (["--identity-grace-seconds", "0"], "--identity-grace-seconds 0: must be 1 to 604800"),
             (
                 ["--nat-port-min", "80"],
                 "--nat-port-min 80 --nat-port-max 29999: must be at least 1024 and below --nat-port-max",

@@ -38,7 +38,7 @@ use crate::endpoint::{self, Enforced};
 use crate::flow::reader::KernelEvents;
 use crate::flow::{self, Names};
 use crate::kube::bootstrap::Servers;
-use crate::kube::{self, Publisher, Source, Tables};
+use crate::kube::{self, Collector, Publisher, Source, Tables};
 use crate::model::{Node, NodeEndpoints};
 use crate::netlink;
 use crate::reconcile::{OVERLAY_DEVICE, Reconciler};
@@ -125,6 +125,11 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     let Start { config, source, known, manager, names, enforced, programmed } = start;
     let tables = known.tables.clone();
     let publisher = Arc::new(Publisher::new(&source, &config.args.node_name, tables.clone())?);
+    if let Source::Manifests(directory) = &source {
+        let grace = Duration::from_secs(config.args.identity_grace_seconds.into());
+        let health = known.health.clone();
+        tokio::spawn(Collector::new(directory, &config.args.node_name, grace, health)?.run());
+    }
     tokio::spawn(kube::run(source, tables.clone(), known.health.clone()));
     let facts = watch::Sender::new(announce::Facts::default());
     let announcing = {

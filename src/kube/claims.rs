@@ -1,8 +1,8 @@
 //! Identities between their source and the pods of this node.
 //!
 //! A row of `identities` may be ahead of the source (this agent just claimed it), or
-//! outlive its object: the operator deletes identities that nobody seems to use, and an
-//! agent that was cut off for longer than the grace time comes back to find one of its
+//! outlive its object: the operator, or in a directory of manifests every agent, deletes
+//! identities that nobody seems to use, and an agent that was cut off for longer than the grace time comes back to find one of its
 //! own gone. Such a row stays for as long as pods of this node have it, so that they keep
 //! running, and is in `to_claim` until the object is there again.
 //!

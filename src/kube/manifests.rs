@@ -398,13 +398,18 @@ fn outcome(error: &FieldError, is_kept: bool) -> String {
 }
 
 /// Not the temporary files of editors and of our own.
-fn is_manifest(name: &std::ffi::OsStr) -> bool {
+pub(super) fn is_manifest(name: &std::ffi::OsStr) -> bool {
     let path = Path::new(name);
     let extension = path.extension().and_then(|extension| extension.to_str());
     !name.as_encoded_bytes().starts_with(b".") && matches!(extension, Some("yaml" | "yml" | "json"))
 }
 
 fn read(path: &Path, size: u64) -> Result<Vec<Document>> {
+    documents(&text_of(path, size)?).context("is refused")
+}
+
+/// The content of a manifest of `size`.
+pub(super) fn text_of(path: &Path, size: u64) -> Result<String> {
     if size > FILE_BYTES_MAX {
         bail!("has {size} bytes; at most {FILE_BYTES_MAX} are read");
     }
@@ -413,7 +418,12 @@ fn read(path: &Path, size: u64) -> Result<Vec<Document>> {
     if text.trim().is_empty() {
         bail!("is empty: remove the file to remove its objects");
     }
-    document::read(text.trim_start_matches('\u{feff}')).context("is refused")
+    Ok(text)
+}
+
+/// What a manifest holds.
+pub(super) fn documents(text: &str) -> Result<Vec<Document>, FieldError> {
+    document::read(text.trim_start_matches('\u{feff}'))
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 //! Both fill the same [`Tables`]; nothing behind them can tell which it was. A table is
 //! reset only by a complete list, and a source that is away changes nothing. What the
 //! agent itself has to say (identities, endpoints) goes out through the [`Publisher`],
-//! to the same place.
+//! to the same place. Identities that nobody uses are deleted by the operator, and from a
+//! directory by the agents' [`Collector`]s.
 //!
 //! ```text
 //! API server ── api ──┐
@@ -15,14 +16,17 @@
 mod api;
 pub mod bootstrap;
 mod claims;
+mod collect;
 mod convert;
 pub mod crd;
 mod document;
+mod files;
 mod health;
 mod joined;
 mod manifests;
 mod publish;
 mod sink;
+mod unused;
 mod watched;
 
 use std::path::PathBuf;
@@ -30,9 +34,11 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+pub use collect::Collector;
 pub use convert::{FieldError, Kind};
 pub use health::{Health, KindHealth, Report};
 pub use publish::{Publisher, heartbeat_name};
+pub(crate) use unused::Unused;
 pub(crate) use watched::{Watchable, Watched};
 
 use crate::model::{
@@ -63,7 +69,7 @@ pub struct Tables {
     /// By node: what the operator gave.
     pub allocations: Table<Arc<str>, Arc<Allocation>>,
     /// Identities that are to be claimed before a pod begins to use them, although they are in
-    /// `identities`: the operator marked them as unused, or their object is gone while pods have them.
+    /// `identities`: they are marked as unused, or their object is gone while pods have them.
     pub to_claim: Table<IdentityId, ()>,
     claims: claims::Claims,
     joining: joined::Joining,

@@ -7,27 +7,22 @@
 mod node;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, OpenOptions};
-use std::io::{ErrorKind, Write};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::ResourceExt;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
-use serde::Serialize;
 use serde_json::json;
 use tokio::sync::Mutex;
 use tracing::{debug, info, warn};
 
 pub use node::heartbeat_name;
 
-use super::convert::{Converted, Object, is_object_name};
+use super::convert::is_object_name;
 use super::crd::{Endpoint, Identity, IdentitySpec, NodeEndpointsSpec};
-use super::document::{self, Content};
+use super::files::{Files, to_yaml};
 use super::{Source, Tables, crd};
 use crate::identity;
 use crate::model::{IdentityId, IdentityLabels, NodeEndpoints, ObjectKey};
@@ -41,8 +36,6 @@ const ATTEMPTS_MAX: u32 = 64;
 const RESEND: Duration = Duration::from_secs(10);
 /// Owner of the fields that we apply.
 const FIELD_MANAGER: &str = "weir-agent";
-/// Longer node names make no file name.
-const NODE_NAME_MAX: usize = 200;
 
 /// Writes this agent's objects to where its source reads.
 pub struct Publisher {
@@ -62,11 +55,11 @@ enum Target {
         nodes: Api<crd::WeirNode>,
         heartbeats: Api<Lease>,
     },
-    Manifests(PathBuf),
+    Manifests(Files),
 }
 
 /// The answer to creating the object of a number.
-enum Claim {
+pub(super) enum Claim {
     /// The number stands for these labels now.
     Ours,
     /// It stands for other labels.
@@ -86,13 +79,7 @@ impl Publisher {
                 nodes: Api::all(client.clone()),
                 heartbeats: Api::default_namespaced(client.clone()),
             },
-            Source::Manifests(directory) => {
-                ensure!(
-                    node.len() <= NODE_NAME_MAX,
-                    "node name {node:?} is longer than {NODE_NAME_MAX} characters"
-                );
-                Target::Manifests(directory.clone())
-            }
+            Source::Manifests(directory) => Target::Manifests(Files::new(directory, node)?),
         };
         let node = node.to_owned();
         Ok(Self { target, node, tables, number: identity::number, packing: Mutex::default() })
@@ -115,9 +102,9 @@ impl Publisher {
             }
             let claim = match &self.target {
                 Target::Kubernetes { identities, .. } => create_object(identities, id, labels).await,
-                Target::Manifests(directory) => {
-                    let (directory, labels) = (directory.clone(), labels.clone());
-                    tokio::task::spawn_blocking(move || create_file(&directory, id, &labels)).await?
+                Target::Manifests(files) => {
+                    let (files, labels) = (files.clone(), labels.clone());
+                    tokio::task::spawn_blocking(move || files.claim(id, &labels)).await?
                 }
             };
             match claim.with_context(|| format!("claiming identity {id}"))? {
@@ -148,11 +135,11 @@ impl Publisher {
                 }
                 self.send(endpoints, &mut packing, parts).await
             }
-            Target::Manifests(directory) => {
-                let path = directory.join(format!("endpoints-{}.yaml", self.node));
+            Target::Manifests(files) => {
+                let files = files.clone();
                 let objects = parts.into_iter().enumerate().map(|(number, spec)| self.object(number, spec));
                 let text = to_yaml(objects)?;
-                tokio::task::spawn_blocking(move || replace_file(&path, &text)).await?
+                tokio::task::spawn_blocking(move || files.publish(&text)).await?
             }
         }
     }
@@ -295,71 +282,6 @@ async fn keep_object(api: &Api<Identity>, there: &Identity) -> Result<Claim> {
         Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(Claim::Gone),
         Err(error) => Err(error).context("taking the mark of the operator away"),
     }
-}
-
-/// The name appears together with the whole content, or not at all.
-fn create_file(directory: &Path, id: IdentityId, labels: &IdentityLabels) -> Result<Claim> {
-    let path = directory.join(format!("identity-{id}.yaml"));
-    let object = Identity::new(&id.to_string(), IdentitySpec::from(labels));
-    let temporary = Temporary::new(directory, &to_yaml([object])?)?;
-    match fs::hard_link(&temporary.0, &path) {
-        Ok(()) => return Ok(Claim::Ours),
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(error).with_context(|| format!("creating {}", path.display())),
-    }
-    let text = match fs::read_to_string(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Claim::Gone),
-        Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
-    };
-    let is_same = document::read(&text).into_iter().flatten().any(|document| match document.content {
-        Content::Object(_, Converted { object: Some(Object::Identity(number, there, _)), .. }) => {
-            number == id && *there == *labels
-        }
-        _ => false,
-    });
-    Ok(if is_same { Claim::Ours } else { Claim::Taken })
-}
-
-fn replace_file(path: &Path, text: &str) -> Result<()> {
-    if fs::read_to_string(path).is_ok_and(|there| there == text) {
-        return Ok(());
-    }
-    let temporary = Temporary::new(path.parent().context("naming the directory")?, text)?;
-    fs::rename(&temporary.0, path).with_context(|| format!("replacing {}", path.display()))
-}
-
-/// A file that no source reads and that is gone when this is.
-struct Temporary(PathBuf);
-
-impl Temporary {
-    fn new(directory: &Path, text: &str) -> Result<Self> {
-        static COUNTER: AtomicU64 = AtomicU64::new(0);
-        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let path = directory.join(format!(".weir-{}-{number}", std::process::id()));
-        // Left by an agent that was killed while it had this process id.
-        let _ = fs::remove_file(&path);
-        let file = OpenOptions::new().write(true).create_new(true).open(&path);
-        let mut file = file.with_context(|| format!("creating {}", path.display()))?;
-        let temporary = Self(path);
-        file.write_all(text.as_bytes()).with_context(|| format!("writing {}", temporary.0.display()))?;
-        Ok(temporary)
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-fn to_yaml<T: Serialize>(objects: impl IntoIterator<Item = T>) -> Result<String> {
-    let mut text = String::new();
-    for object in objects {
-        text += "---\n";
-        text += &serde_yaml::to_string(&object).context("writing YAML")?;
-    }
-    Ok(text)
 }
 
 #[cfg(test)]

@@ -22,41 +22,36 @@
 //! - A pass that cannot read one object of one node deletes nothing.
 //!
 //! An old leader that does not know that it is none any more follows the same rules: two collectors are
-//! as safe as one.
+//! as safe as one. In a directory of manifests, where each agent collects ([`crate::kube::Collector`]),
+//! they are as many as there are nodes.
 
-use std::collections::{HashMap, HashSet};
-use std::time::Duration;
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use futures::StreamExt;
 use kube::api::{Api, DeleteParams, ListParams, PartialObjectMeta, Patch, PatchParams, Preconditions};
 use kube::{Client, ResourceExt};
 use serde_json::json;
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use super::FIELD_MANAGER;
 use super::metrics::Metrics;
+use crate::kube::Unused;
 use crate::kube::crd::{Identity, NodeEndpoints, UNUSED_SINCE};
 
 /// Objects in one page of a list.
 const PAGE: u32 = 500;
 /// Writes at a time.
 const WRITES: usize = 8;
-/// Passes begin at most and at least this far from one another, else four in a grace time.
-const PAUSE_MIN: Duration = Duration::from_millis(200);
-const PAUSE_MAX: Duration = Duration::from_secs(60);
 
 /// Deletes identities that nobody uses.
 pub struct Collector {
     identities: Api<Identity>,
     endpoints: Api<NodeEndpoints>,
-    grace: Duration,
     metrics: Metrics,
-    /// Unused and without a mark in the last pass.
-    unused: HashSet<Version>,
-    /// Unused and marked, since this operator first saw it so.
-    marked: HashMap<Version, Instant>,
+    unused: Unused<Version>,
 }
 
 /// One state of one object.
@@ -83,10 +78,8 @@ impl Collector {
         Self {
             identities: Api::all(client.clone()),
             endpoints: Api::all(client.clone()),
-            grace,
             metrics,
-            unused: HashSet::new(),
-            marked: HashMap::new(),
+            unused: Unused::new(grace),
         }
     }
 
@@ -97,7 +90,7 @@ impl Collector {
                 self.metrics.errors.inc();
                 warn!(error = format!("{error:#}"), "collecting unused identities: nothing is deleted");
             }
-            sleep((self.grace / 4).clamp(PAUSE_MIN, PAUSE_MAX)).await;
+            sleep(self.unused.pause()).await;
         }
     }
 
@@ -106,34 +99,16 @@ impl Collector {
         // After the identities: what is in this list was in use when they were listed, or later.
         let used = self.used().await.context("listing the endpoints of nodes")?;
         self.metrics.identities.set(all.len() as i64);
-        let unused: Vec<_> = all.iter().filter(|identity| !used.contains(&identity.name_any())).collect();
-        let (marked, unmarked): (Vec<_>, Vec<_>) =
-            unused.into_iter().partition(|identity| identity.annotations().contains_key(UNUSED_SINCE));
-        self.metrics.identities_unused.set(marked.len() as i64);
-
-        let marked: HashSet<Version> = marked.into_iter().map(Version::from).collect();
-        self.marked.retain(|version, _| marked.contains(version));
-        for version in marked {
-            self.marked.entry(version).or_insert_with(Instant::now);
-        }
-        let is_due = |since: &Instant| since.elapsed() >= self.grace;
-        let due: Vec<_> = self
-            .marked
-            .iter()
-            .filter(|(_, since)| is_due(since))
-            .map(|(version, _)| version.clone())
+        let unused = all.iter().filter(|identity| !used.contains(&identity.name_any()));
+        let unused: Vec<_> = unused
+            .map(|identity| (Version::from(identity), identity.annotations().contains_key(UNUSED_SINCE)))
             .collect();
-        for version in &due {
-            self.marked.remove(version);
-        }
-
-        let unmarked: HashSet<Version> = unmarked.into_iter().map(Version::from).collect();
-        let to_mark: Vec<_> = unmarked.intersection(&self.unused).cloned().collect();
-        self.unused = unmarked;
-
+        let marked = unused.iter().filter(|(_, is_marked)| *is_marked).count();
+        self.metrics.identities_unused.set(marked as i64);
+        let due = self.unused.pass(unused, Instant::now());
         let this = &*self;
-        futures::stream::iter(due).for_each_concurrent(WRITES, |version| this.delete(version)).await;
-        futures::stream::iter(to_mark).for_each_concurrent(WRITES, |version| this.mark(version)).await;
+        futures::stream::iter(due.delete).for_each_concurrent(WRITES, |version| this.delete(version)).await;
+        futures::stream::iter(due.mark).for_each_concurrent(WRITES, |version| this.mark(version)).await;
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use crate::model::{
     Allocation, IdentityId, IdentityLabels, NamedPort, NodeEndpoints, ObjectKey, PublishedEndpoint,
 };
 
-/// Number, labels, and whether the operator marked it as unused.
+/// Number, labels, and whether it is marked as unused.
 pub fn identity(id: &ObjectId, document: &Field) -> Result<(IdentityId, IdentityLabels, bool)> {
     let name = document.get("metadata")?.get("name")?;
     let number = id.key.name.parse().ok().filter(|number: &u32| number.to_string() == *id.key.name);

@@ -1,11 +1,14 @@
 //! Claims and endpoints in a directory; the same claims against an API server are a
 //! matter for the cluster tests.
 
+use std::fs;
+use std::path::PathBuf;
+
 use tempfile::TempDir;
 
 use super::*;
 use crate::kube::Health;
-use crate::kube::convert::{Kind, ObjectId};
+use crate::kube::convert::{Kind, Object, ObjectId};
 use crate::kube::sink::Sink;
 use crate::model::PublishedEndpoint;
 

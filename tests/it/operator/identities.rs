@@ -1,13 +1,15 @@
-//! Garbage collection of identities while agents claim, use and give them up.
+//! Garbage collection of identities while agents claim, use and give them up: by the operator, and in a
+//! directory of manifests by every agent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Result, ensure};
 use weir::kube::crd::Identity;
-use weir::kube::{Health, Publisher, Source, Tables};
+use weir::kube::{Collector, Health, Publisher, Source, Tables};
 use weir::model::{IdentityId, IdentityLabels, NodeEndpoints, ObjectKey, PublishedEndpoint};
 
 use super::*;
@@ -25,13 +27,37 @@ fn labels(number: usize) -> IdentityLabels {
     }
 }
 
-/// An agent less its datapath: tables that follow the API server, and what publishes.
+/// An agent less its datapath: tables that follow the source, and what publishes.
 struct Agent {
     name: String,
     tables: Arc<Tables>,
     publisher: Publisher,
-    identities: Api<Identity>,
+    identities: Identities,
     following: tokio::task::JoinHandle<()>,
+}
+
+/// Where identities are looked up, past the agents.
+enum Identities {
+    Objects(Box<Api<Identity>>),
+    Files(PathBuf),
+}
+
+impl Identities {
+    async fn get(&self, id: IdentityId) -> Result<Option<Identity>> {
+        match self {
+            Self::Objects(api) => Ok(api.get_opt(&id.to_string()).await?),
+            Self::Files(directory) => {
+                let read = || fs::read_to_string(directory.join(format!("identity-{id}.yaml"))).ok();
+                let mut text = read();
+                if text.is_none() {
+                    // One that is taken away, looked at and put back is away for a moment.
+                    sleep(Duration::from_millis(50)).await;
+                    text = read();
+                }
+                Ok(text.map(|text| serde_yaml::from_str(&text)).transpose()?)
+            }
+        }
+    }
 }
 
 impl Drop for Agent {
@@ -44,11 +70,15 @@ impl Agent {
     async fn start(plane: &ControlPlane, name: &str) -> Result<Self> {
         let client = client_of(&plane.as_account("weir-agent", name).await?).await?;
         let source = Source::Kubernetes(client.clone(), name.to_owned());
+        Self::follow(source, name, Identities::Objects(Box::new(Api::all(client)))).await
+    }
+
+    async fn follow(source: Source, name: &str, identities: Identities) -> Result<Self> {
         let (tables, health) = (Arc::new(Tables::new()), Arc::new(Health::default()));
         let following = tokio::spawn(weir::kube::run(source.clone(), tables.clone(), health));
         tokio::time::timeout(PATIENCE, tables.wait_synced()).await.context("waiting for the first lists")?;
         let publisher = Publisher::new(&source, name, tables.clone())?;
-        Ok(Self { name: name.to_owned(), tables, publisher, identities: Api::all(client), following })
+        Ok(Self { name: name.to_owned(), tables, publisher, identities, following })
     }
 
     fn hold(&self, held: Option<(IdentityId, &IdentityLabels)>) {
@@ -76,7 +106,7 @@ impl Agent {
         self.publish(Some(id)).await?;
         let end = Instant::now() + Duration::from_millis(random.below(1200));
         loop {
-            let there = self.identities.get_opt(&id.to_string()).await?;
+            let there = self.identities.get(id).await?;
             let is_right = there.is_some_and(|there| there.spec.pod_labels == labels.pod_labels);
             ensure!(is_right, "identity {id} of a running pod of {} is gone or another's", self.name);
             ensure!(self.tables.identities.get(&id).as_deref() == Some(labels), "the row of {id} is gone");
@@ -90,6 +120,16 @@ impl Agent {
         sleep(Duration::from_millis(random.below(1200))).await;
         Ok(())
     }
+}
+
+/// Pods of `agent`, one after the other, until `end`; how many.
+async fn run_pods(agent: &Agent, number: usize, end: Instant) -> Result<usize> {
+    let (mut random, mut count) = (Random(number as u64 + 1), 0);
+    while Instant::now() < end {
+        agent.run_pod(&labels(random.below(LABEL_SETS as u64) as usize), &mut random).await?;
+        count += 1;
+    }
+    Ok(count)
 }
 
 /// Enough to mix things up, and the same in every run.
@@ -112,18 +152,14 @@ fn identities_in_use_are_never_collected() -> Result<()> {
             Ok(operator.log().contains("looking after nodes").then_some(()))
         })
         .await?;
-        let lives = AtomicUsize::new(0);
         let end = Instant::now() + RUN;
         let agents = (0..AGENTS).map(async |number| {
             let agent = Agent::start(&plane, &format!("node-{number}")).await?;
-            let mut random = Random(number as u64 + 1);
-            while Instant::now() < end {
-                agent.run_pod(&labels(random.below(LABEL_SETS as u64) as usize), &mut random).await?;
-                lives.fetch_add(1, Ordering::Relaxed);
-            }
-            anyhow::Ok(agent)
+            let pods = run_pods(&agent, number, end).await?;
+            anyhow::Ok((agent, pods))
         });
-        let agents = futures::future::try_join_all(agents).await?;
+        let (agents, pods): (Vec<_>, Vec<_>) =
+            futures::future::try_join_all(agents).await?.into_iter().unzip();
         let during = operator.metric("weir_operator_identities_deleted_total").await?;
         // Nobody has any now.
         let identities: Api<Identity> = Api::all(client.clone());
@@ -132,7 +168,7 @@ fn identities_in_use_are_never_collected() -> Result<()> {
         })
         .await?;
         ensure!(during > 5.0, "only {during} were collected while pods ran: the race was not run");
-        println!("{} pods, {during} identities collected meanwhile", lives.load(Ordering::Relaxed));
+        println!("{} pods, {during} identities collected meanwhile", pods.iter().sum::<usize>());
         a_cut_off_agent_gets_its_identity_back(&agents[0], &identities).await
     })
 }
@@ -150,4 +186,57 @@ async fn a_cut_off_agent_gets_its_identity_back(agent: &Agent, identities: &Api<
     ensure!(identities.get_opt(&id.to_string()).await?.is_some(), "the object is not there again");
     ensure!(agent.tables.to_claim.get(&id).is_none(), "it is still to be claimed");
     Ok(())
+}
+
+/// Ten collectors and ten agents in one directory.
+#[test]
+fn identities_of_a_directory_in_use_are_never_collected() -> Result<()> {
+    let directory = tempfile::Builder::new().prefix("weir-identities-").tempdir()?;
+    let directory = directory.path();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        let end = Instant::now() + RUN;
+        let agents = (0..AGENTS).map(async |number| {
+            let name = format!("node-{number}");
+            let source = Source::Manifests(directory.to_owned());
+            let agent = Agent::follow(source, &name, Identities::Files(directory.to_owned())).await?;
+            let grace = Duration::from_secs(1);
+            let collector = Collector::new(directory, &name, grace, Arc::new(Health::default()))?;
+            tokio::spawn(collector.run());
+            run_pods(&agent, number, end).await
+        });
+        let mut during = 0;
+        let pods = tokio::select! {
+            pods = futures::future::try_join_all(agents) => pods?,
+            failed = count_deletions(directory, &mut during) => failed?,
+        };
+        until("every identity to be collected", || async {
+            Ok(identity_files(directory)?.is_empty().then_some(()))
+        })
+        .await?;
+        ensure!(during > 5, "only {during} were collected while pods ran: the race was not run");
+        println!("{} pods, {during} identities collected meanwhile", pods.iter().sum::<usize>());
+        Ok(())
+    })
+}
+
+/// Counts until it is dropped.
+async fn count_deletions(directory: &Path, count: &mut usize) -> Result<Vec<usize>> {
+    let mut before = BTreeSet::new();
+    loop {
+        let now = identity_files(directory)?;
+        *count += before.difference(&now).count();
+        before = now;
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// The files of identities, and those that were taken away.
+fn identity_files(directory: &Path) -> Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(directory)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        names.extend(Some(name).filter(|name| name.contains("identity-") || name.contains("taken")));
+    }
+    Ok(names)
 }
