@@ -5,8 +5,8 @@
 //! in the same way before a pod gets the identity. Files have no versions that a deletion could name, so
 //! one is taken away first, renamed to what no source reads, and looked at. If it is not the one
 //! that was due, it is linked back, which fails where somebody has made it anew, as it should. While it is away
-//! it is like one that was deleted: agents make again what their pods have. What an agent
-//! left behind that was killed right then, the next pass of any agent puts back.
+//! it is like one that was deleted: agents make again what their pods have. What an agent left behind that
+//! was killed right then, its own next pass puts back, or that of any agent that has seen it in two.
 //!
 //! Only files that Weir writes are marked or deleted: `identity-N.yaml` that holds the identity N and nothing
 //! else. But whoever's endpoints are in the directory, and in whatever file, their identities are in use.
@@ -45,6 +45,8 @@ pub struct Collector {
     unused: Unused<Version>,
     /// Files that had endpoints in the last pass: a list may lack one that is just being replaced.
     publishing: BTreeSet<OsString>,
+    /// Files that were away in the last pass.
+    taken: BTreeSet<OsString>,
     health: Arc<Health>,
 }
 
@@ -59,7 +61,8 @@ impl Collector {
     /// One of `node`'s agent, which knows nothing yet.
     pub fn new(directory: &Path, node: &str, grace: Duration, health: Arc<Health>) -> Result<Self> {
         let files = Files::new(directory, node)?;
-        Ok(Self { files, unused: Unused::new(grace), publishing: BTreeSet::new(), health })
+        let (publishing, taken) = (BTreeSet::new(), BTreeSet::new());
+        Ok(Self { files, unused: Unused::new(grace), publishing, taken, health })
     }
 
     /// One pass after the other. Never returns.
@@ -80,10 +83,18 @@ impl Collector {
 
     fn pass(&mut self) -> Result<()> {
         let names = self.files.list()?;
+        let mut taken = BTreeSet::new();
         for (name, id) in names.iter().filter_map(|name| Some((name, Files::taken_id(name)?))) {
-            self.put_back(&self.files.path(name), id)?;
+            let path = self.files.path(name);
+            // Another agent may be looking at it right now.
+            if path != self.files.taken(id) && !self.taken.contains(name) {
+                taken.insert(name.clone());
+                continue;
+            }
+            self.put_back(&path, id)?;
             info!(identity = id.0, "put back an identity that was taken away and not looked at");
         }
+        self.taken = taken;
         let identities = self.identities(&names)?;
         // After the identities: what these say was in use when they were read, or later.
         let used = self.used()?;

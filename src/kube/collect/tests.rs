@@ -199,7 +199,7 @@ async fn what_was_left_by_a_crash_is_put_back_or_was_made_anew() {
     let (name, fresh) = (format!("identity-{id}.yaml"), lab.text(id).expect("it is there"));
     let taken = lab.path(&format!(".weir-taken-{id}-node-1.example"));
     // Each pass is the first of an agent: a second one would mark it.
-    let pass = || passes(&mut lab.collector("a", HOUR), 1);
+    let pass = || passes(&mut lab.collector("node-1.example", HOUR), 1);
     for is_made_anew in [false, true] {
         fs::rename(lab.path(&name), &taken).expect("taking it away");
         if is_made_anew {
@@ -213,6 +213,19 @@ async fn what_was_left_by_a_crash_is_put_back_or_was_made_anew() {
     fs::hard_link(lab.path(&name), &taken).expect("linking it");
     pass();
     assert_eq!(lab.files(), BTreeMap::from([(name, fresh.into_bytes())]));
+}
+
+#[tokio::test]
+async fn what_another_agent_takes_away_is_let_alone_for_a_pass() {
+    let lab = Lab::new();
+    let id = lab.claim("web").await;
+    let name = format!("identity-{id}.yaml");
+    fs::rename(lab.path(&name), lab.path(&format!(".weir-taken-{id}-b"))).expect("taking it away");
+    let (before, mut collector) = (lab.files(), lab.collector("a", HOUR));
+    passes(&mut collector, 1);
+    assert_eq!(lab.files(), before);
+    passes(&mut collector, 1);
+    assert_eq!(lab.files(), BTreeMap::from([(name, before.into_values().next().expect("it was away"))]));
 }
 
 #[tokio::test]
