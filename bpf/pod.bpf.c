@@ -100,12 +100,11 @@ int from_pod(struct __sk_buff *ctx)
 	struct endpoint *endpoint;
 	struct packet packet;
 	struct fast fast;
-	__u32 ifindex;
 	int ret;
 
-	ifindex = fast_from_pod(ctx, &fast);
-	if (ifindex)
-		return bpf_redirect_peer(ifindex, 0);
+	ret = fast_from_pod(ctx, &fast);
+	if (ret != FAST_OTHER_WAY)
+		return ret;
 
 	__builtin_memset(&packet, 0, sizeof(packet));
 	packet.direction = DIRECTION_EGRESS;

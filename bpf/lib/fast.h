@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
  * The packet that nearly every packet is: TCP or UDP from a pod to a pod of the
- * same node, of a flow whose verdict stands, with nothing to write. All it
- * needs stays in registers; whatever is not exactly so goes the ordinary way,
- * which decides everything again (flow.h has the reason for each check).
- * Nothing here drops a packet.
+ * same node, or of another one by native routing, of a flow whose verdict
+ * stands, with nothing to write. All it needs stays in registers; whatever is
+ * not exactly so goes the ordinary way, which decides everything again (flow.h
+ * has the reason for each check). Nothing here drops a packet.
  */
 #pragma once
 
 #include "flow.h"
+#include "route.h"
 
 /* What was found on the fast way, for the ordinary one. */
 struct fast {
@@ -132,9 +133,31 @@ fast_arrival(const struct fast *fast, struct connection *connection, __u32 side,
 	return destination && fast_is_recent(connection) ? destination : NULL;
 }
 
-/* The device to redirect to, or 0: the ordinary way. */
-static __always_inline __u32 fast_from_pod(struct __sk_buff *ctx,
-					   struct fast *fast)
+/* Not for the fast way: no action of tc. */
+#define FAST_OTHER_WAY -1
+
+/*
+ * To a pod of another node by the node's routes. Its address is still the one
+ * that was judged, or the epoch would be another.
+ */
+__weak __noinline int fast_leave(struct __sk_buff *ctx,
+				 struct connection_key *key, __u32 high)
+{
+	struct bpf_fib_lookup fib = {.ifindex = ctx->ifindex};
+
+	if (!key ||
+	    route_find(ctx, &key->addr[high ? 1 : 0], &key->addr[high ? 0 : 1],
+		       !addr_is_ipv4(&key->addr[0]),
+		       &fib) != BPF_FIB_LKUP_RET_SUCCESS)
+		return FAST_OTHER_WAY;
+	/* to_network has nothing to add. */
+	ctx->mark = MARK_JUDGED;
+	return route_follow(&fib);
+}
+
+/* An action of tc, or FAST_OTHER_WAY. */
+static __always_inline int fast_from_pod(struct __sk_buff *ctx,
+					 struct fast *fast)
 {
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
@@ -143,31 +166,44 @@ static __always_inline __u32 fast_from_pod(struct __sk_buff *ctx,
 	struct ethhdr *ethernet = data;
 	struct packet_tuple tuple;
 	__u32 side, id;
+	int action;
 
 	fast->is_looked_up = false;
 	fast->connection = NULL;
 	fast->high = 0;
 	if (!fast_parse(data, end, &tuple))
-		return 0;
+		return FAST_OTHER_WAY;
 	id = ethernet->destination[4] << 8 | ethernet->destination[5];
 	source = endpoint_by_id(id);
 	if (!source || source->ifindex != ctx->ifindex || ctx->vlan_present ||
 	    !fast_has(source, tuple.source, tuple.is_ipv6))
-		return 0;
+		return FAST_OTHER_WAY;
 	connection = fast_find(fast, &tuple);
 	if (!connection)
-		return 0;
+		return FAST_OTHER_WAY;
 	side = fast_side(fast, connection);
 	if (connection->flags &
 		    (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK) ||
 	    connection->endpoint[side] != id ||
 	    !fast_is_current(source, side ? connection->ingress_epoch
 					  : connection->egress_epoch))
-		return 0;
+		return FAST_OTHER_WAY;
+	if (!settings.tunnel_ifindex &&
+	    connection->route[side ^ 1] == ROUTE_NODE) {
+		if (connection->endpoint[side ^ 1] ||
+		    !fast_is_recent(connection))
+			return FAST_OTHER_WAY;
+		action = fast_leave(ctx, &fast->key, fast->high);
+		if (action < 0)
+			return FAST_OTHER_WAY;
+		fast_count(ctx, fast, connection, side, tuple.tcp_flags, 0,
+			   DIRECTION_EGRESS);
+		return action;
+	}
 	destination = fast_destination(fast, connection, side, tuple.is_ipv6);
 	if (!destination || !fast_is_recent(connection))
-		return 0;
+		return FAST_OTHER_WAY;
 	fast_count(ctx, fast, connection, side, tuple.tcp_flags, 0,
 		   DIRECTION_EGRESS);
-	return destination->ifindex;
+	return bpf_redirect_peer(destination->ifindex, 0);
 }

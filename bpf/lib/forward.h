@@ -69,31 +69,18 @@ __weak __noinline int forward_to_route(struct __sk_buff *ctx,
 				       struct packet *packet, bool may_pass)
 {
 	struct bpf_fib_lookup fib = {.ifindex = ctx->ifindex};
-	struct bpf_redir_neigh next = {};
-	bool is_ipv6;
 	long ret;
 
 	if (!packet)
 		return -DROP_UNROUTABLE_IP;
-	is_ipv6 = packet->flags & PACKET_IPV6;
-	if (is_ipv6) {
-		fib.family = AF_INET6;
-		__builtin_memcpy(fib.source, packet->source.w, 16);
-		__builtin_memcpy(fib.destination, packet->destination.w, 16);
-	} else {
-		fib.family = AF_INET;
-		fib.source[0] = packet->source.w[3];
-		fib.destination[0] = packet->destination.w[3];
-	}
-	ret = bpf_fib_lookup(ctx, &fib, sizeof(fib), BPF_FIB_LOOKUP_SKIP_NEIGH);
+	ret = route_find(ctx, &packet->source, &packet->destination,
+			 packet->flags & PACKET_IPV6, &fib);
 	if (may_pass && (ret != BPF_FIB_LKUP_RET_SUCCESS ||
 			 !forward_is_network(fib.ifindex)))
 		return TC_ACT_OK;
 	if (ret != BPF_FIB_LKUP_RET_SUCCESS)
 		return -DROP_FIB_LOOKUP_FAILED;
-	next.nh_family = fib.family;
-	__builtin_memcpy(next.nexthop, fib.destination, 16);
-	return bpf_redirect_neigh(fib.ifindex, &next, sizeof(next), 0);
+	return route_follow(&fib);
 }
 
 /* To the node that has the pod. */
