@@ -239,20 +239,8 @@ fn native_routing_needs_a_route() -> Result<()> {
             let packet = udp((cast.a, 5), (cast.remote, 53)).by(1);
             let outcome = world.send("from_pod", &packet)?;
             ensure!(outcome.action == SHOT && outcome.counted == [(169, EGRESS as u8)], "{outcome:?}");
-            let family = if cast.a.is_ipv4() { "-4" } else { "-6" };
-            let prefix = if cast.a.is_ipv4() { 24 } else { 64 };
-            for line in [
-                "link set lo up".to_owned(),
-                "link add uplink type veth peer name wire".to_owned(),
-                "link set uplink up".to_owned(),
-                "link set wire up".to_owned(),
-                format!("{family} address add {}/{prefix} dev uplink", cast.node)
-                    + if cast.a.is_ipv4() { "" } else { " nodad" },
-                format!("{family} route add {} via {}", cast.remote, cast.other_node),
-            ] {
-                ensure!(Command::new("ip").args(line.split(' ')).status()?.success(), "ip {line}");
-            }
-            set_forwarding()?;
+            connect(&cast, 1500)?;
+            change_route("add", &cast)?;
             let outcome = world.send("from_pod", &packet)?;
             ensure!(outcome.action == REDIRECT && outcome.mark == MARK, "{outcome:?}");
             // to_network does not look at it again.
@@ -264,6 +252,72 @@ fn native_routing_needs_a_route() -> Result<()> {
             Ok(())
         })?;
     }
+    Ok(())
+}
+
+#[test]
+fn a_running_flow_to_another_node_leaves_while_it_may() -> Result<()> {
+    require_lab!();
+    for cast in casts() {
+        within(native(), move |world| {
+            connect(&cast, 1500)?;
+            change_route("add", &cast)?;
+            let (pod, peer) = ((cast.a, 40000), (cast.remote, 80));
+            let asks = tcp(pod, peer, ACK).payload(b"more").by(1);
+            let leaves = |world: &mut World| -> Result<()> {
+                becomes(world, "from_pod", &asks, REDIRECT, &asks)?;
+                let outcome = world.send("from_pod", &asks)?;
+                ensure!(outcome.mark == MARK && outcome.counted == [(0, EGRESS as u8)], "{outcome:?}");
+                Ok(())
+            };
+            ensure!(world.send("from_pod", &tcp(pod, peer, SYN).by(1))?.action == REDIRECT);
+            leaves(world)?;
+            assert_eq!(world.connections(0)?[0].1.packets, [3, 0]);
+
+            world.enforce(1, &[EGRESS])?;
+            let outcome = world.send("from_pod", &asks)?;
+            ensure!(outcome.action == SHOT && outcome.counted == [(133, EGRESS as u8)], "{outcome:?}");
+            world.allow(1, EGRESS, R, (6, 80))?;
+            leaves(world)?;
+
+            change_route("del", &cast)?;
+            let outcome = world.send("from_pod", &asks)?;
+            ensure!(outcome.action == SHOT && outcome.counted == [(169, EGRESS as u8)], "{outcome:?}");
+            change_route("add", &cast)?;
+            leaves(world)?;
+
+            world.forget_address(cast.remote)?;
+            world.raise_address_epoch()?;
+            let outcome = world.send("from_pod", &asks)?;
+            ensure!(outcome.action == SHOT, "it goes to a pod that is gone: {outcome:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// A device with this node's address, and a way to the other node.
+pub fn connect(cast: &Cast, mtu: u32) -> Result<()> {
+    let (prefix, flags) = if cast.node.is_ipv4() { (24, "") } else { (64, " nodad") };
+    for line in [
+        "link set lo up",
+        &format!("link add uplink mtu {mtu} type veth peer name wire"),
+        "link set uplink up",
+        "link set wire up",
+        &format!("address add {}/{prefix} dev uplink{flags}", cast.node),
+    ] {
+        ip(line)?;
+    }
+    set_forwarding()
+}
+
+/// Of the other node's pod.
+fn change_route(verb: &str, cast: &Cast) -> Result<()> {
+    ip(&format!("route {verb} {} via {}", cast.remote, cast.other_node))
+}
+
+fn ip(line: &str) -> Result<()> {
+    ensure!(Command::new("ip").args(line.split(' ')).status()?.success(), "ip {line}");
     Ok(())
 }
 

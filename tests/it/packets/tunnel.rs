@@ -2,14 +2,13 @@
 //! takes off. Whatever is not plain must come out untouched, for the device.
 
 use std::net::IpAddr;
-use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
 use super::frame::{ACK, Packet, RST, SYN, checksum, tcp, udp};
-use super::network::set_forwarding;
+use super::network;
 use super::world::{
     A, Arrival, Cast, EGRESS, INGRESS, MARK, PASS, R, REDIRECT, World, casts, settings, within,
 };
@@ -185,16 +184,7 @@ fn nothing_overtakes_a_merged_packet() -> Result<()> {
 
 /// A device with this node's address, and a way to the other node.
 fn connect(mtu: u32) -> Result<()> {
-    for line in [
-        "link set lo up".to_owned(),
-        format!("link add uplink mtu {mtu} type veth peer name wire"),
-        "link set uplink up".to_owned(),
-        "link set wire up".to_owned(),
-        "address add 192.0.2.1/24 dev uplink".to_owned(),
-    ] {
-        ensure!(Command::new("ip").args(line.split(' ')).status()?.success(), "ip {line}");
-    }
-    set_forwarding()
+    network::connect(&casts()[0], mtu)
 }
 
 /// Checks the outer headers around `inner`, whose TOS, or traffic class, bears `ecn`.
