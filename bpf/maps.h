@@ -129,6 +129,30 @@ struct {
 } judged SEC(".maps") __weak;
 
 /*
+ * Written by the programs: the node's routes to pods of other nodes, for what
+ * the same pod sends there in the same tick. The last one has a slot; never
+ * pinned, never read outside.
+ */
+#define ROUTE_SLOTS 64
+
+struct known_route {
+	struct addr destination;
+	__u64 found_jiffies;
+	__u32 from_ifindex; /* the pod's device; 0: an empty slot */
+	__u32 ifindex;
+	__u32 family;	    /* of the next hop */
+	__u32 next_hop[4];
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, ROUTE_SLOTS);
+	__type(key, __u32);
+	__type(value, struct known_route);
+} routes SEC(".maps") __weak;
+
+/*
  * Written by the programs: connections that have ended on this CPU. Each stays
  * until as many others have ended, for what may still be on its way: between
  * pods of this node, and with anybody else.

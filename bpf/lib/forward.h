@@ -80,7 +80,7 @@ __weak __noinline int forward_to_route(struct __sk_buff *ctx,
 		return TC_ACT_OK;
 	if (ret != BPF_FIB_LKUP_RET_SUCCESS)
 		return -DROP_FIB_LOOKUP_FAILED;
-	return route_follow(&fib);
+	return route_follow(fib.ifindex, fib.family, fib.destination);
 }
 
 /* To the node that has the pod. */

@@ -26,11 +26,44 @@ static __always_inline long route_find(struct __sk_buff *ctx,
 			      BPF_FIB_LOOKUP_SKIP_NEIGH);
 }
 
-/* By the way that was found: an action of tc. */
-static __always_inline int route_follow(const struct bpf_fib_lookup *fib)
+/*
+ * The same for what a pod sends, which has one address of each family. Asking
+ * costs more than everything else about such a packet; within a tick the answer
+ * is not asked for again. NULL if there is no way.
+ */
+static __always_inline struct known_route *
+route_recall(struct __sk_buff *ctx, const struct addr *source,
+	     const struct addr *destination)
 {
-	struct bpf_redir_neigh next = {.nh_family = fib->family};
+	__u32 slot = bpf_ntohl(destination->w[3]) & (ROUTE_SLOTS - 1);
+	struct bpf_fib_lookup fib = {.ifindex = ctx->ifindex};
+	__u64 now = bpf_jiffies64();
+	struct known_route *route = bpf_map_lookup_elem(&routes, &slot);
 
-	__builtin_memcpy(next.nexthop, fib->destination, 16);
-	return bpf_redirect_neigh(fib->ifindex, &next, sizeof(next), 0);
+	if (!route)
+		return NULL;
+	if (route->from_ifindex == ctx->ifindex &&
+	    route->found_jiffies == now &&
+	    addr_equal(&route->destination, destination))
+		return route;
+	if (route_find(ctx, source, destination, !addr_is_ipv4(destination),
+		       &fib) != BPF_FIB_LKUP_RET_SUCCESS)
+		return NULL;
+	addr_copy(&route->destination, destination);
+	route->found_jiffies = now;
+	route->from_ifindex = ctx->ifindex;
+	route->ifindex = fib.ifindex;
+	route->family = fib.family;
+	__builtin_memcpy(route->next_hop, fib.destination, 16);
+	return route;
+}
+
+/* By the way that was found: an action of tc. */
+static __always_inline int route_follow(__u32 ifindex, __u32 family,
+					const __u32 next_hop[4])
+{
+	struct bpf_redir_neigh next = {.nh_family = family};
+
+	__builtin_memcpy(next.nexthop, next_hop, 16);
+	return bpf_redirect_neigh(ifindex, &next, sizeof(next), 0);
 }

@@ -117,7 +117,7 @@ pub(super) fn prepare(
 
 /// Sections of the object (`.rodata`, `.bss`) and the programs' work space belong to one load.
 fn is_private(map: &str) -> bool {
-    map.contains('.') || ["ended", "scratch"].contains(&map)
+    map.contains('.') || ["ended", "routes", "scratch"].contains(&map)
 }
 
 fn fill_settings(map: &mut OpenMapMut<'_>, settings: abi::Settings) -> Result<()> {
