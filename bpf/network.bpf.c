@@ -87,7 +87,7 @@ __weak __noinline int network_receive(struct __sk_buff *ctx)
 SEC("tcx/ingress")
 int from_network(struct __sk_buff *ctx)
 {
-	struct packet packet = {.direction = DIRECTION_INGRESS};
+	struct packet packet;
 	int parsed, ret;
 
 	if (settings.tunnel_ifindex) {
@@ -99,6 +99,7 @@ int from_network(struct __sk_buff *ctx)
 		if (ret != TC_ACT_OK)
 			return ret;
 	}
+	packet_begin(&packet, DIRECTION_INGRESS);
 	parsed = packet_parse(ctx, &packet);
 	if (!(packet.flags & PACKET_HAS_ADDRESSES) ||
 	    packet.flags & PACKET_CONTROL)
@@ -143,12 +144,13 @@ static __always_inline int network_must_masquerade(struct packet *packet)
 SEC("tcx/egress")
 int to_network(struct __sk_buff *ctx)
 {
-	struct packet packet = {.direction = DIRECTION_EGRESS};
 	struct address *address;
+	struct packet packet;
 	int parsed, ret;
 
 	if (ctx->mark == MARK_JUDGED)
 		return TC_ACT_OK;
+	packet_begin(&packet, DIRECTION_EGRESS);
 	parsed = packet_parse(ctx, &packet);
 	if (!(packet.flags & PACKET_HAS_ADDRESSES) ||
 	    addr_equal(&packet.source, nat_node_addr(&packet)))

@@ -79,12 +79,11 @@ static __always_inline int overlay_judge(struct __sk_buff *ctx,
 SEC("tcx/ingress")
 int from_overlay(struct __sk_buff *ctx)
 {
-	struct packet packet = {
-		.direction = DIRECTION_INGRESS,
-		.flags = PACKET_FROM_OVERLAY,
-	};
+	struct packet packet;
 	int ret;
 
+	packet_begin(&packet, DIRECTION_INGRESS);
+	packet.flags = PACKET_FROM_OVERLAY;
 	ret = packet_parse(ctx, &packet);
 	if (!ret)
 		ret = overlay_check_sender(ctx, &packet);
@@ -104,8 +103,8 @@ int from_overlay(struct __sk_buff *ctx)
 SEC("tcx/egress")
 int to_overlay(struct __sk_buff *ctx)
 {
-	struct packet packet = {.direction = DIRECTION_EGRESS};
 	struct address *address;
+	struct packet packet;
 	int ret;
 
 	/* from_pod has set the tunnel key. */
@@ -113,6 +112,7 @@ int to_overlay(struct __sk_buff *ctx)
 		ctx->mark = 0;
 		return TC_ACT_OK;
 	}
+	packet_begin(&packet, DIRECTION_EGRESS);
 	packet_parse(ctx, &packet);
 	if (!(packet.flags & PACKET_HAS_ADDRESSES))
 		return finish(ctx, &packet, -DROP_UNSUPPORTED_L3);

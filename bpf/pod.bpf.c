@@ -106,8 +106,7 @@ int from_pod(struct __sk_buff *ctx)
 	if (ret != FAST_OTHER_WAY)
 		return ret;
 
-	__builtin_memset(&packet, 0, sizeof(packet));
-	packet.direction = DIRECTION_EGRESS;
+	packet_begin(&packet, DIRECTION_EGRESS);
 	ret = packet_parse(ctx, &packet);
 	if (ret || packet.flags & PACKET_CONTROL)
 		return neighbour_from_pod(ctx, &packet, ret);
@@ -154,12 +153,13 @@ static __always_inline bool to_pod_is_addressee(struct __sk_buff *ctx,
 SEC("tcx/egress")
 int to_pod(struct __sk_buff *ctx)
 {
-	struct packet packet = {.direction = DIRECTION_INGRESS};
+	struct packet packet;
 	int ret;
 
 	/* from_pod's own answer to this pod. */
 	if (ctx->mark == MARK_JUDGED)
 		return TC_ACT_OK;
+	packet_begin(&packet, DIRECTION_INGRESS);
 	ret = packet_parse(ctx, &packet);
 	/* The node's own ARP and neighbour discovery. */
 	if (ret == -DROP_UNSUPPORTED_L3 || packet.flags & PACKET_CONTROL)
