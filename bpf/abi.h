@@ -423,3 +423,10 @@ struct stale_socket {
 	__u32 ifindex; /* that it is bound to, or 0 */
 };
 _Static_assert(sizeof(struct stale_socket) == 48, "stale_socket");
+
+/* What collect_connections and collect_nat are run with. */
+struct collect_request {
+	__u64 keys;    /* where they are, in the memory of who runs the program */
+	__u32 count;
+	__u32 deleted; /* the program's answer */
+};

@@ -42,6 +42,7 @@ const volatile struct settings settings __attribute__((weak)) = {};
 struct exported_types {
 	struct event event;
 	struct stale_socket stale_socket;
+	struct collect_request collect_request;
 	struct connection connection;
 	enum drop_reason drop_reason;
 	enum reserved_identity reserved_identity;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /*
- * Collecting what has expired, in the kernel: an iterator looks again at the
- * entry before it deletes it, so a flow that came back a moment ago stays; and
- * it yields between batches. The agent only reads the iterators to their end:
- * one byte for each entry that is gone. On the way it reports the flows that
- * rest: what came since their last record would wait for their next packet.
+ * Collecting what has expired. The agent walks a map and names the keys that it
+ * has found, some thousand in a call; each entry is looked at here before it is
+ * deleted, so a flow that came back a moment ago stays. On the way the flows
+ * that rest are reported: what came since their last record would wait for
+ * their next packet. Not iterators of maps: there are kernels that refuse those
+ * to everybody, and for_each holds a processor until it has seen the whole map.
  */
 #include "lib/connection.h"
 
@@ -13,11 +14,28 @@ char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
 /* A masqueraded packet's connection is a moment younger than its mapping's. */
 #define NAT_GRACE_SECONDS 5
 
-static __always_inline void count_deleted(struct bpf_iter_meta *meta)
-{
-	__u8 mark = 1;
+/* A request while it is worked on. */
+struct collection {
+	__u64 keys;
+	__u32 deleted;
+	bool is_unreadable;
+};
 
-	bpf_seq_write(meta->seq, &mark, sizeof(mark));
+/* The key of this number, from the agent's memory. */
+static __always_inline bool collection_read(struct collection *of, void *key,
+					    __u32 size, __u32 number)
+{
+	of->is_unreadable = bpf_copy_from_user(
+		key, size, (void *)(of->keys + (__u64)number * size));
+	return !of->is_unreadable;
+}
+
+/* What the program returns: 0, or 1 if a key could not be read. */
+static __always_inline int collection_end(const struct collection *of,
+					  struct collect_request *request)
+{
+	request->deleted = of->deleted;
+	return of->is_unreadable;
 }
 
 /* Without a packet: of a flow that has ended, or rests. */
@@ -44,65 +62,81 @@ static __always_inline bool rests_unreported(const struct connection *of,
 		       seconds_to_jiffies(settings.flow_report_seconds);
 }
 
-SEC("iter/bpf_map_elem")
-int collect_connections(struct bpf_iter__bpf_map_elem *ctx)
+static long collect_connection(__u32 number, struct collection *of)
 {
-	struct connection *connection = ctx->value;
-	struct connection_key *key = ctx->key;
+	struct connection_key key __attribute__((aligned(8)));
+	struct connection *connection;
 	__u64 now = bpf_jiffies64();
-	struct connection_key copy;
 	bool is_reported;
 
-	if (!connection || !key)
+	if (!collection_read(of, &key, sizeof(key), number))
+		return 1;
+	connection = bpf_map_lookup_elem(&connections, &key);
+	if (!connection)
 		return 0;
-	copy = *key;
-	is_reported = copy.kind == CONNECTION_FLOW && settings.flow_events &&
+	is_reported = key.kind == CONNECTION_FLOW && settings.flow_events &&
 		      !(connection->flags & CONNECTION_ENDED);
-	if (!connection_is_expired(connection, copy.protocol, now)) {
+	if (!connection_is_expired(connection, key.protocol, now)) {
 		if (is_reported &&
-		    rests_unreported(connection, copy.protocol, now)) {
+		    rests_unreported(connection, key.protocol, now)) {
 			connection->last_report_jiffies = now;
-			report(connection, &copy, EVENT_FLOW_UPDATE);
+			report(connection, &key, EVENT_FLOW_UPDATE);
 		}
 		return 0;
 	}
 	if (is_reported)
-		report(connection, &copy, EVENT_FLOW_END);
-	if (!bpf_map_delete_elem(&connections, &copy))
-		count_deleted(ctx->meta);
+		report(connection, &key, EVENT_FLOW_END);
+	if (!bpf_map_delete_elem(&connections, &key))
+		of->deleted++;
 	return 0;
 }
 
-SEC("iter/bpf_map_elem")
-int collect_nat(struct bpf_iter__bpf_map_elem *ctx)
+SEC("syscall")
+int collect_connections(struct collect_request *request)
+{
+	struct collection of = {.keys = request->keys};
+
+	bpf_loop(request->count, collect_connection, &of, 0);
+	return collection_end(&of, request);
+}
+
+static long collect_mapping(__u32 number, struct collection *of)
 {
 	struct packet flow __attribute__((aligned(8))) = {};
 	struct connection_key connection_key __attribute__((aligned(8)));
-	struct nat *entry = ctx->value;
-	struct nat_key *key = ctx->key;
-	struct nat_key copy;
+	struct nat_key key __attribute__((aligned(8)));
+	struct nat *mapping;
 
-	if (!entry || !key)
+	if (!collection_read(of, &key, sizeof(key), number))
+		return 1;
+	mapping = bpf_map_lookup_elem(&nat, &key);
+	if (!mapping || bpf_jiffies64() - mapping->created_jiffies <
+				seconds_to_jiffies(NAT_GRACE_SECONDS))
 		return 0;
-	if (bpf_jiffies64() - entry->created_jiffies <
-	    seconds_to_jiffies(NAT_GRACE_SECONDS))
-		return 0;
-	copy = *key;
 	/* The pod's own view of the flow, whichever of the two entries this is.
 	 */
-	if (copy.direction == DIRECTION_EGRESS) {
-		flow.source = copy.local;
-		flow.source_port = copy.local_port;
+	if (key.direction == DIRECTION_EGRESS) {
+		flow.source = key.local;
+		flow.source_port = key.local_port;
 	} else {
-		flow.source = entry->addr;
-		flow.source_port = entry->port;
+		flow.source = mapping->addr;
+		flow.source_port = mapping->port;
 	}
-	flow.destination = copy.remote;
-	flow.destination_port = copy.remote_port;
-	flow.protocol = copy.protocol;
+	flow.destination = key.remote;
+	flow.destination_port = key.remote_port;
+	flow.protocol = key.protocol;
 	connection_key_of(&flow, &connection_key);
 	if (!bpf_map_lookup_elem(&connections, &connection_key) &&
-	    !bpf_map_delete_elem(&nat, &copy))
-		count_deleted(ctx->meta);
+	    !bpf_map_delete_elem(&nat, &key))
+		of->deleted++;
 	return 0;
+}
+
+SEC("syscall")
+int collect_nat(struct collect_request *request)
+{
+	struct collection of = {.keys = request->keys};
+
+	bpf_loop(request->count, collect_mapping, &of, 0);
+	return collection_end(&of, request);
 }

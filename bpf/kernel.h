@@ -311,18 +311,9 @@ struct bpf_sock_addr {
 	struct bpf_sock *sk __attribute__((aligned(8)));
 };
 
-/* Contexts of iterators: internal, relocated at load. */
+/* Part of an iterator's context: internal, relocated at load. */
 struct bpf_iter_meta {
 	void *seq;
 	__u64 session_id;
 	__u64 seq_num;
-} __attribute__((preserve_access_index));
-
-struct bpf_map;
-
-struct bpf_iter__bpf_map_elem {
-	struct bpf_iter_meta *meta;
-	struct bpf_map *map;
-	void *key;
-	void *value;
 } __attribute__((preserve_access_index));

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use tokio::sync::mpsc;
@@ -17,6 +17,8 @@ use crate::tables::Table;
 
 /// How often expired connections are deleted.
 const GARBAGE_INTERVAL: Duration = Duration::from_secs(15);
+/// A pass over full maps rests this many times as long as it took.
+const GARBAGE_REST: u32 = 100;
 
 /// How often it is asked whether the programs of new pods can move to links.
 const SETTLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -38,16 +40,15 @@ pub async fn settle_pods(datapath: Arc<Datapath>) {
 
 /// Deletes expired connections for ever.
 pub async fn collect_garbage(datapath: Arc<Datapath>) {
-    let mut ticks = tokio::time::interval(GARBAGE_INTERVAL);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        ticks.tick().await;
+        let began = Instant::now();
         let datapath = datapath.clone();
         match tokio::task::spawn_blocking(move || datapath.collect_garbage()).await {
             Ok(Ok(report)) => tracing::debug!(?report, "collected expired connections"),
             Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "collecting expired connections"),
             Err(error) => tracing::error!(%error, "collecting expired connections"),
         }
+        tokio::time::sleep(GARBAGE_INTERVAL.max(began.elapsed() * GARBAGE_REST)).await;
     }
 }
 

@@ -6,12 +6,12 @@ use std::net::{IpAddr, Ipv6Addr};
 
 pub use super::types::{
     addr as Addr, address as Address, backend as Backend, backend_key as BackendKey,
-    connection as Connection, connection_key as ConnectionKey, endpoint as Endpoint, event as Event,
-    event_count as EventCount, fragment as Fragment, fragment_key as FragmentKey, metric as Metric,
-    nat as Nat, nat_key as NatKey, node_state as NodeState, policy_peer as PolicyPeer,
-    policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule, policy_rule_key as PolicyRuleKey,
-    prefix as Prefix, prefix_key as PrefixKey, service as Service, service_key as ServiceKey,
-    settings as Settings, socket_key as SocketKey, socket_origin as SocketOrigin,
+    collect_request as CollectRequest, connection as Connection, connection_key as ConnectionKey,
+    endpoint as Endpoint, event as Event, event_count as EventCount, fragment as Fragment,
+    fragment_key as FragmentKey, metric as Metric, nat as Nat, nat_key as NatKey, node_state as NodeState,
+    policy_peer as PolicyPeer, policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule,
+    policy_rule_key as PolicyRuleKey, prefix as Prefix, prefix_key as PrefixKey, service as Service,
+    service_key as ServiceKey, settings as Settings, socket_key as SocketKey, socket_origin as SocketOrigin,
     stale_socket as StaleSocket,
 };
 
@@ -95,6 +95,7 @@ plain! {
         icmp_type, icmp_code, flags, pad,
     }
     StaleSocket { cookie, local, remote, local_port, remote_port, ifindex }
+    CollectRequest { keys, count, deleted }
     Settings {
         node_ipv4, node_ipv6, loopback_ipv4, loopback_ipv6, netns_cookie, jiffies_per_second,
         tunnel_ifindex, network_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,

@@ -30,7 +30,7 @@ spec:
   egress: [{to: [{podSelector: {matchLabels: {role: bench}}}]}]
 ";
 
-const SECTIONS: [crate::Section; 7] = [
+const SECTIONS: [crate::Section; 8] = [
     ("from_pod", "from_pod/established/ipv4", || Ok(from_pod::run())),
     ("same_node", "tcp_rr/same_node/vs_direct", same_node),
     ("two_nodes_vxlan", "tcp_rr/two_nodes_vxlan/vs_kernel_vxlan", || {
@@ -39,6 +39,7 @@ const SECTIONS: [crate::Section; 7] = [
     ("two_nodes_native", "tcp_rr/two_nodes_native/vs_routed", || {
         two_nodes("native", "two_nodes_native", "routed")
     }),
+    ("collect", "collect/connection/live", crate::collect::run),
     ("agent", "agent/ready_seconds", agent),
     ("cni", "cni/add_p50/vs_ptp", cni_add),
     ("verify", "verify/from_pod/instructions", verified),

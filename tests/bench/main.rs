@@ -1,6 +1,7 @@
 //! `make bench`: every suite, or the one that SUITE names; tables here, JSON in `target/bench`.
 
 mod cluster;
+mod collect;
 #[path = "../it/control_plane.rs"]
 #[allow(dead_code)]
 mod control_plane;
