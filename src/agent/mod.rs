@@ -157,7 +157,8 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     known.loaded(datapath.clone(), writers.policies.rule_origins());
 
     let events = KernelEvents::open(datapath.clone()).context("opening the ring buffer of events")?;
-    tokio::spawn(flow::reader::run(events, known.recorder.clone(), names, stopping.clone()));
+    flow::reader::start(events, known.recorder.clone(), names, stopping.clone())
+        .context("starting the reader of events")?;
     let (published, to_publish) = watch::channel(None);
     tokio::spawn(publish::publish_endpoints(publisher.clone(), to_publish));
     let (removed_backends, ended_backends) = mpsc::unbounded_channel();

@@ -1,9 +1,13 @@
-//! The one task that empties the kernel's ring buffer.
+//! The one thread that empties the kernel's ring buffer.
 //!
-//! The programs never wake anybody (a wake-up costs more than the record); this task
-//! looks every few milliseconds, less often while nothing happens.
+//! The programs never wake anybody (a wake-up costs more than the record); this thread
+//! looks every few milliseconds, less often while nothing happens. It is a thread of its
+//! own because one look is next to nothing, where a runtime's timer and its workers
+//! cost ten times that.
 
+use std::io;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -13,8 +17,12 @@ use tracing::warn;
 use super::{Event, Names, Recorder};
 use crate::datapath::{Datapath, EventReader};
 
+/// Between two looks while so many events arrive that the ring buffer might fill up.
+const HURRY: Duration = Duration::from_millis(1);
+/// Events of one look from which on that is so: a tenth of the ring buffer.
+const MANY: usize = 3000;
 /// Between two looks while events arrive.
-const BUSY: Duration = Duration::from_millis(5);
+const BUSY: Duration = Duration::from_millis(10);
 /// Between two looks while none do.
 const IDLE: Duration = Duration::from_millis(20);
 /// Between two looks at what changes slowly, and between two attempts after an error.
@@ -54,31 +62,40 @@ impl EventSource for KernelEvents {
     }
 }
 
-/// Moves events from `source` to `recorder` until `shutdown` is true, and keeps `names` current,
-/// so that a name that is gone when somebody reads is still known for the time it was valid.
-pub async fn run(
-    mut source: impl EventSource,
+/// Moves events from `source` to `recorder` until `shutdown` is true or nobody can say so any
+/// more, and keeps `names` current, so that a name that is gone when somebody reads is still
+/// known for the time it was valid.
+pub fn start(
+    source: impl EventSource + 'static,
     recorder: Arc<Recorder>,
     names: Arc<Names>,
-    mut shutdown: watch::Receiver<bool>,
-) {
+    shutdown: watch::Receiver<bool>,
+) -> io::Result<()> {
+    let work = move || run(source, &recorder, &names, &shutdown);
+    thread::Builder::new().name("flows".to_owned()).spawn(work).map(drop)
+}
+
+fn run(mut source: impl EventSource, recorder: &Recorder, names: &Names, shutdown: &watch::Receiver<bool>) {
     let mut batch = Vec::with_capacity(BATCH);
     let mut slow_at = Instant::now();
     let mut failing = false;
-    let mut pause = BUSY;
-    while !*shutdown.borrow() {
-        match drain(&mut source, &recorder, &mut batch) {
+    while !*shutdown.borrow() && shutdown.has_changed().is_ok() {
+        let pause = match drain(&mut source, recorder, &mut batch) {
             Ok(count) => {
                 failing = false;
-                pause = if count > 0 { BUSY } else { (pause + BUSY).min(IDLE) };
+                match count {
+                    0 => IDLE,
+                    1..MANY => BUSY,
+                    _ => HURRY,
+                }
             }
             Err(error) => {
                 if !std::mem::replace(&mut failing, true) {
                     warn!(error = format!("{error:#}"), "reading flow events does not work; trying again");
                 }
-                pause = SLOW;
+                SLOW
             }
-        }
+        };
         if slow_at.elapsed() >= SLOW {
             slow_at = Instant::now();
             names.refresh();
@@ -87,10 +104,7 @@ pub async fn run(
                 Err(error) => warn!(error = format!("{error:#}"), "reading the count of lost events"),
             }
         }
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            changed = shutdown.changed() => if changed.is_err() { return },
-        }
+        thread::sleep(pause);
     }
 }
 
