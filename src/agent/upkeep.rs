@@ -15,9 +15,9 @@ use crate::model::{Endpoint, EndpointId};
 use crate::netlink;
 use crate::tables::Table;
 
-/// How often expired connections are deleted.
+/// Between two passes that delete expired connections, at least.
 const GARBAGE_INTERVAL: Duration = Duration::from_secs(15);
-/// A pass over full maps rests this many times as long as it took.
+/// And as many times as long as the last pass took: over full maps it takes long.
 const GARBAGE_REST: u32 = 100;
 
 /// How often it is asked whether the programs of new pods can move to links.

@@ -1,12 +1,12 @@
 //! Deletes what has expired from the maps that the programs write. The deleting is
 //! the kernel's: a program looks at every entry again before it removes it.
 
-use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::io::Read;
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use libbpf_rs::{Iter, Link, libbpf_sys};
+use libbpf_rs::{Iter, Link, ProgramInput, ProgramMut};
 use nix::sched::{CloneFlags, setns};
 use serde::Serialize;
 
@@ -88,13 +88,8 @@ impl Datapath {
         let mut keys = Vec::with_capacity(KEYS_PER_CALL);
         let mut collected = Ok(0);
         let mut look = |keys: &mut Vec<K>| {
-            if let Ok(total) = &mut collected
-                && !keys.is_empty()
-            {
-                match run_collector(loaded.as_fd(), keys) {
-                    Ok(deleted) => *total += u64::from(deleted),
-                    Err(error) => collected = Err(error),
-                }
+            if let Ok(total) = collected {
+                collected = run_collector(&loaded, keys).map(|deleted| total + u64::from(deleted));
             }
             keys.clear();
         };
@@ -110,25 +105,17 @@ impl Datapath {
 }
 
 /// How many of the entries the program has deleted.
-fn run_collector<K: Plain>(program: BorrowedFd<'_>, keys: &[K]) -> Result<u32> {
-    let mut request = CollectRequest {
+fn run_collector<K: Plain>(program: &ProgramMut<'_>, keys: &[K]) -> Result<u32> {
+    let request = CollectRequest {
         keys: keys.as_ptr().expose_provenance() as u64,
         count: u32::try_from(keys.len()).context("counting keys")?,
         deleted: 0,
     };
-    let mut options = libbpf_sys::bpf_test_run_opts {
-        sz: size_of::<libbpf_sys::bpf_test_run_opts>() as libbpf_sys::size_t,
-        ctx_in: (&raw mut request).cast(),
-        ctx_size_in: size_of::<CollectRequest>() as u32,
-        ..Default::default()
-    };
-    // SAFETY: the request outlives the call and is as long as said, and so are the keys that it names.
-    let result = unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &mut options) };
-    if result != 0 {
-        return Err(io::Error::from_raw_os_error(-result).into());
-    }
-    ensure!(options.retval == 0, "the program could not read the agent's memory");
-    Ok(request.deleted)
+    // The kernel writes the answer into it.
+    let mut context = request.as_bytes().to_vec();
+    let input = ProgramInput { context_in: Some(&mut context), ..ProgramInput::default() };
+    ensure!(program.test_run(input)?.return_value == 0, "the program could not read the agent's memory");
+    Ok(CollectRequest::from_bytes(&context).context("reading the answer")?.deleted)
 }
 
 /// What destroy_sockets writes.

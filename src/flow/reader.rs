@@ -2,8 +2,7 @@
 //!
 //! The programs never wake anybody (a wake-up costs more than the record); this thread
 //! looks every few milliseconds, less often while nothing happens. It is a thread of its
-//! own because one look is next to nothing, where a runtime's timer and its workers
-//! cost ten times that.
+//! own because one look is next to nothing beside a turn of a runtime's timer and workers.
 
 use std::io;
 use std::sync::Arc;
