@@ -127,6 +127,7 @@ static long collect_mapping(__u32 number, struct collection *of)
 	flow.protocol = key.protocol;
 	connection_key_of(&flow, &connection_key);
 	if (!bpf_map_lookup_elem(&connections, &connection_key) &&
+	    !connection_may_return(&connection_key) &&
 	    !bpf_map_delete_elem(&nat, &key))
 		of->deleted++;
 	return 0;

@@ -83,6 +83,8 @@ static __always_inline bool from_pod_continues(struct __sk_buff *ctx,
 		fast->connection =
 			bpf_map_lookup_elem(&connections, &fast->key);
 	}
+	if (!fast->connection)
+		fast->connection = flow_recall(packet, &fast->key);
 	if (fast->connection && from_pod_clashes(packet, fast)) {
 		packet->flags |= PACKET_CLASHES;
 		return false;

@@ -64,31 +64,117 @@ static __always_inline bool connection_ends(const struct connection *of,
 	       !(of->flags & CONNECTION_ENDED);
 }
 
+/* A number that some words decide, each at its place of `struct ended`. */
+static __always_inline __u64 ended_sum(const void *of, __u32 from, __u32 to)
+{
+	const __u64 *words = of;
+	__u64 sum = 0;
+
+#pragma unroll
+	for (__u32 i = from; i < to; i++)
+		sum += words[i - from] * (0x9e3779b97f4a7c15 * (2 * i + 1));
+	return sum;
+}
+
+static __always_inline __u64 ended_sum_of_key(const struct connection_key *key)
+{
+	return ended_sum(key, 0, __builtin_offsetof(struct ended, connection) / 8);
+}
+
+static __always_inline __u64 ended_sum_of_rest(const struct connection *of)
+{
+	return ended_sum(of, __builtin_offsetof(struct ended, connection) / 8,
+			 __builtin_offsetof(struct ended, check) / 8);
+}
+
+/* Where a connection that has ended is written down. */
+static __always_inline struct ended *ended_slot(__u64 sum_of_key, bool is_local)
+{
+	__u32 slot = (sum_of_key * 0xd6e8feb86659fd93) >> 32;
+
+	if (is_local)
+		slot &= ENDED_LOCAL - 1;
+	else
+		slot = ENDED_LOCAL + (slot & (ENDED_REMOTE - 1));
+	return bpf_map_lookup_elem(&ended, &slot);
+}
+
 /*
  * Short connections would fill the map within seconds, and each new one would
- * find nothing of it in the cache: one that has ended makes room soon. Between
- * two pods of this node nothing is on its way any more; elsewhere a FIN or its
- * acknowledgement may get lost and come again, so that many others must end
- * first: at 1,000 a second and CPU it stays half a second. What comes after
- * that is judged as if it began a flow, as a host's stack would.
+ * find nothing of it in the cache. One that has ended goes at once, and is
+ * written down for the few whose last packets are on their way yet, or get lost
+ * and come again. That comes last: it misses the cache, and deleting would wait
+ * for it.
  */
-static __always_inline void connection_retire(const struct connection_key *key,
-					      bool is_local)
+static __always_inline void connection_retire(const struct connection *of,
+					      const struct connection_key *key)
 {
-	struct connection *connection;
-	struct ended *last;
-	__u32 zero = 0, slot;
+	struct connection_key own __attribute__((aligned(8))) = *key;
+	__u64 sum = ended_sum_of_key(&own);
+	struct ended *slot = ended_slot(sum, connection_is_local(of));
+	struct connection *copy;
+	__u32 zero = 0;
 
-	last = bpf_map_lookup_elem(&ended, &zero);
-	if (!last)
+	copy = bpf_map_lookup_elem(&scratch, &zero);
+	if (!slot || !copy)
 		return;
-	slot = is_local ? last->local++ % ENDED_LOCAL
-			: ENDED_LOCAL + last->remote++ % ENDED_REMOTE;
-	connection = bpf_map_lookup_elem(&connections, &last->keys[slot]);
-	/* It may have begun anew. */
-	if (connection && connection->flags & CONNECTION_ENDED)
-		bpf_map_delete_elem(&connections, &last->keys[slot]);
-	last->keys[slot] = *key;
+	/* Once deleted it may be another flow's. */
+	*copy = *of;
+	barrier();
+	bpf_map_delete_elem(&connections, &own);
+	slot->key = own;
+	slot->connection = *copy;
+	slot->check = sum + ended_sum_of_rest(copy);
+}
+
+/* The slot of a connection that has ended, if it still is there, or NULL. */
+static __always_inline struct ended *ended_find(const struct connection_key *key)
+{
+	__u64 sum = ended_sum_of_key(key);
+	struct ended *slot = ended_slot(sum, true);
+
+	if (slot && connection_key_equal(&slot->key, key))
+		return slot;
+	slot = ended_slot(sum, false);
+	if (slot && connection_key_equal(&slot->key, key))
+		return slot;
+	return NULL;
+}
+
+/* A packet may yet come that brings the connection back. */
+static __always_inline bool connection_may_return(const struct connection_key *key)
+{
+	struct ended *slot = ended_find(key);
+
+	return slot && !connection_is_expired(&slot->connection, key->protocol,
+					      bpf_jiffies64());
+}
+
+/*
+ * Brings a connection back that has ended, for a packet that comes late: 1 if
+ * it did. Whether the packet may pass is asked as always.
+ */
+__weak __noinline int connection_recall(struct connection_key *key)
+{
+	struct connection_key own __attribute__((aligned(8)));
+	struct connection *copy;
+	struct ended *slot;
+	__u32 zero = 0;
+
+	if (!key)
+		return 0;
+	own = *key;
+	slot = ended_find(&own);
+	copy = bpf_map_lookup_elem(&scratch, &zero);
+	if (!slot || !copy)
+		return 0;
+	*copy = slot->connection;
+	/* What was copied counts, whatever is written there now. */
+	barrier();
+	if (ended_sum_of_key(&own) + ended_sum_of_rest(copy) != slot->check ||
+	    connection_is_expired(copy, own.protocol, bpf_jiffies64()))
+		return 0;
+	return !bpf_map_update_elem(&connections, &own, copy, BPF_NOEXIST);
 }
 
 /* Its last packet has passed: tells so, with `flags` of the record, and lets
@@ -108,7 +194,7 @@ __weak __noinline int connection_end(struct __sk_buff *ctx,
 			bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 	}
 	connection->flags |= CONNECTION_ENDED;
-	connection_retire(key, connection_is_local(connection));
+	connection_retire(connection, key);
 	return 0;
 }
 
@@ -148,7 +234,9 @@ static __always_inline __u32 connection_account(struct connection *connection,
 	report |= connection_count(connection, side, packet->tcp_flags,
 				   packet->bytes) &
 		  TCP_RST;
-	if (!report || !settings.flow_events)
+	/* The end is told once. */
+	if (!report || !settings.flow_events ||
+	    connection->flags & CONNECTION_ENDED)
 		return 0;
 	connection->last_report_jiffies = now;
 	return EVENT_FLOW_UPDATE;

@@ -56,3 +56,14 @@ static __always_inline __u32 connection_key_of(const struct packet *packet,
 				   packet->destination_port, packet->protocol,
 				   key);
 }
+
+static __always_inline bool connection_key_equal(const struct connection_key *a,
+						 const struct connection_key *b)
+{
+	const __u64 *first = (const void *)a;
+	const __u64 *second = (const void *)b;
+
+	return first[0] == second[0] && first[1] == second[1] &&
+	       first[2] == second[2] && first[3] == second[3] &&
+	       first[4] == second[4];
+}

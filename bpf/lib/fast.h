@@ -143,19 +143,10 @@ fast_arrival(const struct fast *fast, struct connection *connection, __u32 side,
 __weak __noinline int fast_leave(struct __sk_buff *ctx,
 				 struct connection_key *key, __u32 high)
 {
-	const struct addr *source, *destination;
-	struct known_route *route;
-
 	if (!key)
 		return FAST_OTHER_WAY;
-	source = &key->addr[high ? 1 : 0];
-	destination = &key->addr[high ? 0 : 1];
-	route = route_recall(ctx, source, destination);
-	if (!route)
-		return FAST_OTHER_WAY;
-	/* to_network has nothing to add. */
-	ctx->mark = MARK_JUDGED;
-	return route_follow(route->ifindex, route->family, route->next_hop);
+	return route_leave(ctx, &key->addr[high ? 1 : 0],
+			   &key->addr[high ? 0 : 1]);
 }
 
 /* An action of tc, or FAST_OTHER_WAY. */

@@ -118,6 +118,17 @@ static __always_inline bool flow_continue(struct __sk_buff *ctx,
 	return true;
 }
 
+/* The flow that has ended when the packet comes, or NULL. */
+static __always_inline struct connection *
+flow_recall(const struct packet *packet, struct connection_key *key)
+{
+	/* A SYN begins another one. */
+	if (packet->protocol != IPPROTO_TCP || packet->tcp_flags & TCP_SYN ||
+	    !connection_recall(key))
+		return NULL;
+	return bpf_map_lookup_elem(&connections, key);
+}
+
 /* The same of whichever flow the packet belongs to. */
 static __always_inline bool flow_established(struct __sk_buff *ctx,
 					     struct packet *packet)
@@ -127,6 +138,8 @@ static __always_inline bool flow_established(struct __sk_buff *ctx,
 	struct connection *connection =
 		bpf_map_lookup_elem(&connections, &key);
 
+	if (!connection)
+		connection = flow_recall(packet, &key);
 	if (connection)
 		return flow_continue(ctx, packet, &key, connection, high);
 	packet->flags |= PACKET_BEGINS;

@@ -83,6 +83,21 @@ __weak __noinline int forward_to_route(struct __sk_buff *ctx,
 	return route_follow(fib.ifindex, fib.family, fib.destination);
 }
 
+/* To the node that has the pod, by native routing: an action of tc, or a drop. */
+static __always_inline int forward_by_route(struct __sk_buff *ctx,
+					    struct packet *packet)
+{
+	int action;
+
+	/* A service answers: its address may have another way. */
+	if (packet->flags & PACKET_NEW_SOURCE) {
+		ctx->mark = MARK_JUDGED;
+		return forward_to_route(ctx, packet, false);
+	}
+	action = route_leave(ctx, &packet->source, &packet->destination);
+	return action < 0 ? -DROP_FIB_LOOKUP_FAILED : action;
+}
+
 /* To the node that has the pod. */
 __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 				      struct packet *packet)
@@ -93,13 +108,11 @@ __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 
 	if (!packet)
 		return -DROP_UNROUTABLE_IP;
+	if (!settings.tunnel_ifindex)
+		return forward_by_route(ctx, packet);
 	address = address_find(&packet->destination);
 	if (!address)
 		return -DROP_UNROUTABLE_IP;
-	if (!settings.tunnel_ifindex) {
-		ctx->mark = MARK_JUDGED;
-		return forward_to_route(ctx, packet, false);
-	}
 	if (addr_is_zero(&address->node))
 		return -DROP_NO_TUNNEL_ENDPOINT;
 	endpoint = endpoint_by_id(packet->source_endpoint);

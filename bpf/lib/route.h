@@ -67,3 +67,17 @@ static __always_inline int route_follow(__u32 ifindex, __u32 family,
 	__builtin_memcpy(next.nexthop, next_hop, 16);
 	return bpf_redirect_neigh(ifindex, &next, sizeof(next), 0);
 }
+
+/* The same of what a pod sends to another node's pod; -1 if there is no way. */
+static __always_inline int route_leave(struct __sk_buff *ctx,
+				       const struct addr *source,
+				       const struct addr *destination)
+{
+	struct known_route *route = route_recall(ctx, source, destination);
+
+	if (!route)
+		return -1;
+	/* to_network has nothing to add. */
+	ctx->mark = MARK_JUDGED;
+	return route_follow(route->ifindex, route->family, route->next_hop);
+}

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv6Addr};
 pub use super::types::{
     addr as Addr, address as Address, backend as Backend, backend_key as BackendKey,
     collect_request as CollectRequest, connection as Connection, connection_key as ConnectionKey,
-    endpoint as Endpoint, event as Event, event_count as EventCount, fragment as Fragment,
+    ended as Ended, endpoint as Endpoint, event as Event, event_count as EventCount, fragment as Fragment,
     fragment_key as FragmentKey, metric as Metric, nat as Nat, nat_key as NatKey, node_state as NodeState,
     policy_peer as PolicyPeer, policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule,
     policy_rule_key as PolicyRuleKey, prefix as Prefix, prefix_key as PrefixKey, service as Service,
@@ -81,6 +81,7 @@ plain! {
         last_seen_jiffies, last_report_jiffies, packets, bytes, service, egress_epoch, ingress_epoch,
         identity, egress_rule, ingress_rule, endpoint, service_port, flags, tcp_flags, route, other_port, merged_jiffies,
     }
+    Ended { key, connection, check }
     NatKey { local, remote, local_port, remote_port, protocol, direction, pad }
     Nat { addr, created_jiffies, port, pad }
     FragmentKey { source, destination, id, protocol, pad }

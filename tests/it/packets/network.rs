@@ -4,10 +4,10 @@ use std::net::IpAddr;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use weir::datapath::Settings;
 
-use super::frame::{ACK, Packet, SYN, echo, echo_reply, tcp, udp, unreachable};
+use super::frame::{ACK, FIN, Packet, SYN, echo, echo_reply, tcp, udp, unreachable};
 use super::world::{
     Arrival, Cast, EGRESS, INGRESS, MARK, PASS, R, REDIRECT, SHOT, World, casts, settings, within,
 };
@@ -124,6 +124,36 @@ fn the_cluster_is_not_masqueraded() -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[test]
+fn a_masqueraded_connection_that_has_ended_is_found_by_late_packets() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (pod, outside) = ((cast.a, 40000), (cast.world, 443));
+        let mut node = None;
+        for (flags, answer) in [(SYN, SYN | ACK), (FIN | ACK, FIN | ACK)] {
+            ensure!(world.send("from_pod", &tcp(pod, outside, flags).by(1))?.action == PASS);
+            let port = leaves_by(world, &tcp(pod, outside, flags))?;
+            let to = *node.insert((cast.node, port));
+            becomes(world, "from_network", &tcp(outside, to, answer), REDIRECT, &tcp(outside, pod, answer))?;
+        }
+        let node = node.context("it went out")?;
+        let last = world.send("from_pod", &tcp(pod, outside, ACK).by(1))?;
+        ensure!(last.action == PASS && world.connections(0)?.is_empty(), "{last:?}");
+        // Its port stays its own while its packets may come, however long it ran.
+        world.change_mappings(|row| row.created_jiffies -= 100_000)?;
+        assert_eq!(world.collect_garbage()?.0.nat, 0);
+        let (late, arrives) = (tcp(outside, node, FIN | ACK), tcp(outside, pod, FIN | ACK));
+        becomes(world, "from_network", &late, REDIRECT, &arrives)?;
+        // And is free when nothing is known of it any more.
+        world.change_connections(|_, row| row.last_seen_jiffies -= 1_000_000)?;
+        world.change_ended(|row| row.connection.last_seen_jiffies -= 1_000_000)?;
+        let (report, _) = world.collect_garbage()?;
+        assert_eq!((report.connections, report.nat), (1, 2));
+        becomes(world, "from_network", &late, PASS, &late)?;
+        Ok(())
+    })
 }
 
 #[test]

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, ProgramInput, ProgramMut};
 use nix::sched::{CloneFlags, unshare};
 use weir::datapath::abi::{
-    Address, Backend, BackendKey, Connection, ConnectionKey, Endpoint, Event, NodeState, PolicyPeer,
+    Address, Backend, BackendKey, Connection, ConnectionKey, Ended, Endpoint, Event, NodeState, PolicyPeer,
     PolicyPeerKey, PolicyRule, PolicyRuleKey, Prefix, PrefixKey, Service, ServiceKey,
 };
 use weir::datapath::abi::{Fragment, FragmentKey, Nat, NatKey, Plain, SocketKey, SocketOrigin};
@@ -395,6 +395,7 @@ impl World {
     /// Forgets every flow.
     pub fn forget_flows(&self) -> Result<()> {
         self.datapath.typed::<ConnectionKey, Connection>("connections")?.sync(&Default::default())?;
+        self.change_ended(|row| *row = Ended::default())?;
         self.datapath.typed::<NatKey, Nat>("nat")?.sync(&Default::default())?;
         self.datapath.typed::<FragmentKey, Fragment>("fragments")?.sync(&Default::default())?;
         self.datapath.typed::<SocketKey, SocketOrigin>("sockets")?.sync(&Default::default())?;
@@ -414,6 +415,26 @@ impl World {
     pub fn connections(&self, kind: u8) -> Result<Vec<(ConnectionKey, Connection)>> {
         let rows = self.datapath.typed::<ConnectionKey, Connection>("connections")?.rows()?;
         Ok(rows.into_iter().map(|(key, row)| (key.0, row)).filter(|(key, _)| key.kind == kind).collect())
+    }
+
+    /// Changes what is written down of every connection that has ended.
+    pub fn change_ended(&self, change: impl Fn(&mut Ended)) -> Result<()> {
+        let map = self.datapath.typed::<u32, Ended>("ended")?;
+        for (slot, mut row) in map.rows()?.into_iter().filter(|(_, row)| row.check != 0) {
+            change(&mut row);
+            map.insert(&slot.0, &row)?;
+        }
+        Ok(())
+    }
+
+    /// Changes every mapping of a masqueraded flow.
+    pub fn change_mappings(&self, change: impl Fn(&mut Nat)) -> Result<()> {
+        let map = self.datapath.typed::<NatKey, Nat>("nat")?;
+        for (key, mut row) in map.rows()? {
+            change(&mut row);
+            map.insert(&key.0, &row)?;
+        }
+        Ok(())
     }
 
     /// Changes every connection.
