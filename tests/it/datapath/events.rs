@@ -1,20 +1,34 @@
 //! What the programs report and count, and what garbage collection deletes.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use anyhow::{Context, Result};
 use libbpf_rs::ProgramInput;
-use weir::datapath::abi::{Addr, Address, Connection, ConnectionKey, Nat, NatKey, addr_of};
+use tokio::sync::watch;
+use weir::datapath::abi::{
+    Addr, Address, CollectRequest, Connection, ConnectionKey, Nat, NatKey, Plain, addr_of,
+};
 use weir::datapath::{Bytes, Changes, Datapath, MetricRow, types};
+use weir::flow::reader::{self, KernelEvents};
+use weir::flow::{NameSource, NameTables, Names, Recorder};
+use weir::model::{IdentityId, IdentityLabels, LocalIdentity, ObjectKey};
 
 use super::{private, small_maps};
+use crate::lab::wait_for;
 use crate::require::require_lab;
 
 /// A frame to the endpoint with this id, which does not exist.
 fn drop_a_frame(datapath: &Datapath, endpoint: u16) -> Result<()> {
+    drop_frames(datapath, endpoint, 1)
+}
+
+fn drop_frames(datapath: &Datapath, endpoint: u16, repeat: u32) -> Result<()> {
     let [high, low] = endpoint.to_be_bytes();
     let mut frame = vec![0x02, 0x57, 0x65, 0x69, high, low, 2, 0, 0, 0, 0, 1, 0x08, 0x00];
     frame.extend([0x45, 0, 0, 20, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
     frame.resize(64, 0);
-    let input = ProgramInput { data_in: Some(&frame), ..ProgramInput::default() };
+    let input = ProgramInput { data_in: Some(&frame), repeat, ..ProgramInput::default() };
     datapath.program("from_pod")?.test_run(input)?;
     Ok(())
 }
@@ -44,6 +58,72 @@ fn every_event_is_delivered_or_counted_as_lost() -> Result<()> {
     let metrics = datapath.metrics()?;
     let egress = types::direction::DIRECTION_EGRESS.0 as u8;
     assert_eq!(metrics, [MetricRow { reason, direction: egress, packets: 210, bytes: 210 * 64 }]);
+    Ok(())
+}
+
+/// A node without pods.
+struct Nobody;
+
+impl NameSource for Nobody {
+    fn tables(&self) -> NameTables {
+        NameTables::default()
+    }
+
+    fn identity(&self, _: IdentityId) -> Option<Arc<IdentityLabels>> {
+        None
+    }
+
+    fn local_identity(&self, _: IdentityId) -> Option<LocalIdentity> {
+        None
+    }
+
+    fn rule_origin(&self, _: u32) -> Option<Arc<ObjectKey>> {
+        None
+    }
+}
+
+#[test]
+fn the_reader_accounts_for_a_flood_and_ends_when_told() -> Result<()> {
+    require_lab!();
+    // Room for 900 records of the 100,000.
+    let datapath = Arc::new(private(small_maps().with("events", 128 * 1024))?);
+    let recorder = Arc::new(Recorder::new(1000));
+    let names = Arc::new(Names::new("node1", Arc::new(Nobody)));
+    let (stop, stopping) = watch::channel(false);
+    reader::start(KernelEvents::open(datapath.clone())?, recorder.clone(), names, stopping)?;
+    for _ in 0..1000 {
+        drop_frames(&datapath, 77, 100)?;
+    }
+    wait_for("every event to be seen or counted as lost", || {
+        let counts = recorder.counts();
+        Ok(counts.seen > 0 && counts.seen + counts.lost_in_kernel == 100_000)
+    })?;
+    assert_eq!(datapath.event_counts()?, (100_000, recorder.lost_in_kernel()));
+    stop.send(true)?;
+    wait_for("the reader to let go of the ring buffer", || Ok(Arc::strong_count(&datapath) == 1))?;
+    // And nobody else reads in its place.
+    let seen = recorder.counts().seen;
+    drop_frames(&datapath, 77, 100)?;
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(recorder.counts().seen, seen);
+    Ok(())
+}
+
+#[test]
+fn collectors_say_when_they_cannot_read_the_keys() -> Result<()> {
+    require_lab!();
+    let datapath = private(small_maps())?;
+    let connections = datapath.typed::<ConnectionKey, Connection>("connections")?;
+    connections.insert(&ConnectionKey::default(), &Connection::default())?;
+    for program in ["collect_connections", "collect_nat"] {
+        // Nobody has memory there.
+        let request = CollectRequest { keys: 8, count: 3, deleted: 0 };
+        let mut context = request.as_bytes().to_vec();
+        let input = ProgramInput { context_in: Some(&mut context), ..ProgramInput::default() };
+        assert_eq!(datapath.program(program)?.test_run(input)?.return_value, 1, "{program}");
+        assert_eq!(CollectRequest::from_bytes(&context).context("its answer")?.deleted, 0, "{program}");
+    }
+    assert_eq!(connections.rows()?.len(), 1);
     Ok(())
 }
 
