@@ -21,8 +21,6 @@ const ECHO_PORT: u16 = 7000;
 const SINK_PORT: u16 = 7001;
 /// Bytes that the kernel keeps for the receiver of a stream; it takes the double for its own.
 const SINK_BUFFER: usize = 512 * 1024;
-const ROUNDS: usize = 15;
-const SAMPLE: Duration = Duration::from_millis(300);
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +36,15 @@ pub enum Load {
 impl Load {
     /// All of them.
     pub const ALL: [Load; 3] = [Load::Transactions, Load::Connections, Load::Stream];
+
+    /// How often each path is measured, and for how long. What else the machine does comes and
+    /// goes within seconds, so many short samples; a stream needs a while to get going.
+    fn rounds(self) -> (usize, Duration) {
+        match self {
+            Load::Transactions | Load::Connections => (45, Duration::from_millis(100)),
+            Load::Stream => (15, Duration::from_millis(300)),
+        }
+    }
 
     /// The first part of its rows' names.
     pub fn name(self) -> &'static str {
@@ -79,9 +86,14 @@ impl Samples {
         median(self.of(path).to_vec())
     }
 
-    /// The median of the ratios of `path` to `other` within rounds.
-    pub fn ratio(&self, path: &str, other: &str) -> f64 {
-        median(self.of(path).iter().zip(self.of(other)).map(|(value, against)| value / against).collect())
+    /// The median of the ratios of `path` to `others`, which are alike, within rounds: where the kernel
+    /// happens to have put one pair's memory is worth a few hundredths.
+    pub fn ratio(&self, path: &str, others: &[&str]) -> f64 {
+        let against = |round: usize| {
+            let samples = others.iter().map(|other| self.of(other)[round]);
+            samples.sum::<f64>() / others.len() as f64
+        };
+        median(self.of(path).iter().enumerate().map(|(round, value)| value / against(round)).collect())
     }
 
     fn of(&self, path: &str) -> &[f64] {
@@ -139,10 +151,15 @@ pub fn run_if_asked() -> Result<()> {
 pub fn measure(load: Load, paths: &[Path<'_>]) -> Result<Samples> {
     let mut samples: Vec<(&'static str, Vec<f64>)> =
         paths.iter().map(|path| (path.name, Vec::new())).collect();
-    for round in 0..=ROUNDS {
-        for turn in 0..paths.len() {
-            // Nobody always follows the same neighbour.
-            let index = (turn + round) % paths.len();
+    let mut random = 1_u64;
+    for round in 0..=load.rounds().0 {
+        // Nobody always follows the same neighbour.
+        let mut order: Vec<usize> = (0..paths.len()).collect();
+        for left in (1..order.len()).rev() {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            order.swap(left, (random >> 33) as usize % (left + 1));
+        }
+        for index in order {
             let path = &paths[index];
             let mut command = Command::new(std::env::current_exe()?);
             command.args(["sample", load.name(), &path.target.to_string()]);
@@ -158,30 +175,32 @@ pub fn measure(load: Load, paths: &[Path<'_>]) -> Result<Samples> {
 }
 
 fn sample(load: &str, target: IpAddr) -> Result<f64> {
-    match Load::ALL.into_iter().find(|known| known.name() == load).context("an unknown load")? {
-        Load::Transactions => transactions(SocketAddr::new(target, ECHO_PORT)),
-        Load::Connections => connections(SocketAddr::new(target, ECHO_PORT)),
-        Load::Stream => stream(SocketAddr::new(target, SINK_PORT)),
+    let load = Load::ALL.into_iter().find(|known| known.name() == load).context("an unknown load")?;
+    let (_, length) = load.rounds();
+    match load {
+        Load::Transactions => transactions(SocketAddr::new(target, ECHO_PORT), length),
+        Load::Connections => connections(SocketAddr::new(target, ECHO_PORT), length),
+        Load::Stream => stream(SocketAddr::new(target, SINK_PORT), length),
     }
 }
 
-fn transactions(target: SocketAddr) -> Result<f64> {
+fn transactions(target: SocketAddr, length: Duration) -> Result<f64> {
     let mut stream = TcpStream::connect(target)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     let began = Instant::now();
     let mut count = 0;
-    while began.elapsed() < SAMPLE {
+    while began.elapsed() < length {
         transact(&mut stream)?;
         count += 1;
     }
     Ok(f64::from(count) / began.elapsed().as_secs_f64())
 }
 
-fn connections(target: SocketAddr) -> Result<f64> {
+fn connections(target: SocketAddr, length: Duration) -> Result<f64> {
     let began = Instant::now();
     let mut count = 0;
-    while began.elapsed() < SAMPLE {
+    while began.elapsed() < length {
         let mut stream = TcpStream::connect(target)?;
         transact(&mut stream)?;
         count += 1;
@@ -195,7 +214,7 @@ fn transact(stream: &mut TcpStream) -> Result<()> {
     Ok(())
 }
 
-fn stream(target: SocketAddr) -> Result<f64> {
+fn stream(target: SocketAddr, length: Duration) -> Result<f64> {
     let mut stream = TcpStream::connect(target)?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     // What nodes have by default. A pacing one (BBR) measures the clock, not the path.
@@ -203,7 +222,7 @@ fn stream(target: SocketAddr) -> Result<f64> {
         .context("choosing cubic")?;
     let chunk = vec![0; 128 * 1024];
     let began = Instant::now();
-    while began.elapsed() < SAMPLE {
+    while began.elapsed() < length {
         stream.write_all(&chunk)?;
     }
     stream.shutdown(Shutdown::Write)?;
