@@ -91,14 +91,6 @@ struct {
 	__type(value, __u32);
 } service_sockets SEC(".maps") __weak;
 
-/* Written by the programs: a connection under construction; never pinned, never read outside. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct connection);
-} scratch SEC(".maps") __weak;
-
 /*
  * Written by the programs: verdicts on flows to pods, for the flows that follow
  * from and to the same. One slot for a pair and port, the last one has it; never
@@ -174,6 +166,14 @@ struct {
 	__type(key, __u32);
 	__type(value, struct ended);
 } ended SEC(".maps") __weak;
+
+/* Written by the programs: a connection under construction; never pinned, never read outside. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct ended);
+} scratch SEC(".maps") __weak;
 
 /* Written and deleted by the programs, then by collect_connections; evicts the oldest. */
 struct {

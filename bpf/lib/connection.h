@@ -109,22 +109,21 @@ static __always_inline struct ended *ended_slot(__u64 sum_of_key, bool is_local)
 static __always_inline void connection_retire(const struct connection *of,
 					      const struct connection_key *key)
 {
-	struct connection_key own __attribute__((aligned(8))) = *key;
-	__u64 sum = ended_sum_of_key(&own);
+	__u64 sum = ended_sum_of_key(key);
 	struct ended *slot = ended_slot(sum, connection_is_local(of));
-	struct connection *copy;
+	struct ended *copy;
 	__u32 zero = 0;
 
 	copy = bpf_map_lookup_elem(&scratch, &zero);
 	if (!slot || !copy)
 		return;
 	/* Once deleted it may be another flow's. */
-	*copy = *of;
+	copy->key = *key;
+	copy->connection = *of;
+	copy->check = sum + ended_sum_of_rest(of);
 	barrier();
-	bpf_map_delete_elem(&connections, &own);
-	slot->key = own;
-	slot->connection = *copy;
-	slot->check = sum + ended_sum_of_rest(copy);
+	bpf_map_delete_elem(&connections, &copy->key);
+	*slot = *copy;
 }
 
 /* The slot of a connection that has ended, if it still is there, or NULL. */
@@ -156,25 +155,27 @@ static __always_inline bool connection_may_return(const struct connection_key *k
  */
 __weak __noinline int connection_recall(struct connection_key *key)
 {
-	struct connection_key own __attribute__((aligned(8)));
-	struct connection *copy;
-	struct ended *slot;
+	struct ended *slot, *copy;
 	__u32 zero = 0;
 
 	if (!key)
 		return 0;
-	own = *key;
-	slot = ended_find(&own);
+	slot = ended_find(key);
 	copy = bpf_map_lookup_elem(&scratch, &zero);
 	if (!slot || !copy)
 		return 0;
-	*copy = slot->connection;
+	*copy = *slot;
 	/* What was copied counts, whatever is written there now. */
 	barrier();
-	if (ended_sum_of_key(&own) + ended_sum_of_rest(copy) != slot->check ||
-	    connection_is_expired(copy, own.protocol, bpf_jiffies64()))
+	if (!connection_key_equal(&copy->key, key) ||
+	    ended_sum_of_key(&copy->key) +
+			    ended_sum_of_rest(&copy->connection) !=
+		    copy->check ||
+	    connection_is_expired(&copy->connection, key->protocol,
+				  bpf_jiffies64()))
 		return 0;
-	return !bpf_map_update_elem(&connections, &own, copy, BPF_NOEXIST);
+	return !bpf_map_update_elem(&connections, &copy->key, &copy->connection,
+				    BPF_NOEXIST);
 }
 
 /* Its last packet has passed: tells so, with `flags` of the record, and lets

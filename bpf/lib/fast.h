@@ -140,13 +140,12 @@ fast_arrival(const struct fast *fast, struct connection *connection, __u32 side,
  * To a pod of another node by the node's routes. Its address is still the one
  * that was judged, or the epoch would be another.
  */
-__weak __noinline int fast_leave(struct __sk_buff *ctx,
-				 struct connection_key *key, __u32 high)
+static __always_inline int fast_leave(struct __sk_buff *ctx, struct fast *fast)
 {
-	if (!key)
-		return FAST_OTHER_WAY;
-	return route_leave(ctx, &key->addr[high ? 1 : 0],
-			   &key->addr[high ? 0 : 1]);
+	struct addr *first = &fast->key.addr[0], *second = &fast->key.addr[1];
+
+	return fast->high ? route_leave(ctx, second, first)
+			  : route_leave(ctx, first, second);
 }
 
 /* An action of tc, or FAST_OTHER_WAY. */
@@ -187,7 +186,7 @@ static __always_inline int fast_from_pod(struct __sk_buff *ctx,
 		if (connection->endpoint[side ^ 1] ||
 		    !fast_is_recent(connection))
 			return FAST_OTHER_WAY;
-		action = fast_leave(ctx, &fast->key, fast->high);
+		action = fast_leave(ctx, fast);
 		if (action < 0)
 			return FAST_OTHER_WAY;
 		fast_count(ctx, fast, connection, side, tuple.tcp_flags, 0,

@@ -316,12 +316,14 @@ static __noinline struct connection *flow_insert(const struct packet *packet,
 {
 	struct connection *fresh;
 	__u64 now = bpf_jiffies64();
+	struct ended *room;
 	__u32 zero = 0;
 
 	/* Too large for the stack beside the rest; no one preempts us. */
-	fresh = bpf_map_lookup_elem(&scratch, &zero);
-	if (!fresh)
+	room = bpf_map_lookup_elem(&scratch, &zero);
+	if (!room)
 		return NULL;
+	fresh = &room->connection;
 	__builtin_memset(fresh, 0, sizeof(*fresh));
 	flow_keep_verdict(fresh, flow);
 	fresh->last_seen_jiffies = now;

@@ -68,13 +68,19 @@ static __always_inline int route_follow(__u32 ifindex, __u32 family,
 	return bpf_redirect_neigh(ifindex, &next, sizeof(next), 0);
 }
 
-/* The same of what a pod sends to another node's pod; -1 if there is no way. */
-static __always_inline int route_leave(struct __sk_buff *ctx,
-				       const struct addr *source,
-				       const struct addr *destination)
+/*
+ * What a pod sends to another node's pod leaves by the way that is known of it:
+ * an action of tc, or -1 if there is none.
+ */
+__weak __noinline int route_leave(struct __sk_buff *ctx,
+				  const struct addr *source,
+				  const struct addr *destination)
 {
-	struct known_route *route = route_recall(ctx, source, destination);
+	struct known_route *route;
 
+	if (!source || !destination)
+		return -1;
+	route = route_recall(ctx, source, destination);
 	if (!route)
 		return -1;
 	/* to_network has nothing to add. */
