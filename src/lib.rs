@@ -19,7 +19,6 @@ pub mod netlink;
 pub mod node;
 pub mod operator;
 pub mod policy;
-pub mod reconcile;
 pub mod service;
 pub mod signals;
 pub mod tables;

@@ -10,6 +10,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use super::compute::Desired;
+use super::node::OVERLAY_DEVICE;
 use super::rounds::Current;
 use crate::api::answers::{
     BrokenRow, EndpointRow, FeatureRow, IdentityRow, KindRow, PolicyRow, ServiceRow, StatusAnswer, WaitingRow,
@@ -21,7 +22,6 @@ use crate::endpoint::{Manager, Progress};
 use crate::flow::{NameSource, NameTables, Names, Query, Recorder, Stream};
 use crate::kube::{Health, Tables};
 use crate::model::{Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Protocol};
-use crate::reconcile::OVERLAY_DEVICE;
 use crate::tables::Table;
 use crate::telemetry::{ObjectCounts, Telemetry, WatchHealth};
 

@@ -17,6 +17,7 @@ mod compute;
 mod local;
 mod node;
 mod publish;
+mod reconcile;
 mod rounds;
 mod upkeep;
 
@@ -41,11 +42,12 @@ use crate::kube::bootstrap::Servers;
 use crate::kube::{self, Collector, Publisher, Source, Tables};
 use crate::model::{Node, NodeEndpoints};
 use crate::netlink;
-use crate::reconcile::{OVERLAY_DEVICE, Reconciler};
 use crate::signals::stop_at_signal;
 use crate::tables::Table;
 use crate::telemetry::{self, ReadyGuard, Telemetry};
 use answers::{Answers, Known};
+use node::OVERLAY_DEVICE;
+use reconcile::Reconciler;
 use rounds::Rounds;
 
 /// An ADD that is not enforced within this time gives up; kubelet tries again.

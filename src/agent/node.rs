@@ -11,7 +11,9 @@ use crate::config::{Config, Routing};
 use crate::kube::Tables;
 use crate::model::Node;
 use crate::netlink;
-use crate::reconcile::OVERLAY_DEVICE;
+
+/// The device of VXLAN tunnels.
+pub const OVERLAY_DEVICE: &str = "weir_vxlan";
 
 /// Bytes that VXLAN adds: outer Ethernet, IP, UDP and VXLAN headers.
 const TUNNEL_OVERHEAD_IPV4: u32 = 50;

@@ -16,10 +16,10 @@ use tokio::sync::{mpsc, watch};
 use super::compute::{Compute, Desired, View};
 use super::local::LocalAddresses;
 use super::publish::{Claims, News};
+use super::reconcile::{Applied, Reconciler};
 use crate::endpoint::Enforced;
 use crate::kube::Tables;
 use crate::model::{Endpoint, EndpointId, NodeEndpoints};
-use crate::reconcile::{Applied, Reconciler};
 use crate::tables::Table;
 use crate::telemetry::{ReadyGuard, Telemetry};
 

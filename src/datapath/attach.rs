@@ -14,12 +14,12 @@ use libbpf_rs::query::LinkTypeInfo;
 use libbpf_rs::{
     AsRawLibbpf, Link, Program, ProgramMut, TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHook, libbpf_sys,
 };
-use serde::Serialize;
 
 use super::Datapath;
 use super::messages::{collect_libbpf_messages, with_messages};
 use super::pins::{links, other_versions};
 use super::probe::{cgroup_root_below, find_or_mount_cgroup_root};
+use super::settings::AttachMode;
 
 /// Programs of devices: `from_*` sees what a device receives, `to_*` what it sends.
 pub(super) const TC_PROGRAMS: [&str; 6] =
@@ -32,31 +32,6 @@ const SOCKET_PROGRAMS: [&str; 8] =
 /// The place of our filters among those of a clsact queueing discipline.
 const CLSACT_HANDLE: u32 = 1;
 const CLSACT_PRIORITY: u32 = 1;
-
-/// How programs are attached to devices.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum AttachMode {
-    /// tcx where the kernel has it, else clsact.
-    #[default]
-    Auto,
-    /// Links (Linux 6.6 and later).
-    Tcx,
-    /// Filters of a clsact queueing discipline.
-    Clsact,
-}
-
-impl AttachMode {
-    /// Decides `Auto`; refuses what the kernel has not.
-    pub(super) fn resolve(self, has_tcx: bool) -> Result<Self> {
-        match self {
-            Self::Auto if has_tcx => Ok(Self::Tcx),
-            Self::Auto | Self::Clsact => Ok(Self::Clsact),
-            Self::Tcx if has_tcx => Ok(Self::Tcx),
-            Self::Tcx => bail!("the kernel has no tcx (Linux 6.6 and later have it): use --attach auto"),
-        }
-    }
-}
 
 impl Datapath {
     /// Puts a device that leads to the network under `from_network` and `to_network`.

@@ -8,12 +8,12 @@ use libbpf_rs::{Object, ObjectBuilder, OpenMapMut, OpenObject, ProgramAttachType
 
 use super::OBJECT;
 use super::abi::{self, Plain, SETTINGS_OFFSET};
-use super::attach::{AttachMode, TC_PROGRAMS};
+use super::attach::TC_PROGRAMS;
 use super::messages::{collect_libbpf_messages, with_messages};
 use super::pins::Pins;
 use super::probe::{self, Features};
 use super::reuse::{Origin, pin_new_maps, take_over};
-use super::settings::{MapSizes, Settings};
+use super::settings::{AttachMode, MapSizes, Settings};
 
 /// What loading made.
 pub(super) struct Loaded {

@@ -42,7 +42,7 @@ use libbpf_rs::{MapCore, MapHandle, Object, ProgramMut};
 
 pub use abi::{addr_of, ip_of};
 pub use addresses::AddressWriter;
-pub use attach::{AttachMode, attach_tcx, detach_all};
+pub use attach::{attach_tcx, detach_all};
 pub use counters::{MapFill, MetricRow};
 pub use dump::{MAP_NAMES, dump};
 pub use endpoints::EndpointWriter;
@@ -53,7 +53,7 @@ pub use pins::mount_bpffs;
 pub use policies::{PolicyWriter, RuleOrigins};
 pub use probe::{Features, cgroup_root_below, find_cgroup_root, mount_cgroup};
 pub use services::ServiceWriter;
-pub use settings::{MapSizes, Options, Settings};
+pub use settings::{AttachMode, MapSizes, Options, Settings};
 pub use skeleton::types;
 pub use verify::{Verification, verify};
 

@@ -14,7 +14,7 @@ use nix::sys::utsname::uname;
 use nix::time::{ClockId, clock_getres};
 use serde::Serialize;
 
-use super::attach::AttachMode;
+use super::settings::AttachMode;
 
 /// What was found at start, for `weir status`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]

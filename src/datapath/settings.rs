@@ -7,8 +7,10 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::{Result, bail};
+use serde::Serialize;
+
 use super::abi::{self, addr_of};
-use super::attach::AttachMode;
 
 /// How to load the datapath.
 #[derive(Clone, Debug)]
@@ -23,6 +25,31 @@ pub struct Options {
     pub map_sizes: MapSizes,
     /// What the programs are told.
     pub settings: Settings,
+}
+
+/// How programs are attached to devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttachMode {
+    /// tcx where the kernel has it, else clsact.
+    #[default]
+    Auto,
+    /// Links (Linux 6.6 and later).
+    Tcx,
+    /// Filters of a clsact queueing discipline.
+    Clsact,
+}
+
+impl AttachMode {
+    /// Decides `Auto`; refuses what the kernel has not.
+    pub(super) fn resolve(self, has_tcx: bool) -> Result<Self> {
+        match self {
+            Self::Auto if has_tcx => Ok(Self::Tcx),
+            Self::Auto | Self::Clsact => Ok(Self::Clsact),
+            Self::Tcx if has_tcx => Ok(Self::Tcx),
+            Self::Tcx => bail!("the kernel has no tcx (Linux 6.6 and later have it): use --attach auto"),
+        }
+    }
 }
 
 /// Rows that maps can hold, by name; what is not given is as in `maps.h`.

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::Datapath;
-use super::attach::AttachMode;
+use super::settings::AttachMode;
 use crate::model::EndpointId;
 
 /// The programs of a pod's device.

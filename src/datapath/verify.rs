@@ -9,10 +9,9 @@ use anyhow::{Context, Result};
 use libbpf_rs::{AsRawLibbpf, Object, OpenObject, libbpf_sys};
 use serde::Serialize;
 
-use super::attach::AttachMode;
 use super::load::{load_object, prepare};
 use super::probe;
-use super::settings::{MapSizes, Settings};
+use super::settings::{AttachMode, MapSizes, Settings};
 
 /// What the verifier needed for one program.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]

@@ -19,13 +19,22 @@ use super::convert::{Converted, FieldError, Object};
 use super::crd::{Identity, IdentitySpec, UNUSED_SINCE};
 use super::document::Content;
 use super::manifests;
-use super::publish::Claim;
 use crate::model::{IdentityId, IdentityLabels};
 
 /// Longer node names make no file name.
 const NODE_NAME_MAX: usize = 200;
 /// What the names of files begin with that were taken away.
 const TAKEN: &str = ".weir-taken-";
+
+/// The answer to creating the object of a number.
+pub(super) enum Claim {
+    /// The number stands for these labels now.
+    Ours,
+    /// It stands for other labels.
+    Taken,
+    /// The object that was in the way is gone.
+    Gone,
+}
 
 /// The directory, as the agent of one node writes to it.
 #[derive(Clone)]

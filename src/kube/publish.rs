@@ -22,7 +22,7 @@ pub use node::heartbeat_name;
 
 use super::convert::is_object_name;
 use super::crd::{Endpoint, Identity, IdentitySpec, NodeEndpointsSpec};
-use super::files::{Files, to_yaml};
+use super::files::{Claim, Files, to_yaml};
 use super::{Source, Tables, crd};
 use crate::identity;
 use crate::model::{IdentityId, IdentityLabels, NodeEndpoints, ObjectKey};
@@ -56,16 +56,6 @@ enum Target {
         heartbeats: Api<Lease>,
     },
     Manifests(Files),
-}
-
-/// The answer to creating the object of a number.
-pub(super) enum Claim {
-    /// The number stands for these labels now.
-    Ours,
-    /// It stands for other labels.
-    Taken,
-    /// The object that was in the way is gone.
-    Gone,
 }
 
 impl Publisher {

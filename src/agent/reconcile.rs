@@ -11,13 +11,11 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use ipnet::IpNet;
 
-use crate::agent::{Desired, Devices};
+use super::compute::Desired;
+use super::node::Devices;
 use crate::datapath::{Datapath, Writers};
 use crate::model::{EndpointId, Node};
 use crate::netlink::{self, Route};
-
-/// The device of VXLAN tunnels.
-pub const OVERLAY_DEVICE: &str = "weir_vxlan";
 
 /// What one round did.
 #[derive(Debug, Default)]
@@ -41,11 +39,6 @@ impl Reconciler {
     /// Takes the writers; nothing is written yet.
     pub fn new(datapath: Arc<Datapath>, writers: Writers, devices: Devices) -> Self {
         Self { datapath, writers, devices, attached: BTreeMap::new(), routed: None }
-    }
-
-    /// The policy that a rule number of an event stands for.
-    pub fn writers(&self) -> &Writers {
-        &self.writers
     }
 
     /// Removes what an agent of another ABI version has left; to be called when everything is attached.
