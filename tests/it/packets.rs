@@ -5,6 +5,7 @@ mod drops;
 mod flows;
 pub mod frame;
 mod fuzz;
+mod late;
 mod network;
 mod pieces;
 mod services;

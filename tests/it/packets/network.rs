@@ -9,16 +9,10 @@ use weir::datapath::Settings;
 
 use super::frame::{ACK, FIN, Packet, SYN, echo, echo_reply, tcp, udp, unreachable};
 use super::world::{
-    Arrival, Cast, EGRESS, INGRESS, MARK, PASS, R, REDIRECT, SHOT, World, casts, settings, within,
+    Arrival, Cast, EGRESS, INGRESS, MARK, PASS, R, REDIRECT, SHOT, World, casts, in_both_families, settings,
+    within,
 };
 use crate::require::require_lab;
-
-fn in_both_families(work: impl Fn(&mut World, Cast) -> Result<()> + Copy + Send + 'static) -> Result<()> {
-    for cast in casts() {
-        within(settings(), move |world| work(world, cast))?;
-    }
-    Ok(())
-}
 
 fn native() -> Settings {
     Settings { tunnel_ifindex: None, ..settings() }

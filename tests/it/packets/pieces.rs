@@ -5,15 +5,10 @@ use std::net::IpAddr;
 use anyhow::{Result, ensure};
 
 use super::frame::{POD_MAC, Packet, SYN, checksum, host_mac, icmp, solicitation, tcp, udp};
-use super::world::{A, Arrival, Cast, INGRESS, MARK, PASS, REDIRECT, SHOT, World, casts, settings, within};
+use super::world::{
+    A, Arrival, INGRESS, MARK, PASS, REDIRECT, SHOT, casts, in_both_families, settings, within,
+};
 use crate::require::require_lab;
-
-fn in_both_families(work: impl Fn(&mut World, Cast) -> Result<()> + Copy + Send + 'static) -> Result<()> {
-    for cast in casts() {
-        within(settings(), move |world| work(world, cast))?;
-    }
-    Ok(())
-}
 
 /// A datagram in three pieces.
 fn pieces(from: (IpAddr, u16), to: (IpAddr, u16), id: u32) -> [Packet; 3] {

@@ -7,15 +7,8 @@ use weir::datapath::ip_of;
 use weir::datapath::types::connection_flags;
 
 use super::frame::{ACK, FIN, Layer4, Packet, RST, SYN, host_mac, tcp, udp, unreachable};
-use super::world::{A, B, Cast, EGRESS, INGRESS, MARK, REDIRECT, SHOT, World, casts, settings, within};
+use super::world::{A, B, EGRESS, INGRESS, MARK, REDIRECT, SHOT, World, in_both_families};
 use crate::require::require_lab;
-
-fn in_both_families(work: impl Fn(&mut World, Cast) -> Result<()> + Copy + Send + 'static) -> Result<()> {
-    for cast in casts() {
-        within(settings(), move |world| work(world, cast))?;
-    }
-    Ok(())
-}
 
 /// Sends through from_pod; what comes out must be `expected`, byte by byte.
 fn becomes(world: &mut World, packet: &Packet, expected: &Packet) -> Result<()> {

@@ -176,6 +176,22 @@ pub fn within(
     })
 }
 
+/// Runs `work` in both families, each with a fresh world.
+pub fn in_both_families(work: impl Fn(&mut World, Cast) -> Result<()> + Copy + Send + 'static) -> Result<()> {
+    in_both_families_with(settings(), work)
+}
+
+/// The same with other settings.
+pub fn in_both_families_with(
+    settings: Settings,
+    work: impl Fn(&mut World, Cast) -> Result<()> + Copy + Send + 'static,
+) -> Result<()> {
+    for cast in casts() {
+        within(settings.clone(), move |world| work(world, cast))?;
+    }
+    Ok(())
+}
+
 /// Runs `work` with the programs over empty maps, in a network namespace of its own.
 pub fn within_empty(
     settings: Settings,
