@@ -252,7 +252,8 @@ fn connect_from(pod: &Pod, port: u16, target: SocketAddr) -> Result<TcpStream> {
         let family = if target.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
         let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
         setsockopt(&socket, sockopt::ReuseAddr, &true)?;
-        setsockopt(&socket, sockopt::SendTimeout, &TimeVal::milliseconds(900))?;
+        // A SYN that overtakes the last acknowledgement of its port's last user comes again after 1 s.
+        setsockopt(&socket, sockopt::SendTimeout, &TimeVal::milliseconds(2500))?;
         bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(any, port)))?;
         connect(socket.as_raw_fd(), &SockaddrStorage::from(target))?;
         let mut stream = TcpStream::from(socket);
