@@ -252,7 +252,6 @@ fn connect_from(pod: &Pod, port: u16, target: SocketAddr) -> Result<TcpStream> {
         let family = if target.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
         let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
         setsockopt(&socket, sockopt::ReuseAddr, &true)?;
-        // A SYN that overtakes the last acknowledgement of its port's last user comes again after 1 s.
         setsockopt(&socket, sockopt::SendTimeout, &TimeVal::milliseconds(2500))?;
         bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(any, port)))?;
         connect(socket.as_raw_fd(), &SockaddrStorage::from(target))?;
@@ -275,6 +274,8 @@ fn one_source_port_serves_a_service_and_its_backend_at_once() -> Result<()> {
     let again = ["10.96.0.11", "fd00:96::11"].map(|address| socket_address(address, 1080));
     let rows = again.map(|target| Row::new(&shop.packets, Via::Tcp, target, Expected::Answered));
     expect_all(&rows)?;
+    // Seen once: perhaps the SYN overtook the last acknowledgement of its port's last user. It comes again after 1 s.
+    let mut slow = 0;
     let mut port = 20000;
     for (service, again) in ADDRESSES.map(|address| socket_address(address, 1080)).into_iter().zip(again) {
         let backend = SocketAddr::new(shop.near.address(service.is_ipv4()), 80);
@@ -283,9 +284,11 @@ fn one_source_port_serves_a_service_and_its_backend_at_once() -> Result<()> {
                 port += 1;
                 let mut open = Vec::new();
                 for target in targets {
+                    let began = Instant::now();
                     let stream = connect_from(&shop.packets, port, target).with_context(|| {
                         format!("{target} of {targets:?}, closed first: {is_closed_first}")
                     })?;
+                    slow += usize::from(began.elapsed() > Duration::from_millis(900));
                     if is_closed_first {
                         stream.shutdown(Shutdown::Both)?;
                     }
@@ -299,5 +302,6 @@ fn one_source_port_serves_a_service_and_its_backend_at_once() -> Result<()> {
             }
         }
     }
+    ensure!(slow <= 1, "{slow} of 36 connections took a second SYN");
     Ok(())
 }
