@@ -105,6 +105,7 @@ static long collect_mapping(__u32 number, struct collection *of)
 	struct packet flow __attribute__((aligned(8))) = {};
 	struct connection_key connection_key __attribute__((aligned(8)));
 	struct nat_key key __attribute__((aligned(8)));
+	const struct connection *last;
 	struct nat *mapping;
 
 	if (!collection_read(of, &key, sizeof(key), number))
@@ -126,8 +127,11 @@ static long collect_mapping(__u32 number, struct collection *of)
 	flow.destination_port = key.remote_port;
 	flow.protocol = key.protocol;
 	connection_key_of(&flow, &connection_key);
-	if (!bpf_map_lookup_elem(&connections, &connection_key) &&
-	    !connection_may_return(&connection_key) &&
+	if (bpf_map_lookup_elem(&connections, &connection_key))
+		return 0;
+	last = connection_ended(&connection_key);
+	if ((!last || connection_is_expired(last, key.protocol,
+					     bpf_jiffies64())) &&
 	    !bpf_map_delete_elem(&nat, &key))
 		of->deleted++;
 	return 0;

@@ -61,14 +61,19 @@ __weak __noinline int from_pod_translate(struct __sk_buff *ctx,
 
 /*
  * The flow of this name is another one: the pod's to a service, on its way to
- * this backend. What it sends to the service never comes here by this name.
+ * this backend. What it sends to the service never comes here by this name. The
+ * backend may not know yet that it has ended: its socket would swallow a SYN.
  */
 static __always_inline bool from_pod_clashes(const struct packet *packet,
 					     const struct fast *fast)
 {
 	const struct connection *flow = fast->connection;
 
-	return flow->flags & CONNECTION_TRANSLATED &&
+	if (!flow && packet->protocol == IPPROTO_TCP)
+		flow = packet->tcp_flags & TCP_SYN
+			       ? connection_ended_here(&fast->key)
+			       : connection_ended(&fast->key);
+	return flow && flow->flags & CONNECTION_TRANSLATED &&
 	       !(fast->high ^ (flow->flags & CONNECTION_INITIATOR_HIGH)) &&
 	       !connection_is_expired(flow, packet->protocol, bpf_jiffies64());
 }
@@ -83,12 +88,12 @@ static __always_inline bool from_pod_continues(struct __sk_buff *ctx,
 		fast->connection =
 			bpf_map_lookup_elem(&connections, &fast->key);
 	}
-	if (!fast->connection)
-		fast->connection = flow_recall(packet, &fast->key);
-	if (fast->connection && from_pod_clashes(packet, fast)) {
+	if (from_pod_clashes(packet, fast)) {
 		packet->flags |= PACKET_CLASHES;
 		return false;
 	}
+	if (!fast->connection)
+		fast->connection = flow_recall(packet, &fast->key);
 	if (fast->connection)
 		return flow_continue(ctx, packet, &fast->key, fast->connection,
 				     fast->high);

@@ -102,9 +102,8 @@ static __always_inline struct ended *ended_slot(__u64 sum_of_key, bool is_local)
 /*
  * Short connections would fill the map within seconds, and each new one would
  * find nothing of it in the cache. One that has ended goes at once, and is
- * written down for the few whose last packets are on their way yet, or get lost
- * and come again. That comes last: it misses the cache, and deleting would wait
- * for it.
+ * written down before that, so that other CPUs always find it, for the few whose
+ * last packets are on their way yet, or get lost and come again.
  */
 static __always_inline void connection_retire(const struct connection *of,
 					      const struct connection_key *key)
@@ -117,36 +116,51 @@ static __always_inline void connection_retire(const struct connection *of,
 	copy = bpf_map_lookup_elem(&scratch, &zero);
 	if (!slot || !copy)
 		return;
-	/* Once deleted it may be another flow's. */
 	copy->key = *key;
 	copy->connection = *of;
 	copy->check = sum + ended_sum_of_rest(of);
 	barrier();
-	bpf_map_delete_elem(&connections, &copy->key);
 	*slot = *copy;
+	bpf_map_delete_elem(&connections, &copy->key);
+}
+
+/* What is written down of this name among the local ones, or the others. */
+static __always_inline struct ended *
+ended_find_at(__u64 sum_of_key, const struct connection_key *key, bool is_local)
+{
+	struct ended *slot = ended_slot(sum_of_key, is_local);
+
+	return slot && connection_key_equal(&slot->key, key) ? slot : NULL;
 }
 
 /* The slot of a connection that has ended, if it still is there, or NULL. */
 static __always_inline struct ended *ended_find(const struct connection_key *key)
 {
 	__u64 sum = ended_sum_of_key(key);
-	struct ended *slot = ended_slot(sum, true);
+	struct ended *slot = ended_find_at(sum, key, true);
 
-	if (slot && connection_key_equal(&slot->key, key))
-		return slot;
-	slot = ended_slot(sum, false);
-	if (slot && connection_key_equal(&slot->key, key))
-		return slot;
-	return NULL;
+	return slot ? slot : ended_find_at(sum, key, false);
 }
 
-/* A packet may yet come that brings the connection back. */
-static __always_inline bool connection_may_return(const struct connection_key *key)
+/*
+ * The flow that had this name last, or NULL. While it is not expired a packet of
+ * it may yet come, and its ends need not know yet that it is over.
+ */
+static __always_inline struct connection *
+connection_ended(const struct connection_key *key)
 {
 	struct ended *slot = ended_find(key);
 
-	return slot && !connection_is_expired(&slot->connection, key->protocol,
-					      bpf_jiffies64());
+	return slot ? &slot->connection : NULL;
+}
+
+/* The same between pods of this node: few slots, that stay in the cache. */
+static __always_inline struct connection *
+connection_ended_here(const struct connection_key *key)
+{
+	struct ended *slot = ended_find_at(ended_sum_of_key(key), key, true);
+
+	return slot ? &slot->connection : NULL;
 }
 
 /*

@@ -153,6 +153,9 @@ static __always_inline int service_choose_port(struct packet *packet,
 	for (int i = 0; i < SERVICE_PORT_TRIES; i++) {
 		connection_key_of(packet, key);
 		flow = bpf_map_lookup_elem(&connections, key);
+		/* Or the SYN may meet a socket that is about to close. */
+		if (!flow)
+			flow = connection_ended(key);
 		if (!flow ||
 		    connection_is_expired(flow, packet->protocol, now) ||
 		    service_is_own(flow, packet, own_port)) {

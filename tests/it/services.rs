@@ -252,7 +252,7 @@ fn connect_from(pod: &Pod, port: u16, target: SocketAddr) -> Result<TcpStream> {
         let family = if target.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
         let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
         setsockopt(&socket, sockopt::ReuseAddr, &true)?;
-        setsockopt(&socket, sockopt::SendTimeout, &TimeVal::milliseconds(2500))?;
+        setsockopt(&socket, sockopt::SendTimeout, &TimeVal::milliseconds(900))?;
         bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(any, port)))?;
         connect(socket.as_raw_fd(), &SockaddrStorage::from(target))?;
         let mut stream = TcpStream::from(socket);
@@ -274,21 +274,19 @@ fn one_source_port_serves_a_service_and_its_backend_at_once() -> Result<()> {
     let again = ["10.96.0.11", "fd00:96::11"].map(|address| socket_address(address, 1080));
     let rows = again.map(|target| Row::new(&shop.packets, Via::Tcp, target, Expected::Answered));
     expect_all(&rows)?;
-    // Seen once: perhaps the SYN overtook the last acknowledgement of its port's last user. It comes again after 1 s.
-    let mut slow = 0;
     let mut port = 20000;
-    for (service, again) in ADDRESSES.map(|address| socket_address(address, 1080)).into_iter().zip(again) {
+    // Often, as a SYN that meets the socket of the flow before it is lost only if two CPUs are that close.
+    let families = ADDRESSES.map(|address| socket_address(address, 1080)).into_iter().zip(again);
+    for (service, again) in families.cycle().take(20) {
         let backend = SocketAddr::new(shop.near.address(service.is_ipv4()), 80);
         for targets in [[service, backend, again], [backend, again, service], [again, service, backend]] {
             for is_closed_first in [false, true] {
                 port += 1;
                 let mut open = Vec::new();
                 for target in targets {
-                    let began = Instant::now();
                     let stream = connect_from(&shop.packets, port, target).with_context(|| {
                         format!("{target} of {targets:?}, closed first: {is_closed_first}")
                     })?;
-                    slow += usize::from(began.elapsed() > Duration::from_millis(900));
                     if is_closed_first {
                         stream.shutdown(Shutdown::Both)?;
                     }
@@ -302,6 +300,5 @@ fn one_source_port_serves_a_service_and_its_backend_at_once() -> Result<()> {
             }
         }
     }
-    ensure!(slow <= 1, "{slow} of 36 connections took a second SYN");
     Ok(())
 }

@@ -310,9 +310,7 @@ fn one_source_port_towards_a_service_and_its_backend_is_two_flows() -> Result<()
     require_lab!();
     in_both_families(|world, cast| {
         let (client, service, backend) = ((cast.a, 40000), (cast.service, 80), (cast.b, 8080));
-        let other_service =
-            (if cast.a.is_ipv4() { "10.96.0.99".parse()? } else { "fd00:96::99".parse()? }, 80);
-        world.service((other_service.0, other_service.1, 6), 900, 1, &[backend])?;
+        let other_service = another_service_of(world, backend)?;
         // The first has the port on the way, each that follows another one; the answers find back.
         let mut ways = Vec::new();
         for target in [service, backend, other_service] {
@@ -333,6 +331,36 @@ fn one_source_port_towards_a_service_and_its_backend_is_two_flows() -> Result<()
         let (target, way) = ways[1];
         world.forget_flows_of_kind(0)?;
         becomes(world, &tcp(client, target, ACK).by(1), &tcp(way, backend, ACK))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_port_whose_flow_has_just_ended_is_another_one_on_the_way_of_the_next() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, service, backend) = ((cast.a, 40000), (cast.service, 80), (cast.b, 8080));
+        let other_service = another_service_of(world, backend)?;
+        // The backend's socket may not have closed yet, and would not answer the SYN of another flow.
+        for first in [service, backend, other_service] {
+            for second in [service, backend, other_service] {
+                world.forget_flows()?;
+                for (flags, answer) in [(SYN, SYN | ACK), (FIN | ACK, FIN | ACK)] {
+                    becomes(world, &tcp(client, first, flags).by(1), &tcp(client, backend, flags))?;
+                    becomes(world, &tcp(backend, client, answer).by(2), &tcp(first, client, answer))?;
+                }
+                becomes(world, &tcp(client, first, ACK).by(1), &tcp(client, backend, ACK))?;
+                assert_eq!(world.connections(0)?.len(), 0, "it has ended");
+
+                let way = (cast.a, on_the_way(world, &tcp(client, second, SYN).by(1))?);
+                ensure!((way == client) == (first == second), "{first:?}, then {second:?} by {way:?}");
+                becomes(world, &tcp(backend, way, SYN | ACK).by(2), &tcp(second, client, SYN | ACK))?;
+                becomes(world, &tcp(client, second, ACK).by(1), &tcp(way, backend, ACK))?;
+                assert_eq!(world.connections(0)?.len(), 1, "the first does not come back by it");
+                // What comes late of the first still is the first's.
+                becomes(world, &tcp(backend, client, FIN | ACK).by(2), &tcp(first, client, FIN | ACK))?;
+            }
+        }
         Ok(())
     })
 }
@@ -361,6 +389,13 @@ fn datagrams_of_one_socket_to_a_service_and_its_backend_are_answered_by_name() -
         }
         Ok(())
     })
+}
+
+/// Another service that leads to the backend.
+fn another_service_of(world: &mut World, backend: (IpAddr, u16)) -> Result<(IpAddr, u16)> {
+    let address = if backend.0.is_ipv4() { "10.96.0.99" } else { "fd00:96::99" }.parse()?;
+    world.service((address, 80, 6), 900, 1, &[backend])?;
+    Ok((address, 80))
 }
 
 /// The source port with which a packet leaves from_pod.
