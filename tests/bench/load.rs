@@ -22,6 +22,11 @@ const SINK_PORT: u16 = 7001;
 /// Bytes that the kernel keeps for the receiver of a stream; it takes the double for its own.
 const SINK_BUFFER: usize = 512 * 1024;
 
+/// How often each path is measured, and for how long. What else the machine does comes and goes
+/// within seconds, so many short samples: 15 streams of 0.3 s had four times the noise.
+const ROUNDS: usize = 45;
+const SAMPLE: Duration = Duration::from_millis(100);
+
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Load {
@@ -36,15 +41,6 @@ pub enum Load {
 impl Load {
     /// All of them.
     pub const ALL: [Load; 3] = [Load::Transactions, Load::Connections, Load::Stream];
-
-    /// How often each path is measured, and for how long. What else the machine does comes and
-    /// goes within seconds, so many short samples; a stream needs a while to get going.
-    fn rounds(self) -> (usize, Duration) {
-        match self {
-            Load::Transactions | Load::Connections => (45, Duration::from_millis(100)),
-            Load::Stream => (15, Duration::from_millis(300)),
-        }
-    }
 
     /// The first part of its rows' names.
     pub fn name(self) -> &'static str {
@@ -152,7 +148,7 @@ pub fn measure(load: Load, paths: &[Path<'_>]) -> Result<Samples> {
     let mut samples: Vec<(&'static str, Vec<f64>)> =
         paths.iter().map(|path| (path.name, Vec::new())).collect();
     let mut random = 1_u64;
-    for round in 0..=load.rounds().0 {
+    for round in 0..=ROUNDS {
         // Nobody always follows the same neighbour.
         let mut order: Vec<usize> = (0..paths.len()).collect();
         for left in (1..order.len()).rev() {
@@ -176,31 +172,30 @@ pub fn measure(load: Load, paths: &[Path<'_>]) -> Result<Samples> {
 
 fn sample(load: &str, target: IpAddr) -> Result<f64> {
     let load = Load::ALL.into_iter().find(|known| known.name() == load).context("an unknown load")?;
-    let (_, length) = load.rounds();
     match load {
-        Load::Transactions => transactions(SocketAddr::new(target, ECHO_PORT), length),
-        Load::Connections => connections(SocketAddr::new(target, ECHO_PORT), length),
-        Load::Stream => stream(SocketAddr::new(target, SINK_PORT), length),
+        Load::Transactions => transactions(SocketAddr::new(target, ECHO_PORT)),
+        Load::Connections => connections(SocketAddr::new(target, ECHO_PORT)),
+        Load::Stream => stream(SocketAddr::new(target, SINK_PORT)),
     }
 }
 
-fn transactions(target: SocketAddr, length: Duration) -> Result<f64> {
+fn transactions(target: SocketAddr) -> Result<f64> {
     let mut stream = TcpStream::connect(target)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     let began = Instant::now();
     let mut count = 0;
-    while began.elapsed() < length {
+    while began.elapsed() < SAMPLE {
         transact(&mut stream)?;
         count += 1;
     }
     Ok(f64::from(count) / began.elapsed().as_secs_f64())
 }
 
-fn connections(target: SocketAddr, length: Duration) -> Result<f64> {
+fn connections(target: SocketAddr) -> Result<f64> {
     let began = Instant::now();
     let mut count = 0;
-    while began.elapsed() < length {
+    while began.elapsed() < SAMPLE {
         let mut stream = TcpStream::connect(target)?;
         transact(&mut stream)?;
         count += 1;
@@ -214,7 +209,7 @@ fn transact(stream: &mut TcpStream) -> Result<()> {
     Ok(())
 }
 
-fn stream(target: SocketAddr, length: Duration) -> Result<f64> {
+fn stream(target: SocketAddr) -> Result<f64> {
     let mut stream = TcpStream::connect(target)?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     // What nodes have by default. A pacing one (BBR) measures the clock, not the path.
@@ -222,7 +217,7 @@ fn stream(target: SocketAddr, length: Duration) -> Result<f64> {
         .context("choosing cubic")?;
     let chunk = vec![0; 128 * 1024];
     let began = Instant::now();
-    while began.elapsed() < length {
+    while began.elapsed() < SAMPLE {
         stream.write_all(&chunk)?;
     }
     stream.shutdown(Shutdown::Write)?;
