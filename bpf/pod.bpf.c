@@ -63,6 +63,8 @@ __weak __noinline int from_pod_translate(struct __sk_buff *ctx,
  * The flow of this name is another one: the pod's to a service, on its way to
  * this backend. What it sends to the service never comes here by this name. The
  * backend may not know yet that it has ended: its socket would swallow a SYN.
+ * That asks the few local slots only, as every new flow pays for it, and between
+ * nodes one queue keeps a flow's packets in order.
  */
 static __always_inline bool from_pod_clashes(const struct packet *packet,
 					     const struct fast *fast)

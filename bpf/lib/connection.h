@@ -116,6 +116,7 @@ static __always_inline void connection_retire(const struct connection *of,
 	copy = bpf_map_lookup_elem(&scratch, &zero);
 	if (!slot || !copy)
 		return;
+	/* Linux 6.1 takes no key to delete out of a function's argument. */
 	copy->key = *key;
 	copy->connection = *of;
 	copy->check = sum + ended_sum_of_rest(of);
