@@ -27,7 +27,7 @@ use tracing::{debug, info, warn};
 
 use super::Tables;
 use super::convert::{Converted, FieldError, Kind, Object, ObjectId};
-use super::health::{Health, Report};
+use super::health::{Health, Report, closed};
 use super::sink::Sink;
 use super::watched::{Watchable, Watched};
 use crate::model::{
@@ -139,7 +139,7 @@ struct Watch<M> {
     /// The server was away, and nobody has said that it is back.
     is_searching: bool,
     /// What is wrong with objects.
-    reports: BTreeMap<ObjectId, Vec<FieldError>>,
+    reports: BTreeMap<ObjectId, Vec<String>>,
 }
 
 impl<M: Watchable> Watch<M> {
@@ -351,14 +351,16 @@ impl<M: Watchable> Watch<M> {
             .ok()?;
         self.reports.remove(&id);
         let object = match object.outcome {
-            Ok(Converted { object, warnings }) => {
-                if !warnings.is_empty() {
-                    self.reports.insert(id.clone(), warnings);
+            Ok(Converted { object, warnings, doubts }) => {
+                let said = warnings.iter().map(FieldError::to_string).chain(doubts.iter().map(closed));
+                let said: Vec<String> = said.collect();
+                if !said.is_empty() {
+                    self.reports.insert(id.clone(), said);
                 }
                 object
             }
             Err(error) => {
-                self.reports.insert(id.clone(), vec![error]);
+                self.reports.insert(id.clone(), vec![error.to_string()]);
                 self.sink.get(&id)
             }
         };
@@ -366,15 +368,15 @@ impl<M: Watchable> Watch<M> {
     }
 
     fn show_reports(&self) {
-        let report = |id: &ObjectId, error: &FieldError| Report {
+        let report = |id: &ObjectId, reason: &String| Report {
             source: "kubernetes".to_owned(),
             document: None,
             line: None,
             object: Some(id.to_string()),
-            reason: error.to_string(),
+            reason: reason.clone(),
         };
         let reports = self.reports.iter();
-        let reports = reports.flat_map(|(id, errors)| errors.iter().map(move |error| report(id, error)));
+        let reports = reports.flat_map(|(id, reasons)| reasons.iter().map(move |reason| report(id, reason)));
         self.health.replace(&format!("kubernetes {}", M::KIND), reports.collect());
     }
 }

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use serde::Serialize;
 use tracing::{info, warn};
 
-use super::convert::Kind;
+use super::convert::{FieldError, Kind};
 
 /// How the source of one kind is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -35,6 +35,11 @@ pub struct Report {
     pub object: Option<String>,
     /// What is wrong, and what was done about it.
     pub reason: String,
+}
+
+/// What is said of a doubt about a policy.
+pub(super) fn closed(doubt: &FieldError) -> String {
+    format!("{doubt}; closed: the policy isolates what it selects and allows only what can be read of it")
 }
 
 /// The health of all sources, shared between them and whoever shows it.
@@ -81,7 +86,7 @@ impl Health {
         let known = all.get(topic).map_or(&[][..], Vec::as_slice);
         for report in reports.iter().filter(|report| !known.contains(report)) {
             let Report { source, document, line, object, reason } = report;
-            warn!(source, document, line, object, reason, "a manifest is not as it should be");
+            warn!(source, document, line, object, reason, "an object is not as it should be");
         }
         if !known.is_empty() && reports.is_empty() {
             info!(topic, "everything reported about it is put right");

@@ -2,7 +2,8 @@
 //!
 //! Every file is parsed when it appears or changes, never otherwise. An object is where
 //! its file says it is until the file says otherwise or is gone: a document that became
-//! unreadable keeps the object's last good version, and where one document of a file
+//! unreadable keeps the object's last good version (a policy what can be read of it, and is closed
+//! for the rest: [`super::convert`]), and where one document of a file
 //! cannot be read so far as to tell which object it is, all objects of that file that
 //! are not found any more stay too. An empty file is one that somebody is just writing.
 //!
@@ -25,7 +26,7 @@ use tracing::{debug, info, warn};
 use super::Tables;
 use super::convert::{Converted, FieldError, Kind, Object, ObjectId};
 use super::document::{self, Content, Document};
-use super::health::{Health, Report};
+use super::health::{Health, Report, closed};
 use super::sink::Sink;
 
 /// Larger files are refused.
@@ -296,8 +297,9 @@ impl Directory {
                         "is defined above in this file already; the first one counts".to_owned(),
                     );
                 }
-                Content::Object(id, Converted { object, warnings }) => {
+                Content::Object(id, Converted { object, warnings, doubts }) => {
                     warnings.iter().for_each(|warning| report(Some(&id), warning.to_string()));
+                    doubts.iter().for_each(|doubt| report(Some(&id), closed(doubt)));
                     objects.insert(id, object);
                 }
                 Content::BrokenObject(id, error) => {

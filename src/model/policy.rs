@@ -31,6 +31,13 @@ pub enum Requirement {
 }
 
 impl Selector {
+    /// The selector of these requirements; equal ones are one.
+    pub fn new(mut requirements: Vec<Requirement>) -> Self {
+        requirements.sort_unstable();
+        requirements.dedup();
+        Self { requirements }
+    }
+
     /// True if every requirement holds for `labels`.
     pub fn matches(&self, labels: &Labels) -> bool {
         self.requirements.iter().all(|requirement| match requirement {

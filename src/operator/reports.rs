@@ -1,7 +1,7 @@
 //! Says on an object, by an event, what Weir cannot take of it.
 //!
-//! Agents keep the last good state of a broken object, and say so in their own status; who wrote the
-//! object looks at the object. So the leader reads what agents read, with the same words for what is
+//! Agents keep the last good state of a broken object, or close what a broken policy selects, and say so in
+//! their own status; who wrote the object looks at the object. So the leader reads what agents read, with the same words for what is
 //! wrong, and keeps nothing but what it has said. Events are forgotten after an hour: it says it again.
 
 use std::collections::HashMap;
@@ -19,7 +19,7 @@ use tracing::warn;
 
 use super::metrics::{KindLabel, Metrics};
 use super::recorder;
-use crate::kube::{Watchable, Watched};
+use crate::kube::{FieldError, Watchable, Watched};
 use crate::model;
 
 /// Objects in a page of the first list: as much text as is in memory at a time.
@@ -134,14 +134,22 @@ impl<M: Watchable> Reports<M> {
     }
 }
 
+fn joined(errors: &[FieldError]) -> String {
+    errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
 /// What is to be said of an object, if anything is.
 fn complaint<M>(object: &Watched<M>) -> Option<Event> {
     let (reason, text) = match &object.outcome {
         Err(error) => ("Malformed", format!("Weir keeps its last good state: {error}")),
-        Ok(converted) => {
-            let parts: Vec<String> = converted.warnings.iter().map(ToString::to_string).collect();
-            ("PartlyIgnored", parts.join("; "))
-        }
+        Ok(converted) if !converted.doubts.is_empty() => (
+            "Malformed",
+            format!(
+                "Weir isolates what the policy selects and allows only what can be read of it: {}",
+                joined(&converted.doubts)
+            ),
+        ),
+        Ok(converted) => ("PartlyIgnored", joined(&converted.warnings)),
     };
     if text.is_empty() {
         return None;

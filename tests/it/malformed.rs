@@ -69,6 +69,41 @@ fn the_last_good_version_of_a_broken_object_stays() -> Result<()> {
     expect_all(&[Row::new(&client, Via::Tcp, target, Expected::Answered)])
 }
 
+/// Friends by TCP 80, and more that nobody can read.
+const HALF_READ: &str = "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: half, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: server}, matchExpressions: [{key: size, operator: Gt, values: ['3']}]}
+  ingress:
+  - from: [{podSelector: {matchLabels: {friend: 'yes'}}}, {ipBlock: {cidr: everywhere}}]
+    ports: [{port: 80}, {port: eighty-one-and-more}]
+";
+
+#[test]
+fn a5_a_policy_that_cannot_be_read_isolates_its_pods_also_after_a_restart() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup::default())?;
+    let server = lab.pod(1, "shop/server").label("app", "server").create()?;
+    let other = lab.pod(1, "shop/other").create()?;
+    let friend = lab.pod(1, "shop/friend").label("friend", "yes").create()?;
+    let target = SocketAddr::new(server.address(true), 80);
+    lab.manifests().write_file("half.yaml", HALF_READ)?;
+    let rows = [
+        Row::new(&other, Via::Tcp, target, Expected::Denied),
+        Row::new(&friend, Via::Tcp, target, Expected::Answered),
+        Row::new(&friend, Via::Udp, target, Expected::Denied),
+        Row::new(&friend, Via::Tcp, SocketAddr::new(other.address(true), 80), Expected::Answered),
+    ];
+    expect_all(&rows)?;
+    lab.node(1).kill_agent()?;
+    lab.node(1).start_agent()?;
+    lab.node(1).wait_ready()?;
+    expect_all(&rows)?;
+    wait_for("a word about half.yaml", || Ok(lab.node(1).log()?.contains("isolates what it selects")))
+}
+
 #[test]
 fn several_documents_of_one_file_come_and_go_with_it() -> Result<()> {
     require_lab!();

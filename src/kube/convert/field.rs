@@ -74,10 +74,16 @@ impl<'a> Field<'a> {
         FieldError { path: self.path.clone(), reason: reason.into() }
     }
 
-    /// Refuses fields other than `known` in a strict document: a misspelt field of a policy
-    /// would otherwise quietly mean something else.
+    /// Refuses fields other than `known` in a strict document: a misspelt field would otherwise
+    /// quietly mean something else.
     pub fn only(&self, known: &[&str]) -> Result<()> {
-        let Some(Value::Object(fields)) = self.value.filter(|_| self.is_strict) else { return Ok(()) };
+        if self.is_strict { self.only_known(known) } else { Ok(()) }
+    }
+
+    /// Refuses fields other than `known` wherever the document is from: one that a newer API server
+    /// has may narrow what a policy allows.
+    pub fn only_known(&self, known: &[&str]) -> Result<()> {
+        let Some(Value::Object(fields)) = self.value else { return Ok(()) };
         match fields.keys().find(|key| !known.contains(&key.as_str())) {
             Some(key) => Err(self.get(key)?.error(format!("unknown field; known are {}", known.join(", ")))),
             None => Ok(()),

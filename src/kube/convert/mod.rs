@@ -21,6 +21,7 @@ use serde_json::Value;
 
 pub use field::{Field, FieldError, Result};
 pub use names::is_object_name;
+use policy::Notes;
 
 use crate::model::{
     Allocation, EndpointSlice, IdentityId, IdentityLabels, Labels, Namespace, NetworkPolicy, Node,
@@ -186,6 +187,8 @@ pub struct Converted {
     pub object: Option<Object>,
     /// What was left out of it, and why.
     pub warnings: Vec<FieldError>,
+    /// What could not be read of a policy, and is taken for closed.
+    pub doubts: Vec<FieldError>,
 }
 
 /// Which object a document is about, as far as it says so.
@@ -216,18 +219,19 @@ pub fn identify(kind: Kind, document: &Field) -> Result<ObjectId> {
 /// and not yet checked by an API server.
 pub fn convert(id: &ObjectId, document: &Value, is_strict: bool) -> Result<Converted> {
     let document = Field::root(document, is_strict);
-    let mut warnings = Vec::new();
+    let mut notes = Notes::default();
+    let warnings = &mut notes.warnings;
     let object = match id.kind {
         Kind::Namespace => Some(Object::Namespace(Arc::new(pod::namespace(id, &document)?))),
         Kind::Pod => Some(Object::Pod(Arc::new(pod::pod(id, &document)?))),
         Kind::Node => Some(Object::Node(Arc::new(node::node(id, &document)?))),
         Kind::Service => {
-            service::service(id, &document, &mut warnings)?.map(|service| Object::Service(Arc::new(service)))
+            service::service(id, &document, warnings)?.map(|service| Object::Service(Arc::new(service)))
         }
-        Kind::EndpointSlice => service::endpoint_slice(id, &document, &mut warnings)?
+        Kind::EndpointSlice => service::endpoint_slice(id, &document, warnings)?
             .map(|slice| Object::EndpointSlice(Arc::new(slice))),
         Kind::NetworkPolicy => {
-            Some(Object::NetworkPolicy(Arc::new(policy::network_policy(id, &document, &mut warnings)?)))
+            Some(Object::NetworkPolicy(Arc::new(policy::network_policy(id, &document, &mut notes))))
         }
         Kind::Identity => {
             let (number, labels, is_unused) = own::identity(id, &document)?;
@@ -236,7 +240,7 @@ pub fn convert(id: &ObjectId, document: &Value, is_strict: bool) -> Result<Conve
         Kind::NodeEndpoints => Some(Object::NodeEndpoints(Arc::new(own::node_endpoints(id, &document)?))),
         Kind::WeirNode => Some(Object::WeirNode(Arc::new(own::allocation(&document)?))),
     };
-    Ok(Converted { object, warnings })
+    Ok(Converted { object, warnings: notes.warnings, doubts: notes.doubts })
 }
 
 /// `metadata.labels`.

@@ -10,34 +10,68 @@ use ipnet::IpNet;
 
 use super::{Field, FieldError, ObjectId, Result, check_labels, items, names};
 use crate::identity;
-use crate::model::{NetworkPolicy, Peer, PolicyRule, PortMatch, PortSelector, Requirement, Selector};
+use crate::model::{Labels, NetworkPolicy, Peer, PolicyRule, PortMatch, PortSelector, Requirement, Selector};
 
-pub fn network_policy(
-    id: &ObjectId,
-    document: &Field,
-    warnings: &mut Vec<FieldError>,
-) -> Result<NetworkPolicy> {
-    document.only(&["apiVersion", "kind", "metadata", "spec", "status"])?;
-    let spec = document.get("spec")?;
-    spec.only(&["podSelector", "policyTypes", "ingress", "egress"])?;
-    let pod_selector = selector(&spec.get("podSelector")?)?;
-    let ingress = rules(&spec.get("ingress")?, "from", warnings)?;
-    let egress = rules(&spec.get("egress")?, "to", warnings)?;
-    let (is_ingress, is_egress) = match policy_types(&spec.get("policyTypes")?)? {
-        Some(types) => types,
-        None => (true, !egress.is_empty()),
-    };
-    Ok(NetworkPolicy {
+/// So many doubts about one object are said; who mends them sees the next ones.
+const DOUBTS_MAX: usize = 20;
+
+/// What is to be said of an object.
+#[derive(Default)]
+pub struct Notes {
+    /// What was left out of it: it was never more than a hint.
+    pub warnings: Vec<FieldError>,
+    /// What could not be read of it and is taken for closed.
+    pub doubts: Vec<FieldError>,
+    count: usize,
+}
+
+impl Notes {
+    /// The value, or a doubt.
+    fn read<T>(&mut self, outcome: Result<T>) -> Option<T> {
+        outcome.map_err(|doubt| self.doubt(doubt)).ok()
+    }
+
+    fn doubt(&mut self, doubt: FieldError) {
+        self.count += 1;
+        // Each field of what is no object fails with the same words.
+        if self.doubts.len() < DOUBTS_MAX && self.doubts.last() != Some(&doubt) {
+            self.doubts.push(doubt);
+        }
+    }
+}
+
+/// Reads as much of a policy as can be read. There is a policy in any case: what cannot be read
+/// of its selector selects all, and what cannot be read of its rules allows nothing.
+pub fn network_policy(id: &ObjectId, document: &Field, notes: &mut Notes) -> NetworkPolicy {
+    notes.read(document.only_known(&["apiVersion", "kind", "metadata", "spec", "status"]));
+    let mut policy = NetworkPolicy {
         key: id.key.clone(),
-        pod_selector,
-        ingress: is_ingress.then_some(ingress),
-        egress: is_egress.then_some(egress),
-    })
+        pod_selector: Selector::default(),
+        ingress: Some(Vec::new()),
+        egress: Some(Vec::new()),
+    };
+    let Some(spec) = notes.read(document.get("spec")) else { return policy };
+    let is_known =
+        notes.read(spec.only_known(&["podSelector", "policyTypes", "ingress", "egress"])).is_some();
+    let ingress = rules(&spec, "ingress", "from", notes);
+    let before = notes.count;
+    let egress = rules(&spec, "egress", "to", notes);
+    let is_read = is_known && notes.count == before;
+    let (is_ingress, is_egress) = match notes.read(policy_types(&spec)) {
+        Some(Some(types)) => types,
+        // A rule for egress may be in what was not read.
+        Some(None) => (true, !egress.is_empty() || !is_read),
+        None => (true, true),
+    };
+    policy.pod_selector = subject(&spec, notes);
+    policy.ingress = is_ingress.then_some(ingress);
+    policy.egress = is_egress.then_some(egress);
+    policy
 }
 
 /// Whether ingress and egress are named; `None` when the field is absent or empty.
-fn policy_types(field: &Field) -> Result<Option<(bool, bool)>> {
-    let types = items(field)?;
+fn policy_types(spec: &Field) -> Result<Option<(bool, bool)>> {
+    let types = items(&spec.get("policyTypes")?)?;
     if types.is_empty() {
         return Ok(None);
     }
@@ -52,27 +86,42 @@ fn policy_types(field: &Field) -> Result<Option<(bool, bool)>> {
     Ok(Some((ingress, egress)))
 }
 
-fn rules(list: &Field, peers: &str, warnings: &mut Vec<FieldError>) -> Result<Vec<PolicyRule>> {
-    let rule = |rule: &Field| {
-        rule.only(&[peers, "ports"])?;
-        Ok(PolicyRule {
-            peers: collect(&rule.get(peers)?, |field| peer(field, warnings))?,
-            ports: collect(&rule.get("ports")?, port)?,
-        })
-    };
-    items(list)?.iter().map(rule).collect()
-}
-
-/// The elements of a list of which "none" means "all".
-fn collect<T>(list: &Field, read: impl FnMut(&Field) -> Result<T>) -> Result<Option<Vec<T>>> {
-    match items(list)? {
-        items if items.is_empty() => Ok(None),
-        items => Ok(Some(items.iter().map(read).collect::<Result<_>>()?)),
+/// The rules of a direction, less those that cannot be read.
+fn rules(spec: &Field, direction: &str, peers: &str, notes: &mut Notes) -> Vec<PolicyRule> {
+    let list = notes.read(spec.get(direction).and_then(|list| items(&list))).unwrap_or_default();
+    let mut rules = Vec::new();
+    for rule in &list {
+        let fields =
+            rule.only_known(&[peers, "ports"]).and_then(|()| Ok((rule.get(peers)?, rule.get("ports")?)));
+        let Some((from, ports)) = notes.read(fields) else { continue };
+        let Some(peers) = collect(&from, notes, peer) else { continue };
+        let Some(ports) = collect(&ports, notes, |field, _| port(field)) else { continue };
+        rules.push(PolicyRule { peers, ports });
     }
+    rules
 }
 
-fn peer(peer: &Field, warnings: &mut Vec<FieldError>) -> Result<Peer> {
-    peer.only(&["podSelector", "namespaceSelector", "ipBlock"])?;
+/// The elements that can be read, of a list of which "none" means "all": `Some(None)`. A list of which
+/// nothing can be read is an empty one, which matches nothing.
+fn collect<T>(
+    list: &Field,
+    notes: &mut Notes,
+    mut read: impl FnMut(&Field, &mut Notes) -> Result<T>,
+) -> Option<Option<Vec<T>>> {
+    let items = notes.read(items(list))?;
+    if items.is_empty() {
+        return Some(None);
+    }
+    let mut all = Vec::new();
+    for item in &items {
+        let outcome = read(item, notes);
+        all.extend(notes.read(outcome));
+    }
+    Some(Some(all))
+}
+
+fn peer(peer: &Field, notes: &mut Notes) -> Result<Peer> {
+    peer.only_known(&["podSelector", "namespaceSelector", "ipBlock"])?;
     let (pods, namespaces) = (peer.get("podSelector")?, peer.get("namespaceSelector")?);
     let block = peer.get("ipBlock")?;
     match (block.is_present(), pods.is_present() || namespaces.is_present()) {
@@ -80,7 +129,7 @@ fn peer(peer: &Field, warnings: &mut Vec<FieldError>) -> Result<Peer> {
         (true, false) => ip_block(&block),
         (false, true) => {
             let selected = selector(&pods)?;
-            warnings.extend(identity::undecidable_labels(&selected).map(|label| {
+            notes.warnings.extend(identity::undecidable_labels(&selected).map(|label| {
                 pods.error(format!(
                     "whether a pod is without {label} cannot be told: none is let in for that"
                 ))
@@ -95,7 +144,7 @@ fn peer(peer: &Field, warnings: &mut Vec<FieldError>) -> Result<Peer> {
 }
 
 fn ip_block(block: &Field) -> Result<Peer> {
-    block.only(&["cidr", "except"])?;
+    block.only_known(&["cidr", "except"])?;
     let cidr = block.get("cidr")?.cidr()?;
     let inside = |field: &Field| {
         let except: IpNet = field.cidr()?;
@@ -110,7 +159,7 @@ fn ip_block(block: &Field) -> Result<Peer> {
 }
 
 fn port(field: &Field) -> Result<PortMatch> {
-    field.only(&["protocol", "port", "endPort"])?;
+    field.only_known(&["protocol", "port", "endPort"])?;
     let protocol = field.get("protocol")?.protocol()?;
     let (first, last) = (field.get("port")?, field.get("endPort")?);
     let end = last.port()?;
@@ -140,9 +189,34 @@ fn port_name<'a>(field: &Field<'a>) -> Result<Option<&'a str>> {
     )))
 }
 
+/// Which pods a policy applies to, by what can be read of its selector: what cannot be read narrows
+/// nothing. At its widest that is every pod of the namespace.
+fn subject(spec: &Field, notes: &mut Notes) -> Selector {
+    let Some(field) = notes.read(spec.get("podSelector")) else { return Selector::default() };
+    notes.read(field.only_known(&["matchLabels", "matchExpressions"]));
+    let mut requirements = Vec::new();
+    if let Some(equals) = notes.read(field.get("matchLabels")) {
+        for (key, value) in notes.read(equals.entries()).unwrap_or_default() {
+            requirements.extend(notes.read(equal_label(&equals, key, &value)));
+        }
+    }
+    let expressions = field.get("matchExpressions").and_then(|list| items(&list));
+    for expression in notes.read(expressions).unwrap_or_default() {
+        requirements.extend(notes.read(requirement(&expression)));
+    }
+    Selector::new(requirements)
+}
+
+fn equal_label(equals: &Field, key: &str, value: &Field) -> Result<Requirement> {
+    let text = value.string()?.unwrap_or("");
+    let labels = Labels::from([(key.to_owned(), text.to_owned())]);
+    check_labels(equals, &labels)?;
+    Ok(Requirement::In(key.to_owned(), BTreeSet::from([text.to_owned()])))
+}
+
 /// A label selector; an absent one is the empty one, which selects everything.
 fn selector(field: &Field) -> Result<Selector> {
-    field.only(&["matchLabels", "matchExpressions"])?;
+    field.only_known(&["matchLabels", "matchExpressions"])?;
     let equals = field.get("matchLabels")?;
     let labels = equals.strings()?;
     check_labels(&equals, &labels)?;
@@ -151,13 +225,11 @@ fn selector(field: &Field) -> Result<Selector> {
     for expression in items(&field.get("matchExpressions")?)? {
         requirements.push(requirement(&expression)?);
     }
-    requirements.sort_unstable();
-    requirements.dedup();
-    Ok(Selector { requirements })
+    Ok(Selector::new(requirements))
 }
 
 fn requirement(expression: &Field) -> Result<Requirement> {
-    expression.only(&["key", "operator", "values"])?;
+    expression.only_known(&["key", "operator", "values"])?;
     let key = expression.get("key")?;
     let name = key.required_string()?.to_owned();
     if !names::is_label_key(&name) {

@@ -22,7 +22,7 @@ fn converted(kind: Kind, yaml: &str) -> Result<Converted> {
 
 fn object(kind: Kind, yaml: &str) -> Object {
     let converted = converted(kind, yaml).unwrap_or_else(|error| panic!("{error} in {yaml}"));
-    assert_eq!(converted.warnings, []);
+    assert_eq!((&converted.warnings, &converted.doubts), (&vec![], &vec![]));
     converted.object.expect("the object makes a row")
 }
 
@@ -60,8 +60,21 @@ fn policy(spec: &str) -> NetworkPolicy {
     }
 }
 
+/// The policy as far as it could be read, and what could not.
+fn doubtful(spec: &str, is_strict: bool) -> (NetworkPolicy, Vec<String>) {
+    let document = value(&format!("{{metadata: {{name: p, namespace: shop}}, spec: {spec}}}"));
+    let id = identify(Kind::NetworkPolicy, &Field::root(&document, is_strict)).expect("the name is good");
+    let converted = convert(&id, &document, is_strict).expect("a policy is always read");
+    match converted.object {
+        Some(Object::NetworkPolicy(policy)) => {
+            (Arc::unwrap_or_clone(policy), converted.doubts.iter().map(ToString::to_string).collect())
+        }
+        other => panic!("{other:?} is no policy"),
+    }
+}
+
 fn policy_error(spec: &str) -> String {
-    error(Kind::NetworkPolicy, &format!("{{metadata: {{name: p, namespace: shop}}, spec: {spec}}}"))
+    doubtful(spec, true).1.join("; ")
 }
 
 /// The peers and ports of the only ingress rule.
@@ -296,11 +309,73 @@ fn a_broken_policy_says_where_and_what_is_allowed() {
     }
 }
 
+/// `ingress`, `egress`: rules by their number of peers and ports, where `-` is "all".
+fn shape(rules: Option<&Vec<PolicyRule>>) -> String {
+    let count = |list: Option<usize>| list.map_or("-".to_owned(), |count| count.to_string());
+    let rule = |rule: &PolicyRule| {
+        format!("{}:{}", count(rule.peers.as_ref().map(Vec::len)), count(rule.ports.as_ref().map(Vec::len)))
+    };
+    rules.map_or("open".to_owned(), |rules| rules.iter().map(rule).collect::<Vec<_>>().join(" "))
+}
+
 #[test]
-fn what_a_newer_api_server_adds_is_left_alone() {
-    let document = value("{metadata: {name: p, namespace: shop}, spec: {podSelector: {}, mood: good}}");
-    let id = identify(Kind::NetworkPolicy, &Field::root(&document, false)).expect("the name is good");
-    assert!(convert(&id, &document, false).is_ok());
+fn a5_what_cannot_be_read_of_a_policy_is_closed_and_the_rest_stands() {
+    for (spec, ingress, egress) in [
+        // One of two ports, peers, rules.
+        ("{ingress: [{ports: [{port: 80}, {port: '80'}]}]}", "-:1", "open"),
+        ("{ingress: [{from: [{podSelector: {}}, {ipBlock: {cidr: here}}]}]}", "1:-", "open"),
+        ("{ingress: [{ports: [{port: 80}]}, 7]}", "-:1", "open"),
+        // All of them: nobody and nothing, not everybody and everything.
+        ("{ingress: [{ports: [{port: '80'}]}]}", "-:0", "open"),
+        ("{ingress: [{from: [{ipBlock: {cidr: here}}]}]}", "0:-", "open"),
+        ("{ingress: [{from: 7}]}", "", "open"),
+        ("{ingress: [{ports: {port: 80}}]}", "", "open"),
+        ("{ingress: {}, policyTypes: [Ingress]}", "", "open"),
+        // A hole that cannot be read is as large as its block.
+        ("{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.1.0.0]}}]}]}", "0:-", "open"),
+        // A field that is not known may narrow what stands beside it.
+        ("{ingress: [{from: [{podSelector: {}, mood: good}]}]}", "0:-", "open"),
+        ("{ingress: [{form: [{podSelector: {}}]}]}", "", "open"),
+        ("{ingress: [{ports: [{port: 80, mood: good}]}]}", "-:0", "open"),
+        ("{ingress: [{from: [{podSelector: {matchExpressions: [{key: a, operator: Gt}]}}]}]}", "0:-", "open"),
+        // Which directions it is about.
+        ("{policyTypes: [Egress, Sideways]}", "", ""),
+        ("{policyTypes: 7, egress: [{}]}", "", "-:-"),
+        ("{egres: [{}]}", "", ""),
+        ("{egress: 7}", "", ""),
+        ("{policyTypes: [Egress], mood: good}", "open", ""),
+        ("7", "", ""),
+    ] {
+        for is_strict in [true, false] {
+            let (policy, doubts) = doubtful(spec, is_strict);
+            assert_eq!(
+                (shape(policy.ingress.as_ref()), shape(policy.egress.as_ref())),
+                (ingress.to_owned(), egress.to_owned()),
+                "{spec}"
+            );
+            assert!(!doubts.is_empty(), "{spec}");
+        }
+    }
+}
+
+#[test]
+fn a5_what_cannot_be_read_of_a_selector_narrows_nothing() {
+    for (selector, expected) in [
+        ("{matchLabels: {app: web, tier: 7}}", vec![is("app", "web")]),
+        (
+            "{matchLabels: {app: web}, matchExpressions: [{key: a, operator: Gt, values: ['1']}]}",
+            vec![is("app", "web")],
+        ),
+        ("{matchLabels: {app: web}, mood: good}", vec![is("app", "web")]),
+        ("{matchLabels: {app: web}, matchExpressions: 7}", vec![is("app", "web")]),
+        ("{matchLabel: {app: web}}", vec![]),
+        ("{matchLabels: [app]}", vec![]),
+        ("web", vec![]),
+    ] {
+        let (policy, doubts) = doubtful(&format!("{{podSelector: {selector}, ingress: [{{}}]}}"), false);
+        assert_eq!(policy.pod_selector, select(&expected), "{selector}");
+        assert_eq!((shape(policy.ingress.as_ref()), doubts.len()), ("-:-".to_owned(), 1), "{selector}");
+    }
 }
 
 #[test]

@@ -35,7 +35,11 @@ fn services_have_addresses_unless_they_are_headless() {
         ),
         (Kind::EndpointSlice, "{metadata: {name: a}, addressType: IPv4}"),
     ] {
-        assert_eq!(converted(kind, yaml), Ok(Converted { object: None, warnings: vec![] }), "{yaml}");
+        assert_eq!(
+            converted(kind, yaml),
+            Ok(Converted { object: None, warnings: vec![], doubts: vec![] }),
+            "{yaml}"
+        );
     }
 }
 
