@@ -268,9 +268,15 @@ enum route {
 	ROUTE_NOWHERE = 4,  /* in a pod CIDR, and nobody has it */
 };
 
-/* Bits that packets on their way between our programs carry in skb->mark. */
+/*
+ * Values of Weir's field in skb->mark (lib/mark.h), which packets carry from one
+ * of our programs to the next. The field has room for 1 to 7; 3 to 7 are kept
+ * for the proxy and for encryption.
+ */
 enum packet_mark {
-	MARK_JUDGED = 0x57656900, /* "Wei": another program let it pass already */
+	MARK_NONE = 0,
+	MARK_LEAVE = 1,	 /* has its verdict and its final addresses: it leaves */
+	MARK_ANSWER = 2, /* our own answer to the pod that sent the packet */
 };
 
 /*

@@ -24,6 +24,7 @@ struct settings {
 	__u32 tcp_opening_seconds;   /* SYN seen, no answer */
 	__u32 tcp_closing_seconds;
 	__u32 other_timeout_seconds; /* UDP, ICMP, the rest */
+	__u32 mark_mask;	     /* Weir's bits of skb->mark, adjacent ones */
 	__u16 nat_port_min;	     /* host order, inclusive */
 	__u16 nat_port_max;
 	__u16 tunnel_port;	     /* host order: 8472 */
@@ -32,7 +33,7 @@ struct settings {
 	__u8 flow_events;	     /* 0: only counters */
 	__u8 socket_lb;
 	__u8 tunnel_direct;	     /* put on and take off the tunnel's headers, past the VXLAN device */
-	__u8 pad[1];
+	__u8 pad[5];
 };
 
 extern const volatile struct settings settings;

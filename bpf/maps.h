@@ -167,14 +167,6 @@ struct {
 	__type(value, struct ended);
 } ended SEC(".maps") __weak;
 
-/* Written by the programs: a connection under construction; never pinned, never read outside. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct ended);
-} scratch SEC(".maps") __weak;
-
 /* Written and deleted by the programs, then by collect_connections; evicts the oldest. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);

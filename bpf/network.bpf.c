@@ -87,7 +87,7 @@ __weak __noinline int network_receive(struct __sk_buff *ctx)
 SEC("tcx/ingress")
 int from_network(struct __sk_buff *ctx)
 {
-	struct packet packet;
+	struct packet *packet;
 	int parsed, ret;
 
 	if (settings.tunnel_ifindex) {
@@ -99,43 +99,52 @@ int from_network(struct __sk_buff *ctx)
 		if (ret != TC_ACT_OK)
 			return ret;
 	}
-	packet_begin(&packet, DIRECTION_INGRESS);
-	parsed = packet_parse(ctx, &packet);
-	if (!(packet.flags & PACKET_HAS_ADDRESSES) ||
-	    packet.flags & PACKET_CONTROL)
+	packet = packet_begin(DIRECTION_INGRESS);
+	if (!packet)
+		return TC_ACT_SHOT;
+	parsed = packet_parse(ctx, packet);
+	if (!(packet->flags & PACKET_HAS_ADDRESSES) ||
+	    packet->flags & PACKET_CONTROL)
 		return TC_ACT_OK;
-	ret = network_is_for_pod(ctx, &packet);
+	ret = network_is_for_pod(ctx, packet);
 	if (!ret)
 		return TC_ACT_OK;
 	if (ret > 0)
 		ret = parsed;
 	if (!ret)
-		ret = judge(ctx, &packet);
+		ret = judge(ctx, packet);
 	if (ret)
-		return finish(ctx, &packet, ret);
-	if (packet.route != ROUTE_ENDPOINT)
-		return finish(ctx, &packet, -DROP_UNROUTABLE_IP);
-	if (forward_needs_stack(&packet.source)) {
-		ret = rewrite_apply(ctx, &packet);
-		/* to_pod has nothing to add. */
-		ctx->mark = MARK_JUDGED;
-		return finish(ctx, &packet, ret ? ret : TC_ACT_OK);
+		return finish(ctx, packet, ret);
+	if (packet->route != ROUTE_ENDPOINT)
+		return finish(ctx, packet, -DROP_UNROUTABLE_IP);
+	/* to_pod gives its verdict once more: no mark survives netfilter that
+	 * it could trust. */
+	if (forward_needs_stack(&packet->source)) {
+		ret = rewrite_apply(ctx, packet);
+		return finish(ctx, packet, ret ? ret : TC_ACT_OK);
 	}
-	return finish(ctx, &packet, forward(ctx, &packet));
+	return finish(ctx, packet, forward(ctx, packet));
 }
 
-/* True if what a pod sends there must bear the node's address. */
+/*
+ * 1 if what a pod sends there must bear the node's address, 0 if not, or a drop.
+ * The guard behind leave(): whatever leaves by it has its mark and is not seen
+ * here, so a pod's packet to another node's pod has missed the tunnel.
+ */
 static __always_inline int network_must_masquerade(struct packet *packet)
 {
 	struct peer to = {};
 
-	if (!(packet->flags & PACKET_IPV6 ? settings.masquerade_ipv6
-					  : settings.masquerade_ipv4))
-		return 0;
 	identity_resolve(&packet->destination, &to);
 	if (to.route == ROUTE_NOWHERE)
 		return -DROP_UNROUTABLE_IP;
 	if (to.flags & (ADDRESS_POD | ADDRESS_INTERNAL))
+		return settings.tunnel_ifindex ? -DROP_NO_TUNNEL_ENDPOINT : 0;
+	if (!(packet->flags & PACKET_IPV6 ? settings.masquerade_ipv6
+					  : settings.masquerade_ipv4))
+		return 0;
+	/* Who asked the pod by its own address hears from that address. */
+	if (flow_is_reply(packet))
 		return 0;
 	/* With native routing nodes know the way to pods. */
 	return settings.tunnel_ifindex || !(to.flags & ADDRESS_NODE);
@@ -145,29 +154,31 @@ SEC("tcx/egress")
 int to_network(struct __sk_buff *ctx)
 {
 	struct address *address;
-	struct packet packet;
+	struct packet *packet;
 	int parsed, ret;
 
-	if (ctx->mark == MARK_JUDGED)
+	if (mark_is(ctx, MARK_LEAVE))
 		return TC_ACT_OK;
-	packet_begin(&packet, DIRECTION_EGRESS);
-	parsed = packet_parse(ctx, &packet);
-	if (!(packet.flags & PACKET_HAS_ADDRESSES) ||
-	    addr_equal(&packet.source, nat_node_addr(&packet)))
+	packet = packet_begin(DIRECTION_EGRESS);
+	if (!packet)
+		return TC_ACT_SHOT;
+	parsed = packet_parse(ctx, packet);
+	if (!(packet->flags & PACKET_HAS_ADDRESSES) ||
+	    addr_equal(&packet->source, nat_node_addr(packet)))
 		return TC_ACT_OK;
-	address = address_find(&packet.source);
+	address = address_find(&packet->source);
 	if (!address || !address->endpoint_id)
 		return TC_ACT_OK;
-	packet.source_endpoint = address->endpoint_id;
-	packet.source_identity = address->identity;
-	ret = parsed ? parsed : network_must_masquerade(&packet);
-	if (ret > 0 && packet.flags & PACKET_ICMP_ERROR) {
-		ret = icmp_translate(ctx, &packet, DIRECTION_EGRESS);
+	packet->source_endpoint = address->endpoint_id;
+	packet->source_identity = address->identity;
+	ret = parsed ? parsed : network_must_masquerade(packet);
+	if (ret > 0 && packet->flags & PACKET_ICMP_ERROR) {
+		ret = icmp_translate(ctx, packet, DIRECTION_EGRESS);
 		/* Pods' addresses do not go out. */
 		if (!ret)
 			ret = -DROP_NO_NAT_MAPPING;
 	} else if (ret > 0) {
-		ret = nat_masquerade(ctx, &packet);
+		ret = nat_masquerade(ctx, packet);
 	}
-	return finish(ctx, &packet, ret < 0 ? ret : TC_ACT_OK);
+	return finish(ctx, packet, ret < 0 ? ret : TC_ACT_OK);
 }

@@ -79,49 +79,53 @@ static __always_inline int overlay_judge(struct __sk_buff *ctx,
 SEC("tcx/ingress")
 int from_overlay(struct __sk_buff *ctx)
 {
-	struct packet packet;
+	struct packet *packet;
 	int ret;
 
-	packet_begin(&packet, DIRECTION_INGRESS);
-	packet.flags = PACKET_FROM_OVERLAY;
-	ret = packet_parse(ctx, &packet);
+	packet = packet_begin(DIRECTION_INGRESS);
+	if (!packet)
+		return TC_ACT_SHOT;
+	packet->flags = PACKET_FROM_OVERLAY;
+	ret = packet_parse(ctx, packet);
 	if (!ret)
-		ret = overlay_check_sender(ctx, &packet);
-	if (!ret && packet.flags & PACKET_CONTROL)
+		ret = overlay_check_sender(ctx, packet);
+	if (!ret && packet->flags & PACKET_CONTROL)
 		ret = -DROP_FORBIDDEN_ICMPV6;
 	if (!ret)
-		ret = overlay_judge(ctx, &packet);
+		ret = overlay_judge(ctx, packet);
 	if (ret)
-		return finish(ctx, &packet, ret);
+		return finish(ctx, packet, ret);
 
 	/* The inner frame is addressed to nobody here. */
 	if (bpf_skb_change_type(ctx, PACKET_HOST))
-		return finish(ctx, &packet, -DROP_WRITE_ERROR);
-	return finish(ctx, &packet, forward(ctx, &packet));
+		return finish(ctx, packet, -DROP_WRITE_ERROR);
+	return finish(ctx, packet, forward(ctx, packet));
 }
 
 SEC("tcx/egress")
 int to_overlay(struct __sk_buff *ctx)
 {
 	struct address *address;
-	struct packet packet;
+	struct packet *packet;
 	int ret;
 
 	/* from_pod has set the tunnel key. */
-	if (ctx->mark == MARK_JUDGED) {
-		ctx->mark = 0;
+	if (mark_is(ctx, MARK_LEAVE)) {
+		mark_clear(ctx);
 		return TC_ACT_OK;
 	}
-	packet_begin(&packet, DIRECTION_EGRESS);
-	packet_parse(ctx, &packet);
-	if (!(packet.flags & PACKET_HAS_ADDRESSES))
-		return finish(ctx, &packet, -DROP_UNSUPPORTED_L3);
-	/* What the stack tells every device (MLD, mDNS) is no packet lost. */
-	if (addr_is_multicast(&packet.destination))
+	packet = packet_begin(DIRECTION_EGRESS);
+	if (!packet)
 		return TC_ACT_SHOT;
-	address = address_find(&packet.destination);
+	packet_parse(ctx, packet);
+	if (!(packet->flags & PACKET_HAS_ADDRESSES))
+		return finish(ctx, packet, -DROP_UNSUPPORTED_L3);
+	/* What the stack tells every device (MLD, mDNS) is no packet lost. */
+	if (addr_is_multicast(&packet->destination))
+		return TC_ACT_SHOT;
+	address = address_find(&packet->destination);
 	if (!address || addr_is_zero(&address->node))
-		return finish(ctx, &packet, -DROP_NO_TUNNEL_ENDPOINT);
+		return finish(ctx, packet, -DROP_NO_TUNNEL_ENDPOINT);
 	ret = forward_set_tunnel_key(ctx, &address->node, IDENTITY_REMOTE_NODE);
-	return finish(ctx, &packet, ret ? ret : TC_ACT_OK);
+	return finish(ctx, packet, ret ? ret : TC_ACT_OK);
 }

@@ -107,7 +107,7 @@ SEC("tcx/ingress")
 int from_pod(struct __sk_buff *ctx)
 {
 	struct endpoint *endpoint;
-	struct packet packet;
+	struct packet *packet;
 	struct fast fast;
 	int ret;
 
@@ -115,34 +115,36 @@ int from_pod(struct __sk_buff *ctx)
 	if (ret != FAST_OTHER_WAY)
 		return ret;
 
-	packet_begin(&packet, DIRECTION_EGRESS);
-	ret = packet_parse(ctx, &packet);
-	if (ret || packet.flags & PACKET_CONTROL)
-		return neighbour_from_pod(ctx, &packet, ret);
+	packet = packet_begin(DIRECTION_EGRESS);
+	if (!packet)
+		return TC_ACT_SHOT;
+	ret = packet_parse(ctx, packet);
+	if (ret || packet->flags & PACKET_CONTROL)
+		return neighbour_from_pod(ctx, packet, ret);
 
-	endpoint = endpoint_of_source(ctx, &packet);
-	if (!endpoint || !endpoint_has(endpoint, &packet.source, &packet))
-		return finish(ctx, &packet, -DROP_INVALID_SOURCE_IP);
+	endpoint = endpoint_of_source(ctx, packet);
+	if (!endpoint || !endpoint_has(endpoint, &packet->source, packet))
+		return finish(ctx, packet, -DROP_INVALID_SOURCE_IP);
 	if (ctx->vlan_present)
-		return finish(ctx, &packet, -DROP_UNSUPPORTED_L2);
+		return finish(ctx, packet, -DROP_UNSUPPORTED_L2);
 	if (!(endpoint->flags & ENDPOINT_READY))
-		return finish(ctx, &packet, -DROP_ENDPOINT_NOT_READY);
-	packet.flags |= PACKET_FROM_POD;
+		return finish(ctx, packet, -DROP_ENDPOINT_NOT_READY);
+	packet->flags |= PACKET_FROM_POD;
 
-	if (packet.flags & PACKET_ICMP_ERROR) {
-		ret = icmp_judge(ctx, &packet);
+	if (packet->flags & PACKET_ICMP_ERROR) {
+		ret = icmp_judge(ctx, packet);
 		if (ret)
-			return finish(ctx, &packet, ret);
-	} else if (!from_pod_continues(ctx, &packet, &fast)) {
-		ret = flow_open_again(ctx, &packet);
+			return finish(ctx, packet, ret);
+	} else if (!from_pod_continues(ctx, packet, &fast)) {
+		ret = flow_open_again(ctx, packet);
 		if (!ret)
-			ret = from_pod_translate(ctx, &packet);
+			ret = from_pod_translate(ctx, packet);
 		if (!ret)
-			ret = flow_open(ctx, &packet);
+			ret = flow_open(ctx, packet);
 		if (ret < 0)
-			return refuse(ctx, &packet, ret);
+			return refuse(ctx, packet, ret);
 	}
-	return finish(ctx, &packet, forward(ctx, &packet));
+	return finish(ctx, packet, forward(ctx, packet));
 }
 
 /* Of a packet that the stack sends by this device: whose pod it is for. */
@@ -162,28 +164,27 @@ static __always_inline bool to_pod_is_addressee(struct __sk_buff *ctx,
 SEC("tcx/egress")
 int to_pod(struct __sk_buff *ctx)
 {
-	struct packet packet;
+	struct packet *packet;
 	int ret;
 
-	/* from_pod's own answer to this pod. */
-	if (ctx->mark == MARK_JUDGED)
-		return TC_ACT_OK;
-	packet_begin(&packet, DIRECTION_INGRESS);
-	ret = packet_parse(ctx, &packet);
+	packet = packet_begin(DIRECTION_INGRESS);
+	if (!packet)
+		return TC_ACT_SHOT;
+	ret = packet_parse(ctx, packet);
 	/* The node's own ARP and neighbour discovery. */
-	if (ret == -DROP_UNSUPPORTED_L3 || packet.flags & PACKET_CONTROL)
+	if (ret == -DROP_UNSUPPORTED_L3 || packet->flags & PACKET_CONTROL)
 		return TC_ACT_OK;
 	/* Only packets of the node's own stack have come from no device. */
 	if (!ctx->ingress_ifindex)
-		packet.flags |= PACKET_FROM_HOST;
+		packet->flags |= PACKET_FROM_HOST;
 
-	if (!ret && !to_pod_is_addressee(ctx, &packet))
+	if (!ret && !to_pod_is_addressee(ctx, packet))
 		ret = -DROP_UNROUTABLE_IP;
 	if (!ret)
-		ret = judge(ctx, &packet);
+		ret = judge(ctx, packet);
 	if (ret)
-		return finish(ctx, &packet, ret);
-	if (packet.flags & (PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION))
-		ret = rewrite_apply(ctx, &packet);
-	return finish(ctx, &packet, ret ? ret : TC_ACT_OK);
+		return finish(ctx, packet, ret);
+	if (packet->flags & (PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION))
+		ret = rewrite_apply(ctx, packet);
+	return finish(ctx, packet, ret ? ret : TC_ACT_OK);
 }

@@ -89,6 +89,11 @@ pub struct AgentArgs {
     #[arg(long, env = "WEIR_TUNNEL_DIRECT", action = ArgAction::Set, default_value_t = true)]
     pub tunnel_direct: bool,
 
+    /// The bits of skb->mark that Weir uses: three or more adjacent ones that no rule of the node uses.
+    /// The default keeps clear of kube-proxy, the portmap plugin, Calico, Cilium, Tailscale and AWS.
+    #[arg(long, env = "WEIR_MARK_MASK", value_name = "MASK", default_value = "0x70")]
+    pub mark_mask: MarkMask,
+
     /// MTU of the pods' devices in bytes; 0: the node's device's, less the tunnel's header.
     #[arg(long, env = "WEIR_MTU", value_name = "BYTES", default_value_t = 0)]
     pub mtu: u32,
@@ -183,6 +188,28 @@ impl FromStr for MapSize {
             Ok(rows @ 1..=16_777_216) => Ok(Self { map: map.to_owned(), rows }),
             _ => Err("must give 1 to 16777216 rows".to_owned()),
         }
+    }
+}
+
+/// The bits of `skb->mark` that are Weir's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MarkMask(pub u32);
+
+impl FromStr for MarkMask {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
+        let number = match digits {
+            Some(digits) => u32::from_str_radix(digits, 16),
+            None => text.parse(),
+        };
+        let mask = number.map_err(|_| "must be a number of 32 bits, as 0x70".to_owned())?;
+        let is_adjacent = mask.count_ones() + mask.leading_zeros() + mask.trailing_zeros() == u32::BITS;
+        if mask == 0 || !is_adjacent || mask.count_ones() < 3 {
+            return Err("must have at least three bits, all adjacent, as 0x70".to_owned());
+        }
+        Ok(Self(mask))
     }
 }
 

@@ -6,8 +6,8 @@
  */
 #pragma once
 
-#include "endpoint.h"
 #include "event.h"
+#include "scratch.h"
 
 static __always_inline __u64 seconds_to_jiffies(__u32 seconds)
 {
@@ -110,12 +110,12 @@ static __always_inline void connection_retire(const struct connection *of,
 {
 	__u64 sum = ended_sum_of_key(key);
 	struct ended *slot = ended_slot(sum, connection_is_local(of));
+	struct scratch *room = scratch_get();
 	struct ended *copy;
-	__u32 zero = 0;
 
-	copy = bpf_map_lookup_elem(&scratch, &zero);
-	if (!slot || !copy)
+	if (!slot || !room)
 		return;
+	copy = &room->ended;
 	/* Linux 6.1 takes no key to delete out of a function's argument. */
 	copy->key = *key;
 	copy->connection = *of;
@@ -170,15 +170,15 @@ connection_ended_here(const struct connection_key *key)
  */
 __weak __noinline int connection_recall(struct connection_key *key)
 {
+	struct scratch *room = scratch_get();
 	struct ended *slot, *copy;
-	__u32 zero = 0;
 
-	if (!key)
+	if (!key || !room)
 		return 0;
 	slot = ended_find(key);
-	copy = bpf_map_lookup_elem(&scratch, &zero);
-	if (!slot || !copy)
+	if (!slot)
 		return 0;
+	copy = &room->ended;
 	*copy = *slot;
 	/* What was copied counts, whatever is written there now. */
 	barrier();

@@ -118,6 +118,21 @@ static __always_inline bool flow_continue(struct __sk_buff *ctx,
 	return true;
 }
 
+/* The packet answers a flow that its destination began. */
+static __always_inline bool flow_is_reply(const struct packet *packet)
+{
+	struct scratch *room = scratch_get();
+	struct connection *connection;
+	__u32 high;
+
+	if (!room)
+		return false;
+	high = connection_key_of(packet, &room->flow.key);
+	connection = bpf_map_lookup_elem(&connections, &room->flow.key);
+	return connection &&
+	       high ^ (connection->flags & CONNECTION_INITIATOR_HIGH);
+}
+
 /* The flow that has ended when the packet comes, or NULL. */
 static __always_inline struct connection *
 flow_recall(const struct packet *packet, struct connection_key *key)
@@ -133,15 +148,20 @@ flow_recall(const struct packet *packet, struct connection_key *key)
 static __always_inline bool flow_established(struct __sk_buff *ctx,
 					     struct packet *packet)
 {
-	struct connection_key key __attribute__((aligned(8)));
-	__u32 high = connection_key_of(packet, &key);
-	struct connection *connection =
-		bpf_map_lookup_elem(&connections, &key);
+	struct scratch *room = scratch_get();
+	struct connection *connection;
+	struct connection_key *key;
+	__u32 high;
 
+	if (!room)
+		return false;
+	key = &room->flow.key;
+	high = connection_key_of(packet, key);
+	connection = bpf_map_lookup_elem(&connections, key);
 	if (!connection)
-		connection = flow_recall(packet, &key);
+		connection = flow_recall(packet, key);
 	if (connection)
-		return flow_continue(ctx, packet, &key, connection, high);
+		return flow_continue(ctx, packet, key, connection, high);
 	packet->flags |= PACKET_BEGINS;
 	return false;
 }
@@ -176,17 +196,6 @@ static __noinline void flow_find_socket(struct __sk_buff *ctx,
 	packet->service_port = origin->port;
 	packet->flags |= PACKET_HAS_SERVICE | PACKET_AT_SOCKET;
 }
-
-/* A packet's flow while it is judged; peers and verdicts by who sends first. */
-struct flow {
-	struct connection_key key __attribute__((aligned(8)));
-	struct peer source;
-	struct peer destination;
-	struct flow_verdict egress;
-	struct flow_verdict ingress;
-	__u32 high;
-	__u32 side; /* 0: the packet is the initiator's */
-};
 
 /* Who the two ends are; a drop if one of them may not be. */
 static __always_inline int flow_resolve(struct packet *packet,
@@ -314,13 +323,10 @@ static __always_inline void flow_keep_verdict(struct connection *connection,
 static __noinline struct connection *flow_insert(const struct packet *packet,
 						 const struct flow *flow)
 {
+	struct scratch *room = scratch_get();
 	struct connection *fresh;
 	__u64 now = bpf_jiffies64();
-	struct ended *room;
-	__u32 zero = 0;
 
-	/* Too large for the stack beside the rest; no one preempts us. */
-	room = bpf_map_lookup_elem(&scratch, &zero);
 	if (!room)
 		return NULL;
 	fresh = &room->connection;
@@ -467,24 +473,26 @@ static __always_inline bool flow_is_answer(const struct packet *packet)
  */
 __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 {
-	struct flow flow = {
-		.egress = {.direction = DIRECTION_EGRESS},
-		.ingress = {.direction = DIRECTION_INGRESS},
-	};
+	struct scratch *room = scratch_get();
 	struct connection *connection = NULL;
 	__u32 side, sender;
+	struct flow *flow;
 	int ret;
 
-	if (!packet)
+	if (!packet || !room)
 		return -DROP_INVALID_PACKET;
+	flow = &room->flow;
+	__builtin_memset(flow, 0, sizeof(*flow));
+	flow->egress.direction = DIRECTION_EGRESS;
+	flow->ingress.direction = DIRECTION_INGRESS;
 	sender = packet->source_identity;
-	flow.high = connection_key_of(packet, &flow.key);
+	flow->high = connection_key_of(packet, &flow->key);
 	if (!(packet->flags & PACKET_BEGINS))
-		connection = bpf_map_lookup_elem(&connections, &flow.key);
+		connection = bpf_map_lookup_elem(&connections, &flow->key);
 	if (connection)
-		flow.side = flow.high ^
+		flow->side = flow->high ^
 			    (connection->flags & CONNECTION_INITIATOR_HIGH);
-	if (flow.side)
+	if (flow->side)
 		packet->flags |= PACKET_REPLY;
 	if (connection && connection->flags & CONNECTION_LOOPBACK &&
 	    packet->flags & PACKET_FROM_POD)
@@ -494,24 +502,24 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 		flow_find_socket(ctx, packet);
 
 	/* Before the identities, as each pod's epoch before its policy. */
-	flow.egress.epoch = address_epoch();
-	flow.ingress.epoch = flow.egress.epoch;
+	flow->egress.epoch = address_epoch();
+	flow->ingress.epoch = flow->egress.epoch;
 	barrier();
-	ret = flow_resolve(packet, &flow.source, &flow.destination);
+	ret = flow_resolve(packet, &flow->source, &flow->destination);
 	/* An answer that nobody asked for must not become a question. */
 	if (!ret && !connection && flow_is_answer(packet))
 		ret = -DROP_UNSUPPORTED_ICMP;
 	if (!ret)
-		ret = flow_judge(packet, &flow);
+		ret = flow_judge(packet, flow);
 	if (ret)
 		return ret;
 	if (!connection) {
-		judged_keep(packet, sender, &flow);
-		return flow_begin(ctx, packet, &flow);
+		judged_keep(packet, sender, flow);
+		return flow_begin(ctx, packet, flow);
 	}
 
-	flow_keep_verdict(connection, &flow);
-	side = flow.side;
+	flow_keep_verdict(connection, flow);
+	side = flow->side;
 	barrier_var(side);
 	if (connection_account(connection, packet, side & 1, bpf_jiffies64()))
 		event_flow(ctx, packet, connection, EVENT_FLOW_UPDATE);
@@ -526,11 +534,12 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 __weak __noinline int flow_open_again(struct __sk_buff *ctx,
 				      struct packet *packet)
 {
-	struct flow flow = {};
+	struct scratch *room = scratch_get();
 	struct judged *of;
+	struct flow *flow;
 	int ret;
 
-	if (!packet)
+	if (!packet || !room)
 		return -DROP_INVALID_PACKET;
 	/* TCP begins with a SYN; what does not may bear another name. */
 	if (!(packet->flags & PACKET_BEGINS) || flow_is_answer(packet) ||
@@ -539,25 +548,27 @@ __weak __noinline int flow_open_again(struct __sk_buff *ctx,
 	of = judged_find(packet);
 	if (!of)
 		return 0;
-	flow.egress.epoch = of->epoch[0];
-	flow.ingress.epoch = of->epoch[1];
-	flow.egress.rule_id = of->rule[0];
-	flow.ingress.rule_id = of->rule[1];
-	flow.source.identity = of->identity[0];
-	flow.destination.identity = of->identity[1];
-	flow.source.endpoint = of->endpoint[0];
-	flow.destination.endpoint = of->endpoint[1];
-	flow.source.route = of->route[0];
-	flow.destination.route = of->route[1];
+	flow = &room->flow;
+	__builtin_memset(flow, 0, sizeof(*flow));
+	flow->egress.epoch = of->epoch[0];
+	flow->ingress.epoch = of->epoch[1];
+	flow->egress.rule_id = of->rule[0];
+	flow->ingress.rule_id = of->rule[1];
+	flow->source.identity = of->identity[0];
+	flow->destination.identity = of->identity[1];
+	flow->source.endpoint = of->endpoint[0];
+	flow->destination.endpoint = of->endpoint[1];
+	flow->source.route = of->route[0];
+	flow->destination.route = of->route[1];
 	packet->source_identity = of->identity[0];
 	packet->destination_identity = of->identity[1];
 	packet->source_endpoint = of->endpoint[0];
 	packet->destination_endpoint = of->endpoint[1];
 	packet->route = of->route[1];
 	packet->rule_id = of->rule[1] ? of->rule[1] : of->rule[0];
-	flow.high = connection_key_of(packet, &flow.key);
+	flow->high = connection_key_of(packet, &flow->key);
 	if (packet->flags & PACKET_FROM_POD)
 		flow_find_socket(ctx, packet);
-	ret = flow_begin(ctx, packet, &flow);
+	ret = flow_begin(ctx, packet, flow);
 	return ret ? ret : 1;
 }

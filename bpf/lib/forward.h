@@ -77,10 +77,10 @@ __weak __noinline int forward_to_route(struct __sk_buff *ctx,
 			 packet->flags & PACKET_IPV6, &fib);
 	if (may_pass && (ret != BPF_FIB_LKUP_RET_SUCCESS ||
 			 !forward_is_network(fib.ifindex)))
-		return TC_ACT_OK;
+		return leave_to_stack(ctx);
 	if (ret != BPF_FIB_LKUP_RET_SUCCESS)
 		return -DROP_FIB_LOOKUP_FAILED;
-	return route_follow(fib.ifindex, fib.family, fib.destination);
+	return leave(ctx, fib.ifindex, fib.family, fib.destination);
 }
 
 /* To the node that has the pod, by native routing: an action of tc, or a drop. */
@@ -90,10 +90,8 @@ static __always_inline int forward_by_route(struct __sk_buff *ctx,
 	int action;
 
 	/* A service answers: its address may have another way. */
-	if (packet->flags & PACKET_NEW_SOURCE) {
-		ctx->mark = MARK_JUDGED;
+	if (packet->flags & PACKET_NEW_SOURCE)
 		return forward_to_route(ctx, packet, false);
-	}
 	action = route_leave(ctx, &packet->source, &packet->destination);
 	return action < 0 ? -DROP_FIB_LOOKUP_FAILED : action;
 }
@@ -127,9 +125,7 @@ __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 	ret = forward_set_tunnel_key(ctx, &address->node, endpoint->identity);
 	if (ret)
 		return ret;
-	/* to_overlay has nothing to add. */
-	ctx->mark = MARK_JUDGED;
-	return bpf_redirect(settings.tunnel_ifindex, 0);
+	return leave(ctx, settings.tunnel_ifindex, 0, NULL);
 }
 
 /* Of a packet that a pod has sent. */
@@ -148,10 +144,6 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 	case ROUTE_NODE:
 		return forward_to_node(ctx, packet);
 	case ROUTE_STACK:
-		/* Who asked the pod by its own address, or by a host port,
-		 * hears from that address. */
-		if (packet->flags & (PACKET_NEW_SOURCE | PACKET_REPLY))
-			ctx->mark = MARK_JUDGED;
 		/* A host port answers: the stack would not take the node's own
 		 * address from a device. */
 		if (packet->flags & PACKET_NEW_SOURCE)
@@ -162,7 +154,7 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 		    settings.network_ifindex[0] && node_allows_past_stack() &&
 		    !forward_needs_stack(&packet->destination))
 			return forward_to_route(ctx, packet, true);
-		return TC_ACT_OK;
+		return leave_to_stack(ctx);
 	}
 	return -DROP_UNROUTABLE_IP;
 }

@@ -126,27 +126,29 @@ static __always_inline int icmp_rewrite_inner(struct __sk_buff *ctx,
 /* Lets an ICMP error pass if it belongs to a running flow: 0 or a drop. */
 __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 {
-	struct connection_key key __attribute__((aligned(8)));
-	struct packet inner = {};
+	struct scratch *room = scratch_get();
+	struct packet *inner;
 	struct connection *connection;
 	__u32 end;
 	int ret;
 
-	if (!packet)
+	if (!packet || !room)
 		return -DROP_UNSUPPORTED_ICMP;
-	ret = icmp_parse_inner(ctx, packet, &inner);
+	inner = &room->quoted;
+	__builtin_memset(inner, 0, sizeof(*inner));
+	ret = icmp_parse_inner(ctx, packet, inner);
 	if (ret)
 		return ret;
 	/* To him who sent what is quoted; from a pod, only on what it received.
 	 */
-	if (!addr_equal(&inner.source, &packet->destination) ||
+	if (!addr_equal(&inner->source, &packet->destination) ||
 	    (packet->flags & PACKET_FROM_POD &&
-	     !addr_equal(&inner.destination, &packet->source)))
+	     !addr_equal(&inner->destination, &packet->source)))
 		return -DROP_UNSUPPORTED_ICMP;
-	end = connection_key_of(&inner, &key);
-	connection = bpf_map_lookup_elem(&connections, &key);
+	end = connection_key_of(inner, &room->flow.key);
+	connection = bpf_map_lookup_elem(&connections, &room->flow.key);
 	if (!connection ||
-	    connection_is_expired(connection, inner.protocol,
+	    connection_is_expired(connection, inner->protocol,
 				  bpf_jiffies64()) ||
 	    connection->flags & CONNECTION_LOOPBACK)
 		return -DROP_UNSUPPORTED_ICMP;
@@ -168,17 +170,17 @@ __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 		return 0;
 
 	/* The initiator knows the service, not the backend. */
-	if (addr_equal(&packet->source, &inner.destination)) {
+	if (addr_equal(&packet->source, &inner->destination)) {
 		packet->source = connection->service;
 		packet->flags |= PACKET_NEW_SOURCE;
 	}
-	inner.destination = connection->service;
-	inner.destination_port = connection->service_port;
-	ret = icmp_rewrite_inner(ctx, packet, &inner, REWRITE_DESTINATION);
+	inner->destination = connection->service;
+	inner->destination_port = connection->service_port;
+	ret = icmp_rewrite_inner(ctx, packet, inner, REWRITE_DESTINATION);
 	if (ret || !connection->other_port)
 		return ret;
-	inner.source_port = connection->other_port;
-	return icmp_rewrite_inner(ctx, packet, &inner, REWRITE_SOURCE);
+	inner->source_port = connection->other_port;
+	return icmp_rewrite_inner(ctx, packet, inner, REWRITE_SOURCE);
 }
 
 /* The verdict on any packet: 0 or a drop. */
@@ -204,7 +206,8 @@ static __always_inline int judge(struct __sk_buff *ctx, struct packet *packet)
 __weak __noinline int icmp_translate(struct __sk_buff *ctx,
 				     struct packet *packet, __u32 direction)
 {
-	struct packet inner = {};
+	struct scratch *room = scratch_get();
+	struct packet *inner;
 	struct nat_key key = {};
 	bool out = direction == DIRECTION_EGRESS;
 	struct backend *pod;
@@ -212,44 +215,46 @@ __weak __noinline int icmp_translate(struct __sk_buff *ctx,
 	struct nat to = {};
 	int ret;
 
-	if (!packet)
+	if (!packet || !room)
 		return -DROP_UNSUPPORTED_ICMP;
+	inner = &room->quoted;
+	__builtin_memset(inner, 0, sizeof(*inner));
 	/* What we cannot read, we have not masqueraded. */
-	if (icmp_parse_inner(ctx, packet, &inner))
+	if (icmp_parse_inner(ctx, packet, inner))
 		return 0;
 	/* Out: a pod quotes what it received. In: somebody quotes what we sent.
 	 */
-	key.local = out ? inner.destination : inner.source;
-	key.remote = out ? inner.source : inner.destination;
-	key.local_port = out ? inner.destination_port : inner.source_port;
-	key.remote_port = out ? inner.source_port : inner.destination_port;
-	key.protocol = inner.protocol;
+	key.local = out ? inner->destination : inner->source;
+	key.remote = out ? inner->source : inner->destination;
+	key.local_port = out ? inner->destination_port : inner->source_port;
+	key.remote_port = out ? inner->source_port : inner->destination_port;
+	key.protocol = inner->protocol;
 	key.direction = direction;
 	other = bpf_map_lookup_elem(&nat, &key);
 	if (other) {
 		to = *other;
 	} else {
 		pod = out ? NULL
-			  : service_host_port(&inner.source, inner.source_port,
-					      inner.protocol);
+			  : service_host_port(&inner->source, inner->source_port,
+					      inner->protocol);
 		if (!pod)
 			return 0;
 		to.addr = pod->addr;
 		to.port = pod->port;
 	}
 	if (out) {
-		inner.destination = to.addr;
-		inner.destination_port = to.port;
+		inner->destination = to.addr;
+		inner->destination_port = to.port;
 		packet->source = to.addr;
 		packet->flags |= PACKET_NEW_SOURCE;
-		ret = icmp_rewrite_inner(ctx, packet, &inner,
+		ret = icmp_rewrite_inner(ctx, packet, inner,
 					 REWRITE_DESTINATION);
 	} else {
-		inner.source = to.addr;
-		inner.source_port = to.port;
+		inner->source = to.addr;
+		inner->source_port = to.port;
 		packet->destination = to.addr;
 		packet->flags |= PACKET_NEW_DESTINATION;
-		ret = icmp_rewrite_inner(ctx, packet, &inner, REWRITE_SOURCE);
+		ret = icmp_rewrite_inner(ctx, packet, inner, REWRITE_SOURCE);
 	}
 	if (!ret)
 		ret = rewrite_apply(ctx, packet);

@@ -8,6 +8,7 @@
 
 #include "endpoint.h"
 #include "event.h"
+#include "mark.h"
 #include "rewrite.h"
 
 /* 02:57:65:69:<id>: the MAC address of the host side. */
@@ -21,14 +22,20 @@ static __always_inline void neighbour_mac(__u8 mac[6], __u16 id)
 	mac[5] = id;
 }
 
+/*
+ * Gives the frame back to the pod that sent it, straight into its namespace:
+ * to_pod never sees it, so to_pod need not trust a mark. What was a broadcast is
+ * an answer now, which the pod's kernel believes only when addressed to it.
+ */
 static __always_inline int neighbour_reply(struct __sk_buff *ctx,
 					   const __u8 from[6], const __u8 to[6])
 {
 	if (bpf_skb_store_bytes(ctx, 0, to, 6, 0) ||
-	    bpf_skb_store_bytes(ctx, 6, from, 6, 0))
+	    bpf_skb_store_bytes(ctx, 6, from, 6, 0) ||
+	    bpf_skb_change_type(ctx, PACKET_HOST))
 		return -DROP_WRITE_ERROR;
-	ctx->mark = MARK_JUDGED;
-	return bpf_redirect(ctx->ifindex, 0);
+	mark_set(ctx, MARK_ANSWER);
+	return bpf_redirect_peer(ctx->ifindex, 0);
 }
 
 static __always_inline int neighbour_answer_arp(struct __sk_buff *ctx)

@@ -481,14 +481,6 @@ static __always_inline bool packet_parse_plain(void *data, void *end,
 	return true;
 }
 
-/* Of a packet that takes the ordinary way: not before that is known, most
- * packets never do. */
-static __always_inline void packet_begin(struct packet *packet, __u8 direction)
-{
-	__builtin_memset(packet, 0, sizeof(*packet));
-	packet->direction = direction;
-}
-
 /* Fills what the frame says; 0 or a drop. The caller has called packet_begin.
  */
 static __always_inline int packet_parse(struct __sk_buff *ctx,

@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include "leave.h"
 #include "packet.h"
 
 /* Where the node would forward this to: BPF_FIB_LKUP_RET_*. IPv4 addresses are
@@ -58,16 +59,6 @@ route_recall(struct __sk_buff *ctx, const struct addr *source,
 	return route;
 }
 
-/* By the way that was found: an action of tc. */
-static __always_inline int route_follow(__u32 ifindex, __u32 family,
-					const __u32 next_hop[4])
-{
-	struct bpf_redir_neigh next = {.nh_family = family};
-
-	__builtin_memcpy(next.nexthop, next_hop, 16);
-	return bpf_redirect_neigh(ifindex, &next, sizeof(next), 0);
-}
-
 /*
  * What a pod sends to another node's pod leaves by the way that is known of it:
  * an action of tc, or -1 if there is none.
@@ -83,7 +74,5 @@ __weak __noinline int route_leave(struct __sk_buff *ctx,
 	route = route_recall(ctx, source, destination);
 	if (!route)
 		return -1;
-	/* to_network has nothing to add. */
-	ctx->mark = MARK_JUDGED;
-	return route_follow(route->ifindex, route->family, route->next_hop);
+	return leave(ctx, route->ifindex, route->family, route->next_hop);
 }

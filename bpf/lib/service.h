@@ -193,21 +193,21 @@ static __always_inline void service_follow(struct connection *chosen,
  */
 __weak __noinline int service_keep(struct packet *packet)
 {
-	struct connection_key key __attribute__((aligned(8)));
+	struct connection_key *key;
+	struct scratch *room = scratch_get();
 	struct connection *chosen;
 	struct service *service;
 	__u64 now = bpf_jiffies64();
-	__u32 zero = 0, high;
+	__u32 high;
 	int ret;
 
-	if (!packet)
+	if (!packet || !room)
 		return -DROP_INVALID_PACKET;
-	ret = service_choose_port(packet, &key, now);
+	key = &room->service_key;
+	ret = service_choose_port(packet, key, now);
 	if (ret)
 		return ret;
-	chosen = bpf_map_lookup_elem(&scratch, &zero);
-	if (!chosen)
-		return -DROP_CONNECTION_INSERT;
+	chosen = &room->connection;
 	__builtin_memset(chosen, 0, sizeof(*chosen));
 	chosen->last_seen_jiffies = now;
 	chosen->last_report_jiffies = now;
@@ -233,11 +233,11 @@ __weak __noinline int service_keep(struct packet *packet)
 			: (const void *)&packet->source,
 		(const void *)&packet->service,
 		packet->own_port ? packet->own_port : packet->source_port,
-		packet->service_port, packet->protocol, &key);
-	key.kind = CONNECTION_SERVICE;
+		packet->service_port, packet->protocol, key);
+	key->kind = CONNECTION_SERVICE;
 	chosen->flags = high ? CONNECTION_INITIATOR_HIGH : 0;
-	if (bpf_map_update_elem(&connections, &key, chosen, BPF_ANY) &&
-	    bpf_map_update_elem(&connections, &key, chosen, BPF_ANY))
+	if (bpf_map_update_elem(&connections, key, chosen, BPF_ANY) &&
+	    bpf_map_update_elem(&connections, key, chosen, BPF_ANY))
 		return -DROP_CONNECTION_INSERT;
 	return 0;
 }
@@ -259,14 +259,16 @@ static __always_inline void service_use_loopback(struct packet *packet)
  */
 __weak __noinline int service_translate(struct packet *packet)
 {
-	struct connection_key key __attribute__((aligned(8)));
+	struct scratch *room = scratch_get();
+	struct connection_key *key;
 	struct connection *chosen;
 	struct service *service;
 	struct backend *backend;
 	__u64 now = bpf_jiffies64();
 
-	if (!packet)
+	if (!packet || !room)
 		return -DROP_INVALID_PACKET;
+	key = &room->service_key;
 	service = service_find(&packet->destination, packet->destination_port,
 			       packet->protocol);
 	/* Nobody sends packets to loopback addresses in good faith. */
@@ -283,10 +285,10 @@ __weak __noinline int service_translate(struct packet *packet)
 	if (service->flags & SERVICE_WILDCARD)
 		return -DROP_IS_CLUSTER_IP;
 
-	connection_key_of(packet, &key);
-	key.kind = CONNECTION_SERVICE;
+	connection_key_of(packet, key);
+	key->kind = CONNECTION_SERVICE;
 	packet->flags |= PACKET_NEW_DESTINATION;
-	chosen = service_recall(service, packet, &key, now);
+	chosen = service_recall(service, packet, key, now);
 	if (chosen) {
 		addr_copy(&packet->destination, &chosen->service);
 		packet->destination_port = chosen->service_port;
@@ -314,15 +316,17 @@ __weak __noinline int service_translate(struct packet *packet)
  */
 __weak __noinline int service_avoid_clash(struct packet *packet)
 {
-	struct connection_key key __attribute__((aligned(8)));
+	struct scratch *room = scratch_get();
+	struct connection_key *key;
 	struct connection *chosen;
 	__u64 now = bpf_jiffies64();
 
-	if (!packet)
+	if (!packet || !room)
 		return -DROP_INVALID_PACKET;
-	connection_key_of(packet, &key);
-	key.kind = CONNECTION_SERVICE;
-	chosen = bpf_map_lookup_elem(&connections, &key);
+	key = &room->service_key;
+	connection_key_of(packet, key);
+	key->kind = CONNECTION_SERVICE;
+	chosen = bpf_map_lookup_elem(&connections, key);
 	if (chosen && (connection_is_expired(chosen, packet->protocol, now) ||
 		       (packet->tcp_flags & TCP_SYN &&
 			chosen->flags &

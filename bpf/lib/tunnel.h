@@ -115,7 +115,6 @@ __weak __noinline int tunnel_send(struct __sk_buff *ctx, struct packet *packet,
 				  __be32 node, __u32 identity)
 {
 	struct bpf_fib_lookup fib = {.ifindex = ctx->ifindex};
-	struct bpf_redir_neigh next = {.nh_family = AF_INET};
 	struct tunnel_headers headers __attribute__((aligned(8))) = {};
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
@@ -168,9 +167,7 @@ __weak __noinline int tunnel_send(struct __sk_buff *ctx, struct packet *packet,
 	if (bpf_skb_store_bytes(ctx, ETHERNET_LENGTH, &headers, TUNNEL_LENGTH,
 				0))
 		return -DROP_WRITE_ERROR;
-	next.nexthop[0] = fib.destination[0];
-	ctx->mark = MARK_JUDGED;
-	return bpf_redirect_neigh(fib.ifindex, &next, sizeof(next), 0);
+	return leave(ctx, fib.ifindex, AF_INET, fib.destination);
 }
 
 /* The inner frame of a plain tunnel packet for this node: its sender's number

@@ -288,6 +288,7 @@ fn options(config: &Config, node: &Node, devices: &Devices) -> Options {
             flow_events: args.flow_events,
             socket_lb: args.socket_lb,
             tunnel_direct: args.tunnel_direct,
+            mark_mask: args.mark_mask.0,
             ..Settings::default()
         },
     }

@@ -48,6 +48,9 @@ pub struct VerifyArgs {
     /// Fail when a program needs more verified instructions than this.
     #[arg(long, value_name = "N")]
     limit: Option<u64>,
+    /// Fail when a chain of calls takes more bytes of stack than this; the kernel's limit is 512.
+    #[arg(long, value_name = "BYTES", default_value_t = datapath::STACK_LIMIT_BYTES)]
+    stack_limit: u32,
     /// Form of what is printed.
     #[arg(long, short, value_enum, default_value = "table")]
     output: Format,
@@ -113,19 +116,29 @@ pub fn verify(args: &VerifyArgs) -> Result<(), Failure> {
                         program.loaded_instructions.to_string(),
                         program.peak_states.to_string(),
                         program.verification_microseconds.to_string(),
-                        program.stack_depth.clone(),
+                        program.stack_bytes.to_string(),
+                        program.stack_chain.clone(),
                     ]
                 })
                 .collect();
             table::write(
                 &mut out,
-                ["PROGRAM", "VERIFIED", "LOADED", "STATES", "MICROSECONDS", "STACK"],
+                ["PROGRAM", "VERIFIED", "LOADED", "STATES", "MICROSECONDS", "STACK", "DEEPEST CHAIN"],
                 &rows,
             )?;
         }
     }
     out.flush()?;
     let limit = args.limit.unwrap_or(u64::MAX);
+    if let Some(program) = programs.iter().find(|program| program.stack_bytes > args.stack_limit) {
+        return Err(Failure::Other(anyhow::anyhow!(
+            "{} takes {} bytes of stack, more than {}: {}",
+            program.program,
+            program.stack_bytes,
+            args.stack_limit,
+            program.stack_chain
+        )));
+    }
     match programs.iter().find(|program| program.verified_instructions > limit) {
         None => Ok(()),
         Some(program) => Err(Failure::Other(anyhow::anyhow!(

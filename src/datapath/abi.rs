@@ -100,7 +100,7 @@ plain! {
     Settings {
         node_ipv4, node_ipv6, loopback_ipv4, loopback_ipv6, netns_cookie, jiffies_per_second,
         tunnel_ifindex, network_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,
-        other_timeout_seconds, nat_port_min, nat_port_max, tunnel_port, masquerade_ipv4,
+        other_timeout_seconds, mark_mask, nat_port_min, nat_port_max, tunnel_port, masquerade_ipv4,
         masquerade_ipv6, flow_events, socket_lb, tunnel_direct, pad,
     }
 }

@@ -106,7 +106,12 @@ pub struct Settings {
     pub socket_lb: bool,
     /// Put on and take off the tunnel's headers, past its device.
     pub tunnel_direct: bool,
+    /// The bits of `skb->mark` that are Weir's: adjacent, at least three.
+    pub mark_mask: u32,
 }
+
+/// Weir's bits of `skb->mark` by default; docs/decisions/002-packet-mark.md has those of others.
+pub const MARK_MASK: u32 = 0x70;
 
 impl Default for Settings {
     fn default() -> Self {
@@ -130,6 +135,7 @@ impl Default for Settings {
             flow_events: true,
             socket_lb: true,
             tunnel_direct: true,
+            mark_mask: MARK_MASK,
         }
     }
 }
@@ -153,6 +159,7 @@ impl Settings {
             tcp_opening_seconds: seconds(self.tcp_opening),
             tcp_closing_seconds: seconds(self.tcp_closing),
             other_timeout_seconds: seconds(self.other_timeout),
+            mark_mask: self.mark_mask,
             nat_port_min: *self.nat_ports.start(),
             nat_port_max: *self.nat_ports.end(),
             tunnel_port: self.tunnel_port,
@@ -161,7 +168,7 @@ impl Settings {
             flow_events: self.flow_events.into(),
             socket_lb: self.socket_lb.into(),
             tunnel_direct: self.tunnel_direct.into(),
-            pad: [0; 1],
+            pad: [0; 5],
         };
         for (slot, device) in settings.network_ifindex.iter_mut().zip(&self.network) {
             *slot = *device;

@@ -65,7 +65,11 @@ fn every_program_is_verified_within_the_limit() -> Result<()> {
     for row in &rows {
         assert!((1..200_000).contains(&row.verified_instructions), "{row:?}");
         assert!((1..100_000).contains(&row.loaded_instructions), "{row:?}");
+        assert!((32..=weir::datapath::STACK_LIMIT_BYTES).contains(&row.stack_bytes), "{row:?}");
+        assert!(row.stack_chain.starts_with(&format!("{} ", row.program)), "{row:?}");
     }
+    let from_pod = rows.iter().find(|row| row.program == "from_pod").map(|row| row.stack_chain.as_str());
+    assert!(from_pod.is_some_and(|chain| chain.matches(" > ").count() > 1), "{from_pod:?} calls functions");
     let names: Vec<_> = rows.iter().map(|row| row.program.as_str()).collect();
     for name in
         ["from_pod", "to_pod", "from_network", "to_network", "from_overlay", "connect4", "collect_nat"]

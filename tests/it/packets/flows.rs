@@ -8,7 +8,8 @@ use weir::datapath::types::{connection_flags, event_flags, event_type};
 
 use super::frame::{ACK, FIN, Packet, RST, SYN, echo, echo_reply, tcp, udp};
 use super::world::{
-    A, Arrival, B, Cast, EGRESS, INGRESS, MARK, Outcome, PASS, REDIRECT, SHOT, World, in_both_families,
+    A, ANSWER, Arrival, B, Cast, EGRESS, INGRESS, MARK, Outcome, PASS, REDIRECT, SHOT, World,
+    in_both_families,
 };
 use crate::require::require_lab;
 
@@ -414,9 +415,12 @@ fn the_pods_own_node_is_always_let_in() -> Result<()> {
         let forged = tcp((cast.node, 50000), (cast.b, 8080), ACK);
         let outcome = world.send("from_network", &forged)?;
         ensure!(outcome.action == SHOT, "{outcome:?}");
-        // What from_pod answers to the pod itself is not judged again.
-        let marked = Arrival { mark: MARK, ..from_stack };
-        ensure!(world.send_as("to_pod", &forged, marked)?.action == PASS);
+        // netfilter can put any mark on any packet: no mark opens the way into a pod.
+        let stranger = tcp((cast.world, 50000), (cast.b, 8080), SYN);
+        for mark in [MARK, ANSWER, 0x5765_6900, u32::MAX] {
+            let outcome = world.send_as("to_pod", &stranger, Arrival { mark, ..Arrival::default() })?;
+            ensure!(outcome.action == SHOT && outcome.counted == [(133, INGRESS as u8)], "{outcome:?}");
+        }
         Ok(())
     })
 }

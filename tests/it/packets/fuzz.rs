@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use anyhow::{Result, ensure};
 
 use super::frame::{ACK, Packet, RST, SYN, echo, echo_reply, icmp, solicitation, tcp, udp, unreachable};
-use super::world::{A, Cast, EGRESS, INGRESS, MARK, PASS, REDIRECT, SHOT, World, casts, settings, within};
+use super::world::{A, ANSWER, Cast, EGRESS, INGRESS, PASS, REDIRECT, SHOT, World, casts, settings, within};
 use crate::require::require_lab;
 
 /// Frames for each program and family.
@@ -152,7 +152,7 @@ fn nothing_gets_past_a_policy_without_rules() -> Result<()> {
                 match program {
                     // Only its own answers: ARP, neighbour discovery, refusals.
                     "from_pod" => {
-                        ensure!(action == SHOT || (action == REDIRECT && mark == MARK));
+                        ensure!(action == SHOT || (action == REDIRECT && mark == ANSWER));
                     }
                     // Only what is for the node's stack.
                     "from_network" => ensure!(action != REDIRECT),
@@ -225,7 +225,7 @@ fn only_what_a_rule_allows_is_delivered() -> Result<()> {
                 &cast,
                 &["from_pod", "from_network", "from_overlay"],
                 |frame, program, action, mark| {
-                    if action == SHOT || mark == MARK || (program == "from_network" && action == PASS) {
+                    if action == SHOT || mark == ANSWER || (program == "from_network" && action == PASS) {
                         return Ok(());
                     }
                     ensure!(program == "from_pod", "from outside nobody has a rule");

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use super::frame::{POD_MAC, Packet, SYN, checksum, host_mac, icmp, solicitation, tcp, udp};
 use super::world::{
-    A, Arrival, INGRESS, MARK, PASS, REDIRECT, SHOT, casts, in_both_families, settings, within,
+    A, ANSWER, Arrival, INGRESS, PASS, REDIRECT, SHOT, casts, in_both_families, settings, within,
 };
 use crate::require::require_lab;
 
@@ -125,7 +125,7 @@ fn arp_is_answered_with_the_host_side() -> Result<()> {
             let question = arp(1, (POD_MAC, [10, 1, 0, 1]), ([0; 6], asked));
             let outcome =
                 world.send_bytes("from_pod", &frame([0xff; 6], POD_MAC, question), Arrival::default())?;
-            ensure!(outcome.action == REDIRECT && outcome.mark == MARK, "{outcome:?}");
+            ensure!(outcome.action == REDIRECT && outcome.mark == ANSWER, "{outcome:?}");
             let answer = arp(2, (host_mac(1), asked), (POD_MAC, [10, 1, 0, 1]));
             assert_eq!(outcome.frame, frame(POD_MAC, host_mac(1), answer));
         }
@@ -147,7 +147,7 @@ fn neighbours_are_answered_with_the_host_side() -> Result<()> {
         let IpAddr::V6(pod) = casts()[1].a else { unreachable!("the second cast is IPv6's") };
         let target = "fd01::99".parse()?;
         let outcome = world.send("from_pod", &solicitation(pod, target))?;
-        ensure!(outcome.action == REDIRECT && outcome.mark == MARK, "{outcome:?}");
+        ensure!(outcome.action == REDIRECT && outcome.mark == ANSWER, "{outcome:?}");
         let payload = [&target.octets()[..], &[2, 1], &host_mac(1)].concat();
         let mut answer = icmp(target.into(), pod.into(), 136, 0).payload(&payload);
         answer.macs = (POD_MAC, host_mac(1));

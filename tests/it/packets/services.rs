@@ -7,7 +7,7 @@ use weir::datapath::ip_of;
 use weir::datapath::types::connection_flags;
 
 use super::frame::{ACK, FIN, Layer4, Packet, RST, SYN, host_mac, tcp, udp, unreachable};
-use super::world::{A, B, EGRESS, INGRESS, MARK, REDIRECT, SHOT, World, in_both_families};
+use super::world::{A, ANSWER, B, EGRESS, INGRESS, REDIRECT, SHOT, World, in_both_families};
 use crate::require::require_lab;
 
 /// Sends through from_pod; what comes out must be `expected`, byte by byte.
@@ -258,7 +258,7 @@ fn nobody_there_is_said_at_once() -> Result<()> {
 /// The packet is turned into this answer, and sent back with the MAC addresses swapped.
 fn answers(world: &mut World, packet: &Packet, answer: Packet) -> Result<()> {
     let outcome = world.send("from_pod", packet)?;
-    ensure!(outcome.action == REDIRECT && outcome.mark == MARK, "{outcome:?}");
+    ensure!(outcome.action == REDIRECT && outcome.mark == ANSWER, "{outcome:?}");
     let answer = Packet { macs: (packet.macs.1, host_mac(1)), is_unfragmentable: true, ..answer };
     ensure!(
         outcome.frame == answer.bytes(),

@@ -30,8 +30,10 @@ pub const SHOT: u32 = 2;
 /// The packet goes out of another device.
 pub const REDIRECT: u32 = 7;
 
-/// `MARK_JUDGED`.
-pub const MARK: u32 = 0x5765_6900;
+/// `MARK_LEAVE`, under the default mask.
+pub const MARK: u32 = 0x10;
+/// `MARK_ANSWER`.
+pub const ANSWER: u32 = 0x20;
 
 /// A direction of policy.
 pub const INGRESS: u32 = way::DIRECTION_INGRESS.0;

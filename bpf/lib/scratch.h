@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Per-CPU working memory of the tc programs. A chain of calls has 512 bytes of
+ * stack, and Linux 6.1 counts every frame in steps of 32; the large structs of
+ * the slow path live here instead.
+ *
+ * The tc hooks run with bottom halves disabled, so no other tc program runs on
+ * this CPU before the current one returns. Programs of other hooks may run in
+ * between: socket hooks, iterators and syscall programs must not use this map.
+ * (On PREEMPT_RT this needs the kernel's per-CPU lock of bottom halves, which
+ * Linux has unless PREEMPT_RT_NEEDS_BH_LOCK is off.)
+ */
+#pragma once
+
+#include "policy.h"
+
+/* A packet's flow while its verdict is looked for. `source` and `destination`
+ * are the packet's, egress and ingress the flow's. */
+struct flow {
+	struct connection_key key __attribute__((aligned(8)));
+	struct peer source;
+	struct peer destination;
+	struct flow_verdict egress;
+	struct flow_verdict ingress;
+	__u32 high;
+	__u32 side; /* 0: the packet is the initiator's */
+};
+
+struct scratch {
+	struct packet packet; /* the one that the program was called for */
+	struct packet quoted; /* that an ICMP error quotes */
+	struct flow flow;
+	struct connection_key service_key; /* of a CONNECTION_SERVICE row */
+	struct connection connection; /* to be inserted */
+	struct ended ended;	      /* a connection on its way from or to `ended` */
+};
+
+/* Never pinned, never read outside. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct scratch);
+} scratch SEC(".maps") __weak;
+
+/* NULL only for the verifier: the one row always exists. */
+static __always_inline struct scratch *scratch_get(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&scratch, &zero);
+}
+
+/* The packet of a program that takes the slow path; zeroed. Not before that is
+ * known: most packets never take it. */
+static __always_inline struct packet *packet_begin(__u8 direction)
+{
+	struct scratch *room = scratch_get();
+
+	if (!room)
+		return NULL;
+	__builtin_memset(&room->packet, 0, sizeof(room->packet));
+	room->packet.direction = direction;
+	return &room->packet;
+}
