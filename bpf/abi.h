@@ -120,7 +120,7 @@ enum endpoint_mac {
 /* addresses[addr]: who has exactly this address: pods and nodes. */
 struct address {
 	struct addr node;	/* underlay address of its node; zero when local */
-	__u32 identity;		/* what policy sees; may be a local number (K6) */
+	__u32 identity;		/* what policy sees; may be a local number */
 	__u16 endpoint_id;	/* local pod, else 0 */
 	__u16 flags;		/* enum address_flags */
 };

@@ -1,4 +1,4 @@
-//! Identities from pods (keystone K7): which labels count, and which number they hash to.
+//! Identities from pods: which labels count, and which number they hash to.
 //!
 //! An identity is everything of a pod that policy can ask for. What differs in every
 //! pod of one workload is left out, or each pod would be an identity of its own, unless

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * Connection tracking (K5): one entry a flow, found by both directions. It
+ * Connection tracking: one entry a flow, found by both directions. It
  * keeps the verdict with the epochs it was reached in; while they are current,
  * a packet needs nothing but to be counted.
  */

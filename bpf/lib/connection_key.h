@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * The key of connections (K5): the lower end first, so that both directions
+ * The key of connections: the lower end first, so that both directions
  * meet the same entry with one lookup.
  */
 #pragma once

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
  * Counting and reporting: the metrics of every packet, the records of flows
- * (K10) and of drops. No wake-up per record: the reader comes by itself every
+ * and of drops. No wake-up per record: the reader comes by itself every
  * few milliseconds. What does not fit is counted as lost.
  */
 #pragma once

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * Addresses become identities in two steps (K6): the exact address in a hash,
+ * Addresses become identities in two steps: the exact address in a hash,
  * and only when nobody has it, the prefixes in a trie, which are slow.
  */
 #pragma once

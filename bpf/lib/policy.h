@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * Policy by peer class (K4): one hash lookup makes the remote identity a class,
+ * Policy by peer class: one hash lookup makes the remote identity a class,
  * one trie lookup makes class, protocol and port a verdict. Tiers, precedence
  * and ranges were decided when the rows were compiled.
  */

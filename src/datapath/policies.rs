@@ -1,4 +1,4 @@
-//! Writes `policy_rules` and `policy_peers` (keystone K4).
+//! Writes `policy_rules` and `policy_peers`.
 //!
 //! A policy is written completely under an id that nobody points at yet: first
 //! the rules of every class, then who is in which class. Only `prune` deletes.

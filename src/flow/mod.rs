@@ -1,4 +1,4 @@
-//! Flows: who talked to whom, what became of it, and why (keystone K10).
+//! Flows: who talked to whom, what became of it, and why.
 //!
 //! ```text
 //! events (BPF ring buffer) -> reader -> Recorder (raw, 128 bytes each, bounded)

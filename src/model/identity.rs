@@ -1,4 +1,4 @@
-//! Identities: sets of labels with a number (keystone K7).
+//! Identities: sets of labels with a number.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -114,7 +114,7 @@ pub enum PortSelector {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct PolicyId(pub u32);
 
-/// The rows of one policy, as they stand in the maps (keystone K4).
+/// The rows of one policy, as they stand in the maps.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CompiledPolicy {
     /// `None`: ingress is not enforced.

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A compiled policy is a value: pods that the same policies select, with the same
-//! meaning of the port names in them, share one number (K4). Under one number rows are
+//! meaning of the port names in them, share one number. Under one number rows are
 //! only added, so nothing that runs with it ever sees half of a change; any other change
 //! is another number. The compiler remembers its last answer and works out differences:
 //! a new identity is held against each distinct peer once.

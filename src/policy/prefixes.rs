@@ -1,4 +1,4 @@
-//! Prefixes of rules over addresses: which local identity every address and prefix has (K6).
+//! Prefixes of rules over addresses: which local identity every address and prefix has.
 //!
 //! An address that prefixes of rules cover is to policy the pair of who has it and the
 //! set of prefixes over it. That pair has a number of this node's own, which never
