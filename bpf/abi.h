@@ -286,7 +286,6 @@ enum packet_mark {
  */
 struct connection {
 	__u64 last_seen_jiffies;
-	__u64 last_report_jiffies;
 	__u64 packets[2];
 	__u64 bytes[2];
 	struct addr service;	/* FLOW: service address used; SERVICE: backend */
@@ -295,6 +294,8 @@ struct connection {
 	__u32 identity[2];	/* as judged */
 	__u32 egress_rule;	/* the rules that allowed it; 0: not enforced */
 	__u32 ingress_rule;
+	__u32 last_report_jiffies; /* the low bits */
+	__u32 sequence;		/* of the SYN of the end elsewhere, host order */
 	__u16 endpoint[2];	/* local endpoint ids; 0: elsewhere */
 	__be16 service_port;
 	__u16 flags;		/* enum connection_flags */
@@ -310,9 +311,11 @@ enum connection_flags {
 	CONNECTION_TRANSLATED = 1 << 1,	    /* per packet: replies take service as source */
 	CONNECTION_LOOPBACK = 1 << 2,	    /* a pod to itself through its service */
 	CONNECTION_SOCKET = 1 << 3,	    /* service was translated at the socket */
-	CONNECTION_CLOSING = 1 << 4,	    /* FIN from both, or RST */
+	CONNECTION_CLOSING = 1 << 4,	    /* FIN from both */
 	CONNECTION_REPLIED = 1 << 5,	    /* the responder has answered */
 	CONNECTION_ENDED = 1 << 6,	    /* its end was reported, it may go */
+	CONNECTION_RESET = 1 << 7,	    /* RST, and nothing else since */
+	CONNECTION_LATE = 1 << 12,	    /* the highest four bits count packets after the end */
 };
 
 /* nat: two entries a flow, one per direction (enum direction: EGRESS out, INGRESS back). */

@@ -57,8 +57,9 @@ static __always_inline bool rests_unreported(const struct connection *of,
 					     __u8 protocol, __u64 now)
 {
 	return protocol == IPPROTO_TCP && of->flags & CONNECTION_REPLIED &&
-	       of->last_seen_jiffies >= of->last_report_jiffies &&
-	       now - of->last_report_jiffies >
+	       (__s32)((__u32)of->last_seen_jiffies -
+		       of->last_report_jiffies) >= 0 &&
+	       jiffies_since(of->last_report_jiffies, now) >
 		       seconds_to_jiffies(settings.flow_report_seconds);
 }
 

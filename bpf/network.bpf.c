@@ -70,7 +70,8 @@ __weak __noinline int network_receive(struct __sk_buff *ctx)
 
 	if (!fast_parse((void *)(long)ctx->data, (void *)(long)ctx->data_end,
 			&tuple) ||
-	    ctx->vlan_present)
+	    /* Whose they are must be looked at (connection_believe). */
+	    tuple.tcp_flags & (TCP_SYN | TCP_FIN) || ctx->vlan_present)
 		return TC_ACT_OK;
 	connection = fast_find(&fast, &tuple);
 	if (!connection)

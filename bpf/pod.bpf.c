@@ -55,7 +55,7 @@ __weak __noinline int from_pod_translate(struct __sk_buff *ctx,
 		return -DROP_ENCAPSULATION_PROHIBITED;
 	if (!(packet->flags & PACKET_HAS_SERVICE))
 		return 0;
-	packet->flags &= ~PACKET_BEGINS;
+	packet->flags &= ~(PACKET_BEGINS | PACKET_REPLACES);
 	return flow_established(ctx, packet);
 }
 

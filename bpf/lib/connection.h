@@ -14,6 +14,15 @@ static __always_inline __u64 seconds_to_jiffies(__u32 seconds)
 	return (__u64)seconds * settings.jiffies_per_second;
 }
 
+/* Since a tick of which only the low bits were kept. */
+static __always_inline __u32 jiffies_since(__u32 then, __u64 now)
+{
+	return (__u32)now - then;
+}
+
+/* The connection is over as far as its packets say. */
+#define CONNECTION_OVER (CONNECTION_CLOSING | CONNECTION_RESET)
+
 static __always_inline bool connection_is_expired(const struct connection *of,
 						  __u8 protocol, __u64 now)
 {
@@ -25,7 +34,7 @@ static __always_inline bool connection_is_expired(const struct connection *of,
 		return false;
 	if (protocol != IPPROTO_TCP)
 		seconds = settings.other_timeout_seconds;
-	else if (of->flags & CONNECTION_CLOSING)
+	else if (of->flags & CONNECTION_OVER)
 		seconds = settings.tcp_closing_seconds;
 	else if (of->flags & CONNECTION_REPLIED)
 		seconds = settings.tcp_timeout_seconds;
@@ -44,7 +53,7 @@ static __always_inline bool connection_begins_anew(const struct connection *of,
 						   __u32 side, __u64 now)
 {
 	if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN &&
-	    (side || of->flags & CONNECTION_CLOSING))
+	    (side || of->flags & CONNECTION_OVER))
 		return true;
 	return connection_is_expired(of, packet->protocol, now);
 }
@@ -119,7 +128,8 @@ static __always_inline void connection_retire(const struct connection *of,
 	/* Linux 6.1 takes no key to delete out of a function's argument. */
 	copy->key = *key;
 	copy->connection = *of;
-	copy->check = sum + ended_sum_of_rest(of);
+	/* Other CPUs may count in *of meanwhile. */
+	copy->check = sum + ended_sum_of_rest(&copy->connection);
 	barrier();
 	*slot = *copy;
 	bpf_map_delete_elem(&connections, &copy->key);
@@ -228,29 +238,125 @@ static __always_inline __u8 connection_count(struct connection *connection,
 		connection->flags |= CONNECTION_REPLIED;
 	if (fresh) {
 		connection->tcp_flags[side] |= fresh;
-		if (fresh & TCP_RST ||
-		    fresh & connection->tcp_flags[side ^ 1] & TCP_FIN)
+		if (fresh & connection->tcp_flags[side ^ 1] & TCP_FIN)
 			connection->flags |= CONNECTION_CLOSING;
 	}
 	return fresh;
 }
 
-/* Counts a packet; the type of the event that it is worth, or 0. */
-static __always_inline __u32 connection_account(struct connection *connection,
-						const struct packet *packet,
+/*
+ * Nobody else can have sent the packet: a pod's comes from the pod's own
+ * device, the node's from its stack, and another node's pod's by the tunnel.
+ */
+static __always_inline bool
+connection_knows_sender(const struct packet *packet, __u8 route_to_sender)
+{
+	return packet->flags & (PACKET_FROM_POD | PACKET_FROM_HOST) ||
+	       (packet->flags & PACKET_FROM_OVERLAY &&
+		route_to_sender == ROUTE_NODE);
+}
+
+/*
+ * The TCP flags of a packet that are to be believed. Anybody on the way to the
+ * node can send a FIN or an RST with an address that is not its own. The pod's
+ * kernel compares the sequence number with its window and ignores what is
+ * wrong; so does this, with what it has: the number cannot lie before the SYN's,
+ * nor farther behind it than bytes have come. A flow whose SYN was not seen has
+ * nothing to compare with.
+ */
+__weak __noinline int connection_believe(struct __sk_buff *ctx,
+					 struct packet *packet,
+					 struct connection *connection,
+					 __u32 side)
+{
+	__u32 sequence;
+
+	if (!packet || !connection)
+		return 0;
+	side &= 1;
+	if (!(packet->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) ||
+	    connection_knows_sender(packet, connection->route[side]))
+		return packet->tcp_flags;
+	sequence = packet_sequence(ctx, packet);
+	if (packet->tcp_flags & TCP_SYN) {
+		if (!(connection->tcp_flags[side] & TCP_SYN))
+			connection->sequence = sequence;
+		return packet->tcp_flags & ~(TCP_FIN | TCP_RST);
+	}
+	if (connection->tcp_flags[side] & TCP_SYN &&
+	    sequence - connection->sequence > connection->bytes[side] + 1)
+		return packet->tcp_flags & ~(TCP_FIN | TCP_RST);
+	return packet->tcp_flags;
+}
+
+/* Packets that may come after the end and say nothing: FINs that are sent
+ * again, and their acknowledgements. */
+#define CONNECTION_LATE_PACKETS 4
+
+/*
+ * A packet comes after the end was reported. True if the connection goes on:
+ * the packet carries something, or is one of many. Then it is not over, is
+ * reported, and ends once more.
+ */
+__weak __noinline int connection_goes_on(struct __sk_buff *ctx,
+					 struct packet *packet,
+					 struct connection *connection)
+{
+	if (!packet || !connection)
+		return 0;
+	if (connection->flags < CONNECTION_LATE * CONNECTION_LATE_PACKETS &&
+	    !packet_has_payload(ctx, packet)) {
+		connection->flags += CONNECTION_LATE;
+		return 0;
+	}
+	connection->flags &= CONNECTION_LATE - 1;
+	connection->flags &= ~CONNECTION_ENDED;
+	connection->tcp_flags[0] &= ~TCP_FIN;
+	connection->tcp_flags[1] &= ~TCP_FIN;
+	return 1;
+}
+
+/*
+ * An RST ends a connection only if everybody is silent afterwards: both ends
+ * obey a right one, and whatever else comes shows that it was a wrong one.
+ */
+static __always_inline void connection_note_reset(struct connection *connection,
+						  const struct packet *packet,
+						  __u8 believed)
+{
+	if (believed & TCP_RST)
+		connection->flags |= CONNECTION_RESET;
+	else if (connection->flags & CONNECTION_RESET &&
+		 !(packet->tcp_flags & TCP_RST))
+		connection->flags &= ~CONNECTION_RESET;
+}
+
+/*
+ * Counts a packet; the type of the event that it is worth, or 0. Flags are
+ * changed without a lock: one that is lost to another CPU comes back with the
+ * next packet (REPLIED, RESET), or is not what ends the connection (CLOSING).
+ */
+static __always_inline __u32 connection_account(struct __sk_buff *ctx,
+						struct connection *connection,
+						struct packet *packet,
 						__u32 side, __u64 now)
 {
-	bool report = now - connection->last_report_jiffies >
+	bool report = jiffies_since(connection->last_report_jiffies, now) >
 		      seconds_to_jiffies(settings.flow_report_seconds);
+	__u8 believed = packet->tcp_flags;
 
+	if (believed & (TCP_SYN | TCP_FIN | TCP_RST))
+		believed = connection_believe(ctx, packet, connection, side);
+	/* The end is told once, unless the connection goes on after it. */
+	if (connection->flags & CONNECTION_ENDED)
+		report = connection_goes_on(ctx, packet, connection);
 	if (connection->last_seen_jiffies != now)
 		connection->last_seen_jiffies = now;
 	/* An answer and FINs say little: the end is told with the last packet,
 	 * and a flow that rests by the collector. */
-	report |= connection_count(connection, side, packet->tcp_flags,
-				   packet->bytes) &
+	report |= connection_count(connection, side, believed, packet->bytes) &
 		  TCP_RST;
-	/* The end is told once. */
+	connection_note_reset(connection, packet, believed);
 	if (!report || !settings.flow_events ||
 	    connection->flags & CONNECTION_ENDED)
 		return 0;

@@ -45,7 +45,7 @@ static __always_inline bool fast_is_recent(struct connection *connection)
 	if (connection->last_seen_jiffies == now)
 		return true;
 	if (now - connection->last_seen_jiffies > settings.jiffies_per_second ||
-	    now - connection->last_report_jiffies >
+	    jiffies_since(connection->last_report_jiffies, now) >
 		    seconds_to_jiffies(settings.flow_report_seconds))
 		return false;
 	connection->last_seen_jiffies = now;
@@ -60,6 +60,11 @@ static __always_inline bool fast_parse(void *frame, void *end,
 	       (tuple->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN &&
 	       !(tuple->tcp_flags & TCP_RST);
 }
+
+/* Flows with something to write, or with something to note about their end. */
+#define FAST_NOT                                         \
+	(CONNECTION_TRANSLATED | CONNECTION_LOOPBACK |   \
+	 CONNECTION_ENDED | CONNECTION_RESET)
 
 /* The packet's flow, or NULL. */
 static __always_inline struct connection *
@@ -124,7 +129,7 @@ fast_arrival(const struct fast *fast, struct connection *connection, __u32 side,
 {
 	struct endpoint *destination;
 
-	if (connection->flags & (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK) ||
+	if (connection->flags & FAST_NOT ||
 	    connection->endpoint[side] ||
 	    connection->route[side] != ROUTE_NODE ||
 	    connection->identity[side] == IDENTITY_HOST)
@@ -175,8 +180,7 @@ static __always_inline int fast_from_pod(struct __sk_buff *ctx,
 	if (!connection)
 		return FAST_OTHER_WAY;
 	side = fast_side(fast, connection);
-	if (connection->flags &
-		    (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK) ||
+	if (connection->flags & FAST_NOT ||
 	    connection->endpoint[side] != id ||
 	    !fast_is_current(source, side ? connection->ingress_epoch
 					  : connection->egress_epoch))

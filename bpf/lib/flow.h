@@ -87,7 +87,7 @@ static __always_inline bool flow_continue(struct __sk_buff *ctx,
 	barrier_var(side);
 	side &= 1;
 	if (connection_begins_anew(connection, packet, side, bpf_jiffies64())) {
-		packet->flags |= PACKET_BEGINS;
+		packet->flags |= PACKET_BEGINS | PACKET_REPLACES;
 		return false;
 	}
 
@@ -107,7 +107,8 @@ static __always_inline bool flow_continue(struct __sk_buff *ctx,
 
 	if (side)
 		packet->flags |= PACKET_REPLY;
-	event = connection_account(connection, packet, side, bpf_jiffies64());
+	event = connection_account(ctx, connection, packet, side,
+				   bpf_jiffies64());
 	ends = connection_ends(connection, packet->tcp_flags);
 	if (event && !ends)
 		event_flow(ctx, packet, connection, event);
@@ -320,7 +321,8 @@ static __always_inline void flow_keep_verdict(struct connection *connection,
 }
 
 /* The entry of a flow that begins with this packet, or NULL. */
-static __noinline struct connection *flow_insert(const struct packet *packet,
+static __noinline struct connection *flow_insert(struct __sk_buff *ctx,
+						 const struct packet *packet,
 						 const struct flow *flow)
 {
 	struct scratch *room = scratch_get();
@@ -348,7 +350,10 @@ static __noinline struct connection *flow_insert(const struct packet *packet,
 	else if (packet->flags & PACKET_HAS_SERVICE)
 		fresh->flags |= CONNECTION_TRANSLATED;
 	if (packet->tcp_flags & TCP_RST)
-		fresh->flags |= CONNECTION_CLOSING;
+		fresh->flags |= CONNECTION_RESET;
+	if (packet->tcp_flags & TCP_SYN &&
+	    !connection_knows_sender(packet, flow->source.route))
+		fresh->sequence = packet_sequence(ctx, packet);
 	/* Kernels before 6.15 may find every free entry busy: not full, ask
 	 * again. */
 	if (bpf_map_update_elem(&connections, &flow->key, fresh, BPF_ANY) &&
@@ -357,13 +362,31 @@ static __noinline struct connection *flow_insert(const struct packet *packet,
 	return fresh;
 }
 
+/* Reports the end of the flow that had the key of a new one until now. */
+static __noinline void flow_end_replaced(struct __sk_buff *ctx,
+					 const struct flow *flow)
+{
+	struct connection *over = bpf_map_lookup_elem(&connections, &flow->key);
+	struct event *event;
+
+	if (!over || over->flags & CONNECTION_ENDED)
+		return;
+	event = event_of_flow(over, &flow->key, EVENT_FLOW_END, ctx->ifindex,
+			      0);
+	if (event)
+		bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+}
+
 /* Begins a flow with this packet: 0 or a drop. */
 static __always_inline int flow_begin(struct __sk_buff *ctx,
 				      struct packet *packet,
 				      const struct flow *flow)
 {
-	struct connection *fresh = flow_insert(packet, flow);
+	struct connection *fresh;
 
+	if (settings.flow_events && packet->flags & PACKET_REPLACES)
+		flow_end_replaced(ctx, flow);
+	fresh = flow_insert(ctx, packet, flow);
 	if (!fresh)
 		return -DROP_CONNECTION_INSERT;
 	if (settings.flow_events)
@@ -521,7 +544,8 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 	flow_keep_verdict(connection, flow);
 	side = flow->side;
 	barrier_var(side);
-	if (connection_account(connection, packet, side & 1, bpf_jiffies64()))
+	if (connection_account(ctx, connection, packet, side & 1,
+			       bpf_jiffies64()))
 		event_flow(ctx, packet, connection, EVENT_FLOW_UPDATE);
 	flow_restore_service(packet, connection);
 	return 0;

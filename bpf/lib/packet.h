@@ -39,6 +39,7 @@ enum packet_flags {
 	PACKET_NEW_DESTINATION = 1 << 14,
 	PACKET_BEGINS = 1 << 15,  /* no flow of this name runs */
 	PACKET_CLASHES = 1 << 16, /* a translated flow has its name on the way */
+	PACKET_REPLACES = 1 << 17, /* the flow that it begins has the key of one that is over */
 };
 
 struct packet {
@@ -479,6 +480,49 @@ static __always_inline bool packet_parse_plain(void *data, void *end,
 	tuple->source_port = l4->source;
 	tuple->destination_port = l4->destination;
 	return true;
+}
+
+/* Of a TCP segment, in host order; 0 if it cannot be read. */
+static __always_inline __u32 packet_sequence(struct __sk_buff *ctx,
+					     const struct packet *packet)
+{
+	__be32 sequence = 0;
+
+	bpf_skb_load_bytes(ctx,
+			   packet->l4_offset +
+				   __builtin_offsetof(struct tcphdr, sequence),
+			   &sequence, sizeof(sequence));
+	return bpf_ntohl(sequence);
+}
+
+/* True if a TCP segment carries anything; short frames have padding behind. */
+static __always_inline bool packet_has_payload(struct __sk_buff *ctx,
+					       const struct packet *packet)
+{
+	bool is_ipv6 = packet->flags & PACKET_IPV6;
+	__u32 headers = packet->l4_offset - ETHERNET_LENGTH;
+	__be16 length = 0;
+	__u8 offset = 0;
+
+	if (bpf_skb_load_bytes(
+		    ctx,
+		    ETHERNET_LENGTH +
+			    (is_ipv6 ? __builtin_offsetof(struct ipv6hdr,
+							  payload_length)
+				     : __builtin_offsetof(struct iphdr,
+							  total_length)),
+		    &length, sizeof(length)) ||
+	    bpf_skb_load_bytes(
+		    ctx,
+		    packet->l4_offset +
+			    __builtin_offsetof(struct tcphdr, offset),
+		    &offset, sizeof(offset)))
+		return true;
+	headers += (offset >> 4) * 4;
+	if (is_ipv6)
+		headers -= sizeof(struct ipv6hdr);
+	/* One that was merged may be too long for the field. */
+	return ctx->gso_size || bpf_ntohs(length) > headers;
 }
 
 /* Fills what the frame says; 0 or a drop. The caller has called packet_begin.

@@ -78,8 +78,8 @@ plain! {
     SocketOrigin { service, service_id, port, pad }
     ConnectionKey { addr, port, protocol, kind, pad }
     Connection {
-        last_seen_jiffies, last_report_jiffies, packets, bytes, service, egress_epoch, ingress_epoch,
-        identity, egress_rule, ingress_rule, endpoint, service_port, flags, tcp_flags, route, other_port, merged_jiffies,
+        last_seen_jiffies, packets, bytes, service, egress_epoch, ingress_epoch,
+        identity, egress_rule, ingress_rule, last_report_jiffies, sequence, endpoint, service_port, flags, tcp_flags, route, other_port, merged_jiffies,
     }
     Ended { key, connection, check }
     NatKey { local, remote, local_port, remote_port, protocol, direction, pad }

@@ -272,6 +272,7 @@ fn connection_row(key: abi::ConnectionKey, row: abi::Connection) -> Row {
             (connection_flags::CONNECTION_CLOSING.0, "closing"),
             (connection_flags::CONNECTION_REPLIED.0, "replied"),
             (connection_flags::CONNECTION_ENDED.0, "ended"),
+            (connection_flags::CONNECTION_RESET.0, "reset"),
         ]),
     });
     Some((key.as_bytes().to_vec(), value))

@@ -2,6 +2,7 @@
 //! packet, the verdict, what comes out, what is reported and remembered.
 
 mod drops;
+mod ends;
 mod flows;
 pub mod frame;
 mod fuzz;
