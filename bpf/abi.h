@@ -242,15 +242,17 @@ struct socket_origin {
 
 /*
  * connections: canonical tuple, the lower (addr, port) first as raw memory
- * compares; any fixed order does. ICMP echo: the asker's port is the identifier,
- * the answerer's 0, so that a request from either side is a flow of its own.
+ * compares; any fixed order does. ICMP: the asker's port is the identifier, the
+ * answerer's 0, and the key says who asks, so that a request from either side is
+ * a flow of its own, whatever the identifier.
  */
 struct connection_key {
 	struct addr addr[2];
 	__be16 port[2];
 	__u8 protocol;
 	__u8 kind; /* enum connection_kind */
-	__u8 pad[2];
+	__u8 asker; /* ICMP: 1 + the index of who asks; else 0 */
+	__u8 pad;
 };
 _Static_assert(sizeof(struct connection_key) == 40, "connection_key");
 
@@ -347,6 +349,7 @@ struct fragment_key {
 struct fragment {
 	__be16 source_port;
 	__be16 destination_port;
+	__u32 role; /* ICMP: PACKET_ASKS or PACKET_ANSWERS */
 };
 
 /* metrics[reason * 4 + direction], per CPU. */

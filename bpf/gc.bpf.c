@@ -127,6 +127,9 @@ static long collect_mapping(__u32 number, struct collection *of)
 	flow.destination = key.remote;
 	flow.destination_port = key.remote_port;
 	flow.protocol = key.protocol;
+	/* What is masqueraded and answered has asked. */
+	if (key.protocol == IPPROTO_ICMP || key.protocol == IPPROTO_ICMPV6)
+		flow.flags = PACKET_ASKS;
 	connection_key_of(&flow, &connection_key);
 	if (bpf_map_lookup_elem(&connections, &connection_key))
 		return 0;

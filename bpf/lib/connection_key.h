@@ -41,8 +41,8 @@ connection_key_fill(const addr_words *source, const addr_words *destination,
 	}
 	key->protocol = protocol;
 	key->kind = CONNECTION_FLOW;
-	key->pad[0] = 0;
-	key->pad[1] = 0;
+	key->asker = 0;
+	key->pad = 0;
 	return high;
 }
 
@@ -50,11 +50,17 @@ connection_key_fill(const addr_words *source, const addr_words *destination,
 static __always_inline __u32 connection_key_of(const struct packet *packet,
 					       struct connection_key *key)
 {
-	return connection_key_fill((const void *)&packet->source,
-				   (const void *)&packet->destination,
-				   packet->source_port,
-				   packet->destination_port, packet->protocol,
-				   key);
+	__u32 high = connection_key_fill((const void *)&packet->source,
+					 (const void *)&packet->destination,
+					 packet->source_port,
+					 packet->destination_port,
+					 packet->protocol, key);
+
+	if (packet->flags & PACKET_ASKS)
+		key->asker = 1 + high;
+	else if (packet->flags & PACKET_ANSWERS)
+		key->asker = 2 - high;
+	return high;
 }
 
 static __always_inline bool connection_key_equal(const struct connection_key *a,

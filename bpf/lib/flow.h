@@ -481,14 +481,6 @@ static __always_inline struct judged *judged_find(const struct packet *packet)
 	return of;
 }
 
-/* An ICMP echo reply: only the asker's port is the identifier. */
-static __always_inline bool flow_is_answer(const struct packet *packet)
-{
-	return (packet->protocol == IPPROTO_ICMP ||
-		packet->protocol == IPPROTO_ICMPV6) &&
-	       packet->destination_port && !packet->source_port;
-}
-
 /*
  * Judges a packet of a flow that is new, or whose verdict is stale, and keeps
  * the verdict; 0 or a drop. A denied flow leaves no entry; a running one that
@@ -530,7 +522,7 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 	barrier();
 	ret = flow_resolve(packet, &flow->source, &flow->destination);
 	/* An answer that nobody asked for must not become a question. */
-	if (!ret && !connection && flow_is_answer(packet))
+	if (!ret && !connection && packet->flags & PACKET_ANSWERS)
 		ret = -DROP_UNSUPPORTED_ICMP;
 	if (!ret)
 		ret = flow_judge(packet, flow);
@@ -566,7 +558,8 @@ __weak __noinline int flow_open_again(struct __sk_buff *ctx,
 	if (!packet || !room)
 		return -DROP_INVALID_PACKET;
 	/* TCP begins with a SYN; what does not may bear another name. */
-	if (!(packet->flags & PACKET_BEGINS) || flow_is_answer(packet) ||
+	if (!(packet->flags & PACKET_BEGINS) ||
+	    packet->flags & PACKET_ANSWERS ||
 	    (packet->protocol == IPPROTO_TCP && !(packet->tcp_flags & TCP_SYN)))
 		return 0;
 	of = judged_find(packet);

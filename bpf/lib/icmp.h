@@ -57,12 +57,8 @@ static __always_inline int icmp_parse_inner(struct __sk_buff *ctx,
 		return 0;
 	case IPPROTO_ICMP:
 	case IPPROTO_ICMPV6:
-		if (l4.type == ICMP_ECHO || l4.type == ICMPV6_ECHO)
-			inner->source_port = l4.id;
-		else if (l4.type == ICMP_ECHO_REPLY ||
-			 l4.type == ICMPV6_ECHO_REPLY)
-			inner->destination_port = l4.id;
-		else
+		packet_note_icmp(inner, l4.type, l4.id);
+		if (!icmp_role(inner->protocol, l4.type))
 			return -DROP_UNSUPPORTED_ICMP;
 	}
 	return 0;

@@ -39,6 +39,8 @@ enum packet_flags {
 	PACKET_NEW_DESTINATION = 1 << 14,
 	PACKET_BEGINS = 1 << 15,  /* no flow of this name runs */
 	PACKET_CLASHES = 1 << 16, /* a translated flow has its name on the way */
+	PACKET_ASKS = 1 << 18,    /* ICMP: anything but an answer or an error */
+	PACKET_ANSWERS = 1 << 19, /* ICMP: to one that asks */
 	PACKET_REPLACES = 1 << 17, /* the flow that it begins has the key of one that is over */
 };
 
@@ -148,6 +150,7 @@ static __always_inline int packet_track_fragment(struct packet *packet,
 		ports = {
 			.source_port = packet->source_port,
 			.destination_port = packet->destination_port,
+			.role = packet->flags & (PACKET_ASKS | PACKET_ANSWERS),
 		};
 
 	if (packet->flags & PACKET_FRAGMENT)
@@ -160,14 +163,61 @@ static __always_inline int packet_track_fragment(struct packet *packet,
 		return -DROP_FRAGMENT_NOT_FOUND;
 	packet->source_port = known->source_port;
 	packet->destination_port = known->destination_port;
+	packet->flags |= known->role & (PACKET_ASKS | PACKET_ANSWERS);
+	return 0;
+}
+
+/* What an ICMP message with an identifier is: RFC 792, 950, 4443, 8335. 0: it
+ * has none. */
+static __always_inline __u32 icmp_role(__u8 protocol, __u8 type)
+{
+	if (protocol == IPPROTO_ICMPV6) {
+		switch (type) {
+		case ICMPV6_ECHO:
+		case ICMPV6_EXTENDED_ECHO:
+			return PACKET_ASKS;
+		case ICMPV6_ECHO_REPLY:
+		case ICMPV6_EXTENDED_ECHO_REPLY:
+			return PACKET_ANSWERS;
+		}
+		return 0;
+	}
+	switch (type) {
+	case ICMP_ECHO:
+	case ICMP_TIMESTAMP:
+	case ICMP_INFORMATION:
+	case ICMP_ADDRESS_MASK:
+	case ICMP_EXTENDED_ECHO:
+		return PACKET_ASKS;
+	case ICMP_ECHO_REPLY:
+	case ICMP_TIMESTAMP_REPLY:
+	case ICMP_INFORMATION_REPLY:
+	case ICMP_ADDRESS_MASK_REPLY:
+	case ICMP_EXTENDED_ECHO_REPLY:
+		return PACKET_ANSWERS;
+	}
 	return 0;
 }
 
 /*
- * ICMP echo has one identifier and two roles: the asker's port is the
- * identifier, the answerer's 0. So a request from either side is a flow of its
- * own, and nobody gets a ping through as the answer to one that he received.
+ * An ICMP query has one identifier and two roles: the asker's port is the
+ * identifier, the answerer's 0. Who asks is part of the flow's key, so a request
+ * from either side is a flow of its own, and nobody gets a ping through as the
+ * answer to one that he received. What has no identifier only asks.
  */
+static __always_inline void packet_note_icmp(struct packet *packet, __u8 type,
+					     __be16 id)
+{
+	__u32 role = icmp_role(packet->protocol, type);
+
+	packet->icmp_type = type;
+	packet->flags |= role ? role : PACKET_ASKS;
+	if (role == PACKET_ASKS)
+		packet->source_port = id;
+	else if (role == PACKET_ANSWERS)
+		packet->destination_port = id;
+}
+
 static __always_inline int packet_parse_icmp(struct __sk_buff *ctx,
 					     struct packet *packet)
 {
@@ -175,17 +225,11 @@ static __always_inline int packet_parse_icmp(struct __sk_buff *ctx,
 
 	if (bpf_skb_load_bytes(ctx, packet->l4_offset, &icmp, sizeof(icmp)))
 		return -DROP_INVALID_PACKET;
-	packet->icmp_type = icmp.type;
 	packet->icmp_code = icmp.code;
+	packet_note_icmp(packet, icmp.type, icmp.id);
 
 	if (packet->protocol == IPPROTO_ICMP) {
 		switch (icmp.type) {
-		case ICMP_ECHO:
-			packet->source_port = icmp.id;
-			return 0;
-		case ICMP_ECHO_REPLY:
-			packet->destination_port = icmp.id;
-			return 0;
 		case ICMP_UNREACHABLE:
 		case ICMP_TIME_EXCEEDED:
 		case ICMP_PARAMETER_PROBLEM:
@@ -196,11 +240,7 @@ static __always_inline int packet_parse_icmp(struct __sk_buff *ctx,
 		}
 		return 0;
 	}
-	if (icmp.type == ICMPV6_ECHO)
-		packet->source_port = icmp.id;
-	else if (icmp.type == ICMPV6_ECHO_REPLY)
-		packet->destination_port = icmp.id;
-	else if (icmp.type < ICMPV6_ECHO)
+	if (icmp.type < ICMPV6_ECHO)
 		packet->flags |= PACKET_ICMP_ERROR;
 	else if ((icmp.type >= ICMPV6_MLD_QUERY &&
 		  icmp.type <= ICMPV6_REDIRECT) ||

@@ -88,7 +88,8 @@ static __always_inline int rewrite_address(struct __sk_buff *ctx,
 	return 0;
 }
 
-/* The identifier of an ICMP echo is the asker's port. */
+/* The identifier of an ICMP query is the asker's port. A port that a checksum
+ * covers which cannot be mended (SCTP's) is not changed: a drop. */
 static __always_inline int rewrite_port(struct __sk_buff *ctx,
 					const struct packet *packet, __be16 to,
 					__u32 end)
@@ -99,7 +100,7 @@ static __always_inline int rewrite_port(struct __sk_buff *ctx,
 		packet->protocol == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
 	__be16 old = 0;
 
-	if (packet->flags & PACKET_LATER_FRAGMENT || !checksum)
+	if (packet->flags & PACKET_LATER_FRAGMENT)
 		return 0;
 	if (packet->protocol == IPPROTO_ICMP ||
 	    packet->protocol == IPPROTO_ICMPV6)
@@ -109,7 +110,7 @@ static __always_inline int rewrite_port(struct __sk_buff *ctx,
 		return -DROP_WRITE_ERROR;
 	if (old == to)
 		return 0;
-	if (bpf_skb_store_bytes(ctx, offset, &to, 2, 0) ||
+	if (!checksum || bpf_skb_store_bytes(ctx, offset, &to, 2, 0) ||
 	    bpf_l4_csum_replace(ctx, checksum, old, to, mangled | 2))
 		return -DROP_WRITE_ERROR;
 	return 0;
@@ -118,9 +119,17 @@ static __always_inline int rewrite_port(struct __sk_buff *ctx,
 static __always_inline bool rewrite_has_port(const struct packet *packet,
 					     __u32 end)
 {
-	if (packet->protocol == IPPROTO_TCP || packet->protocol == IPPROTO_UDP)
+	switch (packet->protocol) {
+	case IPPROTO_TCP:
+	case IPPROTO_UDP:
+	case IPPROTO_SCTP:
 		return true;
-	return end ? packet->destination_port : packet->source_port;
+	case IPPROTO_ICMP:
+	case IPPROTO_ICMPV6:
+		return icmp_role(packet->protocol, packet->icmp_type) ==
+		       (end ? PACKET_ANSWERS : PACKET_ASKS);
+	}
+	return false;
 }
 
 /* Writes what translation has changed in `packet` into the frame. */

@@ -76,7 +76,7 @@ plain! {
     Backend { addr, port, protocol, flags }
     SocketKey { cookie, backend, port, protocol, pad }
     SocketOrigin { service, service_id, port, pad }
-    ConnectionKey { addr, port, protocol, kind, pad }
+    ConnectionKey { addr, port, protocol, kind, asker, pad }
     Connection {
         last_seen_jiffies, packets, bytes, service, egress_epoch, ingress_epoch,
         identity, egress_rule, ingress_rule, last_report_jiffies, sequence, endpoint, service_port, flags, tcp_flags, route, other_port, merged_jiffies,
@@ -85,7 +85,7 @@ plain! {
     NatKey { local, remote, local_port, remote_port, protocol, direction, pad }
     Nat { addr, created_jiffies, port, pad }
     FragmentKey { source, destination, id, protocol, pad }
-    Fragment { source_port, destination_port }
+    Fragment { source_port, destination_port, role }
     Metric { packets, bytes }
     NodeState { address_epoch, flags }
     EventCount { offered, lost }

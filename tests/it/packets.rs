@@ -9,6 +9,7 @@ mod fuzz;
 mod late;
 mod network;
 mod pieces;
+mod queries;
 mod services;
 mod tunnel;
 pub mod world;
