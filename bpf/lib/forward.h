@@ -80,7 +80,12 @@ __weak __noinline int forward_to_route(struct __sk_buff *ctx,
 		return leave_to_stack(ctx);
 	if (ret != BPF_FIB_LKUP_RET_SUCCESS)
 		return -DROP_FIB_LOOKUP_FAILED;
-	return leave(ctx, fib.ifindex, fib.family, fib.destination);
+	/* Who asked the pod by its own address, or by a host port, hears from
+	 * that address; what the pod asks may bear the node's. */
+	return may_pass && !(packet->flags & PACKET_REPLY)
+		       ? leave_by_network(ctx, fib.ifindex, fib.family,
+					  fib.destination)
+		       : leave(ctx, fib.ifindex, fib.family, fib.destination);
 }
 
 /* To the node that has the pod, by native routing: an action of tc, or a drop. */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
  * The one place where a pod's packets leave this node. Every way out ends in
- * leave() or leave_to_stack(): what must happen to all of them (encryption, an
+ * leave(), leave_by_network() or leave_to_stack(): what must happen to all of them (encryption, an
  * egress gateway) is added here. to_network is the guard behind it.
  */
 #pragma once
@@ -24,6 +24,19 @@ static __always_inline int leave(struct __sk_buff *ctx, __u32 ifindex,
 	mark_set(ctx, MARK_LEAVE);
 	if (!family)
 		return bpf_redirect(ifindex, 0);
+	__builtin_memcpy(next.nexthop, next_hop, 16);
+	return bpf_redirect_neigh(ifindex, &next, sizeof(next), 0);
+}
+
+/* The same for a packet that to_network is still to look at: it may have to
+ * masquerade it. */
+static __always_inline int leave_by_network(struct __sk_buff *ctx,
+					    __u32 ifindex, __u32 family,
+					    const __u32 *next_hop)
+{
+	struct bpf_redir_neigh next = {.nh_family = family};
+
+	mark_clear(ctx);
 	__builtin_memcpy(next.nexthop, next_hop, 16);
 	return bpf_redirect_neigh(ifindex, &next, sizeof(next), 0);
 }

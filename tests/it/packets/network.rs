@@ -282,6 +282,30 @@ fn native_routing_needs_a_route() -> Result<()> {
 }
 
 #[test]
+fn what_a_pod_asks_outside_is_masqueraded_past_the_stack_too() -> Result<()> {
+    require_lab!();
+    for cast in casts() {
+        // The two ends of the link that `connect` makes.
+        within(Settings { network: vec![2, 3], ..settings() }, move |world| {
+            connect(&cast, 1500)?;
+            ip(&format!("route add {} via {}", cast.world, cast.other_node))?;
+            world.past_stack(true)?;
+            let (pod, outside) = ((cast.a, 5), (cast.world, 53));
+            let outcome = world.send("from_pod", &udp(pod, outside).by(1))?;
+            ensure!(outcome.action == REDIRECT && outcome.mark == 0, "{outcome:?}");
+            leaves_by(world, &udp(pod, outside))?;
+            // Who asks the pod by its own address is answered by it.
+            let (asker, server) = ((cast.world, 40000), (cast.a, 80));
+            world.send("from_network", &udp(asker, server))?;
+            let outcome = world.send("from_pod", &udp(server, asker).by(1))?;
+            ensure!(outcome.action == REDIRECT && outcome.mark == MARK, "{outcome:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
 fn a_running_flow_to_another_node_leaves_while_it_may() -> Result<()> {
     require_lab!();
     for cast in casts() {
