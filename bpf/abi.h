@@ -219,6 +219,7 @@ struct backend_key {
 
 struct backend {
 	struct addr addr;
+	__u32 service_id; /* the key's: a row that was freed meanwhile may be another's */
 	__be16 port;
 	__u8 protocol;
 	__u8 flags;

@@ -87,6 +87,8 @@ static long collect_connection(__u32 number, struct collection *of)
 	}
 	if (is_reported)
 		report(connection, &key, EVENT_FLOW_END);
+	if (key.kind == CONNECTION_FLOW)
+		connection_release_backend(connection, &key);
 	if (!bpf_map_delete_elem(&connections, &key))
 		of->deleted++;
 	return 0;

@@ -19,7 +19,7 @@ char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
  * has. It keeps nothing: a packet that policy denies must not cost a row. */
 __weak __noinline int network_host_port(struct packet *packet)
 {
-	struct backend *backend;
+	struct backend pod;
 
 	if (!packet || (packet->protocol != IPPROTO_TCP &&
 			packet->protocol != IPPROTO_UDP))
@@ -28,14 +28,13 @@ __weak __noinline int network_host_port(struct packet *packet)
 	if (packet->protocol == IPPROTO_UDP &&
 	    packet->destination_port == bpf_htons(settings.tunnel_port))
 		return 0;
-	backend = service_host_port(&packet->destination,
-				    packet->destination_port, packet->protocol);
-	if (!backend)
+	if (!service_host_port(&packet->destination, packet->destination_port,
+			       packet->protocol, &pod))
 		return 0;
 	addr_copy(&packet->service, &packet->destination);
 	packet->service_port = packet->destination_port;
-	addr_copy(&packet->destination, &backend->addr);
-	packet->destination_port = backend->port;
+	packet->destination = pod.addr;
+	packet->destination_port = pod.port;
 	packet->flags |= PACKET_HAS_SERVICE | PACKET_NEW_DESTINATION;
 	return 1;
 }

@@ -80,8 +80,8 @@ static __always_inline int sock_translate(struct bpf_sock_addr *ctx,
 {
 	struct socket_origin origin = {};
 	struct socket_key key = {};
-	struct service *service;
-	struct backend *backend;
+	struct service service;
+	struct backend backend;
 	__u32 number;
 
 	key.protocol = sock_protocol(ctx);
@@ -89,29 +89,26 @@ static __always_inline int sock_translate(struct bpf_sock_addr *ctx,
 		return SOCK_PASS;
 	sock_get_address(ctx, &origin.service, is_ipv6);
 	origin.port = ctx->user_port;
-	service = service_find(&origin.service, origin.port, key.protocol);
-	if (!service) {
-		if (service_find(&origin.service, 0, 0))
+	if (!service_find(&origin.service, origin.port, key.protocol,
+			  &service)) {
+		if (service_find(&origin.service, 0, 0, &service))
 			return sock_refuse();
 		return SOCK_PASS;
 	}
-	if (service->flags & SERVICE_WILDCARD)
+	if (service.flags & SERVICE_WILDCARD)
 		return sock_refuse();
-	if (!sock_may_use(ctx, service))
+	if (!sock_may_use(ctx, &service))
 		return SOCK_PASS;
 
 	key.cookie = bpf_get_socket_cookie(ctx);
 	number = is_datagram ? sock_number(key.cookie) : bpf_get_prandom_u32();
-	backend = service_select_backend(service, number);
-	/* Once more: the set may have changed between the two reads. */
-	if (!backend)
-		backend = service_select_backend(service, 0);
-	if (!backend)
+	if (!service_select_backend(&origin.service, origin.port, key.protocol,
+				    &service, number, &backend))
 		return sock_refuse();
 
-	key.backend = backend->addr;
-	key.port = backend->port;
-	origin.service_id = service->service_id;
+	key.backend = backend.addr;
+	key.port = backend.port;
+	origin.service_id = service.service_id;
 	/* Without a record, answers would seem to come from a stranger. */
 	if (!bpf_sk_storage_get(&service_sockets, ctx->sk, NULL,
 				BPF_SK_STORAGE_GET_F_CREATE))

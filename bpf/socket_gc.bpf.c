@@ -101,20 +101,21 @@ static __always_inline bool
 socket_is_current(const struct socket_key *key,
 		  const struct socket_origin *origin)
 {
-	struct service *service =
-		service_find(&origin->service, origin->port, key->protocol);
 	struct search search = {.wanted = key};
+	struct service service;
 
-	if (!service)
+	if (!service_find(&origin->service, origin->port, key->protocol,
+			  &service))
 		return false;
-	search.key.service_id = service->service_id;
-	search.key.generation = service->generation;
-	bpf_loop(service->backend_count, search_slot, &search, 0);
+	search.key.service_id = service.service_id;
+	search.key.generation = service.generation;
+	bpf_loop(service.backend_count, search_slot, &search, 0);
 	if (search.is_found)
 		return true;
-	service = service_find(&origin->service, origin->port, key->protocol);
-	return service && (service->service_id != search.key.service_id ||
-			   service->generation != search.key.generation);
+	return service_find(&origin->service, origin->port, key->protocol,
+			    &service) &&
+	       (service.service_id != search.key.service_id ||
+		service.generation != search.key.generation);
 }
 
 SEC("iter/udp")

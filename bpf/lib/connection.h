@@ -203,6 +203,38 @@ __weak __noinline int connection_recall(struct connection_key *key)
 				    BPF_NOEXIST);
 }
 
+/*
+ * The backend that was chosen for a flow to a service is kept under a key of its
+ * own (service.h). When the flow is over the choice is, too: only the flow knows
+ * that both ends have closed.
+ */
+__weak __noinline int connection_release_backend(struct connection *flow,
+						 struct connection_key *flow_key)
+{
+	struct connection_key key __attribute__((aligned(8)));
+	struct connection *choice;
+	__u32 client;
+
+	if (!flow || !flow_key)
+		return 0;
+	client = flow->flags & CONNECTION_INITIATOR_HIGH;
+	if (!(flow->flags & (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK)))
+		return 0;
+	/* The loopback address stands for the backend itself. */
+	connection_key_fill(
+		(const void *)&flow_key->addr[flow->flags & CONNECTION_LOOPBACK
+						      ? client ^ 1
+						      : client],
+		(const void *)&flow->service,
+		flow->other_port ? flow->other_port : flow_key->port[client],
+		flow->service_port, flow_key->protocol, &key);
+	key.kind = CONNECTION_SERVICE;
+	choice = bpf_map_lookup_elem(&connections, &key);
+	if (choice && !(choice->flags & CONNECTION_CLOSING))
+		choice->flags |= CONNECTION_CLOSING;
+	return 0;
+}
+
 /* Its last packet has passed: tells so, with `flags` of the record, and lets
  * it go. */
 __weak __noinline int connection_end(struct __sk_buff *ctx,
@@ -220,6 +252,7 @@ __weak __noinline int connection_end(struct __sk_buff *ctx,
 			bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 	}
 	connection->flags |= CONNECTION_ENDED;
+	connection_release_backend(connection, key);
 	connection_retire(connection, key);
 	return 0;
 }

@@ -206,7 +206,7 @@ __weak __noinline int icmp_translate(struct __sk_buff *ctx,
 	struct packet *inner;
 	struct nat_key key = {};
 	bool out = direction == DIRECTION_EGRESS;
-	struct backend *pod;
+	struct backend pod;
 	struct nat *other;
 	struct nat to = {};
 	int ret;
@@ -230,13 +230,12 @@ __weak __noinline int icmp_translate(struct __sk_buff *ctx,
 	if (other) {
 		to = *other;
 	} else {
-		pod = out ? NULL
-			  : service_host_port(&inner->source, inner->source_port,
-					      inner->protocol);
-		if (!pod)
+		if (out || !service_host_port(&inner->source,
+					      inner->source_port,
+					      inner->protocol, &pod))
 			return 0;
-		to.addr = pod->addr;
-		to.port = pod->port;
+		to.addr = pod.addr;
+		to.port = pod.port;
 	}
 	if (out) {
 		inner->destination = to.addr;

@@ -16,47 +16,76 @@
 #define SERVICE_PORT_MIN 32768
 #define SERVICE_PORT_TRIES 8
 
-static __always_inline struct service *service_find(const struct addr *addr,
-						    __be16 port, __u8 protocol)
+/*
+ * Copies the frontend's row: true if there is one. A copy, taken at once: a row
+ * that the agent replaces or deletes may be another frontend's the next moment.
+ */
+static __always_inline bool service_find(const struct addr *addr, __be16 port,
+					 __u8 protocol, struct service *service)
 {
 	struct service_key key = {
 		.addr = *addr,
 		.port = port,
 		.protocol = protocol,
 	};
+	struct service *row = bpf_map_lookup_elem(&services, &key);
 
-	return bpf_map_lookup_elem(&services, &key);
+	if (!row)
+		return false;
+	*service = *row;
+	return true;
 }
 
-/* The backend of a number that is even over them all. */
-static __always_inline struct backend *
-service_select_backend(const struct service *service, __u32 number)
+/* Copies the backend of a number that is even over them all: true if there is
+ * one. */
+static __always_inline bool service_select(const struct service *service,
+					   __u32 number,
+					   struct backend *backend)
 {
 	struct backend_key key = {
 		.service_id = service->service_id,
-		.generation = *(const volatile __u32 *)&service->generation,
+		.generation = service->generation,
+		/* As even as a remainder, without division. */
+		.slot = ((__u64)number * service->backend_count) >> 32,
 	};
-	__u32 count = *(const volatile __u32 *)&service->backend_count;
+	struct backend *row;
 
-	if (!count)
-		return NULL;
-	/* A multiplication spreads as evenly as a remainder, without division.
-	 */
-	key.slot = ((__u64)number * count) >> 32;
-	return bpf_map_lookup_elem(&backends, &key);
+	if (!service->backend_count)
+		return false;
+	row = bpf_map_lookup_elem(&backends, &key);
+	if (!row)
+		return false;
+	*backend = *row;
+	return backend->service_id == service->service_id;
 }
 
-/* The pod that has a port of this node, or NULL. */
-static __always_inline struct backend *
-service_host_port(const struct addr *addr, __be16 port, __u8 protocol)
+/*
+ * The same of the service with this frontend, whose row was copied. The set of
+ * backends may have changed since: then the row is read once more.
+ */
+static __always_inline bool service_select_backend(const struct addr *addr,
+						   __be16 port, __u8 protocol,
+						   struct service *service,
+						   __u32 number,
+						   struct backend *backend)
 {
-	struct service *service = service_find(addr, port, protocol);
+	return service_select(service, number, backend) ||
+	       (service_find(addr, port, protocol, service) &&
+		service_select(service, number, backend));
+}
+
+/* Copies the pod that has a port of this node: true if there is one. */
+static __always_inline bool service_host_port(const struct addr *addr,
+					      __be16 port, __u8 protocol,
+					      struct backend *pod)
+{
+	struct service service;
 
 	/* Addresses of services are for the cluster only. */
-	if (!service || !(service->flags & SERVICE_HOST_PORT) ||
-	    service->flags & SERVICE_LOOPBACK)
-		return NULL;
-	return service_select_backend(service, 0);
+	return service_find(addr, port, protocol, &service) &&
+	       service.flags & SERVICE_HOST_PORT &&
+	       !(service.flags & SERVICE_LOOPBACK) &&
+	       service_select_backend(addr, port, protocol, &service, 0, pod);
 }
 
 /* The backend comes before this address and port, in the order of slots. */
@@ -86,7 +115,7 @@ static __always_inline bool service_has_backend(const struct service *service,
 	for (int step = 0; step < SERVICE_SEARCH_STEPS && low < high; step++) {
 		key.slot = low + (high - low) / 2;
 		backend = bpf_map_lookup_elem(&backends, &key);
-		if (!backend)
+		if (!backend || backend->service_id != key.service_id)
 			return false;
 		if (backend_is_before(backend, addr, port))
 			low = key.slot + 1;
@@ -176,7 +205,9 @@ static __always_inline void service_follow(struct connection *chosen,
 {
 	chosen->last_seen_jiffies = now;
 	chosen->tcp_flags[0] |= packet->tcp_flags;
-	if (packet->tcp_flags & (TCP_FIN | TCP_RST))
+	/* After its FIN the client may still receive, for as long as the server
+	 * likes (connection_release_backend). */
+	if (packet->tcp_flags & TCP_RST)
 		chosen->flags |= CONNECTION_CLOSING;
 	else if (!(packet->tcp_flags & TCP_SYN))
 		chosen->flags |= CONNECTION_REPLIED;
@@ -196,7 +227,7 @@ __weak __noinline int service_keep(struct packet *packet)
 	struct connection_key *key;
 	struct scratch *room = scratch_get();
 	struct connection *chosen;
-	struct service *service;
+	struct service service;
 	__u64 now = bpf_jiffies64();
 	__u32 high;
 	int ret;
@@ -213,11 +244,10 @@ __weak __noinline int service_keep(struct packet *packet)
 	chosen->last_report_jiffies = now;
 	addr_copy(&chosen->service, &packet->destination);
 	chosen->service_port = packet->destination_port;
-	service = service_find(&packet->service, packet->service_port,
-			       packet->protocol);
-	if (service) {
-		chosen->egress_epoch = service->generation;
-		chosen->identity[0] = service->service_id;
+	if (service_find(&packet->service, packet->service_port,
+			 packet->protocol, &service)) {
+		chosen->egress_epoch = service.generation;
+		chosen->identity[0] = service.service_id;
 	}
 	chosen->endpoint[0] = packet->source_endpoint;
 	chosen->tcp_flags[0] = packet->tcp_flags;
@@ -262,33 +292,31 @@ __weak __noinline int service_translate(struct packet *packet)
 	struct scratch *room = scratch_get();
 	struct connection_key *key;
 	struct connection *chosen;
-	struct service *service;
-	struct backend *backend;
+	struct service service;
+	struct backend backend;
 	__u64 now = bpf_jiffies64();
 
 	if (!packet || !room)
 		return -DROP_INVALID_PACKET;
 	key = &room->service_key;
-	service = service_find(&packet->destination, packet->destination_port,
-			       packet->protocol);
-	/* Nobody sends packets to loopback addresses in good faith. */
-	if (service && service->flags & SERVICE_LOOPBACK)
+	if (!service_find(&packet->destination, packet->destination_port,
+			  packet->protocol, &service))
+		return service_find(&packet->destination, 0, 0, &service)
+			       ? -DROP_IS_CLUSTER_IP
+			       : 0;
+	/* A port of the node's own loopback address is for its sockets. */
+	if (service.flags & SERVICE_LOOPBACK)
 		return 0;
-	if (!service) {
-		if (service_find(&packet->destination, 0, 0))
-			return -DROP_IS_CLUSTER_IP;
-		return 0;
-	}
 	addr_copy(&packet->service, &packet->destination);
 	packet->service_port = packet->destination_port;
 	packet->flags |= PACKET_HAS_SERVICE;
-	if (service->flags & SERVICE_WILDCARD)
+	if (service.flags & SERVICE_WILDCARD)
 		return -DROP_IS_CLUSTER_IP;
 
 	connection_key_of(packet, key);
 	key->kind = CONNECTION_SERVICE;
 	packet->flags |= PACKET_NEW_DESTINATION;
-	chosen = service_recall(service, packet, key, now);
+	chosen = service_recall(&service, packet, key, now);
 	if (chosen) {
 		addr_copy(&packet->destination, &chosen->service);
 		packet->destination_port = chosen->service_port;
@@ -296,14 +324,12 @@ __weak __noinline int service_translate(struct packet *packet)
 		service_follow(chosen, packet, now);
 		return 0;
 	}
-	/* Once more: the set may have changed between the two reads. */
-	backend = service_select_backend(service, bpf_get_prandom_u32());
-	if (!backend)
-		backend = service_select_backend(service, 0);
-	if (!backend)
+	if (!service_select_backend(&packet->service, packet->service_port,
+				    packet->protocol, &service,
+				    bpf_get_prandom_u32(), &backend))
 		return -DROP_NO_SERVICE_BACKEND;
-	addr_copy(&packet->destination, &backend->addr);
-	packet->destination_port = backend->port;
+	packet->destination = backend.addr;
+	packet->destination_port = backend.port;
 	service_use_loopback(packet);
 	return 1;
 }

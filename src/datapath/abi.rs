@@ -73,7 +73,7 @@ plain! {
     ServiceKey { addr, port, protocol, scope }
     Service { service_id, generation, backend_count, flags }
     BackendKey { service_id, generation, slot }
-    Backend { addr, port, protocol, flags }
+    Backend { addr, service_id, port, protocol, flags }
     SocketKey { cookie, backend, port, protocol, pad }
     SocketOrigin { service, service_id, port, pad }
     ConnectionKey { addr, port, protocol, kind, asker, pad }

@@ -115,7 +115,8 @@ impl ServiceWriter {
         };
         self.next_id += u32::from(old.is_none());
         for (row_key, backend) in backend_keys(&service).zip(&frontend.backends) {
-            if let Err(error) = self.backends.put(row_key, backend_row(key, *backend)) {
+            let row = backend_row(key, *backend, service.service_id);
+            if let Err(error) = self.backends.put(row_key, row) {
                 self.retired.extend(backend_keys(&service));
                 return Err(error.into());
             }
@@ -173,9 +174,10 @@ fn backend_keys(service: &Service) -> impl Iterator<Item = BackendKey> + use<> {
     (0..backend_count).map(move |slot| BackendKey { service_id, generation, slot })
 }
 
-fn backend_row(frontend: &FrontendKey, backend: SocketAddr) -> Backend {
+fn backend_row(frontend: &FrontendKey, backend: SocketAddr, service_id: u32) -> Backend {
     Backend {
         addr: addr_of(backend.ip()),
+        service_id,
         port: backend.port().to_be(),
         protocol: frontend.protocol.map_or(0, |protocol| protocol.number()),
         flags: 0,

@@ -1,6 +1,7 @@
 //! Packets through the real programs by BPF_PROG_TEST_RUN: what is given, the
 //! packet, the verdict, what comes out, what is reported and remembered.
 
+mod backends;
 mod drops;
 mod ends;
 mod flows;

@@ -11,7 +11,7 @@ use super::world::{A, ANSWER, B, EGRESS, INGRESS, REDIRECT, SHOT, World, in_both
 use crate::require::require_lab;
 
 /// Sends through from_pod; what comes out must be `expected`, byte by byte.
-fn becomes(world: &mut World, packet: &Packet, expected: &Packet) -> Result<()> {
+pub(super) fn becomes(world: &mut World, packet: &Packet, expected: &Packet) -> Result<()> {
     let outcome = world.send("from_pod", packet)?;
     ensure!(outcome.action == REDIRECT, "counted {:?} for {packet:?}", outcome.counted);
     let expected = Packet { macs: packet.macs, ..expected.clone() }.bytes();
@@ -223,7 +223,7 @@ fn a_socket_keeps_its_backend_among_thousands() -> Result<()> {
     })
 }
 
-fn destination_of(frame: &[u8]) -> IpAddr {
+pub(super) fn destination_of(frame: &[u8]) -> IpAddr {
     if frame[12..14] == [0x08, 0] {
         IpAddr::from(<[u8; 4]>::try_from(&frame[30..34]).expect("four bytes"))
     } else {

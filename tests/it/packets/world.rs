@@ -307,7 +307,7 @@ impl World {
         backends.sort();
         for (slot, (address, port)) in backends.iter().enumerate() {
             let key = BackendKey { service_id, generation, slot: slot as u32 };
-            let row = Backend { addr: addr_of(*address), port: port.to_be(), protocol, flags: 0 };
+            let row = Backend { addr: addr_of(*address), service_id, port: port.to_be(), protocol, flags: 0 };
             self.put("backends", &key, &row)?;
         }
         let key = ServiceKey { addr: addr_of(address), port: port.to_be(), protocol, scope: 0 };

@@ -1,0 +1,120 @@
+//! Backends that are chosen per packet: how long a choice holds, and for whom.
+
+use std::net::IpAddr;
+
+use anyhow::{Result, ensure};
+use weir::datapath::abi::{Backend, BackendKey};
+
+use super::frame::{ACK, FIN, Layer4, Packet, RST, SYN, tcp, udp};
+use super::services::{becomes, destination_of};
+use super::world::{INGRESS, REDIRECT, SHOT, World, in_both_families};
+use crate::require::require_lab;
+
+/// More than what is left to a connection that is over, less than what ends one that rests,
+/// whatever a tick is.
+const SILENCE: u64 = 12_000;
+
+/// Sends a pod's packet to a service: the backend that it goes to.
+fn backend_of(world: &mut World, packet: &Packet) -> Result<IpAddr> {
+    let outcome = world.send("from_pod", packet)?;
+    ensure!(outcome.action == REDIRECT, "counted {:?} for {packet:?}", outcome.counted);
+    Ok(destination_of(&outcome.frame))
+}
+
+#[test]
+fn a_half_closed_connection_keeps_its_backend() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (service, ports) = ((cast.service, 80), 40000..40020);
+        world.service((cast.service, 80, 6), 500, 1, &[(cast.b, 8080), (cast.elsewhere, 8080)])?;
+        for port in ports.clone() {
+            let send = |world: &mut World, flags| backend_of(world, &tcp((cast.a, port), service, flags).by(1));
+            let chosen = send(world, SYN)?;
+            assert_eq!(send(world, ACK)?, chosen);
+            assert_eq!(send(world, FIN | ACK)?, chosen);
+            // The server takes its time; what it then sends is acknowledged.
+            world.change_connections(|_, row| row.last_seen_jiffies -= SILENCE)?;
+            assert_eq!(send(world, ACK)?, chosen, "port {port}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_choice_goes_with_its_connection() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, service, backend) = ((cast.a, 40000), (cast.service, 80), (cast.b, 8080));
+        for last in [FIN | ACK, RST] {
+            world.forget_flows()?;
+            for (flags, answer) in [(SYN, SYN | ACK), (FIN | ACK, last)] {
+                becomes(world, &tcp(client, service, flags).by(1), &tcp(client, backend, flags))?;
+                becomes(world, &tcp(backend, client, answer).by(2), &tcp(service, client, answer))?;
+            }
+            if last != RST {
+                becomes(world, &tcp(client, service, ACK).by(1), &tcp(client, backend, ACK))?;
+                assert_eq!(world.connections(0)?.len(), 0, "it has ended");
+            }
+            for _ in 0..2 {
+                world.change_connections(|_, row| row.last_seen_jiffies -= SILENCE)?;
+                world.collect_garbage()?;
+            }
+            assert_eq!(world.connections(0)?.len() + world.connections(1)?.len(), 0, "after {last}");
+        }
+        // To itself a pod speaks by another name.
+        let (service, backend, stand_in) = ((cast.service, 81), (cast.a, 8081), (cast.loopback, 40000));
+        for (flags, answer) in [(SYN, SYN | ACK), (FIN | ACK, FIN | ACK)] {
+            becomes(world, &tcp(client, service, flags).by(1), &tcp(stand_in, backend, flags))?;
+            becomes(world, &tcp(backend, stand_in, answer).by(1), &tcp(service, client, answer))?;
+        }
+        becomes(world, &tcp(client, service, ACK).by(1), &tcp(stand_in, backend, ACK))?;
+        world.change_connections(|_, row| row.last_seen_jiffies -= SILENCE)?;
+        assert_eq!(world.collect_garbage()?.0.connections, 1);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_row_of_another_service_is_no_backend() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, service) = ((cast.a, 40000), (cast.service, 80));
+        world.service((cast.service, 80, 17), 500, 1, &[(cast.b, 8080)])?;
+        backend_of(world, &udp(client, service).by(1))?;
+        // As if the row had been freed and taken by another one.
+        let backends = world.datapath.typed::<BackendKey, Backend>("backends")?;
+        let key = BackendKey { service_id: 500, generation: 1, slot: 0 };
+        let row = backends.get(&key)?.expect("it was written");
+        backends.insert(&key, &Backend { service_id: 501, ..row })?;
+        world.forget_flows()?;
+        let outcome = world.send("from_pod", &udp(client, service).by(1))?;
+        ensure!(outcome.counted[0].0 == 158, "{outcome:?}");
+        Ok(())
+    })
+}
+
+/// An SCTP packet of 16 bytes: ports, tag, checksum, some of a chunk.
+fn sctp(source: (IpAddr, u16), destination: (IpAddr, u16)) -> Packet {
+    let ports = [source.1.to_be_bytes(), destination.1.to_be_bytes()].concat();
+    let payload = [&ports[..], &[1, 2, 3, 4, 0xde, 0xad, 0xbe, 0xef, 0, 3, 0, 4]].concat();
+    Packet::new(source.0, destination.0, Layer4::Other(132)).payload(&payload)
+}
+
+#[test]
+fn a_port_that_a_checksum_forbids_to_change_is_refused() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, service) = ((cast.a, 40000), (cast.service, 80));
+        world.enforce(2, &[INGRESS])?;
+        world.allow(2, INGRESS, 301, (0, 0))?;
+        world.service((cast.service, 80, 132), 500, 1, &[(cast.b, 8080)])?;
+        let outcome = world.send("from_pod", &sctp(client, service).by(1))?;
+        ensure!(outcome.action == SHOT && outcome.counted[0].0 == 141, "{outcome:?}");
+        // The address alone may be another one: the checksum does not cover it.
+        world.service((cast.service, 80, 132), 500, 2, &[(cast.b, 80)])?;
+        world.forget_flows()?;
+        becomes(world, &sctp(client, service).by(1), &sctp(client, (cast.b, 80)))?;
+        becomes(world, &sctp((cast.b, 80), client).by(2), &sctp(service, client))?;
+        Ok(())
+    })
+}
