@@ -318,6 +318,7 @@ enum connection_flags {
 	CONNECTION_REPLIED = 1 << 5,	    /* the responder has answered */
 	CONNECTION_ENDED = 1 << 6,	    /* its end was reported, it may go */
 	CONNECTION_RESET = 1 << 7,	    /* RST, and nothing else since */
+	CONNECTION_REVERSED = 1 << 8,	    /* TRANSLATED, and the backend began it */
 	CONNECTION_LATE = 1 << 12,	    /* the highest four bits count packets after the end */
 };
 

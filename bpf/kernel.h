@@ -63,6 +63,9 @@ enum {
 	BPF_SK_STORAGE_GET_F_CREATE = 1 << 0,
 	BPF_FIB_LOOKUP_SKIP_NEIGH = 1 << 2,
 	BPF_FIB_LKUP_RET_SUCCESS = 0,
+	BPF_F_CURRENT_NETNS = -1,
+	BPF_TCP_ESTABLISHED = 1, /* of UDP: connected */
+	BPF_TCP_LISTEN = 10,
 };
 
 /* Length of the inner frame's Ethernet header. */
@@ -84,7 +87,24 @@ enum {
 	ECONNREFUSED = 111,
 };
 
-struct bpf_sock;
+/* What a program sees of a socket: include/uapi/linux/bpf.h. */
+struct bpf_sock {
+	__u32 bound_dev_if;
+	__u32 family;
+	__u32 type;
+	__u32 protocol;
+	__u32 mark;
+	__u32 priority;
+	__u32 src_ip4;
+	__u32 src_ip6[4];
+	__u32 src_port;
+	__be16 dst_port;
+	__u16 pad;
+	__u32 dst_ip4;
+	__u32 dst_ip6[4];
+	__u32 state; /* of TCP: BPF_TCP_* */
+	__s32 rx_queue_mapping;
+};
 
 /* What a tc program sees of a packet: include/uapi/linux/bpf.h, fixed for ever. */
 struct __sk_buff {
@@ -301,6 +321,23 @@ struct bpf_fib_lookup {
 	__be16 vlan_tci;
 	__u8 source_mac[6];
 	__u8 destination_mac[6];
+};
+
+struct bpf_sock_tuple {
+	union {
+		struct {
+			__be32 source;
+			__be32 destination;
+			__be16 source_port;
+			__be16 destination_port;
+		} ipv4;
+		struct {
+			__be32 source[4];
+			__be32 destination[4];
+			__be16 source_port;
+			__be16 destination_port;
+		} ipv6;
+	};
 };
 
 struct bpf_redir_neigh {

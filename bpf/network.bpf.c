@@ -10,6 +10,7 @@
 #include "lib/forward.h"
 #include "lib/icmp.h"
 #include "lib/nat.h"
+#include "lib/node_socket.h"
 #include "lib/service.h"
 #include "lib/tunnel.h"
 
@@ -55,6 +56,90 @@ static __always_inline int network_is_for_pod(struct __sk_buff *ctx,
 		ret = address && address->endpoint_id;
 	}
 	return ret ? ret : network_host_port(packet);
+}
+
+/*
+ * A packet to a host port belongs to none of the host port's flows. It may be
+ * for a connection of the node itself, whose source port is the host port: the
+ * node's sockets know. A first SYN is the host port's, whoever listens.
+ */
+static __always_inline bool network_is_for_node(struct __sk_buff *ctx,
+						const struct packet *packet)
+{
+	struct nat_key end = {
+		.local = packet->service,
+		.remote = packet->source,
+		.local_port = packet->service_port,
+		.remote_port = packet->source_port,
+		.protocol = packet->protocol,
+	};
+
+	if (!(packet->flags & PACKET_HAS_SERVICE) ||
+	    (packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
+		return false;
+	return node_socket_find(ctx, &end) == NODE_SOCKET_TALKS;
+}
+
+enum network_flow {
+	NETWORK_FLOW_NONE = 0, /* to be judged */
+	NETWORK_FLOW_RUNS = 1, /* one whose verdict stands */
+	NETWORK_FLOW_NODE = 2, /* the node's own */
+};
+
+/*
+ * Whose a packet is that continues no flow under its name: enum network_flow, or
+ * a drop. Its flow may have another source port on the way, or need one.
+ */
+__weak __noinline int network_find_flow(struct __sk_buff *ctx,
+					struct packet *packet)
+{
+	int ret;
+
+	if (!packet)
+		return -DROP_INVALID_PACKET;
+	if (network_is_for_node(ctx, packet))
+		return NETWORK_FLOW_NODE;
+	ret = service_avoid_clash(packet);
+	if (ret > 0)
+		ret = service_keep(packet);
+	if (ret || !(packet->flags & PACKET_NEW_SOURCE))
+		return ret;
+	packet->flags &= ~(PACKET_BEGINS | PACKET_REPLACES | PACKET_CLASHES);
+	return flow_established(ctx, packet) ? NETWORK_FLOW_RUNS
+					     : NETWORK_FLOW_NONE;
+}
+
+/* Pods' connections from outside are looked for once more under the name that
+ * they have on the way: new ones to a host port, and what comes late. */
+static __always_inline bool network_may_clash(const struct packet *packet)
+{
+	if (packet->flags & (PACKET_HAS_SERVICE | PACKET_CLASHES))
+		return true;
+	return packet->protocol == IPPROTO_TCP &&
+	       !(packet->tcp_flags & TCP_SYN);
+}
+
+/* The verdict on a packet for a pod: 0, or a drop; 1 if it is the node's. */
+static __always_inline int network_judge(struct __sk_buff *ctx,
+					 struct packet *packet)
+{
+	int ret;
+
+	if (packet->flags & PACKET_ICMP_ERROR)
+		return icmp_judge(ctx, packet);
+	if (flow_established(ctx, packet))
+		return 0;
+	if (network_may_clash(packet)) {
+		ret = network_find_flow(ctx, packet);
+		if (ret == NETWORK_FLOW_NODE)
+			return 1;
+		if (ret)
+			return ret > 0 ? 0 : ret;
+	}
+	ret = flow_open_again(ctx, packet);
+	if (ret)
+		return ret > 0 ? 0 : ret;
+	return flow_open(ctx, packet);
 }
 
 /* With native routing: what comes for a running flow goes to its pod. An action
@@ -112,7 +197,9 @@ int from_network(struct __sk_buff *ctx)
 	if (ret > 0)
 		ret = parsed;
 	if (!ret)
-		ret = judge(ctx, packet);
+		ret = network_judge(ctx, packet);
+	if (ret > 0)
+		return TC_ACT_OK;
 	if (ret)
 		return finish(ctx, packet, ret);
 	if (packet->route != ROUTE_ENDPOINT)

@@ -55,8 +55,10 @@ __weak __noinline int from_pod_translate(struct __sk_buff *ctx,
 		return -DROP_ENCAPSULATION_PROHIBITED;
 	if (!(packet->flags & PACKET_HAS_SERVICE))
 		return 0;
-	packet->flags &= ~(PACKET_BEGINS | PACKET_REPLACES);
-	return flow_established(ctx, packet);
+	packet->flags &= ~(PACKET_BEGINS | PACKET_REPLACES | PACKET_CLASHES);
+	if (flow_established(ctx, packet))
+		return 1;
+	return packet->flags & PACKET_CLASHES ? service_keep(packet) : 0;
 }
 
 /*
@@ -76,7 +78,8 @@ static __always_inline bool from_pod_clashes(const struct packet *packet,
 			       ? connection_ended_here(&fast->key)
 			       : connection_ended(&fast->key);
 	return flow && flow->flags & CONNECTION_TRANSLATED &&
-	       !(fast->high ^ (flow->flags & CONNECTION_INITIATOR_HIGH)) &&
+	       (fast->high ^ (flow->flags & CONNECTION_INITIATOR_HIGH)) ==
+		       connection_client_side(flow) &&
 	       !connection_is_expired(flow, packet->protocol, bpf_jiffies64());
 }
 

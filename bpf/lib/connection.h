@@ -58,6 +58,12 @@ static __always_inline bool connection_begins_anew(const struct connection *of,
 	return connection_is_expired(of, packet->protocol, now);
 }
 
+/* Of a flow to a service: the side that does not know the backend's address. */
+static __always_inline __u32 connection_client_side(const struct connection *of)
+{
+	return of->flags & CONNECTION_REVERSED ? 1 : 0;
+}
+
 /* Between two pods of this node. */
 static __always_inline bool connection_is_local(const struct connection *of)
 {
@@ -217,7 +223,8 @@ __weak __noinline int connection_release_backend(struct connection *flow,
 
 	if (!flow || !flow_key)
 		return 0;
-	client = flow->flags & CONNECTION_INITIATOR_HIGH;
+	client = (flow->flags & CONNECTION_INITIATOR_HIGH) ^
+		 connection_client_side(flow);
 	if (!(flow->flags & (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK)))
 		return 0;
 	/* The loopback address stands for the backend itself. */

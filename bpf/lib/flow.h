@@ -47,11 +47,13 @@ static __always_inline bool flow_came_by_its_way(const struct connection *of,
 	       packet->flags & PACKET_FROM_OVERLAY;
 }
 
-/* Answers come from where the question was sent to. */
+/* What a backend sends comes from where the question was sent to. */
 static __always_inline void
 flow_restore_service(struct packet *packet, const struct connection *connection)
 {
-	if (!(packet->flags & PACKET_REPLY) ||
+	__u32 side = packet->flags & PACKET_REPLY ? 1 : 0;
+
+	if (side == connection_client_side(connection) ||
 	    !(connection->flags &
 	      (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK)))
 		return;
@@ -67,6 +69,41 @@ flow_restore_service(struct packet *packet, const struct connection *connection)
 	packet->source = connection->service;
 	packet->source_port = connection->service_port;
 	packet->flags |= PACKET_NEW_SOURCE;
+}
+
+/*
+ * The packet was sent to the same frontend (a service, a host port, the pod's
+ * own address) as this flow, whose key it has. A backend's is, whatever the
+ * frontend; a pod's own flows are kept apart before (from_pod_clashes).
+ */
+static __always_inline bool flow_has_frontend(const struct connection *of,
+					      const struct packet *packet,
+					      __u32 side)
+{
+	bool is_translated = of->flags &
+			     (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK);
+
+	if (!(packet->flags & PACKET_HAS_SERVICE))
+		return !is_translated || packet->flags & PACKET_FROM_POD ||
+		       side != connection_client_side(of);
+	return is_translated && side == connection_client_side(of) &&
+	       of->service_port == packet->service_port &&
+	       addr_equal(&of->service, &packet->service);
+}
+
+/*
+ * The packet goes to another frontend than the flow that has its key. If that
+ * is nothing but what the backend sent of its own accord, after the flow to the
+ * frontend was forgotten, the client's packet begins that flow again. Else both
+ * run, and the packet needs another source port.
+ */
+static __always_inline void flow_note_clash(const struct connection *of,
+					    struct packet *packet, __u32 side)
+{
+	if (side && !(of->flags & CONNECTION_REPLIED))
+		packet->flags |= PACKET_BEGINS | PACKET_REPLACES;
+	else
+		packet->flags |= PACKET_CLASHES;
 }
 
 /*
@@ -91,10 +128,14 @@ static __always_inline bool flow_continue(struct __sk_buff *ctx,
 		return false;
 	}
 
+	if (!flow_came_by_its_way(connection, packet, side))
+		return false;
+	if (!flow_has_frontend(connection, packet, side)) {
+		flow_note_clash(connection, packet, side);
+		return false;
+	}
 	packet->route = connection->route[side ^ 1];
 	if (!packet->route)
-		return false;
-	if (!flow_came_by_its_way(connection, packet, side))
 		return false;
 	if (connection->endpoint[side] &&
 	    !flow_end_is_current(connection, packet, &packet->source, side))
@@ -320,13 +361,50 @@ static __always_inline void flow_keep_verdict(struct connection *connection,
 	connection->ingress_epoch = flow->ingress.epoch;
 }
 
+/*
+ * A backend speaks to the client of a flow that is over for want of packets: the
+ * client still knows it by the service's address only.
+ */
+static __always_inline void flow_reverse(const struct connection *over,
+					 const struct packet *packet,
+					 const struct flow *flow,
+					 struct connection *fresh)
+{
+	__u32 side = flow->high ^ (over->flags & CONNECTION_INITIATOR_HIGH);
+
+	if (!(over->flags & CONNECTION_TRANSLATED) ||
+	    over->flags & CONNECTION_LOOPBACK ||
+	    side == connection_client_side(over) ||
+	    packet->flags & PACKET_HAS_SERVICE || packet->tcp_flags & TCP_SYN)
+		return;
+	fresh->service = over->service;
+	fresh->service_port = over->service_port;
+	fresh->other_port = over->other_port;
+	fresh->flags |= CONNECTION_TRANSLATED | CONNECTION_REVERSED;
+}
+
+/* Reports the end of the flow that had the key of a new one until now. */
+static __always_inline void flow_end_replaced(struct __sk_buff *ctx,
+					      const struct connection *over,
+					      const struct flow *flow)
+{
+	struct event *event;
+
+	if (!settings.flow_events || over->flags & CONNECTION_ENDED)
+		return;
+	event = event_of_flow(over, &flow->key, EVENT_FLOW_END, ctx->ifindex,
+			      0);
+	if (event)
+		bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+}
+
 /* The entry of a flow that begins with this packet, or NULL. */
 static __noinline struct connection *flow_insert(struct __sk_buff *ctx,
 						 const struct packet *packet,
 						 const struct flow *flow)
 {
 	struct scratch *room = scratch_get();
-	struct connection *fresh;
+	struct connection *fresh, *over;
 	__u64 now = bpf_jiffies64();
 
 	if (!room)
@@ -354,6 +432,13 @@ static __noinline struct connection *flow_insert(struct __sk_buff *ctx,
 	if (packet->tcp_flags & TCP_SYN &&
 	    !connection_knows_sender(packet, flow->source.route))
 		fresh->sequence = packet_sequence(ctx, packet);
+	if (packet->flags & PACKET_REPLACES) {
+		over = bpf_map_lookup_elem(&connections, &flow->key);
+		if (over) {
+			flow_end_replaced(ctx, over, flow);
+			flow_reverse(over, packet, flow, fresh);
+		}
+	}
 	/* Kernels before 6.15 may find every free entry busy: not full, ask
 	 * again. */
 	if (bpf_map_update_elem(&connections, &flow->key, fresh, BPF_ANY) &&
@@ -362,35 +447,18 @@ static __noinline struct connection *flow_insert(struct __sk_buff *ctx,
 	return fresh;
 }
 
-/* Reports the end of the flow that had the key of a new one until now. */
-static __noinline void flow_end_replaced(struct __sk_buff *ctx,
-					 const struct flow *flow)
-{
-	struct connection *over = bpf_map_lookup_elem(&connections, &flow->key);
-	struct event *event;
-
-	if (!over || over->flags & CONNECTION_ENDED)
-		return;
-	event = event_of_flow(over, &flow->key, EVENT_FLOW_END, ctx->ifindex,
-			      0);
-	if (event)
-		bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
-}
-
 /* Begins a flow with this packet: 0 or a drop. */
 static __always_inline int flow_begin(struct __sk_buff *ctx,
 				      struct packet *packet,
 				      const struct flow *flow)
 {
-	struct connection *fresh;
+	struct connection *fresh = flow_insert(ctx, packet, flow);
 
-	if (settings.flow_events && packet->flags & PACKET_REPLACES)
-		flow_end_replaced(ctx, flow);
-	fresh = flow_insert(ctx, packet, flow);
 	if (!fresh)
 		return -DROP_CONNECTION_INSERT;
 	if (settings.flow_events)
 		event_flow(ctx, packet, fresh, EVENT_FLOW_NEW);
+	flow_restore_service(packet, fresh);
 	return 0;
 }
 

@@ -162,10 +162,11 @@ __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 			       !flow_end_is_current(connection, packet,
 						    &packet->destination, end)))
 		return -DROP_UNSUPPORTED_ICMP;
-	if (end || !(connection->flags & CONNECTION_TRANSLATED))
+	if (end != connection_client_side(connection) ||
+	    !(connection->flags & CONNECTION_TRANSLATED))
 		return 0;
 
-	/* The initiator knows the service, not the backend. */
+	/* The client knows the service, not the backend. */
 	if (addr_equal(&packet->source, &inner->destination)) {
 		packet->source = connection->service;
 		packet->flags |= PACKET_NEW_SOURCE;
@@ -192,6 +193,18 @@ static __always_inline int judge(struct __sk_buff *ctx, struct packet *packet)
 	if (ret)
 		return ret > 0 ? 0 : ret;
 	return flow_open(ctx, packet);
+}
+
+/* A flow to the pod by its host port, which the quoted answer is of. */
+static __always_inline bool icmp_has_host_port_flow(const struct packet *inner,
+						    const struct backend *pod)
+{
+	struct connection_key key __attribute__((aligned(8)));
+
+	connection_key_fill((const void *)&pod->addr,
+			    (const void *)&inner->destination, pod->port,
+			    inner->destination_port, inner->protocol, &key);
+	return bpf_map_lookup_elem(&connections, &key);
 }
 
 /*
@@ -230,9 +243,10 @@ __weak __noinline int icmp_translate(struct __sk_buff *ctx,
 	if (other) {
 		to = *other;
 	} else {
-		if (out || !service_host_port(&inner->source,
-					      inner->source_port,
-					      inner->protocol, &pod))
+		if (out ||
+		    !service_host_port(&inner->source, inner->source_port,
+				       inner->protocol, &pod) ||
+		    !icmp_has_host_port_flow(inner, &pod))
 			return 0;
 		to.addr = pod.addr;
 		to.port = pod.port;

@@ -4,6 +4,17 @@
  * once for a connection; service_translate does it per packet, for the pods
  * whose sockets the hooks do not see, and keeps the choice in a connection of
  * its own kind.
+ *
+ * A client may reach one backend by several frontends at once, from one source
+ * port: by two services, by two addresses of the node that have a host port, by
+ * the backend's own address. The backend would see one connection. So the row of
+ * the flow says by which frontend it came, and the second frontend's flow gets
+ * another source port on the way. The port is kept in a SERVICE row, whose key
+ * is the client and the frontend, as the client knows them. Pods' flows to
+ * services always have a SERVICE row, since it holds the choice of the backend;
+ * flows from outside have one only when they need a port of their own. A node
+ * port, whose backend is chosen among many, needs the SERVICE row for each flow
+ * from outside, under the same key.
  */
 #pragma once
 
@@ -154,13 +165,20 @@ service_recall(const struct service *service, const struct packet *packet,
 	return chosen;
 }
 
-/* The entry is of the flow that the packet becomes. */
+/*
+ * The entry is of the flow that the packet becomes, or of what the backend sent
+ * of its own accord after that one was forgotten (flow_note_clash).
+ */
 static __always_inline bool service_is_own(const struct connection *flow,
 					   const struct packet *packet,
-					   __be16 own_port)
+					   __u32 side, __be16 own_port)
 {
 	__be16 port = flow->other_port ? flow->other_port : packet->source_port;
 
+	if (side && !(flow->flags & (CONNECTION_REPLIED |
+				     CONNECTION_TRANSLATED |
+				     CONNECTION_LOOPBACK)))
+		return port == own_port;
 	return flow->flags & (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK) &&
 	       port == own_port && flow->service_port == packet->service_port &&
 	       addr_equal(&flow->service, &packet->service);
@@ -178,16 +196,20 @@ static __always_inline int service_choose_port(struct packet *packet,
 {
 	struct connection *flow;
 	__be16 own_port = packet->source_port;
+	__u32 high;
 
 	for (int i = 0; i < SERVICE_PORT_TRIES; i++) {
-		connection_key_of(packet, key);
+		high = connection_key_of(packet, key);
 		flow = bpf_map_lookup_elem(&connections, key);
 		/* Or the SYN may meet a socket that is about to close. */
 		if (!flow)
 			flow = connection_ended(key);
 		if (!flow ||
 		    connection_is_expired(flow, packet->protocol, now) ||
-		    service_is_own(flow, packet, own_port)) {
+		    service_is_own(flow, packet,
+				   high ^ (flow->flags &
+					   CONNECTION_INITIATOR_HIGH),
+				   own_port)) {
 			if (packet->source_port != own_port)
 				packet->own_port = own_port;
 			return 0;
@@ -234,6 +256,11 @@ __weak __noinline int service_keep(struct packet *packet)
 
 	if (!packet || !room)
 		return -DROP_INVALID_PACKET;
+	/* The port that was chosen before is another flow's now. */
+	if (packet->own_port) {
+		packet->source_port = packet->own_port;
+		packet->own_port = 0;
+	}
 	key = &room->service_key;
 	ret = service_choose_port(packet, key, now);
 	if (ret)
@@ -335,10 +362,10 @@ __weak __noinline int service_translate(struct packet *packet)
 }
 
 /*
- * A flow that goes to a backend by its own address while a translated one of the
- * same source port does: it takes another port on the way, and is translated
- * from then on, to where it goes anyway. 0, 1 if that is new (service_keep), or
- * a drop.
+ * A flow to a backend, by the backend's own address or by a host port, while one
+ * by another frontend has the same source port: it takes another port on the
+ * way, and is translated from then on, also to where it goes anyway. 0, 1 if
+ * that is new (service_keep), or a drop.
  */
 __weak __noinline int service_avoid_clash(struct packet *packet)
 {
@@ -350,7 +377,13 @@ __weak __noinline int service_avoid_clash(struct packet *packet)
 	if (!packet || !room)
 		return -DROP_INVALID_PACKET;
 	key = &room->service_key;
-	connection_key_of(packet, key);
+	if (packet->flags & PACKET_HAS_SERVICE)
+		connection_key_fill((const void *)&packet->source,
+				    (const void *)&packet->service,
+				    packet->source_port, packet->service_port,
+				    packet->protocol, key);
+	else
+		connection_key_of(packet, key);
 	key->kind = CONNECTION_SERVICE;
 	chosen = bpf_map_lookup_elem(&connections, key);
 	if (chosen && (connection_is_expired(chosen, packet->protocol, now) ||
@@ -360,9 +393,11 @@ __weak __noinline int service_avoid_clash(struct packet *packet)
 		chosen = NULL;
 	if (!chosen && !(packet->flags & PACKET_CLASHES))
 		return 0;
-	addr_copy(&packet->service, &packet->destination);
-	packet->service_port = packet->destination_port;
-	packet->flags |= PACKET_HAS_SERVICE;
+	if (!(packet->flags & PACKET_HAS_SERVICE)) {
+		addr_copy(&packet->service, &packet->destination);
+		packet->service_port = packet->destination_port;
+		packet->flags |= PACKET_HAS_SERVICE;
+	}
 	if (!chosen)
 		return 1;
 	service_follow(chosen, packet, now);

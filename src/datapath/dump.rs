@@ -273,6 +273,7 @@ fn connection_row(key: abi::ConnectionKey, row: abi::Connection) -> Row {
             (connection_flags::CONNECTION_REPLIED.0, "replied"),
             (connection_flags::CONNECTION_ENDED.0, "ended"),
             (connection_flags::CONNECTION_RESET.0, "reset"),
+            (connection_flags::CONNECTION_REVERSED.0, "reversed"),
         ]),
     });
     Some((key.as_bytes().to_vec(), value))

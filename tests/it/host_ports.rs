@@ -1,8 +1,15 @@
 //! Host ports: a port of the node that leads to its pod, for everybody who reaches the node.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::lab::{Lab, OUTSIDE, Pod, Setup, Space, Traffic, Via, probe, wait_for};
 use crate::require::require_lab;
@@ -250,4 +257,52 @@ fn host_ports_that_cannot_be_served_are_refused() -> Result<()> {
     ensure!(twice.is_err(), "the same host port twice");
     // Port 0 of the node: none.
     lab.pod(1, "shop/none").host_port("tcp", "", 0, 80).create().map(drop)
+}
+
+#[test]
+fn the_nodes_own_connections_from_a_host_port_are_answered() -> Result<()> {
+    require_lab!();
+    for routing in ["tunnel", "native"] {
+        let world = World::start(routing)?;
+        expect_all(&world.rows(Expected::Answered))?;
+        for (number, address) in world.lab.node(1).addresses().iter().enumerate() {
+            let outside = OUTSIDE[number].parse()?;
+            let pairs = [
+                (SocketAddr::new(*address, 8000), SocketAddr::new(outside, 80)),
+                (SocketAddr::new(*address, 8001), SocketAddr::new(outside, 80)),
+            ];
+            let [tcp, udp] = pairs;
+            let node = world.lab.node(1).space();
+            node.run(move || ask_from(tcp.0, tcp.1))
+                .with_context(|| format!("{routing}: TCP from {}", tcp.0))?;
+            node.run(move || ask_by_datagram(udp.0, udp.1))
+                .with_context(|| format!("{routing}: UDP from {}", udp.0))?;
+        }
+        // And the host ports are the pod's still.
+        expect_all(&world.rows(Expected::Answered))?;
+    }
+    Ok(())
+}
+
+/// One line each way by TCP, with a source port that is a host port.
+fn ask_from(source: SocketAddr, target: SocketAddr) -> Result<()> {
+    let family = if source.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, SockType::Stream, SockFlag::empty(), None)?;
+    setsockopt(&socket, sockopt::SendTimeout, &TimeVal::seconds(5))?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(source))?;
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(target))?;
+    let mut stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.write_all(b"hello\n")?;
+    ensure!(stream.read(&mut [0; 100])? > 0, "closed without an answer");
+    Ok(())
+}
+
+fn ask_by_datagram(source: SocketAddr, target: SocketAddr) -> Result<()> {
+    let socket = UdpSocket::bind(source)?;
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    socket.connect(target)?;
+    socket.send(b"hello\n")?;
+    socket.recv(&mut [0; 100])?;
+    Ok(())
 }

@@ -6,6 +6,7 @@ mod drops;
 mod ends;
 mod flows;
 pub mod frame;
+mod frontends;
 mod fuzz;
 mod late;
 mod network;

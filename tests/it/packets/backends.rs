@@ -28,7 +28,8 @@ fn a_half_closed_connection_keeps_its_backend() -> Result<()> {
         let (service, ports) = ((cast.service, 80), 40000..40020);
         world.service((cast.service, 80, 6), 500, 1, &[(cast.b, 8080), (cast.elsewhere, 8080)])?;
         for port in ports.clone() {
-            let send = |world: &mut World, flags| backend_of(world, &tcp((cast.a, port), service, flags).by(1));
+            let send =
+                |world: &mut World, flags| backend_of(world, &tcp((cast.a, port), service, flags).by(1));
             let chosen = send(world, SYN)?;
             assert_eq!(send(world, ACK)?, chosen);
             assert_eq!(send(world, FIN | ACK)?, chosen);
@@ -115,6 +116,67 @@ fn a_port_that_a_checksum_forbids_to_change_is_refused() -> Result<()> {
         world.forget_flows()?;
         becomes(world, &sctp(client, service).by(1), &sctp(client, (cast.b, 80)))?;
         becomes(world, &sctp((cast.b, 80), client).by(2), &sctp(service, client))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_backend_that_speaks_first_again_has_the_services_name() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, service, backend) = ((cast.a, 40000), (cast.service, 80), (cast.b, 8080));
+        for is_evicted in [false, true] {
+            world.forget_flows()?;
+            becomes(world, &udp(client, service).by(1), &udp(client, backend))?;
+            becomes(world, &udp(backend, client).by(2), &udp(service, client))?;
+            if is_evicted {
+                // Nobody remembers the service: it is the backend's own flow.
+                world.forget_flows_of_kind(0)?;
+                becomes(world, &udp(backend, client).by(2), &udp(backend, client))?;
+            } else {
+                world.change_connections(|_, row| row.last_seen_jiffies -= 1_000_000)?;
+                becomes(world, &udp(backend, client).by(2), &udp(service, client))?;
+            }
+            // In any case from the client's next word on.
+            for _ in 0..2 {
+                becomes(world, &udp(client, service).by(1), &udp(client, backend))?;
+                becomes(world, &udp(backend, client).by(2), &udp(service, client))?;
+            }
+            assert_eq!(world.connections(0)?.len(), 1);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_backend_that_speaks_first_again_is_judged_as_who_begins() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, service, backend) = ((cast.a, 40000), (cast.service, 80), (cast.b, 8080));
+        becomes(world, &udp(client, service).by(1), &udp(client, backend))?;
+        becomes(world, &udp(backend, client).by(2), &udp(service, client))?;
+        world.enforce(1, &[INGRESS])?;
+        world.change_connections(|_, row| row.last_seen_jiffies -= 1_000_000)?;
+        let outcome = world.send("from_pod", &udp(backend, client).by(2))?;
+        ensure!(outcome.action == SHOT && outcome.events[0].reason == 133, "{outcome:?}");
+        becomes(world, &udp(client, service).by(1), &udp(client, backend))?;
+        becomes(world, &udp(backend, client).by(2), &udp(service, client))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn what_a_client_has_answered_itself_stays_apart_from_the_service() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let (client, service, backend) = ((cast.a, 40000), (cast.service, 80), (cast.b, 8080));
+        becomes(world, &udp(backend, client).by(2), &udp(backend, client))?;
+        becomes(world, &udp(client, backend).by(1), &udp(client, backend))?;
+        let outcome = world.send("from_pod", &udp(client, service).by(1))?;
+        ensure!(outcome.action == REDIRECT, "{outcome:?}");
+        assert_eq!(world.connections(0)?.len(), 2, "the service's has a port of its own");
+        becomes(world, &udp(backend, client).by(2), &udp(backend, client))?;
+        becomes(world, &udp(client, backend).by(1), &udp(client, backend))?;
         Ok(())
     })
 }

@@ -373,7 +373,7 @@ fn change_route(verb: &str, cast: &Cast) -> Result<()> {
     ip(&format!("route {verb} {} via {}", cast.remote, cast.other_node))
 }
 
-fn ip(line: &str) -> Result<()> {
+pub fn ip(line: &str) -> Result<()> {
     ensure!(Command::new("ip").args(line.split(' ')).status()?.success(), "ip {line}");
     Ok(())
 }
