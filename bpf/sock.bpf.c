@@ -62,7 +62,7 @@ static __always_inline int sock_refuse(void)
 /* A number that stays with the socket: its datagrams all go to one backend. */
 static __always_inline __u32 sock_number(__u64 cookie)
 {
-	return (cookie * 0x9e3779b97f4a7c15) >> 32;
+	return hash64(cookie);
 }
 
 /* A loopback address means another thing in every namespace. */
@@ -113,8 +113,7 @@ static __always_inline int sock_translate(struct bpf_sock_addr *ctx,
 	if (!bpf_sk_storage_get(&service_sockets, ctx->sk, NULL,
 				BPF_SK_STORAGE_GET_F_CREATE))
 		return sock_refuse();
-	if (bpf_map_update_elem(&sockets, &key, &origin, BPF_ANY) &&
-	    bpf_map_update_elem(&sockets, &key, &origin, BPF_ANY))
+	if (map_insert(&sockets, &key, &origin))
 		return sock_refuse();
 	sock_set_address(ctx, &key.backend, key.port, is_ipv6);
 	return SOCK_PASS;

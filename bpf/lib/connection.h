@@ -87,7 +87,7 @@ static __always_inline __u64 ended_sum(const void *of, __u32 from, __u32 to)
 
 #pragma unroll
 	for (__u32 i = from; i < to; i++)
-		sum += words[i - from] * (0x9e3779b97f4a7c15 * (2 * i + 1));
+		sum += words[i - from] * (HASH_MULTIPLIER * (2 * i + 1));
 	return sum;
 }
 
@@ -105,7 +105,7 @@ static __always_inline __u64 ended_sum_of_rest(const struct connection *of)
 /* Where a connection that has ended is written down. */
 static __always_inline struct ended *ended_slot(__u64 sum_of_key, bool is_local)
 {
-	__u32 slot = (sum_of_key * 0xd6e8feb86659fd93) >> 32;
+	__u32 slot = hash64(sum_of_key);
 
 	if (is_local)
 		slot &= ENDED_LOCAL - 1;

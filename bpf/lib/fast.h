@@ -82,12 +82,8 @@ fast_find(struct fast *fast, const struct packet_tuple *tuple)
 static __always_inline __u32 fast_side(const struct fast *fast,
 				       const struct connection *connection)
 {
-	__u32 side =
-		fast->high ^ (connection->flags & CONNECTION_INITIATOR_HIGH);
-
-	/* The verifier forgets what it knew of a number in memory. */
-	barrier_var(side);
-	return side & 1;
+	return index_of_two(fast->high ^
+			    (connection->flags & CONNECTION_INITIATOR_HIGH));
 }
 
 /* The pod of this node that the packet is for, if the flow may go on there. */

@@ -116,13 +116,11 @@ static __always_inline bool flow_continue(struct __sk_buff *ctx,
 					  struct connection *connection,
 					  __u32 high)
 {
-	__u32 side = high ^ (connection->flags & CONNECTION_INITIATOR_HIGH);
+	__u32 side = index_of_two(
+		high ^ (connection->flags & CONNECTION_INITIATOR_HIGH));
 	__u32 event;
 	bool ends;
 
-	/* The verifier forgets what it knew of a number in memory. */
-	barrier_var(side);
-	side &= 1;
 	if (connection_begins_anew(connection, packet, side, bpf_jiffies64())) {
 		packet->flags |= PACKET_BEGINS | PACKET_REPLACES;
 		return false;
@@ -344,11 +342,8 @@ static __always_inline __u8 flow_route(const struct peer *peer)
 static __always_inline void flow_keep_verdict(struct connection *connection,
 					      const struct flow *flow)
 {
-	__u32 side = flow->side;
+	__u32 side = index_of_two(flow->side);
 
-	/* The verifier forgets what it knew of a number in memory. */
-	barrier_var(side);
-	side &= 1;
 	connection->egress_rule = flow->egress.rule_id;
 	connection->ingress_rule = flow->ingress.rule_id;
 	connection->identity[side] = flow->source.identity;
@@ -439,10 +434,7 @@ static __noinline struct connection *flow_insert(struct __sk_buff *ctx,
 			flow_reverse(over, packet, flow, fresh);
 		}
 	}
-	/* Kernels before 6.15 may find every free entry busy: not full, ask
-	 * again. */
-	if (bpf_map_update_elem(&connections, &flow->key, fresh, BPF_ANY) &&
-	    bpf_map_update_elem(&connections, &flow->key, fresh, BPF_ANY))
+	if (map_insert(&connections, &flow->key, fresh))
 		return NULL;
 	return fresh;
 }
@@ -469,11 +461,10 @@ static __always_inline struct judged *judged_slot(const struct packet *packet)
 {
 	const addr_words *from = (const void *)&packet->source;
 	const addr_words *to = (const void *)&packet->destination;
-	__u64 hash = from[1] ^ to[1] * 0x9e3779b97f4a7c15;
-	__u32 slot;
+	__u64 port = (__u64)packet->destination_port << 32 | packet->protocol;
+	__u32 slot = hash64(from[1] ^ hash64(to[1] ^ port)) &
+		     (JUDGED_SLOTS - 1);
 
-	hash ^= (__u64)packet->destination_port << 32 | packet->protocol;
-	slot = (hash * 0xd6e8feb86659fd93) >> 32 & (JUDGED_SLOTS - 1);
 	return bpf_map_lookup_elem(&judged, &slot);
 }
 
@@ -602,9 +593,8 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 	}
 
 	flow_keep_verdict(connection, flow);
-	side = flow->side;
-	barrier_var(side);
-	if (connection_account(ctx, connection, packet, side & 1,
+	side = index_of_two(flow->side);
+	if (connection_account(ctx, connection, packet, side,
 			       bpf_jiffies64()))
 		event_flow(ctx, packet, connection, EVENT_FLOW_UPDATE);
 	flow_restore_service(packet, connection);

@@ -11,6 +11,7 @@
 
 #include "../config.h"
 #include "../maps.h"
+#include "basics.h"
 
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>

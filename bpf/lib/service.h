@@ -293,8 +293,7 @@ __weak __noinline int service_keep(struct packet *packet)
 		packet->service_port, packet->protocol, key);
 	key->kind = CONNECTION_SERVICE;
 	chosen->flags = high ? CONNECTION_INITIATOR_HIGH : 0;
-	if (bpf_map_update_elem(&connections, key, chosen, BPF_ANY) &&
-	    bpf_map_update_elem(&connections, key, chosen, BPF_ANY))
+	if (map_insert(&connections, key, chosen))
 		return -DROP_CONNECTION_INSERT;
 	return 0;
 }

@@ -275,6 +275,22 @@ fn a_verdict_serves_the_flows_that_follow_until_something_changes() -> Result<()
 }
 
 #[test]
+fn verdicts_on_different_pods_are_kept_side_by_side() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        stay_on_one_cpu()?;
+        world.enforce(2, &[INGRESS])?;
+        world.allow(2, INGRESS, A, (17, 53))?;
+        expect(world, &udp((cast.a, 5000), (cast.b, 53)).by(1), REDIRECT)?;
+        expect(world, &udp((cast.a, 5000), (cast.elsewhere, 53)).by(1), REDIRECT)?;
+        // Rules of a policy never change: who is asked again now has been forgotten.
+        world.forget_rules()?;
+        expect(world, &udp((cast.a, 5001), (cast.b, 53)).by(1), REDIRECT)?;
+        Ok(())
+    })
+}
+
+#[test]
 fn a_verdict_on_a_sender_serves_no_other() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {
