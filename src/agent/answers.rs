@@ -13,8 +13,7 @@ use super::compute::Desired;
 use super::node::OVERLAY_DEVICE;
 use super::rounds::Current;
 use crate::api::answers::{
-    BrokenRow, EndpointRow, FeatureRow, IdentityRow, KindRow, NodeRow, PolicyRow, ServiceRow, StatusAnswer,
-    WaitingRow,
+    BrokenRow, EndpointRow, FeatureRow, IdentityRow, KindRow, PolicyRow, ServiceRow, StatusAnswer, WaitingRow,
 };
 use crate::api::{Handler, Refusal, Reply, Request};
 use crate::config::{Config, Routing};
@@ -23,6 +22,7 @@ use crate::endpoint::{Manager, Progress};
 use crate::flow::{NameSource, NameTables, Names, Query, Recorder, Stream};
 use crate::kube::{Health, Tables};
 use crate::model::{Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Protocol};
+use crate::netlink;
 use crate::tables::Table;
 use crate::telemetry::{ObjectCounts, Telemetry, WatchHealth};
 
@@ -235,6 +235,7 @@ impl Known {
                 };
                 rows.push(("tunnel packets", way));
             }
+            rows.extend(by_the_stack(&loaded.datapath));
             for (program, reason) in &features.not_loaded {
                 rows.push(("left out", format!("{program}: {reason}")));
             }
@@ -302,32 +303,6 @@ impl Known {
             endpoints: selects(key),
         };
         self.tables.policies.snapshot().iter().map(row).collect()
-    }
-
-    fn node_rows(&self) -> Vec<NodeRow> {
-        let this_node = self.config.args.node_name.as_str();
-        let published = self.tables.node_endpoints.snapshot();
-        let row = |(name, node): (&Arc<str>, &Arc<crate::model::Node>)| {
-            let is_this = **name == *this_node;
-            let way = match self.config.args.routing {
-                _ if is_this => "this node",
-                Routing::Tunnel => "tunnel",
-                Routing::Native => "route",
-            };
-            let pods = match published.get(name) {
-                _ if is_this => self.endpoints.snapshot().len(),
-                Some(published) => published.endpoints.len(),
-                None => 0,
-            };
-            NodeRow {
-                node: name.to_string(),
-                addresses: node.addresses.clone(),
-                pod_cidrs: node.pod_cidrs.clone(),
-                pods,
-                way: way.to_owned(),
-            }
-        };
-        self.tables.nodes.snapshot().iter().map(row).collect()
     }
 
     fn service_rows(&self) -> Vec<ServiceRow> {
@@ -431,10 +406,22 @@ impl Handler for Answers {
             Request::Identities => reply.finish(Ok::<_, Refusal>(known.identity_rows(&self.names))).await,
             Request::Policies => reply.finish(Ok::<_, Refusal>(known.policy_rows())).await,
             Request::Services => reply.finish(Ok::<_, Refusal>(known.service_rows())).await,
-            Request::Nodes => reply.finish(Ok::<_, Refusal>(known.node_rows())).await,
         };
         if answered.is_err() {
             tracing::debug!("a client went away before its answer");
         }
     }
+}
+
+/// Rules of the node's netfilter that pods' packets do not meet: they go past the stack.
+fn by_the_stack(datapath: &Datapath) -> Option<(&'static str, String)> {
+    let value = match (datapath.allows_past_stack(), netlink::forward_drops()) {
+        (Ok(false), _) | (_, Ok(0)) => return None,
+        (_, Ok(drops)) => format!(
+            "{drops} rules and policies drop what is forwarded: what pods send out of the cluster meets them \
+             only where it goes to --stack-cidrs"
+        ),
+        (_, Err(error)) => error.to_string(),
+    };
+    Some(("netfilter", value))
 }

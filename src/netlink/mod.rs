@@ -8,6 +8,7 @@
 //! ```text
 //! address      the node's addresses, and news of them
 //! connection   the socket: batches of requests, dumps
+//! netfilter    whether the node has rules that drop what is forwarded
 //! namespace    a thread that enters a pod's namespace
 //! ipsec        whether the node has policies of its own
 //! link         devices: find, delete, raise, VXLAN
@@ -22,6 +23,7 @@ mod connection;
 mod ipsec;
 mod link;
 mod namespace;
+mod netfilter;
 mod pod;
 mod route;
 mod socket;
@@ -36,6 +38,7 @@ pub use link::{
     Link, add_address, delete_link, devices_with, ensure_vxlan, link, link_index, links, raise_link,
 };
 pub use namespace::{namespace_cookie, open_namespace, within};
+pub use netfilter::forward_drops;
 pub use pod::{
     GATEWAY_IPV4, GATEWAY_IPV6, POD_ROUTE_PROTOCOL, PodLink, PodLinkSpec, create_pod_link, raise_pod_link,
     verify_pod_link,
