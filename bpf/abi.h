@@ -140,12 +140,14 @@ struct prefix_key {
 };
 
 struct prefix {
+	struct addr node; /* POD_CIDR: underlay address of the node that has it; zero: this one */
 	__u32 identity;
-	__u32 flags; /* enum prefix_flags */
+	__u32 flags;	  /* enum prefix_flags */
 };
 
 enum prefix_flags {
 	PREFIX_POD_CIDR = 1 << 0, /* cluster pods live here: never masqueraded; unknown = unroutable */
+	PREFIX_GUARDED = 1 << 1,  /* pods go there through the node's netfilter, and hear from there through it */
 };
 
 struct policy_peer_key {
@@ -269,6 +271,7 @@ enum route {
 	ROUTE_NODE = 2,	    /* a pod of another node */
 	ROUTE_STACK = 3,    /* this node, other nodes, the world */
 	ROUTE_NOWHERE = 4,  /* in a pod CIDR, and nobody has it */
+	ROUTE_GUARDED = 5,  /* as ROUTE_STACK, through the node's netfilter */
 };
 
 /*

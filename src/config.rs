@@ -3,11 +3,12 @@
 //! Converting validates everything: a setting that makes no sense is refused at
 //! start with its name and what is allowed.
 
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::{ArgAction, Args, ValueEnum};
+use ipnet::IpNet;
 use thiserror::Error;
 
 use crate::operator::OperatorArgs;
@@ -109,6 +110,18 @@ pub struct AgentArgs {
     /// Highest port that masquerading uses; keep clear of NodePorts and of ip_local_port_range.
     #[arg(long, env = "WEIR_NAT_PORT_MAX", value_name = "PORT", default_value_t = 29999)]
     pub nat_port_max: u16,
+
+    /// What pods reach through the node's netfilter, whose rules everything else passes by: by default the
+    /// metadata and wire servers of clouds, which nodes guard by such rules.
+    #[arg(
+        long,
+        env = "WEIR_STACK_CIDRS",
+        value_name = "CIDR",
+        value_delimiter = ',',
+        value_parser = stack_cidr,
+        default_value = "169.254.0.0/16,168.63.129.16/32,100.100.100.200/32,fd00:ec2::254/128,fd20:ce::254/128"
+    )]
+    pub stack_cidrs: Vec<IpNet>,
 
     /// Where metrics and health are served over HTTP.
     #[arg(long, env = "WEIR_METRICS_ADDRESS", value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9962")]
@@ -352,24 +365,28 @@ pub fn check_variables(variables: impl IntoIterator<Item = String>) -> Result<()
     let unknown = |name: &String| is_setting(name) && !known.contains(&name.as_str());
     match variables.into_iter().find(unknown) {
         None => Ok(()),
-        Some(name) => Err(UnknownVariable { nearest: nearest(&name, &known), name }),
+        Some(name) => Err(UnknownVariable { name, known: known.join(", ") }),
     }
-}
-
-/// The setting that was probably meant; `weir agent --help` where none is near.
-fn nearest(name: &str, known: &[&str]) -> String {
-    let own = |name: &str| name.trim_start_matches("WEIR_").to_owned();
-    let likeness = |setting: &&str| (strsim::jaro_winkler(&own(name), &own(setting)) * 1000.0) as u32;
-    let best = known.iter().copied().max_by_key(likeness).filter(|setting| likeness(setting) > 850);
-    best.map_or_else(|| "`weir agent --help` lists them".to_owned(), |best| format!("did you mean {best}?"))
 }
 
 /// A variable of the environment that is no setting.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("{name} is no setting: {nearest}")]
+#[error("{name} is no setting; there are {known}")]
 pub struct UnknownVariable {
     name: String,
-    nearest: String,
+    known: String,
+}
+
+/// A CIDR of one family alone: `prefixes` keeps IPv4 inside IPv6.
+fn stack_cidr(text: &str) -> Result<IpNet, String> {
+    let cidr = text.parse::<IpNet>().map_err(|_| "must be a CIDR, as 169.254.0.0/16".to_owned())?.trunc();
+    let mapped = Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0);
+    match cidr {
+        IpNet::V6(ipv6) if ipv6.contains(&mapped) || ipv6.network().to_ipv4_mapped().is_some() => {
+            Err("must not cover IPv4: write that as IPv4".to_owned())
+        }
+        cidr => Ok(cidr),
+    }
 }
 
 /// HOST:PORT, where HOST is a name, an IPv4 address or a bracketed IPv6 address.
@@ -436,6 +453,10 @@ mod tests {
         assert!(config(&["--map-size", "addresses=0"]).is_err());
         assert!(config(&["--map-size", "weird=5"]).is_err_and(|error| error.contains("must name one of")));
         assert!(config(&["--map-size", "addresses=5"]).is_ok());
+        assert!(config(&["--stack-cidrs", "192.0.2.0/24,fd00::1/128"]).is_ok());
+        for nonsense in ["::/0", "::ffff:10.0.0.0/104", "10.0.0.1", "all"] {
+            assert!(config(&["--stack-cidrs", nonsense]).is_err(), "{nonsense}");
+        }
     }
 
     #[test]
@@ -452,9 +473,7 @@ mod tests {
         let check = |names: &[&str]| check_variables(names.iter().map(|name| (*name).to_owned()));
         assert_eq!(check(&["PATH", "WEIR_MTU", "WEIR_NODE_NAME", "HOME"]), Ok(()));
         let message = check(&["WEIR_MTUU"]).expect_err("no such setting").to_string();
-        assert_eq!(message, "WEIR_MTUU is no setting: did you mean WEIR_MTU?");
-        let message = check(&["WEIR_COLOUR_OF_THE_SKY"]).expect_err("no such setting").to_string();
-        assert!(message.ends_with("`weir agent --help` lists them"), "{message}");
+        assert!(message.starts_with("WEIR_MTUU is no setting; there are WEIR_NODE_NAME, "), "{message}");
     }
 
     #[test]

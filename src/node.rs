@@ -9,6 +9,7 @@
 //! [`addresses`] says who has what; [`Addresses`] says the same again and again at the cost
 //! of what changed.
 
+mod prefixes;
 #[cfg(test)]
 mod tests;
 
@@ -23,6 +24,8 @@ use crate::model::{
     AddressKind, BaseAddress, Endpoint, EndpointId, IdentityId, Node, NodeEndpoints, ObjectKey,
 };
 use crate::tables::Snapshot;
+
+pub use prefixes::Prefixes;
 
 /// What addresses come from.
 pub struct Input<'a> {
@@ -197,10 +200,13 @@ impl Addresses {
 
 impl Input<'_> {
     fn underlay_of(&self, node: &Node) -> Option<IpAddr> {
-        let has_ipv4 =
-            self.nodes.get(self.this_node).is_none_or(|node| node.addresses.iter().any(IpAddr::is_ipv4));
-        underlay_address(node, has_ipv4)
+        underlay_address(node, has_ipv4(self.nodes, self.this_node))
     }
+}
+
+/// False if `this_node` is known to have no IPv4.
+fn has_ipv4(nodes: &Snapshot<Arc<str>, Arc<Node>>, this_node: &str) -> bool {
+    nodes.get(this_node).is_none_or(|node| node.addresses.iter().any(IpAddr::is_ipv4))
 }
 
 fn own(identity: IdentityId, endpoint: Option<EndpointId>, kind: AddressKind) -> BaseAddress {

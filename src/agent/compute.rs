@@ -100,6 +100,7 @@ pub struct Compute {
     node_name: Arc<str>,
     internal_addresses: Vec<IpAddr>,
     owners: node::Addresses,
+    prefixes: node::Prefixes,
     frontends: service::Frontends,
     compiler: policy::Compiler,
     numbers: HashMap<Arc<IdentityLabels>, IdentityId>,
@@ -110,10 +111,12 @@ pub struct Compute {
 }
 
 impl Compute {
-    /// Starts numbering above what the maps hold from the agent before.
+    /// Starts numbering above what the maps hold from the agent before. `guarded`: what pods reach through
+    /// the node's netfilter.
     pub fn new(
         node_name: &str,
         internal_addresses: Vec<IpAddr>,
+        guarded: Vec<IpNet>,
         first_policy: PolicyId,
         first_local: IdentityId,
     ) -> Self {
@@ -121,6 +124,7 @@ impl Compute {
             node_name: node_name.into(),
             internal_addresses,
             owners: node::Addresses::default(),
+            prefixes: node::Prefixes::new(guarded),
             frontends: service::Frontends::default(),
             compiler: policy::Compiler::new(first_policy, first_local),
             numbers: HashMap::new(),
@@ -165,7 +169,7 @@ impl Compute {
         desired.endpoints = endpoint_entries(&endpoints, &compiled);
         desired.policies = compiled.policies;
         desired.addresses = compiled.addresses;
-        desired.prefixes = compiled.prefixes;
+        desired.prefixes = self.prefixes.update(&self.node_name, &compiled.prefixes, &view.nodes);
         desired.local_identities = compiled.local_identities;
         desired.selected_by = compiled.selected_by;
         desired.frontends = services.frontends.clone();

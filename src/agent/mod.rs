@@ -151,6 +151,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     let compute = Compute::new(
         &config.args.node_name,
         devices.internal_addresses.clone(),
+        config.args.stack_cidrs.clone(),
         writers.policies.next_free_id(),
         writers.addresses.highest_local_identity(),
     );

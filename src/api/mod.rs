@@ -61,8 +61,6 @@ pub enum Request {
     Policies,
     /// Services and their backends.
     Services,
-    /// The nodes of the cluster.
-    Nodes,
     /// Flows, past and to come; a stream.
     Observe(flow::Query),
 }

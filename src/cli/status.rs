@@ -183,11 +183,7 @@ fn write_tables(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
-    if let Ok(seconds) = text.parse() {
-        return Ok(Duration::from_secs(seconds));
-    }
-    let duration: SignedDuration =
-        text.parse().map_err(|_| "not a number of seconds, nor a duration as 500ms, 90s, 5m".to_owned())?;
+    let duration: SignedDuration = text.parse().map_err(|_| "not a duration as 500ms, 90s, 5m".to_owned())?;
     duration.try_into().map_err(|_| "a duration cannot be negative".to_owned())
 }
 

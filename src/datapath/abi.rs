@@ -65,7 +65,7 @@ plain! {
     Endpoint { epoch, policy, ipv4, ipv6, ifindex, identity, mac, flags }
     Address { node, identity, endpoint_id, flags }
     PrefixKey { prefix_length, addr }
-    Prefix { identity, flags }
+    Prefix { node, identity, flags }
     PolicyPeerKey { policy_id, identity, direction }
     PolicyPeer { class }
     PolicyRuleKey { prefix_length, policy_id, class, direction, protocol, port }

@@ -199,8 +199,13 @@ fn prefix_key(prefix: IpNet) -> PrefixKey {
 }
 
 fn prefix_row(entry: PrefixEntry) -> Prefix {
-    let flags = if entry.is_pod_cidr { prefix_flags::PREFIX_POD_CIDR.0 } else { 0 };
-    Prefix { identity: entry.identity.0, flags }
+    let flag = |is_set: bool, flag: prefix_flags| if is_set { flag.0 } else { 0 };
+    Prefix {
+        node: entry.node.map(addr_of).unwrap_or_default(),
+        identity: entry.identity.0,
+        flags: flag(entry.is_pod_cidr, prefix_flags::PREFIX_POD_CIDR)
+            | flag(entry.is_guarded, prefix_flags::PREFIX_GUARDED),
+    }
 }
 
 #[cfg(test)]

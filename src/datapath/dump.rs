@@ -153,7 +153,11 @@ fn prefix_row(key: abi::PrefixKey, row: abi::Prefix) -> Row {
     let value = json!({
         "prefix": format!("{address}/{length}"),
         "identity": row.identity,
-        "flags": names(row.flags, &[(prefix_flags::PREFIX_POD_CIDR.0, "pod-cidr")]),
+        "node": optional_ip_of(row.node),
+        "flags": names(row.flags, &[
+            (prefix_flags::PREFIX_POD_CIDR.0, "pod-cidr"),
+            (prefix_flags::PREFIX_GUARDED.0, "guarded"),
+        ]),
     });
     Some(([key.addr.as_bytes(), &sort_key(&[key.prefix_length])].concat(), value))
 }

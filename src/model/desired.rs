@@ -56,12 +56,16 @@ pub enum AddressKind {
 }
 
 /// A row of `prefixes`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PrefixEntry {
     /// What an address without a row of its own in `addresses` is.
     pub identity: IdentityId,
     /// Within a pod CIDR of the cluster.
     pub is_pod_cidr: bool,
+    /// Underlay address of the node that has this pod CIDR; `None` on this node.
+    pub node: Option<IpAddr>,
+    /// What pods send there passes the node's netfilter.
+    pub is_guarded: bool,
 }
 
 /// A row of `endpoints`.

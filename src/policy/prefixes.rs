@@ -122,7 +122,7 @@ impl Locals {
                 None => IdentityId::WORLD,
             };
             let is_pod_cidr = cluster.longest(net).is_some();
-            prefixes.insert(*net, PrefixEntry { identity, is_pod_cidr });
+            prefixes.insert(*net, PrefixEntry { identity, is_pod_cidr, ..PrefixEntry::default() });
         }
         keep_families_apart(&mut prefixes);
         self.numbers.retain(|_, number| used.contains_key(number));
@@ -212,6 +212,6 @@ fn keep_families_apart(prefixes: &mut BTreeMap<IpNet, PrefixEntry>) {
     if prefixes.keys().any(|net| matches!(net, IpNet::V6(net) if net.contains(&mapped()))) {
         prefixes
             .entry(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0).into())
-            .or_insert(PrefixEntry { identity: IdentityId::WORLD, is_pod_cidr: false });
+            .or_insert(PrefixEntry { identity: IdentityId::WORLD, ..PrefixEntry::default() });
     }
 }

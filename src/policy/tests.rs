@@ -328,7 +328,11 @@ fn blocks_cover_pods_nodes_and_the_world() {
         (IdentityId(LOCAL + 3), local(None, &[one, two])),
     ]);
     assert_eq!(*output.local_identities, expected);
-    let entry = |identity, is_pod_cidr| PrefixEntry { identity: IdentityId(identity), is_pod_cidr };
+    let entry = |identity, is_pod_cidr| PrefixEntry {
+        identity: IdentityId(identity),
+        is_pod_cidr,
+        ..PrefixEntry::default()
+    };
     assert_eq!(
         *output.prefixes,
         BTreeMap::from([
@@ -353,7 +357,7 @@ fn short_ipv6_prefixes_do_not_speak_for_ipv4() {
         None,
     ));
     let output = world.compile(&mut compiler());
-    let entry = |identity| PrefixEntry { identity, is_pod_cidr: false };
+    let entry = |identity| PrefixEntry { identity, ..PrefixEntry::default() };
     assert_eq!(
         *output.prefixes,
         BTreeMap::from([

@@ -193,7 +193,10 @@ fn writers_maps_grow_with_their_rows_and_the_kernels_keep_their_size() -> Result
         };
         let prefixes: BTreeMap<ipnet::IpNet, _> = [(
             "192.0.2.0/24".parse()?,
-            weir::model::PrefixEntry { identity: IdentityId::FIRST_LOCAL, is_pod_cidr: false },
+            weir::model::PrefixEntry {
+                identity: IdentityId::FIRST_LOCAL,
+                ..weir::model::PrefixEntry::default()
+            },
         )]
         .into();
         let first = Datapath::load(&sized(1024))?;

@@ -37,9 +37,11 @@ fn addresses() -> Result<Addresses> {
 }
 
 fn prefixes() -> Result<Prefixes> {
-    let cidr = PrefixEntry { identity: IdentityId::UNKNOWN, is_pod_cidr: true };
-    let block = PrefixEntry { identity: IdentityId::FIRST_LOCAL, is_pod_cidr: false };
-    Ok([("10.0.0.0/8".parse()?, cidr), ("0.0.0.0/0".parse()?, block), ("2001:db8::/32".parse()?, block)]
+    let node = Some(IpAddr::from([192, 0, 2, 2]));
+    let cidr = PrefixEntry { is_pod_cidr: true, node, ..PrefixEntry::default() };
+    let block = PrefixEntry { identity: IdentityId::FIRST_LOCAL, ..PrefixEntry::default() };
+    let guarded = PrefixEntry { is_guarded: true, ..block };
+    Ok([("10.0.0.0/8".parse()?, cidr), ("0.0.0.0/0".parse()?, block), ("2001:db8::/32".parse()?, guarded)]
         .into())
 }
 
@@ -127,9 +129,9 @@ fn expected(policy: u32, first_rule: u32) -> Vec<Value> {
             { "address": "fd00::2", "identity": 257, "node": "192.0.2.2", "endpoint": 0, "flags": ["pod"] },
         ]),
         json!([
-            { "prefix": "0.0.0.0/0", "identity": 16777216, "flags": [] },
-            { "prefix": "10.0.0.0/8", "identity": 0, "flags": ["pod-cidr"] },
-            { "prefix": "2001:db8::/32", "identity": 16777216, "flags": [] },
+            { "prefix": "0.0.0.0/0", "identity": 16777216, "node": null, "flags": [] },
+            { "prefix": "10.0.0.0/8", "identity": 0, "node": "192.0.2.2", "flags": ["pod-cidr"] },
+            { "prefix": "2001:db8::/32", "identity": 16777216, "node": null, "flags": ["guarded"] },
         ]),
         json!([{ "id": 1, "epoch": 1, "policy": policy, "enforces": ["ingress"], "ipv4": "10.0.0.1", "ipv6": null,
                  "ifindex": 11, "identity": 256, "mac": "02:00:00:00:00:01", "flags": ["ready"] }]),
