@@ -77,6 +77,7 @@ enum {
 	TC_ACT_SHOT = 2,
 	TC_ACT_REDIRECT = 7,
 	PACKET_HOST = 0,
+	PACKET_OTHERHOST = 3,
 };
 
 enum {

@@ -105,12 +105,12 @@ struct judged {
 	__u32 epoch[2]; /* of the initiator's end, of the responder's */
 	__u32 identity[2];
 	__u32 rule[2];
+	__u32 way; /* enum packet_flags, PACKET_FROM_* */
 	__u16 endpoint[2];
 	__be16 port;
-	__u16 way; /* enum packet_flags, PACKET_FROM_* */
 	__u8 protocol;
 	__u8 route[2]; /* enum route; that of the destination is never 0 */
-	__u8 pad;
+	__u8 pad[3];
 };
 
 struct {

@@ -40,6 +40,14 @@ __weak __noinline int network_host_port(struct packet *packet)
 	return 1;
 }
 
+/* An address of this node or of its pods. */
+static __always_inline bool network_is_ours(const struct addr *addr)
+{
+	struct address *address = address_find(addr);
+
+	return address && address->flags & ADDRESS_LOCAL;
+}
+
 /* 1: a pod's, go on; 0: the stack's; or a drop. */
 static __always_inline int network_is_for_pod(struct __sk_buff *ctx,
 					      struct packet *packet)
@@ -53,7 +61,14 @@ static __always_inline int network_is_for_pod(struct __sk_buff *ctx,
 		ret = nat_restore(ctx, packet);
 	} else {
 		address = address_find(&packet->destination);
-		ret = address && address->endpoint_id;
+		if (address && address->endpoint_id)
+			return packet->flags & PACKET_CONTROL
+				       ? -DROP_FORBIDDEN_ICMPV6
+				       : 1;
+		/* The tunnel would make a pod, or the node, of the sender. */
+		if (address && address->flags & (ADDRESS_POD | ADDRESS_INTERNAL) &&
+		    network_is_ours(&packet->source))
+			return -DROP_INVALID_SOURCE_IP;
 	}
 	return ret ? ret : network_host_port(packet);
 }
@@ -155,7 +170,7 @@ __weak __noinline int network_receive(struct __sk_buff *ctx)
 	if (!fast_parse((void *)(long)ctx->data, (void *)(long)ctx->data_end,
 			&tuple) ||
 	    /* Whose they are must be looked at (connection_believe). */
-	    tuple.tcp_flags & (TCP_SYN | TCP_FIN) || ctx->vlan_present)
+	    tuple.tcp_flags & (TCP_SYN | TCP_FIN))
 		return TC_ACT_OK;
 	connection = fast_find(&fast, &tuple);
 	if (!connection)
@@ -175,6 +190,9 @@ int from_network(struct __sk_buff *ctx)
 	struct packet *packet;
 	int parsed, ret;
 
+	/* The stack decides on tags, and drops what others are sent. */
+	if (ctx->vlan_present || ctx->pkt_type == PACKET_OTHERHOST)
+		return TC_ACT_OK;
 	if (settings.tunnel_ifindex) {
 		ret = tunnel_receive(ctx);
 		if (ret != TUNNEL_BY_DEVICE)
@@ -188,8 +206,7 @@ int from_network(struct __sk_buff *ctx)
 	if (!packet)
 		return TC_ACT_SHOT;
 	parsed = packet_parse(ctx, packet);
-	if (!(packet->flags & PACKET_HAS_ADDRESSES) ||
-	    packet->flags & PACKET_CONTROL)
+	if (!(packet->flags & PACKET_HAS_ADDRESSES))
 		return TC_ACT_OK;
 	ret = network_is_for_pod(ctx, packet);
 	if (!ret)
@@ -206,7 +223,7 @@ int from_network(struct __sk_buff *ctx)
 		return finish(ctx, packet, -DROP_UNROUTABLE_IP);
 	/* to_pod gives its verdict once more: no mark survives netfilter that
 	 * it could trust. */
-	if (forward_needs_stack(&packet->source)) {
+	if (packet->source_route == ROUTE_GUARDED) {
 		ret = rewrite_apply(ctx, packet);
 		return finish(ctx, packet, ret ? ret : TC_ACT_OK);
 	}
@@ -234,7 +251,17 @@ static __always_inline int network_must_masquerade(struct packet *packet)
 	if (flow_is_reply(packet))
 		return 0;
 	/* With native routing nodes know the way to pods. */
-	return settings.tunnel_ifindex || !(to.flags & ADDRESS_NODE);
+	if (!settings.tunnel_ifindex && to.flags & ADDRESS_NODE)
+		return 0;
+	return packet_is_tunnel(packet) ? -DROP_ENCAPSULATION_PROHIBITED : 1;
+}
+
+/* The node's NAT has made a tunnel packet of what came by a device: the node's
+ * own come by none. */
+static __always_inline bool network_is_forged(struct __sk_buff *ctx,
+					      const struct packet *packet)
+{
+	return ctx->ingress_ifindex && packet_is_tunnel(packet);
 }
 
 SEC("tcx/egress")
@@ -250,9 +277,13 @@ int to_network(struct __sk_buff *ctx)
 	if (!packet)
 		return TC_ACT_SHOT;
 	parsed = packet_parse(ctx, packet);
-	if (!(packet->flags & PACKET_HAS_ADDRESSES) ||
-	    addr_equal(&packet->source, nat_node_addr(packet)))
+	if (!(packet->flags & PACKET_HAS_ADDRESSES))
 		return TC_ACT_OK;
+	if (addr_equal(&packet->source, nat_node_addr(packet)))
+		return network_is_forged(ctx, packet)
+			       ? finish(ctx, packet,
+					-DROP_ENCAPSULATION_PROHIBITED)
+			       : TC_ACT_OK;
 	address = address_find(&packet->source);
 	if (!address || !address->endpoint_id)
 		return TC_ACT_OK;

@@ -11,6 +11,30 @@
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
 
+/* The source of the outer packet, which must be for this node: 0 or a drop. */
+static __always_inline int overlay_find_node(struct __sk_buff *ctx,
+					     struct bpf_tunnel_key *key,
+					     struct addr *node)
+{
+	const struct addr *own = (const void *)&settings.node_ipv4;
+	struct addr to __attribute__((aligned(8))) = {};
+
+	if (!bpf_skb_get_tunnel_key(ctx, key, sizeof(*key), 0)) {
+		addr_from_ipv4(node, bpf_htonl(key->remote_ipv4));
+		addr_from_ipv4(&to, bpf_htonl(key->local_ipv4));
+	} else if (!bpf_skb_get_tunnel_key(ctx, key, sizeof(*key),
+					   BPF_F_TUNINFO_IPV6)) {
+		__builtin_memcpy(node->w, key->remote_ipv6, 16);
+		__builtin_memcpy(to.w, key->local_ipv6, 16);
+		own = (const void *)&settings.node_ipv6;
+	} else {
+		return -DROP_UNKNOWN_SENDER;
+	}
+	/* Nodes send to this address alone. What guards it (a firewall between
+	 * the nodes, say) need not guard the others. */
+	return addr_equal(&to, own) ? 0 : -DROP_ENCAPSULATION_PROHIBITED;
+}
+
 /* Who sent the outer packet, and whom he speaks for: 0 or a drop. */
 static __always_inline int overlay_check_sender(struct __sk_buff *ctx,
 						struct packet *packet)
@@ -19,15 +43,12 @@ static __always_inline int overlay_check_sender(struct __sk_buff *ctx,
 	struct addr node __attribute__((aligned(8))) = {};
 	int ret;
 
-	if (!bpf_skb_get_tunnel_key(ctx, &key, sizeof(key), 0)) {
-		addr_from_ipv4(&node, bpf_htonl(key.remote_ipv4));
-	} else if (!bpf_skb_get_tunnel_key(ctx, &key, sizeof(key),
-					   BPF_F_TUNINFO_IPV6)) {
-		__builtin_memcpy(node.w, key.remote_ipv6, 16);
-	} else {
-		return -DROP_UNKNOWN_SENDER;
-	}
-	ret = tunnel_check_sender(&node, &key.tunnel_id);
+	ret = overlay_find_node(ctx, &key, &node);
+	if (!ret)
+		ret = tunnel_check_identity(&key.tunnel_id);
+	if (!ret)
+		ret = tunnel_check_sender(&node, &packet->source,
+					  &key.tunnel_id);
 	if (!ret)
 		packet->source_identity = key.tunnel_id;
 	return ret;
@@ -45,11 +66,10 @@ static __always_inline int overlay_is_for_node(const struct packet *packet)
 	if (!address || !(address->flags & ADDRESS_LOCAL) ||
 	    address->endpoint_id)
 		return 0;
-	/* Ours do not come in from outside. */
-	address = address_find(&packet->source);
-	return address && address->flags & ADDRESS_LOCAL
-		       ? -DROP_INVALID_SOURCE_IP
-		       : 1;
+	if (identity_is_nobody(&packet->source))
+		return -DROP_INVALID_SOURCE_IP;
+	/* What the tunnel carried for others would come out as theirs. */
+	return packet_is_tunnel(packet) ? -DROP_ENCAPSULATION_PROHIBITED : 1;
 }
 
 /* Most packets belong to a flow whose verdict stands. */
@@ -102,12 +122,37 @@ int from_overlay(struct __sk_buff *ctx)
 	return finish(ctx, packet, forward(ctx, packet));
 }
 
+/*
+ * For whom the node's stack sends: a drop, or the number that goes with the
+ * packet. The node answers only for what a socket of its own has made; behind
+ * its address is anybody else, after its NAT.
+ */
+static __always_inline int overlay_identity(struct __sk_buff *ctx,
+					    const struct packet *packet)
+{
+	struct address *address = address_find(&packet->source);
+	struct endpoint *endpoint;
+
+	if (!address)
+		return IDENTITY_WORLD;
+	/* The other nodes' own come from them. */
+	if (!(address->flags & ADDRESS_LOCAL))
+		return -DROP_INVALID_SOURCE_IP;
+	if (!address->endpoint_id)
+		return ctx->sk && !ctx->ingress_ifindex ? IDENTITY_REMOTE_NODE
+							: IDENTITY_WORLD;
+	endpoint = endpoint_by_id(address->endpoint_id);
+	if (!endpoint || endpoint->ifindex != ctx->ingress_ifindex)
+		return -DROP_INVALID_SOURCE_IP;
+	return endpoint->identity;
+}
+
 SEC("tcx/egress")
 int to_overlay(struct __sk_buff *ctx)
 {
 	struct address *address;
 	struct packet *packet;
-	int ret;
+	int identity, ret;
 
 	/* from_pod has set the tunnel key. */
 	if (mark_is(ctx, MARK_LEAVE)) {
@@ -123,9 +168,14 @@ int to_overlay(struct __sk_buff *ctx)
 	/* What the stack tells every device (MLD, mDNS) is no packet lost. */
 	if (addr_is_multicast(&packet->destination))
 		return TC_ACT_SHOT;
+	if (packet->flags & PACKET_CONTROL)
+		return finish(ctx, packet, -DROP_FORBIDDEN_ICMPV6);
 	address = address_find(&packet->destination);
 	if (!address || addr_is_zero(&address->node))
 		return finish(ctx, packet, -DROP_NO_TUNNEL_ENDPOINT);
-	ret = forward_set_tunnel_key(ctx, &address->node, IDENTITY_REMOTE_NODE);
+	identity = overlay_identity(ctx, packet);
+	if (identity < 0)
+		return finish(ctx, packet, identity);
+	ret = forward_set_tunnel_key(ctx, &address->node, identity);
 	return finish(ctx, packet, ret ? ret : TC_ACT_OK);
 }

@@ -48,11 +48,6 @@ __weak __noinline int from_pod_translate(struct __sk_buff *ctx,
 		ret = service_keep(packet);
 	if (ret)
 		return ret;
-	/* Only nodes make tunnel packets; a service makes no difference. */
-	if (packet->protocol == IPPROTO_UDP &&
-	    packet->destination_port == bpf_htons(settings.tunnel_port) &&
-	    identity_is_node(&packet->destination))
-		return -DROP_ENCAPSULATION_PROHIBITED;
 	if (!(packet->flags & PACKET_HAS_SERVICE))
 		return 0;
 	packet->flags &= ~(PACKET_BEGINS | PACKET_REPLACES | PACKET_CLASHES);
@@ -164,9 +159,33 @@ static __always_inline bool to_pod_is_addressee(struct __sk_buff *ctx,
 	return endpoint && endpoint->ifindex == ctx->ifindex;
 }
 
+/*
+ * Neighbour discovery and group messages belong to the link: the node's own
+ * reach the pod, and nobody's through the node. An action of tc.
+ */
+static __always_inline int to_pod_control(struct __sk_buff *ctx,
+					  struct packet *packet, __u32 device)
+{
+	__u8 hop_limit = 0, own = 255;
+
+	if (packet->icmp_type <= ICMPV6_MLD_DONE ||
+	    packet->icmp_type == ICMPV6_MLD2_REPORT)
+		own = 1;
+	if (device || packet->flags & PACKET_FRAGMENT ||
+	    bpf_skb_load_bytes(ctx,
+			       ETHERNET_LENGTH +
+				       __builtin_offsetof(struct ipv6hdr,
+							  hop_limit),
+			       &hop_limit, 1) ||
+	    hop_limit != own)
+		return finish(ctx, packet, -DROP_FORBIDDEN_ICMPV6);
+	return TC_ACT_OK;
+}
+
 SEC("tcx/egress")
 int to_pod(struct __sk_buff *ctx)
 {
+	__u32 device = ctx->ingress_ifindex;
 	struct packet *packet;
 	int ret;
 
@@ -174,11 +193,17 @@ int to_pod(struct __sk_buff *ctx)
 	if (!packet)
 		return TC_ACT_SHOT;
 	ret = packet_parse(ctx, packet);
-	/* The node's own ARP and neighbour discovery. */
-	if (ret == -DROP_UNSUPPORTED_L3 || packet->flags & PACKET_CONTROL)
+	/* The node's own ARP. */
+	if (ret == -DROP_UNSUPPORTED_L3)
 		return TC_ACT_OK;
-	/* Only packets of the node's own stack have come from no device. */
-	if (!ctx->ingress_ifindex)
+	if (packet->flags & PACKET_CONTROL)
+		return to_pod_control(ctx, packet, device);
+	packet->flags |= PACKET_FROM_STACK;
+	/* A socket of the node has made the packet, and no device has brought
+	 * it: forwarded packets lose their device when they are cut again. */
+	if (device)
+		packet->flags |= PACKET_FORWARDED;
+	else if (ctx->sk)
 		packet->flags |= PACKET_FROM_HOST;
 
 	if (!ret && !to_pod_is_addressee(ctx, packet))

@@ -13,12 +13,16 @@ static __always_inline struct endpoint *endpoint_by_id(__u32 id)
 	return bpf_map_lookup_elem(&endpoints, &id);
 }
 
+/* The pod has this address; one that it lacks is zero in its row, and zero is
+ * an address of IPv6. */
 static __always_inline bool endpoint_has(const struct endpoint *endpoint,
 					 const struct addr *addr,
 					 const struct packet *packet)
 {
-	return addr_equal(addr, packet->flags & PACKET_IPV6 ? &endpoint->ipv6
-							    : &endpoint->ipv4);
+	return addr_equal(addr, packet->flags & PACKET_IPV6
+					? &endpoint->ipv6
+					: &endpoint->ipv4) &&
+	       !addr_is_zero(addr);
 }
 
 /*

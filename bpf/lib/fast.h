@@ -19,14 +19,15 @@ struct fast {
 	bool is_looked_up;
 };
 
-/* The pod has this address. */
+/* As endpoint_has. */
 static __always_inline bool fast_has(const struct endpoint *endpoint,
 				     const __u64 words[2], bool is_ipv6)
 {
 	const addr_words *own =
 		(const void *)(is_ipv6 ? &endpoint->ipv6 : &endpoint->ipv4);
 
-	return own[1] == words[1] && own[0] == words[0];
+	return own[1] == words[1] && own[0] == words[0] &&
+	       (words[0] | words[1]);
 }
 
 /* The pod is ready, and was judged in this epoch. */

@@ -29,6 +29,19 @@ static __always_inline bool flow_end_is_current(const struct connection *of,
 }
 
 /*
+ * The node's own packets of a running flow. The stack alone makes answers to
+ * what a pod asked the node, also of what it forwards: its NAT may have led the
+ * question to somebody else. Its packets need no socket here: kernels before
+ * 6.13 send IPv6's last acknowledgements and resets without one.
+ */
+static __always_inline bool flow_is_of_host(const struct packet *packet,
+					    __u32 side)
+{
+	return packet->flags & PACKET_FROM_STACK &&
+	       (side || !(packet->flags & PACKET_FORWARDED));
+}
+
+/*
  * Whoever knows a flow's tuple must not be able to put packets into it: a pod's
  * come from its own device, those of other nodes' pods by the tunnel, the
  * node's own from its stack. What comes another way is judged, and refused.
@@ -42,7 +55,7 @@ static __always_inline bool flow_came_by_its_way(const struct connection *of,
 	if (packet->flags & PACKET_FROM_POD)
 		return true;
 	if (of->identity[side] == IDENTITY_HOST)
-		return packet->flags & PACKET_FROM_HOST;
+		return flow_is_of_host(packet, side);
 	return !settings.tunnel_ifindex || of->route[side] != ROUTE_NODE ||
 	       packet->flags & PACKET_FROM_OVERLAY;
 }
@@ -133,6 +146,7 @@ static __always_inline bool flow_continue(struct __sk_buff *ctx,
 		return false;
 	}
 	packet->route = connection->route[side ^ 1];
+	packet->source_route = connection->route[side];
 	if (!packet->route)
 		return false;
 	if (connection->endpoint[side] &&
@@ -237,11 +251,128 @@ static __noinline void flow_find_socket(struct __sk_buff *ctx,
 	packet->flags |= PACKET_HAS_SERVICE | PACKET_AT_SOCKET;
 }
 
+/*
+ * The source of what a pod sends is its own (endpoint_has). The row of its
+ * address may be missing yet, or be that of who had it before.
+ */
+static __always_inline int flow_resolve_pod(const struct packet *packet,
+					    struct peer *source)
+{
+	struct endpoint *endpoint;
+
+	if (source->endpoint != packet->source_endpoint) {
+		endpoint = endpoint_by_id(packet->source_endpoint);
+		if (!endpoint)
+			return -DROP_INVALID_SOURCE_IP;
+		source->identity = endpoint->identity;
+		source->endpoint = packet->source_endpoint;
+	}
+	source->route = ROUTE_ENDPOINT;
+	return 0;
+}
+
+/*
+ * An address of this node or of its pods in what the stack forwards to a pod:
+ * the node's NAT put it there (masquerade), or led the pod's packet here
+ * (DNAT). Behind the node's own address is anybody, whom no rule for nodes lets
+ * in. Answers pass the stack, whose NAT has to see them.
+ */
+static __always_inline int flow_resolve_translated(struct __sk_buff *ctx,
+						   struct peer *source)
+{
+	struct endpoint *endpoint;
+
+	if (source->endpoint) {
+		endpoint = endpoint_by_id(source->endpoint);
+		if (!endpoint || endpoint->ifindex != ctx->ingress_ifindex)
+			return -DROP_INVALID_SOURCE_IP;
+		source->endpoint = 0;
+	} else if (source->identity < IDENTITY_FIRST_LOCAL) {
+		source->identity = IDENTITY_WORLD;
+	}
+	source->route = ROUTE_STACK;
+	return 0;
+}
+
+/* By the tunnel: tunnel_check_sender has said whether the sender may have the
+ * source, and who that is. */
+static __always_inline void flow_resolve_tunnel(const struct packet *packet,
+						struct peer *source)
+{
+	__u32 identity = packet->source_identity;
+
+	if (!source->flags) {
+		/* 0: forwarded for who is no pod. */
+		if (!identity)
+			return;
+		source->identity = identity;
+	} else if (identity == IDENTITY_WORLD &&
+		   !(source->flags & ADDRESS_POD) &&
+		   source->identity < IDENTITY_FIRST_LOCAL) {
+		/* A node says so of what bears its own address by its NAT. */
+		source->identity = IDENTITY_WORLD;
+	}
+	source->route = ROUTE_NODE;
+}
+
+/* Who has sent the packet, by the way it came: 0, or a drop if he may not. */
+static __always_inline int flow_resolve_source(struct __sk_buff *ctx,
+					       const struct packet *packet,
+					       struct peer *source)
+{
+	if (packet->flags & PACKET_FROM_POD)
+		return flow_resolve_pod(packet, source);
+	if (packet->flags & PACKET_FROM_HOST) {
+		source->identity = IDENTITY_HOST;
+		return 0;
+	}
+	if (identity_is_nobody(&packet->source))
+		return -DROP_INVALID_SOURCE_IP;
+	if (source->flags & ADDRESS_LOCAL)
+		/* Ours do not come in from outside. */
+		return packet->flags & PACKET_FROM_STACK
+			       ? flow_resolve_translated(ctx, source)
+			       : -DROP_INVALID_SOURCE_IP;
+	if (packet->flags & PACKET_FROM_OVERLAY) {
+		flow_resolve_tunnel(packet, source);
+		return 0;
+	}
+	/* Pods of other nodes come by the tunnel. */
+	if (settings.tunnel_ifindex && (source->route == ROUTE_NODE ||
+					source->route == ROUTE_NOWHERE))
+		return -DROP_INVALID_SOURCE_IP;
+	return 0;
+}
+
+/* Where the packet goes, by the way it came: 0, or a drop if it may not. */
+static __always_inline int
+flow_check_destination(const struct packet *packet,
+		       const struct peer *destination)
+{
+	bool is_node = destination->flags & (ADDRESS_NODE | ADDRESS_INTERNAL);
+
+	if (destination->route == ROUTE_NOWHERE)
+		return -DROP_UNROUTABLE_IP;
+	/* What came by the tunnel is for this node's pods; what is for the node
+	 * itself is not judged here. */
+	if (packet->flags & PACKET_FROM_OVERLAY &&
+	    destination->route != ROUTE_ENDPOINT)
+		return -DROP_UNROUTABLE_IP;
+	/* Only nodes make tunnel packets, and any address may be a node's. */
+	if (packet->flags & PACKET_FROM_POD && packet_is_tunnel(packet) &&
+	    (is_node || route_is_stack(destination->route)))
+		return -DROP_ENCAPSULATION_PROHIBITED;
+	return 0;
+}
+
 /* Who the two ends are; a drop if one of them may not be. */
-static __always_inline int flow_resolve(struct packet *packet,
+static __always_inline int flow_resolve(struct __sk_buff *ctx,
+					struct packet *packet,
 					struct peer *source,
 					struct peer *destination)
 {
+	int ret;
+
 	if (packet->flags & PACKET_LOOPBACK) {
 		destination->endpoint = packet->source_endpoint;
 		destination->route = ROUTE_ENDPOINT;
@@ -250,34 +381,31 @@ static __always_inline int flow_resolve(struct packet *packet,
 		identity_resolve(&packet->source, source);
 		identity_resolve(&packet->destination, destination);
 	}
-	if (packet->flags & PACKET_FROM_HOST) {
-		source->identity = IDENTITY_HOST;
-	} else if (packet->flags & PACKET_FROM_POD) {
-		source->endpoint = packet->source_endpoint;
-		source->route = ROUTE_ENDPOINT;
-	} else if (source->flags & ADDRESS_LOCAL) {
-		/* Ours do not come in from outside. */
-		return -DROP_INVALID_SOURCE_IP;
-	} else if (packet->flags & PACKET_FROM_OVERLAY) {
-		/* The sender's word counts only where we know nothing. */
-		if (!source->flags)
-			source->identity = packet->source_identity;
-		source->route = ROUTE_NODE;
-		/* What came by the tunnel does not go on by it. */
-		if (destination->route == ROUTE_NODE)
-			return -DROP_UNROUTABLE_IP;
-	} else if (settings.tunnel_ifindex &&
-		   (source->route == ROUTE_NODE ||
-		    source->route == ROUTE_NOWHERE)) {
-		/* Pods of other nodes come by the tunnel. */
-		return -DROP_INVALID_SOURCE_IP;
-	}
+	ret = flow_resolve_source(ctx, packet, source);
 	packet->source_identity = source->identity;
 	packet->source_endpoint = source->endpoint;
+	packet->source_route = source->route;
 	packet->destination_identity = destination->identity;
 	packet->destination_endpoint = destination->endpoint;
 	packet->route = destination->route;
-	return destination->route == ROUTE_NOWHERE ? -DROP_UNROUTABLE_IP : 0;
+	return ret ? ret : flow_check_destination(packet, destination);
+}
+
+/*
+ * The node speaks from addresses that no row knows as its own: who its own
+ * packets began the flow as, that it remains when the answer is judged.
+ */
+static __always_inline void flow_keep_host(struct packet *packet,
+					   const struct connection *connection,
+					   struct peer *destination)
+{
+	if (!connection || !(packet->flags & PACKET_REPLY) ||
+	    connection->identity[0] != IDENTITY_HOST ||
+	    !route_is_stack(destination->route) ||
+	    (destination->flags && !(destination->flags & ADDRESS_LOCAL)))
+		return;
+	destination->identity = IDENTITY_HOST;
+	packet->destination_identity = IDENTITY_HOST;
 }
 
 /* Judges a flow at one local end: 0 or a drop. */
@@ -455,7 +583,9 @@ static __always_inline int flow_begin(struct __sk_buff *ctx,
 }
 
 /* How the packet came here: who may say what depends on it. */
-#define PACKET_WAY (PACKET_FROM_POD | PACKET_FROM_HOST | PACKET_FROM_OVERLAY)
+#define PACKET_WAY                                                             \
+	(PACKET_FROM_POD | PACKET_FROM_HOST | PACKET_FROM_OVERLAY |            \
+	 PACKET_FROM_STACK | PACKET_FORWARDED)
 
 static __always_inline struct judged *judged_slot(const struct packet *packet)
 {
@@ -468,6 +598,14 @@ static __always_inline struct judged *judged_slot(const struct packet *packet)
 	return bpf_map_lookup_elem(&judged, &slot);
 }
 
+/* The verdict depends on the device that the packet came by. */
+static __always_inline bool judged_is_single(const struct packet *packet,
+					     const struct flow *flow)
+{
+	return packet->flags & PACKET_FORWARDED &&
+	       flow->source.flags & ADDRESS_LOCAL;
+}
+
 /*
  * Keeps a verdict for the flows that follow. Only on flows to pods: the address
  * of anybody else may become a service's, which no epoch tells.
@@ -478,6 +616,7 @@ static __always_inline void judged_keep(const struct packet *packet,
 	struct judged *of;
 
 	if (packet->flags & PACKET_LOOPBACK ||
+	    judged_is_single(packet, flow) ||
 	    (flow->destination.route != ROUTE_ENDPOINT &&
 	     flow->destination.route != ROUTE_NODE))
 		return;
@@ -579,7 +718,8 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 	flow->egress.epoch = address_epoch();
 	flow->ingress.epoch = flow->egress.epoch;
 	barrier();
-	ret = flow_resolve(packet, &flow->source, &flow->destination);
+	ret = flow_resolve(ctx, packet, &flow->source, &flow->destination);
+	flow_keep_host(packet, connection, &flow->destination);
 	/* An answer that nobody asked for must not become a question. */
 	if (!ret && !connection && packet->flags & PACKET_ANSWERS)
 		ret = -DROP_UNSUPPORTED_ICMP;
@@ -640,6 +780,7 @@ __weak __noinline int flow_open_again(struct __sk_buff *ctx,
 	packet->source_endpoint = of->endpoint[0];
 	packet->destination_endpoint = of->endpoint[1];
 	packet->route = of->route[1];
+	packet->source_route = of->route[0];
 	packet->rule_id = of->rule[1] ? of->rule[1] : of->rule[0];
 	flow->high = connection_key_of(packet, &flow->key);
 	if (packet->flags & PACKET_FROM_POD)

@@ -53,15 +53,6 @@ static __always_inline bool forward_is_network(__u32 ifindex)
 }
 
 /*
- * Who guards a metadata service leads pods to another one by the node's own
- * rules: these must see both directions.
- */
-static __always_inline bool forward_needs_stack(const struct addr *outside)
-{
-	return addr_is_link_local_ipv4(outside);
-}
-
-/*
  * By the node's routes, but past its stack: an action of tc, or a drop. By the
  * stack, TC_ACT_OK, if it may and the way is none of to_network's.
  */
@@ -149,6 +140,11 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 	case ROUTE_NODE:
 		return forward_to_node(ctx, packet);
 	case ROUTE_STACK:
+	case ROUTE_GUARDED:
+		/* Also in a running flow, which somebody outside may have begun
+		 * from that port. */
+		if (packet->flags & PACKET_FROM_POD && packet_is_tunnel(packet))
+			return -DROP_ENCAPSULATION_PROHIBITED;
 		/* A host port answers: the stack would not take the node's own
 		 * address from a device. */
 		if (packet->flags & PACKET_NEW_SOURCE)
@@ -157,7 +153,7 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 		 * and its firewall take the rest for invalid. */
 		if (packet->flags & PACKET_FROM_POD &&
 		    settings.network_ifindex[0] && node_allows_past_stack() &&
-		    !forward_needs_stack(&packet->destination))
+		    packet->route != ROUTE_GUARDED)
 			return forward_to_route(ctx, packet, true);
 		return leave_to_stack(ctx);
 	}

@@ -137,7 +137,8 @@ __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 		return ret;
 	/* To him who sent what is quoted; from a pod, only on what it received.
 	 */
-	if (!addr_equal(&inner->source, &packet->destination) ||
+	if (identity_is_nobody(&packet->source) ||
+	    !addr_equal(&inner->source, &packet->destination) ||
 	    (packet->flags & PACKET_FROM_POD &&
 	     !addr_equal(&inner->destination, &packet->source)))
 		return -DROP_UNSUPPORTED_ICMP;
@@ -155,6 +156,7 @@ __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 		return -DROP_UNSUPPORTED_ICMP;
 
 	packet->route = connection->route[end];
+	packet->source_route = connection->route[end ^ 1];
 	packet->source_identity = connection->identity[end ^ 1];
 	packet->destination_identity = connection->identity[end];
 	packet->destination_endpoint = connection->endpoint[end];

@@ -15,6 +15,11 @@ struct peer {
 	__u8 route;	/* enum route */
 };
 
+static __always_inline bool route_is_stack(__u8 route)
+{
+	return route == ROUTE_STACK || route == ROUTE_GUARDED;
+}
+
 static __always_inline void identity_of_address(const struct address *address,
 						struct peer *peer)
 {
@@ -31,15 +36,28 @@ static __always_inline void identity_of_address(const struct address *address,
 		peer->route = ROUTE_STACK;
 }
 
-/* Groups, everybody on the link, and what only stands for a pod itself. */
+/* 0.0.0.0/8, 127.0.0.0/8, 224.0.0.0/4 and broadcast. */
+static __always_inline bool identity_is_nobody_ipv4(__u32 ipv4)
+{
+	__u8 first = ipv4 >> 24;
+
+	return !first || first == 127 || first >> 4 == 0xe ||
+	       ipv4 == 0xffffffff;
+}
+
+/*
+ * No end of a flow has the address: unspecified, loopback, a group, broadcast,
+ * IPv6 of one link alone, or what stands for a pod itself.
+ */
 static __always_inline bool identity_is_nobody(const struct addr *addr)
 {
+	__u32 first = bpf_ntohl(addr->w[0]), last = bpf_ntohl(addr->w[3]);
+
 	if (addr_is_ipv4(addr))
-		return (addr->w[3] & bpf_htonl(0xf0000000)) ==
-			       bpf_htonl(0xe0000000) ||
-		       addr->w[3] == 0xffffffff ||
+		return identity_is_nobody_ipv4(last) ||
 		       addr->w[3] == settings.loopback_ipv4.w[3];
-	return (addr->w[0] & bpf_htonl(0xff000000)) == bpf_htonl(0xff000000) ||
+	return first >> 24 == 0xff || first >> 22 == 0xfe80 >> 6 ||
+	       (!addr->w[0] && !addr->w[1] && !addr->w[2] && last <= 1) ||
 	       addr_equal(addr, (const struct addr *)&settings.loopback_ipv6);
 }
 
@@ -52,22 +70,30 @@ static __noinline struct address *address_find(const struct addr *addr)
 	return bpf_map_lookup_elem(&addresses, &key);
 }
 
+static __noinline struct prefix *prefix_find(const struct addr *addr)
+{
+	struct prefix_key key = {.prefix_length = 128, .addr = *addr};
+
+	return bpf_map_lookup_elem(&prefixes, &key);
+}
+
 static __noinline void identity_of_prefix(const struct addr *addr,
 					  struct peer *peer)
 {
-	struct prefix_key key = {.prefix_length = 128, .addr = *addr};
-	struct prefix *prefix = bpf_map_lookup_elem(&prefixes, &key);
+	struct prefix *prefix = prefix_find(addr);
 
 	peer->identity = IDENTITY_WORLD;
 	peer->endpoint = 0;
 	peer->flags = 0;
-	peer->route = identity_is_nobody(addr) ? ROUTE_NOWHERE : ROUTE_STACK;
+	peer->route = ROUTE_STACK;
 	if (!prefix)
 		return;
 	if (prefix->identity)
 		peer->identity = prefix->identity;
 	if (prefix->flags & PREFIX_POD_CIDR)
 		peer->route = ROUTE_NOWHERE;
+	else if (prefix->flags & PREFIX_GUARDED)
+		peer->route = ROUTE_GUARDED;
 }
 
 static __always_inline void identity_resolve(const struct addr *addr,
@@ -79,12 +105,6 @@ static __always_inline void identity_resolve(const struct addr *addr,
 		identity_of_address(address, peer);
 	else
 		identity_of_prefix(addr, peer);
-}
-
-/* An address of one of the cluster's nodes. */
-static __always_inline bool identity_is_node(const struct addr *addr)
-{
-	struct address *address = address_find(addr);
-
-	return address && address->flags & (ADDRESS_NODE | ADDRESS_INTERNAL);
+	if (identity_is_nobody(addr))
+		peer->route = ROUTE_NOWHERE;
 }

@@ -41,6 +41,7 @@ static __always_inline int neighbour_reply(struct __sk_buff *ctx,
 static __always_inline int neighbour_answer_arp(struct __sk_buff *ctx)
 {
 	struct addr source __attribute__((aligned(8))) = {};
+	struct endpoint *endpoint;
 	struct address *address;
 	struct arphdr arp;
 	__be32 sender, target;
@@ -55,6 +56,9 @@ static __always_inline int neighbour_answer_arp(struct __sk_buff *ctx)
 	address = address_find(&source);
 	/* Gratuitous or somebody else's: nobody needs an answer. */
 	if (!address || !address->endpoint_id || sender == target)
+		return -DROP_UNSUPPORTED_L2;
+	endpoint = endpoint_by_id(address->endpoint_id);
+	if (!endpoint || endpoint->ifindex != ctx->ifindex)
 		return -DROP_UNSUPPORTED_L2;
 
 	neighbour_mac(mac, address->endpoint_id);

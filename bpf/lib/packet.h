@@ -43,6 +43,8 @@ enum packet_flags {
 	PACKET_ASKS = 1 << 18,    /* ICMP: anything but an answer or an error */
 	PACKET_ANSWERS = 1 << 19, /* ICMP: to one that asks */
 	PACKET_REPLACES = 1 << 17, /* the flow that it begins has the key of one that is over */
+	PACKET_FROM_STACK = 1 << 20, /* to_pod: the node's stack sends it */
+	PACKET_FORWARDED = 1 << 21,  /* to_pod: it came to the stack by a device */
 };
 
 struct packet {
@@ -66,7 +68,8 @@ struct packet {
 	__u8 icmp_type;
 	__u8 icmp_code;
 	__u8 direction;
-	__u8 route; /* enum route, of the destination */
+	__u8 route;	   /* enum route, of the destination */
+	__u8 source_route; /* enum route, back to the source */
 } __attribute__((aligned(8)));
 
 static __always_inline bool addr_equal(const struct addr *a,
@@ -123,18 +126,18 @@ static __always_inline bool addr_is_ipv4(const struct addr *addr)
 	return !addr->w[0] && !addr->w[1] && addr->w[2] == bpf_htonl(0xffff);
 }
 
-/* 169.254.0.0/16 (RFC 3927), where clouds have their metadata services. */
-static __always_inline bool addr_is_link_local_ipv4(const struct addr *addr)
-{
-	return addr_is_ipv4(addr) && (addr->w[3] & bpf_htonl(0xffff0000)) ==
-					     bpf_htonl(0xa9fe0000);
-}
-
 static __always_inline bool addr_is_multicast(const struct addr *addr)
 {
 	const __u8 *byte = (const void *)addr;
 
 	return addr_is_ipv4(addr) ? byte[12] >> 4 == 0xe : byte[0] == 0xff;
+}
+
+/* A packet of tunnels between nodes, if its ends are nodes. */
+static __always_inline bool packet_is_tunnel(const struct packet *packet)
+{
+	return packet->protocol == IPPROTO_UDP &&
+	       packet->destination_port == bpf_htons(settings.tunnel_port);
 }
 
 /* Ports of the first fragment serve those that follow it. */
@@ -400,9 +403,9 @@ static __always_inline int packet_parse_ipv6(struct __sk_buff *ctx,
 	for (int i = 0; i < 6 && is_extension_header(next); i++) {
 		if (bpf_skb_load_bytes(ctx, offset, &extension, 8))
 			return -DROP_INVALID_EXTENSION_HEADER;
-		/* RFC 5095: type 0 sends a packet to and fro. */
+		/* Not at its destination yet: the sender chose the way. */
 		if (next == IPPROTO_ROUTING &&
-		    !(extension.fragment & bpf_htons(0xff00)))
+		    extension.fragment & bpf_htons(0xff))
 			return -DROP_INVALID_EXTENSION_HEADER;
 		if (next == IPPROTO_FRAGMENT) {
 			if (packet->flags &

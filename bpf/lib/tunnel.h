@@ -35,19 +35,10 @@ struct tunnel_headers {
 #define ECN_CAPABLE   2
 #define ECN_CONGESTED 3
 
-/*
- * Whom the sender of an outer packet speaks for: it must be a node of the
- * cluster, and no other, and the number one that a sender may have. 0 or a
- * drop.
- */
-static __always_inline int tunnel_check_sender(const struct addr *node,
-					       __u32 *identity)
+/* The number of the sender that a tunnel packet bears is one that a sender may
+ * have: 0 or a drop. */
+static __always_inline int tunnel_check_identity(__u32 *identity)
 {
-	struct address *address = address_find(node);
-
-	if (!address || !(address->flags & ADDRESS_NODE) ||
-	    address->flags & ADDRESS_LOCAL)
-		return -DROP_UNKNOWN_SENDER;
 	if (!*identity)
 		return -DROP_INVALID_VNI;
 	/* Another node's host is not ours. */
@@ -58,6 +49,76 @@ static __always_inline int tunnel_check_sender(const struct addr *node,
 	     *identity < IDENTITY_FIRST_CLUSTER))
 		return -DROP_INVALID_IDENTITY;
 	return 0;
+}
+
+/* A node of the cluster, and no other than this one. */
+static __always_inline bool tunnel_is_node(const struct addr *node)
+{
+	struct address *address = address_find(node);
+
+	return address && address->flags & ADDRESS_NODE &&
+	       !(address->flags & ADDRESS_LOCAL);
+}
+
+/*
+ * Nobody known has the inner source. The node's word on it counts in the node's
+ * own pod CIDR. For whom else it speaks it only forwards: who that is, this
+ * node's own prefixes say, and the number becomes 0. 0 or a drop.
+ */
+static __always_inline int tunnel_check_stranger(const struct addr *node,
+						 const struct addr *source,
+						 __u32 *identity)
+{
+	struct prefix *prefix = prefix_find(source);
+	bool is_pod = *identity >= IDENTITY_FIRST_CLUSTER;
+
+	if (!tunnel_is_node(node))
+		return -DROP_UNKNOWN_SENDER;
+	if (prefix && prefix->flags & PREFIX_POD_CIDR) {
+		if (!addr_equal(&prefix->node, node) ||
+		    *identity == IDENTITY_WORLD)
+			return -DROP_INVALID_SOURCE_IP;
+		if (!is_pod)
+			*identity = IDENTITY_REMOTE_NODE;
+		return 0;
+	}
+	*identity = 0;
+	return is_pod ? -DROP_INVALID_SOURCE_IP : 0;
+}
+
+/*
+ * Whom the sender of an outer packet speaks for: the node that has the inner
+ * source has sent it. 0 or a drop.
+ */
+static __always_inline int tunnel_check_sender(const struct addr *node,
+					       const struct addr *source,
+					       __u32 *identity)
+{
+	struct address *address = address_find(source);
+
+	if (!address)
+		return tunnel_check_stranger(node, source, identity);
+	/* Ours do not come in from outside. */
+	if (address->flags & ADDRESS_LOCAL)
+		return -DROP_INVALID_SOURCE_IP;
+	return addr_equal(&address->node, node) && !addr_is_zero(node)
+		       ? 0
+		       : -DROP_UNKNOWN_SENDER;
+}
+
+/* The node is known to have the source, as tunnel_check_sender asks. */
+static __always_inline bool tunnel_is_of_sender(const struct addr *node,
+						const __u64 source[2])
+{
+	struct addr words __attribute__((aligned(8)));
+	addr_words *copy = (void *)&words;
+	struct address *address;
+
+	copy[0] = source[0];
+	copy[1] = source[1];
+	address = address_find(&words);
+	/* Of this node's own the node is zero. */
+	return address && addr_equal(&address->node, node);
 }
 
 static __always_inline bool tunnel_is_direct(void)
@@ -244,7 +305,8 @@ __weak __noinline int tunnel_receive(struct __sk_buff *ctx)
 	if (!tunnel_is_direct() || !tunnel_parse(ctx, &node, &identity) ||
 	    !fast_parse((void *)(long)ctx->data + TUNNEL_LENGTH,
 			(void *)(long)ctx->data_end, &tuple) ||
-	    tunnel_check_sender(&node, &identity))
+	    tunnel_check_identity(&identity) ||
+	    !tunnel_is_of_sender(&node, tuple.source))
 		return TUNNEL_BY_DEVICE;
 	connection = fast_find(&fast, &tuple);
 	if (!connection || tunnel_must_queue(ctx, connection))

@@ -25,6 +25,7 @@ mod policy_model;
 mod require;
 mod restart;
 mod same_node;
+mod senders;
 mod services;
 #[path = "../shop/mod.rs"]
 mod shop;

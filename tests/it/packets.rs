@@ -12,6 +12,7 @@ mod late;
 mod network;
 mod pieces;
 mod queries;
+mod senders;
 mod services;
 mod tunnel;
 pub mod world;

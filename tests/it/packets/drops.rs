@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::net::IpAddr;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -10,7 +11,9 @@ use weir::datapath::types::policy_verdict;
 use super::frame::{
     ACK, Layer4, Packet, RST, SYN, echo, echo_reply, icmp, solicitation, tcp, udp, unreachable,
 };
-use super::world::{A, Arrival, Cast, EGRESS, INGRESS, REDIRECT, SHOT, World, casts, settings, within};
+use super::world::{
+    A, Arrival, Cast, EGRESS, INGRESS, OUTSIDE, REDIRECT, SHOT, World, casts, settings, within,
+};
 use crate::require::require_lab;
 
 struct Row {
@@ -95,6 +98,12 @@ impl Row {
     }
 }
 
+/// That of the family.
+fn address(cast: &Cast, [four, six]: [&str; 2]) -> IpAddr {
+    let address = if cast.a.is_ipv4() { four } else { six };
+    address.parse().expect("an address of the table")
+}
+
 fn syn(cast: &Cast) -> Packet {
     tcp((cast.a, 40000), (cast.b, 80), SYN).by(1)
 }
@@ -118,6 +127,26 @@ fn rows() -> Vec<Row> {
         })
         .tunnelled(),
         row("the node's address by the tunnel", "from_overlay", 132, |c| udp((c.node, 1), (c.b, 80))).tunnelled(),
+
+        row("a group's address", "from_network", 132, |c| udp((address(c, ["224.0.0.1", "ff02::1"]), 1), (c.b, 80))),
+        row("a loopback address", "from_network", 132, |c| udp((address(c, ["127.0.0.1", "::1"]), 1), (c.b, 80))),
+        row("no address", "from_network", 132, |c| udp((address(c, ["0.0.0.0", "::"]), 1), (c.b, 80))),
+        row("an address of one link", "from_network", 132, |c| udp((address(c, ["0.0.0.1", "fe80::1"]), 1), (c.b, 80))),
+        row("no address, from a pod that has none", "from_pod", 132, |c| udp((address(c, ["0.0.0.0", "::"]), 1), (c.b, 80)).by(1))
+            .given(|w, _| w.change_endpoint(1, |row| (row.ipv4, row.ipv6) = Default::default())),
+        row("a pod's address in what the stack forwards for another device", "to_pod", 132,
+            |c| udp((c.elsewhere, 1), (c.b, 80))),
+        row("a pod's address from the network, through this node into the tunnel", "from_network", 132,
+            |c| udp((c.a, 1), (c.remote, 80))),
+        row("a pod's address from another device, into the tunnel", "to_overlay", 132, |c| udp((c.elsewhere, 1), (c.remote, 80))),
+        row("another node's address, into the tunnel", "to_overlay", 132, |c| udp((c.third_node, 1), (c.remote, 80))),
+        row("an unknown pod of another node than the sender", "from_overlay", 132, |c| udp((c.nobody, 1), (c.b, 80)))
+            .arrival(|c| Arrival { tunnel: Some((Some(c.third_node), 303)), ..Arrival::default() }),
+        row("an unknown pod of this node, by the tunnel", "from_overlay", 132,
+            |c| udp((address(c, ["10.1.0.99", "fd01::99"]), 1), (c.b, 80))).tunnelled(),
+        row("a pod's identity for what is no pod", "from_overlay", 132, |c| udp((c.world, 1), (c.b, 80))).tunnelled(),
+        row("the world in a pod CIDR", "from_overlay", 132, |c| udp((c.nobody, 1), (c.b, 80)))
+            .arrival(|c| Arrival { tunnel: Some((Some(c.other_node), OUTSIDE)), ..Arrival::default() }),
 
         row("no rule for the egress", "from_pod", 133, syn).given(|w, _| w.enforce(1, &[EGRESS])),
         row("no rule for the ingress", "from_pod", 133, syn).given(|w, _| w.enforce(2, &[INGRESS])).ingress(),
@@ -194,6 +223,12 @@ fn rows() -> Vec<Row> {
             let group = if c.a.is_ipv4() { "224.0.0.251" } else { "ff02::fb" };
             udp((c.a, 5353), (group.parse().expect("an address"), 5353)).by(1)
         }),
+        row("a loopback address", "from_pod", 151, |c| udp((c.a, 1), (address(c, ["127.0.0.1", "::1"]), 80)).by(1)),
+        row("no address", "from_pod", 151, |c| udp((c.a, 1), (address(c, ["0.0.0.0", "::"]), 80)).by(1)),
+        row("an address of the link", "from_pod", 151, |c| udp((c.a, 1), (address(c, ["255.255.255.255", "fe80::1"]), 80)).by(1)),
+        row("from another node's pod to the world", "from_overlay", 151, |c| udp((c.remote, 1), (c.world, 53))).tunnelled(),
+        row("from the world to the world by the tunnel", "from_overlay", 151, |c| udp((c.world, 1), (c.world, 53)))
+            .arrival(|c| Arrival { tunnel: Some((Some(c.other_node), OUTSIDE)), ..Arrival::default() }),
         row("what stands for a pod itself", "from_pod", 151, |c| udp((c.a, 1), (c.loopback, 1)).by(1)),
         row("a pod by another pod's device", "to_pod", 151, |c| udp((c.node, 1), (c.elsewhere, 80)))
             .arrival(|_| Arrival { is_from_stack: true, ..Arrival::default() }),
@@ -203,6 +238,9 @@ fn rows() -> Vec<Row> {
         row("too many extension headers", "from_pod", 156, |c| {
             (0..7).fold(udp((c.a, 1), (c.b, 2)).by(1), |packet, _| packet.extension(60, &[1, 4, 0, 0, 0, 0]))
         }).ipv6(),
+        row("routing header type 2", "from_pod", 156, |c| udp((c.a, 1), (c.b, 2)).by(1).extension(43, &[2, 1, 0, 0, 0, 0])).ipv6(),
+        row("routing header type 4, from the network", "from_network", 156,
+            |c| udp((c.world, 1), (c.b, 2)).extension(43, &[4, 1, 0, 0, 0, 0])).ipv6(),
         row("routing header type 0", "from_pod", 156, |c| udp((c.a, 1), (c.b, 2)).by(1).extension(43, &[0, 1, 0, 0, 0, 0])).ipv6(),
 
         row("a fragment that would overwrite ports", "from_pod", 157,
@@ -233,11 +271,39 @@ fn rows() -> Vec<Row> {
 
         row("tunnel packets of a pod's own making", "from_pod", 170, |c| udp((c.a, 1), (c.node, 8472)).by(1)),
         row("tunnel packets to another node", "from_pod", 170, |c| udp((c.a, 1), (c.other_node, 8472)).by(1)),
+        row("tunnel packets to an address of a node that nobody lists", "from_pod", 170,
+            |c| udp((c.a, 1), (c.world, 8472)).by(1)),
+        row("tunnel packets as the answer of a host port", "from_pod", 170, |c| udp((c.a, 80), (c.world, 8472)).by(1))
+            .given(|w, c| {
+                w.host_port((c.node, 8000, 17), 60, (c.a, 80))?;
+                let asked = w.send("from_network", &udp((c.world, 8472), (c.node, 8000)))?;
+                ensure!(asked.action == REDIRECT, "{asked:?}");
+                Ok(())
+            }),
+        row("masqueraded tunnel packets", "to_network", 170, |c| udp((c.a, 1), (c.world, 8472))),
+        row("tunnel packets that the node's NAT has made its own", "to_network", 170, |c| udp((c.node, 1), (c.other_node, 8472))),
+        row("a tunnel in the tunnel", "from_overlay", 170, |c| udp((c.remote, 1), (c.node, 8472))).tunnelled(),
+        row("a tunnel to another address of the node", "from_overlay", 170, |c| udp((c.remote, 1), (c.b, 80)))
+            .arrival(|c| Arrival {
+                tunnel: Some((Some(c.other_node), 303)),
+                tunnel_to: Some(c.third_node),
+                ..Arrival::default()
+            }),
 
         row("a tunnel identity that does not exist", "from_overlay", 171, |c| udp((c.remote, 1), (c.b, 80)))
             .arrival(|c| Arrival { tunnel: Some((Some(c.other_node), 100)), ..Arrival::default() }),
         row("a tunnel from outside", "from_overlay", 172, |c| udp((c.remote, 1), (c.b, 80)))
             .arrival(|c| Arrival { tunnel: Some((Some(c.world), 303)), ..Arrival::default() }),
+        row("a tunnel of another node", "from_overlay", 172, |c| udp((c.remote, 1), (c.b, 80)))
+            .arrival(|c| Arrival { tunnel: Some((Some(c.third_node), 303)), ..Arrival::default() }),
+        row("a tunnel of another node, in a running flow", "from_overlay", 172, |c| udp((c.remote, 1), (c.b, 80)))
+            .given(|w, c| {
+                let by_its_node = Arrival { tunnel: Some((Some(c.other_node), 303)), ..Arrival::default() };
+                let first = w.send_as("from_overlay", &udp((c.remote, 1), (c.b, 80)), by_its_node)?;
+                ensure!(first.action == REDIRECT, "{first:?}");
+                Ok(())
+            })
+            .arrival(|c| Arrival { tunnel: Some((Some(c.third_node), 303)), ..Arrival::default() }),
         row("a tunnel from ourselves", "from_overlay", 172, |c| udp((c.remote, 1), (c.b, 80)))
             .arrival(|c| Arrival { tunnel: Some((Some(c.node), 303)), ..Arrival::default() }),
         row("no tunnel at all", "from_overlay", 172, |c| udp((c.remote, 1), (c.b, 80))),
@@ -258,6 +324,16 @@ fn rows() -> Vec<Row> {
         row("is this address free", "from_pod", 176,
             |_| solicitation("::".parse().expect("an address"), "fd01::1".parse().expect("an address")))
             .ipv6().quiet(),
+        row("neighbour discovery for another node's pod", "to_overlay", 176, |c| icmp(c.world, c.remote, 135, 0).payload(&[0; 16])).ipv6(),
+        row("neighbour discovery that the stack forwards", "to_pod", 176, |c| {
+            let mut packet = icmp(c.world, c.a, 133, 0).payload(&[0x41; 400]);
+            packet.ttl = 255;
+            packet
+        }).ipv6(),
+        row("neighbour discovery of the node's own from beyond the link", "to_pod", 176,
+            |c| icmp(c.node, c.a, 135, 0).payload(&[0; 16])).ipv6()
+            .arrival(|_| Arrival { is_from_stack: true, ..Arrival::default() }),
+        row("a group query from the network", "from_network", 176, |c| icmp(c.world, c.a, 130, 0).payload(&[0x41; 400])).ipv6(),
         row("neighbour discovery by the tunnel", "from_overlay", 176, |c| icmp(c.remote, c.b, 135, 0).payload(&[0; 16]))
             .ipv6().tunnelled(),
 

@@ -62,7 +62,9 @@ fn taken_off(outer: &Packet, inner: &Packet) -> Vec<u8> {
 /// A running flow of each protocol from the remote pod to b, and its next packet.
 fn running_flows(world: &mut World, cast: Cast) -> Result<Vec<Packet>> {
     let (from, to) = ((cast.remote, 40000), (cast.b, 80));
-    let arrival = Arrival { tunnel: Some((Some(cast.other_node), R)), ..Arrival::default() };
+    let [nodes, _] = casts();
+    world.address(cast.remote, R, 0, 1, Some(nodes.other_node))?;
+    let arrival = Arrival { tunnel: Some((Some(nodes.other_node), R)), ..Arrival::default() };
     for first in [tcp(from, to, SYN), udp(from, to)] {
         ensure!(world.send_as("from_overlay", &first, arrival)?.action == REDIRECT);
     }
@@ -130,6 +132,7 @@ fn what_is_not_plain_comes_by_the_device() -> Result<()> {
                 ("another node's", changed(33, 9)),
                 ("another machine's frame", changed(0, 2)),
                 ("from ourselves", with(|outer| outer.source = outer.destination)),
+                ("from a node that has not the pod", with(|outer| outer.source = casts()[0].third_node)),
                 ("from outside", with(|outer| outer.source = "198.51.100.9".parse().expect("an address"))),
                 ("cut off", outer.bytes()[..90].to_vec()),
             ];

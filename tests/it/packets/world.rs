@@ -68,6 +68,8 @@ pub struct Cast {
     pub node: IpAddr,
     /// The other node.
     pub other_node: IpAddr,
+    /// One more node, without pods.
+    pub third_node: IpAddr,
     /// Outside.
     pub world: IpAddr,
     /// Service: TCP and UDP 80 to b 8080; TCP 81 to a 8081; TCP 82 to nobody.
@@ -82,10 +84,35 @@ fn ip(address: &str) -> IpAddr {
 
 /// Both families' casts.
 pub fn casts() -> [Cast; 2] {
-    let cast = |v: [&str; 11]| {
-        let [a, b, unready, elsewhere, remote, nobody, node, other_node, world, service, loopback] =
-            v.map(ip);
-        Cast { a, b, unready, elsewhere, remote, nobody, node, other_node, world, service, loopback }
+    let cast = |v: [&str; 12]| {
+        let [
+            a,
+            b,
+            unready,
+            elsewhere,
+            remote,
+            nobody,
+            node,
+            other_node,
+            third_node,
+            world,
+            service,
+            loopback,
+        ] = v.map(ip);
+        Cast {
+            a,
+            b,
+            unready,
+            elsewhere,
+            remote,
+            nobody,
+            node,
+            other_node,
+            third_node,
+            world,
+            service,
+            loopback,
+        }
     };
     [
         cast([
@@ -97,6 +124,7 @@ pub fn casts() -> [Cast; 2] {
             "10.2.0.99",
             "192.0.2.1",
             "192.0.2.2",
+            "192.0.2.3",
             "198.51.100.9",
             "10.96.0.1",
             "169.254.42.1",
@@ -110,6 +138,7 @@ pub fn casts() -> [Cast; 2] {
             "fd02::99",
             "2001:db8:1::1",
             "2001:db8:1::2",
+            "2001:db8:1::3",
             "2001:db8:ffff::9",
             "fd96::1",
             "fd57:6569:7200::2a:1",
@@ -126,6 +155,10 @@ pub struct Arrival {
     pub is_from_stack: bool,
     /// Came by the tunnel: from this node, with this VNI.
     pub tunnel: Option<(Option<IpAddr>, u32)>,
+    /// The outer packet was for this address; `None`: the node's.
+    pub tunnel_to: Option<IpAddr>,
+    /// The frame is addressed to another machine.
+    pub is_for_another_machine: bool,
     /// Has this VLAN tag.
     pub vlan: u16,
     /// Was merged of, or will be cut into, packets with so many bytes each; 0: it was not.
@@ -243,14 +276,19 @@ impl World {
         }
         for cast in [four, six] {
             let (pod, node) = (address_flags::ADDRESS_POD.0 as u16, address_flags::ADDRESS_NODE.0 as u16);
-            self.address(cast.remote, R, 0, pod, Some(four.other_node))?;
+            self.address(cast.remote, R, 0, pod, Some(cast.other_node))?;
             self.address(cast.node, 1, 0, node | address_flags::ADDRESS_LOCAL.0 as u16, None)?;
-            self.address(cast.other_node, 6, 0, node, None)?;
+            self.address(cast.other_node, 6, 0, node, Some(cast.other_node))?;
+            self.address(cast.third_node, 6, 0, node, Some(cast.third_node))?;
         }
-        for (prefix, length) in [("10.0.0.0", 96 + 14), ("fd00::", 14)] {
-            let key = PrefixKey { prefix_length: length, addr: addr_of(ip(prefix)) };
-            let flags = prefix_flags::PREFIX_POD_CIDR.0;
-            self.put("prefixes", &key, &Prefix { identity: OUTSIDE, flags })?;
+        // In the order of casts: this node's pod CIDRs, the other node's.
+        for (prefix, length, node) in [
+            ("10.1.0.0", 96 + 16, None),
+            ("10.2.0.0", 96 + 16, Some(four.other_node)),
+            ("fd01::", 16, None),
+            ("fd02::", 16, Some(six.other_node)),
+        ] {
+            self.prefix((ip(prefix), length), prefix_flags::PREFIX_POD_CIDR, node)?;
         }
         for (number, cast) in [four, six].into_iter().enumerate() {
             let first = number as u32 * 10;
@@ -286,6 +324,18 @@ impl World {
     ) -> Result<()> {
         let node = node.map(addr_of).unwrap_or_default();
         self.put("addresses", &addr_of(address), &Address { node, identity, endpoint_id, flags })
+    }
+
+    /// Says what lives in a prefix, whose length counts from IPv6's first bit.
+    pub fn prefix(
+        &self,
+        (address, prefix_length): (IpAddr, u32),
+        flags: prefix_flags,
+        node: Option<IpAddr>,
+    ) -> Result<()> {
+        let key = PrefixKey { prefix_length, addr: addr_of(address) };
+        let node = node.map(addr_of).unwrap_or_default();
+        self.put("prefixes", &key, &Prefix { node, identity: OUTSIDE, flags: flags.0 })
     }
 
     /// Says that nobody has an address.
@@ -484,18 +534,31 @@ impl World {
         self.send_bytes(program, &packet.bytes(), arrival)
     }
 
-    /// Runs a program on a frame, asking for nothing but the action and the mark.
-    pub fn act(&self, program: &str, bytes: &[u8]) -> Result<(u32, u32)> {
-        let (mut context, mut context_out) = ([0; 192], [0; 192]);
-        context[36..40].copy_from_slice(&1_u32.to_ne_bytes());
-        let output = self.datapath.program(program)?.test_run(ProgramInput {
-            context_in: Some(&mut context),
-            context_out: Some(&mut context_out),
-            data_in: Some(bytes),
-            ..ProgramInput::default()
-        })?;
-        let action = output.return_value;
-        Ok((action, u32::from_ne_bytes([context_out[8], context_out[9], context_out[10], context_out[11]])))
+    /// What runs a program on frames that arrive in one way, asking for nothing but the action and the mark.
+    pub fn actor<'a>(
+        &'a self,
+        program: &'a str,
+        arrival: Arrival,
+    ) -> Result<impl Fn(&[u8]) -> Result<(u32, u32)> + 'a> {
+        let needs_help = arrival.tunnel.is_some();
+        if needs_help {
+            self.prepare_arrival(program, arrival)?;
+        }
+        Ok(move |bytes: &[u8]| {
+            let bytes = &addressed(program, bytes, arrival)[..];
+            let (mut context, mut context_out) = ([0; 192], [0; 192]);
+            context[36..40].copy_from_slice(&u32::from(!arrival.is_from_stack).to_ne_bytes());
+            let program = if needs_help { self.helper("arrive")? } else { self.datapath.program(program)? };
+            let output = program.test_run(ProgramInput {
+                context_in: Some(&mut context),
+                context_out: Some(&mut context_out),
+                data_in: Some(bytes),
+                ..ProgramInput::default()
+            })?;
+            let action = output.return_value;
+            let mark = [context_out[8], context_out[9], context_out[10], context_out[11]];
+            Ok((action, u32::from_ne_bytes(mark)))
+        })
     }
 
     /// Reads what was reported and forgets it.
@@ -513,6 +576,7 @@ impl World {
     pub fn send_bytes(&mut self, program: &str, bytes: &[u8], arrival: Arrival) -> Result<Outcome> {
         let before = self.datapath.metrics()?;
         self.forget_events()?;
+        let sent = addressed(program, bytes, arrival);
         let mut context = [0; 192];
         context[8..12].copy_from_slice(&arrival.mark.to_ne_bytes());
         context[36..40].copy_from_slice(&u32::from(!arrival.is_from_stack).to_ne_bytes());
@@ -529,7 +593,7 @@ impl World {
             .test_run(ProgramInput {
                 context_in: Some(&mut context),
                 context_out: Some(&mut context_out),
-                data_in: Some(bytes),
+                data_in: Some(&sent),
                 data_out: Some(&mut frame),
                 ..ProgramInput::default()
             })
@@ -537,6 +601,9 @@ impl World {
         let action = output.return_value;
         let length = output.data.map_or(0, |data| data.len());
         frame.truncate(length);
+        if sent != bytes && frame.get(..6) == Some(&LOOPBACK_MAC) {
+            frame[..6].copy_from_slice(&bytes[..6]);
+        }
         let mut events = Vec::new();
         self.events.consume(|event| events.push(*event))?;
         let counted = self
@@ -554,6 +621,13 @@ impl World {
         let mut row = [0_u8; 56];
         if let Some((node, vni)) = arrival.tunnel {
             row[0..4].copy_from_slice(&vni.to_ne_bytes());
+            let own = casts().map(|cast| cast.node);
+            let own = own.into_iter().find(|own| node.is_some_and(|node| node.is_ipv4() == own.is_ipv4()));
+            match arrival.tunnel_to.or(own) {
+                Some(IpAddr::V4(to)) => row[4..8].copy_from_slice(&to.to_bits().to_ne_bytes()),
+                Some(IpAddr::V6(to)) => row[4..20].copy_from_slice(&to.octets()),
+                None => {}
+            }
             match node {
                 Some(IpAddr::V4(node)) => row[28..32].copy_from_slice(&node.to_bits().to_ne_bytes()),
                 Some(IpAddr::V6(node)) => {
@@ -572,6 +646,19 @@ impl World {
         }
         Ok(())
     }
+}
+
+/// BPF_PROG_TEST_RUN's device is the loopback device: what is addressed to it is for this machine.
+const LOOPBACK_MAC: [u8; 6] = [0; 6];
+
+/// The frame as the network device sees it: for this machine, unless it says whose it is.
+fn addressed(program: &str, bytes: &[u8], arrival: Arrival) -> Vec<u8> {
+    let mut frame = bytes.to_vec();
+    let is_anyones = matches!(bytes, [0x0a, 0, ..] | [0x02, 0x57, ..]);
+    if program == "from_network" && is_anyones && !arrival.is_for_another_machine {
+        frame[..6].copy_from_slice(&LOOPBACK_MAC);
+    }
+    frame
 }
 
 fn load_arrive(directory: &Path, has_tcx: bool) -> Result<Object> {
