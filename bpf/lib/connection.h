@@ -219,19 +219,18 @@ __weak __noinline int connection_release_backend(struct connection *flow,
 {
 	struct connection_key key __attribute__((aligned(8)));
 	struct connection *choice;
-	__u32 client;
+	__u32 client, holder;
 
 	if (!flow || !flow_key)
 		return 0;
-	client = (flow->flags & CONNECTION_INITIATOR_HIGH) ^
-		 connection_client_side(flow);
+	client = index_of_two(flow->flags ^ connection_client_side(flow));
+	/* The loopback address stands for the backend itself. */
+	holder = index_of_two(client ^
+			      !!(flow->flags & CONNECTION_LOOPBACK));
 	if (!(flow->flags & (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK)))
 		return 0;
-	/* The loopback address stands for the backend itself. */
 	connection_key_fill(
-		(const void *)&flow_key->addr[flow->flags & CONNECTION_LOOPBACK
-						      ? client ^ 1
-						      : client],
+		(const void *)&flow_key->addr[holder],
 		(const void *)&flow->service,
 		flow->other_port ? flow->other_port : flow_key->port[client],
 		flow->service_port, flow_key->protocol, &key);
