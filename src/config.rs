@@ -143,6 +143,11 @@ pub struct AgentArgs {
     #[arg(long, env = "WEIR_MAP_SIZES", value_name = "MAP=N", value_delimiter = ',')]
     pub map_size: Vec<MapSize>,
 
+    /// Rows that one compiled policy may have in map policy_rules: a pod whose policies need more is
+    /// closed, and `weir status` names them.
+    #[arg(long, env = "WEIR_POLICY_ROWS_MAX", value_name = "N", default_value_t = 16_384)]
+    pub policy_rows_max: usize,
+
     /// How programs are attached to devices.
     #[arg(long, env = "WEIR_ATTACH", value_enum, default_value = "auto")]
     pub attach: Attach,

@@ -55,7 +55,7 @@ async fn announce(
     let mut said = None;
     let mut retry = FIRST_RETRY;
     loop {
-        let status = status(config, &facts.borrow(), &telemetry.ready().pending());
+        let status = status(config, &facts.borrow(), &telemetry.pending());
         if said.as_ref() == Some(&status) && !publisher.is_node_missing() {
             let ready = telemetry.ready();
             // Readiness is told at once, other changes with the next look.

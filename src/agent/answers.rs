@@ -155,7 +155,8 @@ impl Known {
                 .map(|loaded| loaded.datapath.features().kernel.clone())
                 .unwrap_or_default(),
             uptime_seconds: self.started.elapsed().as_secs(),
-            pending: self.telemetry.ready().pending(),
+            pending: self.telemetry.pending(),
+            parts: self.telemetry.parts().rows(),
             source,
             kinds: self.kinds(),
             broken: self.broken(),

@@ -17,8 +17,8 @@ mod compute;
 mod local;
 mod node;
 mod publish;
-mod reconcile;
 mod rounds;
+mod sinks;
 mod upkeep;
 
 use std::net::IpAddr;
@@ -47,7 +47,6 @@ use crate::tables::Table;
 use crate::telemetry::{self, ReadyGuard, Telemetry};
 use answers::{Answers, Known};
 use node::OVERLAY_DEVICE;
-use reconcile::Reconciler;
 use rounds::Rounds;
 
 /// An ADD that is not enforced within this time gives up; kubelet tries again.
@@ -85,6 +84,7 @@ pub async fn run(config: Config) -> Result<()> {
         enforced_within: ENFORCED_WITHIN,
         verify_programs: known.clone().verify_programs(),
         tunnel_port: config.args.tunnel_port,
+        parts: telemetry.parts().clone(),
     };
     let manager = endpoint::Manager::open(options, endpoints, &enforced)
         .context("reading the endpoints of this node back")?;
@@ -153,7 +153,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         devices.internal_addresses.clone(),
         config.args.stack_cidrs.clone(),
         writers.policies.next_free_id(),
-        writers.addresses.highest_local_identity(),
+        writers.next_free_local_identity(),
     );
     let local_addresses = local::follow(node.clone(), devices.internal_addresses.clone())
         .context("listing the node's addresses")?;
@@ -176,12 +176,16 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
             tracing::error!(error = format!("{error:#}"), "queued deletions wait for the next start");
         }
     });
+    let limits = sinks::Limits { policy_rows: config.args.policy_rows_max };
     let rounds = Rounds {
         tables,
         endpoints: known.endpoints.clone(),
         local_addresses,
         compute,
-        reconciler: Reconciler::new(datapath, writers, devices.clone()),
+        sinks: sinks::all(&datapath, writers, &devices, limits, known.telemetry.parts().clone())
+            .context("ordering the sinks")?,
+        datapath,
+        compiling: sinks::Retry::default(),
         claims: publish::Claims::new(publisher),
         enforced,
         published,

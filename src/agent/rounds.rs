@@ -3,35 +3,35 @@
 //! One task. A round starts when any table changes, takes everything that has
 //! changed meanwhile along, and writes nothing before every source has delivered
 //! its first full list: until then the kernel goes on with what the agent before
-//! left. A round that fails is tried again.
+//! left. What a sink could not write it tries again by itself (`sinks`).
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, watch};
 
 use super::compute::{Compute, Desired, View};
 use super::local::LocalAddresses;
 use super::publish::{Claims, News};
-use super::reconcile::{Applied, Reconciler};
+use super::sinks::{Applied, Retry, Sinks};
+use crate::datapath::Datapath;
 use crate::endpoint::Enforced;
 use crate::kube::Tables;
 use crate::model::{Endpoint, EndpointId, NodeEndpoints};
 use crate::tables::Table;
 use crate::telemetry::{ReadyGuard, Telemetry};
 
-/// A round that failed is tried again after this, and then ever later.
-const FIRST_RETRY: Duration = Duration::from_millis(50);
-const LAST_RETRY: Duration = Duration::from_secs(5);
 /// The first round waits so long for identities of pods that were there before the agent.
 const CLAIMED_WITHIN: Duration = Duration::from_secs(5);
 /// Without any change there is a round all the same: level, not edge.
 const IDLE_ROUND: Duration = Duration::from_secs(20);
 
-/// What the last successful round made true; read by the API and the flow names.
+/// The part of the agent that works out what is desired.
+const COMPILING: &str = "compiling";
+
+/// What the last round wrote; read by the API and the flow names.
 pub type Current = ArcSwap<Desired>;
 
 /// Everything that the rounds read and tell.
@@ -45,7 +45,11 @@ pub struct Rounds {
     /// Numbers and their memory.
     pub compute: Compute,
     /// The kernel.
-    pub reconciler: Reconciler,
+    pub sinks: Sinks,
+    /// The programs.
+    pub datapath: Arc<Datapath>,
+    /// When compiling is tried again.
+    pub compiling: Retry,
     /// Identity numbers that are wanted.
     pub claims: Claims,
     /// Where ADD waits.
@@ -70,63 +74,94 @@ impl Rounds {
     /// Goes on until the agent ends; `ready` is let go after the first full round.
     pub async fn run(mut self, ready: ReadyGuard) {
         let mut ready = Some(ready);
+        let mut has_other_versions = true;
         let mut endpoint_changes = self.endpoints.subscribe();
         let mut address_changes = self.local_addresses.subscribe();
-        let mut pause = FIRST_RETRY;
         self.tables.wait_synced().await;
         loop {
             let changes = self.tables.changed();
             endpoint_changes.mark_unchanged();
             address_changes.mark_unchanged();
-            let round = tokio::task::block_in_place(|| self.round());
+            let applied = tokio::task::block_in_place(|| self.round());
             self.telemetry.main_loop_alive();
-            match round {
-                Ok(is_written) => {
-                    pause = FIRST_RETRY;
-                    if is_written && let Some(guard) = ready.take() {
-                        self.reconciler.remove_other_versions();
-                        drop(guard);
-                    }
-                }
-                Err(error) => {
-                    self.telemetry.round_failed();
-                    tracing::error!(error = format!("{error:#}"), retry = ?pause, "programming the datapath");
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(LAST_RETRY);
-                    continue;
-                }
+            if applied.as_ref().is_some_and(|applied| applied.serves_pods) {
+                drop(ready.take());
             }
+            // Not before everything is attached.
+            if has_other_versions && applied.as_ref().is_some_and(|applied| applied.is_complete) {
+                self.remove_other_versions();
+                has_other_versions = false;
+            }
+            let pause = self.pause(applied.is_some());
             tokio::select! {
                 () = changes => {}
-                () = tokio::time::sleep(IDLE_ROUND) => {}
+                () = tokio::time::sleep(pause) => {}
                 changed = endpoint_changes.changed() => if changed.is_err() { return },
                 changed = address_changes.changed() => if changed.is_err() { return },
             }
         }
     }
 
-    /// True if the kernel now holds what was desired.
-    fn round(&mut self) -> Result<bool> {
+    /// How long to wait for changes before the next round.
+    fn pause(&self, is_written: bool) -> Duration {
+        let now = Instant::now();
+        let sinks = self.sinks.due().map_or(IDLE_ROUND, |due| due.saturating_duration_since(now));
+        match is_written {
+            true => sinks.min(IDLE_ROUND),
+            // A11: the first round is written at the end of this time at the latest.
+            false if self.compiling.is_failing() => {
+                self.compiling.due().map_or(IDLE_ROUND, |due| due.saturating_duration_since(now))
+            }
+            false => IDLE_ROUND.min(CLAIMED_WITHIN.saturating_sub(self.started.elapsed())),
+        }
+    }
+
+    /// What an agent of another ABI version has left goes when everything is attached.
+    fn remove_other_versions(&self) {
+        if let Err(error) = self.datapath.remove_other_versions() {
+            tracing::warn!(error = format!("{error:#}"), "removing what another version has left");
+        }
+    }
+
+    /// Works out what is desired and writes it; `None`: not yet, or it could not be worked out.
+    fn round(&mut self) -> Option<Done> {
         let start = Instant::now();
         let view = View::of(&self.tables, &self.endpoints, &self.local_addresses);
-        let desired = self.compute.desired(&view).context("compiling policies")?;
+        let parts = self.telemetry.parts();
+        let desired = match self.compute.desired(&view) {
+            Ok(desired) => desired,
+            Err(error) => {
+                self.telemetry.round_failed();
+                self.compiling.failed(Instant::now());
+                if parts.fails(COMPILING, vec![error.to_string()], true, true) {
+                    tracing::error!(%error, "compiling policies");
+                }
+                return None;
+            }
+        };
+        self.compiling.succeeded();
+        parts.works(COMPILING);
         self.tables.hold_identities(desired.held.clone());
         self.claims.start(&desired.unclaimed);
         // Pods that ran before this agent did keep their old state until all of them can get
         // the new one: a row that is left out of the first round would be taken away.
         if self.is_first && !desired.unclaimed.is_empty() && self.started.elapsed() < CLAIMED_WITHIN {
-            return Ok(false);
+            return None;
         }
         let compiled = start.elapsed();
-        let applied = self.reconciler.apply(&desired)?;
+        let applied = self.sinks.apply(&desired);
+        self.is_first = false;
+        let done = Done { serves_pods: applied.serves_pods, is_complete: applied.is_complete };
+        if !done.is_complete {
+            self.telemetry.round_failed();
+        }
         self.telemetry.round_done(compiled, start.elapsed());
         self.tell(desired, applied);
-        self.is_first = false;
-        Ok(true)
+        Some(done)
     }
 
     fn tell(&mut self, desired: Desired, applied: Applied) {
-        let Applied { enforced, removed_backends } = applied;
+        let Applied { enforced, held_back, removed_backends, .. } = applied;
         if !removed_backends.is_empty() && self.removed_backends.send(removed_backends).is_err() {
             tracing::debug!("nobody ends stale sockets any more: the agent is stopping");
         }
@@ -139,8 +174,15 @@ impl Rounds {
             }
             changed
         });
-        let waiting = desired.waiting.clone();
+        let mut waiting = desired.waiting.clone();
+        waiting.extend(held_back);
         self.current.store(Arc::new(desired));
         self.enforced.publish(enforced, waiting);
     }
+}
+
+/// What a round that wrote has reached.
+struct Done {
+    serves_pods: bool,
+    is_complete: bool,
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::datapath::MapFill;
 use crate::flow::RecorderCounts;
 use crate::model::{EndpointId, IdentityId, ObjectKey};
-use crate::telemetry::ObjectCounts;
+use crate::telemetry::{ObjectCounts, PartRow};
 
 /// How the agent is: the answer to `Status`.
 ///
@@ -25,6 +25,8 @@ pub struct StatusAnswer {
     pub uptime_seconds: u64,
     /// What it waits for before it is ready; empty: it is.
     pub pending: Vec<String>,
+    /// How each part of it is, of which some write to the kernel.
+    pub parts: Vec<PartRow>,
     /// Where its objects come from: `kubernetes`, or the manifest directory.
     pub source: String,
     /// Every kind of object.
@@ -49,6 +51,11 @@ impl StatusAnswer {
     /// True when everything is in force that was there when the agent started.
     pub fn is_ready(&self) -> bool {
         self.pending.is_empty()
+    }
+
+    /// The part that has failed longest, if any fails for longer than a retry takes.
+    pub fn fault(&self) -> Option<&PartRow> {
+        self.parts.iter().filter(|part| part.is_fault()).max_by_key(|part| part.failing_seconds)
     }
 
     /// The way that was taken for a feature.

@@ -86,7 +86,10 @@ pub(super) fn uninstall(args: &UninstallArgs) -> Result<(), Failure> {
     for name in delete_devices()? {
         writeln!(output, "removed the device {name}")?;
     }
-    netlink::sync_routes(&[]).context("removing routes")?;
+    let failed = netlink::sync_routes(&[]).context("removing routes")?;
+    if let Some((prefix, error)) = failed.into_iter().next() {
+        return Err(anyhow::Error::from(error).context(format!("removing route {prefix}")).into());
+    }
     let run = args.socket.parent().unwrap_or(Path::new("/run/weir"));
     // Where `weir prepare` may have mounted cgroup v2.
     let _ = umount2(&run.join("cgroup"), MntFlags::MNT_DETACH);

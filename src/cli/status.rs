@@ -12,7 +12,10 @@ use super::{Connection, Failure, Format, output, table};
 use crate::api::answers::{BrokenRow, StatusAnswer};
 use crate::api::{self, Request};
 use crate::flow::escape;
+use crate::telemetry::PartRow;
 
+/// Of what fails, so many lines a part.
+const CAUSES: usize = 5;
 /// Between two questions while waiting.
 const POLL: Duration = Duration::from_millis(100);
 const POLL_CLUSTER: Duration = Duration::from_secs(1);
@@ -49,8 +52,8 @@ pub fn run(args: &StatusArgs) -> Result<(), Failure> {
     }
     let status = loop {
         let answer = ask(&args.connection);
-        let is_ready = answer.as_ref().is_ok_and(StatusAnswer::is_ready);
-        if is_ready || deadline.is_none_or(|deadline| Instant::now() >= deadline) {
+        let is_well = answer.as_ref().is_ok_and(|status| status.is_ready() && status.fault().is_none());
+        if is_well || deadline.is_none_or(|deadline| Instant::now() >= deadline) {
             break answer;
         }
         std::thread::sleep(POLL);
@@ -65,9 +68,10 @@ pub fn run(args: &StatusArgs) -> Result<(), Failure> {
         Format::Table => write(&mut out, &status)?,
     }
     out.flush()?;
-    match status.is_ready() {
-        true => Ok(()),
-        false => Err(Failure::NotReady(format!("not ready: waiting for {}", status.pending.join(", ")))),
+    match (status.is_ready(), status.fault()) {
+        (true, None) => Ok(()),
+        (true, Some(fault)) => Err(Failure::NotReady(format!("degraded: {}", fault.text()))),
+        (false, _) => Err(Failure::NotReady(format!("not ready: waiting for {}", status.pending.join(", ")))),
     }
 }
 
@@ -92,7 +96,11 @@ fn ask(connection: &Connection) -> Result<StatusAnswer, Failure> {
 }
 
 fn write(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
-    let ready = if status.is_ready() { "ready" } else { "NOT READY" };
+    let ready = match (status.is_ready(), status.fault()) {
+        (true, None) => "ready".to_owned(),
+        (true, Some(fault)) => degraded(fault),
+        (false, _) => "NOT READY".to_owned(),
+    };
     let up = SignedDuration::from_secs(i64::try_from(status.uptime_seconds).unwrap_or(i64::MAX));
     let objects = &status.objects;
     let flows = &status.flows;
@@ -104,6 +112,11 @@ fn write(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
         ),
     )];
     lines.extend(status.pending.iter().map(|task| ("", format!("waiting for {task}"))));
+    let faults = status.parts.iter().filter(|part| part.is_fault());
+    lines.extend(faults.flat_map(|part| {
+        part.causes.iter().take(CAUSES).map(|cause| ("", format!("{}: {cause}", part.part)))
+    }));
+    lines.extend(status.parts.iter().flat_map(|part| part.notes.iter().map(|note| ("", note.clone()))));
     lines.push(("endpoints", format!("{} of {} enforced", objects.endpoints_enforced, objects.endpoints)));
     lines.extend(status.waiting.iter().map(|row| ("", format!("{}: {}", row.endpoint, row.reason))));
     lines.push(("policies", format!("{}, {} compiled", objects.policies, objects.compiled_policies)));
@@ -130,6 +143,13 @@ fn write(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
         writeln!(out, "{name:<width$}  {}", escape(value))?;
     }
     write_tables(out, status)
+}
+
+/// `DEGRADED since 4m: policies: map policy_rules is full`
+fn degraded(fault: &PartRow) -> String {
+    let seconds = i64::try_from(fault.failing_seconds.unwrap_or(0)).unwrap_or(i64::MAX);
+    let since = SignedDuration::from_secs(if seconds < 120 { seconds } else { seconds / 60 * 60 });
+    format!("DEGRADED since {since:#}: {}", fault.text())
 }
 
 fn broken_text(broken: &BrokenRow) -> String {
@@ -170,6 +190,11 @@ fn write_tables(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
         writeln!(out)?;
         table::write(out, ["KIND", "OBJECTS", "SOURCE", "LAST NEWS", "ERRORS"], &rows)?;
     }
+    let parts: Vec<_> = status.parts.iter().map(part_row).collect();
+    if !parts.is_empty() {
+        writeln!(out)?;
+        table::write(out, ["PART", "STATE", "ERRORS", "REPAIRS"], &parts)?;
+    }
     let maps = status.maps.iter().map(|map| {
         let percent = map.used as f64 * 100.0 / map.capacity.max(1) as f64;
         [map.map.clone(), map.used.to_string(), map.capacity.to_string(), format!("{percent:.1} %")]
@@ -180,6 +205,14 @@ fn write_tables(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
         table::write(out, ["MAP", "ROWS", "MAX", "FULL"], &maps)?;
     }
     Ok(())
+}
+
+fn part_row(part: &PartRow) -> [String; 4] {
+    let state = match part.failing_seconds {
+        None => "ok".to_owned(),
+        Some(seconds) => format!("failing for {seconds} s"),
+    };
+    [part.part.clone(), state, part.errors_total.to_string(), part.repairs_total.to_string()]
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
@@ -204,6 +237,14 @@ mod tests {
             kernel: "6.18.0".into(),
             uptime_seconds: 3725,
             pending: vec!["the first round".into()],
+            parts: vec![PartRow {
+                part: "policies".into(),
+                failing_seconds: Some(250),
+                causes: vec!["NetworkPolicy shop/a: 17000 rows".into()],
+                errors_total: 3,
+                notes: vec!["route 10.1.2.0/24 was removed 5 times in the last 10 minutes".into()],
+                ..PartRow::default()
+            }],
             source: "/etc/manifests".into(),
             kinds: vec![KindRow {
                 kind: "Pod".into(),
@@ -237,6 +278,8 @@ mod tests {
         let expected = "\
 agent:       NOT READY, version 0.1.0, up 1h 2m 5s, node a, Linux 6.18.0
              waiting for the first round
+             policies: NetworkPolicy shop/a: 17000 rows
+             route 10.1.2.0/24 was removed 5 times in the last 10 minutes
 endpoints:   1 of 2 enforced
              3: no Pod object yet
 policies:    3, 0 compiled
@@ -252,9 +295,20 @@ source:      /etc/manifests
 KIND  OBJECTS  SOURCE  LAST NEWS  ERRORS
 Pod   2        ok      3 s ago    0
 
+PART      STATE              ERRORS  REPAIRS
+policies  failing for 250 s  3       0
+
 MAP  ROWS  MAX     FULL
 nat  1024  131072  0.8 %
 ";
         assert_eq!(String::from_utf8(out).expect("text"), expected);
+        let degraded = StatusAnswer { pending: Vec::new(), ..status };
+        let mut out = Vec::new();
+        write(&mut out, &degraded).expect("memory");
+        let first = String::from_utf8(out).expect("text").lines().next().unwrap_or_default().to_owned();
+        assert!(
+            first.starts_with("agent:       DEGRADED since 4m: policies: NetworkPolicy shop/a: 17000 rows,"),
+            "{first}"
+        );
     }
 }

@@ -4,7 +4,7 @@
 //! raised after the rows are written, so that established connections are
 //! judged again at their next packet.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -14,8 +14,9 @@ use imbl::ordmap::DiffItem;
 use ipnet::IpNet;
 
 use super::abi::{Addr, Address, NodeState, Prefix, PrefixKey, addr_of};
-use super::map::{Bytes, TypedMap};
+use super::map::{Bytes, MapError, TypedMap};
 use super::mirror::{Mirror, Put};
+use super::refused::Refused;
 use super::settled::Settled;
 use super::types::{address_flags, node_flags, prefix_flags};
 use crate::model::{AddressEntry, AddressKind, IdentityId, PrefixEntry};
@@ -26,6 +27,8 @@ pub struct AddressWriter {
     prefixes: Mirror<PrefixKey, Prefix>,
     node_state: TypedMap<u32, NodeState>,
     settled: Settled<IpAddr, AddressEntry>,
+    refused: Refused<IpAddr, AddressEntry>,
+    refused_prefixes: BTreeMap<IpNet, String>,
     /// What `prefixes` holds exactly, where that is known.
     settled_prefixes: Option<BTreeMap<IpNet, PrefixEntry>>,
     /// Identities were changed in the maps, but the epoch could not be raised yet.
@@ -43,6 +46,8 @@ impl AddressWriter {
             prefixes,
             node_state,
             settled: Settled::Unknown,
+            refused: Refused::default(),
+            refused_prefixes: BTreeMap::new(),
             settled_prefixes: None,
             is_epoch_due: false,
         };
@@ -55,32 +60,21 @@ impl AddressWriter {
         Ok(writer)
     }
 
-    /// The highest node-local identity in the maps, one below the first when there is none.
-    pub fn highest_local_identity(&self) -> IdentityId {
+    /// The node-local identities in the maps.
+    pub(super) fn local_identities(&self) -> impl Iterator<Item = IdentityId> {
         let addresses = self.addresses.rows().values().map(|row| row.identity);
         let prefixes = self.prefixes.rows().values().map(|row| row.identity);
-        IdentityId(addresses.chain(prefixes).fold(IdentityId::FIRST_LOCAL.0 - 1, u32::max))
+        addresses.chain(prefixes).map(IdentityId).filter(|id| id.is_local())
     }
 
-    /// Whether packets may go past the node's stack; true if that is news.
-    pub fn write_past_stack(&mut self, may: bool) -> Result<bool> {
-        let mut state = self.node_state.get(&0)?.context("reading the only row of node_state")?;
-        let flags = if may { node_flags::NODE_PAST_STACK.0 } else { 0 };
-        let is_news = state.flags != flags;
-        if is_news {
-            state.flags = flags;
-            self.node_state.insert(&0, &state)?;
-        }
-        Ok(is_news)
-    }
-
-    /// Writes rows that differ; deletes none.
+    /// Writes rows that differ; deletes none, unless a map is full: then the addresses that are not desired
+    /// go first. What still does not fit is left alone until `retry_refused`.
     pub fn write(
         &mut self,
         addresses: &OrdMap<IpAddr, AddressEntry>,
         prefixes: &BTreeMap<IpNet, PrefixEntry>,
     ) -> Result<()> {
-        let written = self.write_rows(addresses, prefixes);
+        let written = self.write_addresses(addresses).and_then(|()| self.write_prefixes(prefixes));
         // Also after an error: what was written before it counts.
         self.raise_epoch_if_due().and(written)
     }
@@ -91,74 +85,153 @@ impl AddressWriter {
         addresses: &OrdMap<IpAddr, AddressEntry>,
         prefixes: &BTreeMap<IpNet, PrefixEntry>,
     ) -> Result<()> {
-        let pruned = self.prune_rows(addresses, prefixes);
+        let pruned = self.prune_addresses(addresses).and_then(|()| self.prune_prefixes(prefixes));
         self.raise_epoch_if_due().and(pruned)
     }
 
-    fn write_rows(
-        &mut self,
-        addresses: &OrdMap<IpAddr, AddressEntry>,
-        prefixes: &BTreeMap<IpNet, PrefixEntry>,
-    ) -> Result<()> {
+    /// Tries again, with the next write, what could not be written.
+    pub fn retry_refused(&mut self) {
+        self.refused.clear();
+        if !self.refused_prefixes.is_empty() {
+            self.refused_prefixes.clear();
+            self.settled_prefixes = None;
+        }
+    }
+
+    /// The addresses that could not be written, and why.
+    pub fn refused(&self) -> impl Iterator<Item = (&IpAddr, &str)> {
+        self.refused.causes()
+    }
+
+    /// The prefixes that could not be written, and why.
+    pub fn refused_prefixes(&self) -> &BTreeMap<IpNet, String> {
+        &self.refused_prefixes
+    }
+
+    fn write_addresses(&mut self, addresses: &OrdMap<IpAddr, AddressEntry>) -> Result<()> {
+        for address in self.refused.forget_undesired(addresses) {
+            self.is_epoch_due |= self.addresses.take(addr_of(address))?.is_some();
+        }
+        let refused_before = self.refused.len();
+        let effective = self.refused.without(addresses);
+        let mut is_pruned = false;
         let from = self.settled.before_write();
-        for item in from.clone().unwrap_or_default().diff(addresses) {
+        for item in from.clone().unwrap_or_default().diff(&effective) {
             let (DiffItem::Add(address, entry) | DiffItem::Update { new: (address, entry), .. }) = item
             else {
                 continue;
             };
-            let row = address_row(entry);
-            match self.addresses.put(addr_of(*address), row)? {
-                Put::Unchanged => {}
-                Put::Replaced(old) => self.is_epoch_due |= old.identity != row.identity,
-                Put::Inserted => self.is_epoch_due = true,
+            let mut written = self.write_address(*address, entry);
+            if matches!(written, Err(MapError::Full { .. })) && !is_pruned {
+                is_pruned = true;
+                self.delete_addresses(self.stale_in_map(addresses))?;
+                written = self.write_address(*address, entry);
+            }
+            if matches!(written, Err(MapError::Full { .. })) && entry.node.is_none() {
+                // Addresses of this node's own come first: another node's makes room.
+                written = self.make_room(addresses).and_then(|()| self.write_address(*address, entry));
+            }
+            if let Err(error) = written {
+                self.refused.insert(*address, entry.clone(), format!("{:#}", anyhow::Error::from(error)));
             }
         }
-        self.settled.written(from, addresses);
+        if self.refused.len() == refused_before {
+            self.settled.written(from, &effective);
+        }
+        Ok(())
+    }
+
+    fn write_address(&mut self, address: IpAddr, entry: &AddressEntry) -> Result<(), MapError> {
+        let row = address_row(entry);
+        match self.addresses.put(addr_of(address), row)? {
+            Put::Unchanged => {}
+            Put::Replaced(old) => self.is_epoch_due |= old.identity != row.identity,
+            Put::Inserted => self.is_epoch_due = true,
+        }
+        Ok(())
+    }
+
+    /// Takes one address of another node out of the full map.
+    fn make_room(&mut self, addresses: &OrdMap<IpAddr, AddressEntry>) -> Result<(), MapError> {
+        let is_remote = |row: &Address| row.flags & address_flags::ADDRESS_LOCAL.0 as u16 == 0;
+        let victim = self.addresses.rows().iter().rev().find(|(_, row)| is_remote(row));
+        let Some(key) = victim.map(|(key, _)| key.0) else { return Ok(()) };
+        self.addresses.take(key)?;
+        self.is_epoch_due = true;
+        let address = super::abi::ip_of(key);
+        if let Some(entry) = addresses.get(&address) {
+            self.refused.insert(
+                address,
+                entry.clone(),
+                "this node's own addresses took its place".to_owned(),
+            );
+        }
+        Ok(())
+    }
+
+    fn write_prefixes(&mut self, prefixes: &BTreeMap<IpNet, PrefixEntry>) -> Result<()> {
         if self.settled_prefixes.as_ref() == Some(prefixes) {
             return Ok(());
         }
         self.settled_prefixes = None;
+        self.refused_prefixes.clear();
         for (&prefix, entry) in prefixes {
-            if !matches!(self.prefixes.put(prefix_key(prefix), prefix_row(*entry))?, Put::Unchanged) {
-                self.is_epoch_due = true;
+            match self.prefixes.put(prefix_key(prefix), prefix_row(*entry)) {
+                Ok(Put::Unchanged) => {}
+                Ok(Put::Inserted | Put::Replaced(_)) => self.is_epoch_due = true,
+                Err(error) => {
+                    let cause = format!("{:#}", anyhow::Error::from(error));
+                    self.refused_prefixes.insert(prefix, cause);
+                }
             }
         }
         Ok(())
     }
 
-    fn prune_rows(
-        &mut self,
-        addresses: &OrdMap<IpAddr, AddressEntry>,
-        prefixes: &BTreeMap<IpNet, PrefixEntry>,
-    ) -> Result<()> {
-        let stale: Vec<Addr> = match self.settled.before_prune(addresses) {
+    fn prune_addresses(&mut self, addresses: &OrdMap<IpAddr, AddressEntry>) -> Result<()> {
+        let effective = self.refused.without(addresses);
+        let stale: Vec<Addr> = match self.settled.before_prune(&effective) {
             Some(from) => from
-                .diff(addresses)
+                .diff(&effective)
                 .filter_map(|item| match item {
-                    DiffItem::Remove(address, _) => Some(addr_of(*address)),
-                    DiffItem::Add(..) | DiffItem::Update { .. } => None,
+                    DiffItem::Remove(address, _) if !addresses.contains_key(address) => {
+                        Some(addr_of(*address))
+                    }
+                    DiffItem::Remove(..) | DiffItem::Add(..) | DiffItem::Update { .. } => None,
                 })
                 .collect(),
-            None => {
-                let rows = self.addresses.rows().keys().map(|key| key.0);
-                rows.filter(|addr| !addresses.contains_key(&super::abi::ip_of(*addr))).collect()
-            }
+            None => self.stale_in_map(addresses),
         };
+        self.delete_addresses(stale)?;
+        self.settled.pruned(&effective);
+        Ok(())
+    }
+
+    fn stale_in_map(&self, addresses: &OrdMap<IpAddr, AddressEntry>) -> Vec<Addr> {
+        let rows = self.addresses.rows().keys().map(|key| key.0);
+        rows.filter(|addr| !addresses.contains_key(&super::abi::ip_of(*addr))).collect()
+    }
+
+    fn delete_addresses(&mut self, stale: Vec<Addr>) -> Result<()> {
         for key in stale {
             self.is_epoch_due |= self.addresses.take(key)?.is_some();
         }
-        self.settled.pruned(addresses);
+        Ok(())
+    }
+
+    fn prune_prefixes(&mut self, prefixes: &BTreeMap<IpNet, PrefixEntry>) -> Result<()> {
         if self.settled_prefixes.as_ref() == Some(prefixes) {
             return Ok(());
         }
-        let desired: std::collections::BTreeSet<_> =
-            prefixes.keys().map(|prefix| Bytes(prefix_key(*prefix))).collect();
+        let desired: BTreeSet<_> = prefixes.keys().map(|prefix| Bytes(prefix_key(*prefix))).collect();
         let rows = self.prefixes.rows().keys();
         let stale: Vec<PrefixKey> = rows.filter(|key| !desired.contains(key)).map(|key| key.0).collect();
         for key in stale {
             self.is_epoch_due |= self.prefixes.take(key)?.is_some();
         }
-        let is_complete = desired.len() == self.prefixes.rows().len();
+        // With refused prefixes, too: they are tried again when it is time.
+        let missing = self.refused_prefixes.len();
+        let is_complete = desired.len() == self.prefixes.rows().len() + missing;
         self.settled_prefixes = is_complete.then(|| prefixes.clone());
         Ok(())
     }
@@ -171,6 +244,27 @@ impl AddressWriter {
             self.is_epoch_due = false;
         }
         Ok(())
+    }
+}
+
+/// Writes the flags of `node_state`, whose epoch is `AddressWriter`'s. Both belong to one thread.
+pub struct StackWriter(TypedMap<u32, NodeState>);
+
+impl StackWriter {
+    pub(super) fn new(node_state: TypedMap<u32, NodeState>) -> Self {
+        Self(node_state)
+    }
+
+    /// Whether packets may go past the node's stack; true if that is news.
+    pub fn write_past_stack(&mut self, may: bool) -> Result<bool> {
+        let mut state = self.0.get(&0)?.context("reading the only row of node_state")?;
+        let flags = if may { node_flags::NODE_PAST_STACK.0 } else { 0 };
+        let is_news = state.flags != flags;
+        if is_news {
+            state.flags = flags;
+            self.0.insert(&0, &state)?;
+        }
+        Ok(is_news)
     }
 }
 

@@ -5,7 +5,7 @@
 //! an old policy under the new epoch. Epochs of an id only rise, also while
 //! nobody has it, so that no cached verdict survives its pod.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 
 use anyhow::Result;
@@ -36,10 +36,10 @@ impl EndpointWriter {
         rows.filter_map(|(id, _)| u16::try_from(id.0).ok().map(EndpointId))
     }
 
-    /// The highest policy id that an endpoint points at.
-    pub(super) fn highest_policy(&self) -> PolicyId {
-        let ids = self.endpoints.rows().values().map(|row| row.policy & policy_bits::POLICY_ID_MASK.0);
-        PolicyId(ids.max().unwrap_or(0))
+    /// The policies that endpoints point at.
+    pub fn policies_in_force(&self) -> BTreeSet<PolicyId> {
+        let rows = self.endpoints.rows().values().filter(|row| is_used(row));
+        rows.map(|row| PolicyId(row.policy & policy_bits::POLICY_ID_MASK.0)).collect()
     }
 
     /// Writes rows that differ; removes none.

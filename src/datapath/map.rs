@@ -2,7 +2,7 @@
 //! name the map. Walking uses the kernel's batches to the end; libbpf-rs' own
 //! batch iterator stops at the first short batch and so loses entries.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::marker::PhantomData;
 use std::mem::size_of;
@@ -207,6 +207,20 @@ impl<K: Plain, V: Plain> TypedMap<K, V> {
         let source = io::Error::from_raw_os_error(-error);
         MapError::Kernel { map: self.name.clone(), operation, source }
     }
+}
+
+/// Where to begin with new numbers from `first` to `end` (exclusive): at the start of the largest gap
+/// between those in use. So numbers that were used up are free again when the agent starts anew.
+pub(super) fn first_free(in_use: &BTreeSet<u32>, first: u32, end: u32) -> u32 {
+    let (mut best, mut length, mut next) = (first, 0, first);
+    for used in in_use.range(first..end).copied().chain([end]) {
+        // Of gaps of one length the last: numbers rise.
+        if used - next >= length {
+            (best, length) = (next, used - next);
+        }
+        next = used.saturating_add(1);
+    }
+    best
 }
 
 /// What a sync did.

@@ -28,6 +28,7 @@ mod mirror;
 mod pins;
 mod policies;
 mod probe;
+mod refused;
 mod reuse;
 mod services;
 mod settings;
@@ -42,7 +43,7 @@ use anyhow::{Context, Result, bail};
 use libbpf_rs::{MapCore, MapHandle, Object, ProgramMut};
 
 pub use abi::{addr_of, ip_of};
-pub use addresses::AddressWriter;
+pub use addresses::{AddressWriter, StackWriter};
 pub use attach::{attach_tcx, detach_all};
 pub use counters::{MapFill, MetricRow};
 pub use dump::{MAP_NAMES, dump};
@@ -62,6 +63,8 @@ use counters::Fills;
 use mirror::{Fill, Mirror};
 use pins::Pins;
 use settle::Unsettled;
+
+use crate::model::IdentityId;
 
 /// The linked BPF object, to be opened with `libbpf_rs::ObjectBuilder::open_memory`.
 pub static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/datapath.bpf.o"));
@@ -87,6 +90,17 @@ pub struct Writers {
     pub policies: PolicyWriter,
     /// Of `services` and `backends`.
     pub services: ServiceWriter,
+    /// Of the flags in `node_state`.
+    pub stack: StackWriter,
+}
+
+impl Writers {
+    /// A node-local identity that was not in the maps at start, with the most free ones above it.
+    pub fn next_free_local_identity(&self) -> IdentityId {
+        let rows = self.addresses.local_identities().chain(self.policies.inherited_local_identities());
+        let in_use = rows.map(|id| id.0).collect();
+        IdentityId(map::first_free(&in_use, IdentityId::FIRST_LOCAL.0, IdentityId::FIRST_LOCAL.0 * 2))
+    }
 }
 
 impl Datapath {
@@ -141,10 +155,11 @@ impl Datapath {
         let policies = PolicyWriter::new(
             (self.typed("policy_rules")?, self.fills.of("policy_rules")),
             (self.typed("policy_peers")?, self.fills.of("policy_peers")),
-            endpoints.highest_policy(),
+            &endpoints.policies_in_force(),
         )?;
         let services = ServiceWriter::new(self.mirror("services")?, self.mirror("backends")?);
-        Ok(Writers { endpoints, addresses, policies, services })
+        let stack = StackWriter::new(self.typed("node_state")?);
+        Ok(Writers { endpoints, addresses, policies, services, stack })
     }
 
     /// The reader of the ring buffer. One at a time: a second one would take

@@ -5,13 +5,13 @@
 //! What the map holds is remembered as the compiled policies themselves, which
 //! the compiler shares, so this costs no copy of the rows.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, RwLock};
 
 use anyhow::Result;
 
 use super::abi::{PolicyPeer, PolicyPeerKey, PolicyRule, PolicyRuleKey};
-use super::map::TypedMap;
+use super::map::{MapError, TypedMap, first_free};
 use super::mirror::Fill;
 use super::types::{direction, policy_rule_prefix, policy_verdict};
 use crate::model::{
@@ -48,30 +48,37 @@ impl PolicyWriter {
     pub(super) fn new(
         rules: (TypedMap<PolicyRuleKey, PolicyRule>, Fill),
         peers: (TypedMap<PolicyPeerKey, PolicyPeer>, Fill),
-        highest_in_use: PolicyId,
+        in_force: &BTreeSet<PolicyId>,
     ) -> Result<Self> {
         let (rules, peers) = (Counted::new(rules), Counted::new(peers));
         let mut inherited = Inherited::default();
-        let (mut highest, mut highest_rule) = (highest_in_use.0, 0);
+        let mut in_use: BTreeSet<u32> = in_force.iter().map(|id| id.0).collect();
+        let mut highest_rule = 0;
         rules.map.for_each(|key, rule| {
-            highest = highest.max(u32::from_be(key.policy_id));
+            in_use.insert(u32::from_be(key.policy_id));
             highest_rule = highest_rule.max(rule.rule_id);
             inherited.rules.push(key);
         })?;
         peers.map.for_each(|key, _| {
-            highest = highest.max(key.policy_id);
+            in_use.insert(key.policy_id);
             inherited.peers.push(key);
         })?;
         rules.set(inherited.rules.len());
         peers.set(inherited.peers.len());
-        let next_free = PolicyId(highest + 1);
+        let next_free = PolicyId(first_free(&in_use, 1, PolicyId::CLOSED.0));
         let origins = RuleOrigins::starting_above(highest_rule);
         Ok(Self { rules, peers, held: BTreeMap::new(), inherited, next_free, origins })
     }
 
-    /// An id above all that were in the maps at start.
+    /// An id that was not in the maps at start, with the most free ones above it.
     pub fn next_free_id(&self) -> PolicyId {
         self.next_free
+    }
+
+    /// The node-local identities that a former process's rows name.
+    pub(super) fn inherited_local_identities(&self) -> impl Iterator<Item = IdentityId> {
+        let keys = self.inherited.peers.iter().map(|key| IdentityId(key.identity));
+        keys.filter(|id| id.is_local())
     }
 
     /// What rule ids in events stand for; a handle that can be shared.
@@ -84,53 +91,101 @@ impl PolicyWriter {
         self.origins.get(rule_id)
     }
 
-    /// Writes what is not in the maps yet; deletes nothing. A policy's rules come
-    /// before its peers, so that no identity is in a class without rules.
-    pub fn write(&mut self, policies: &BTreeMap<PolicyId, Arc<CompiledPolicy>>) -> Result<()> {
+    /// Rows that `policy_rules` and `policy_peers` can hold.
+    pub fn capacity(&self) -> (usize, usize) {
+        (self.rules.map.capacity() as usize, self.peers.map.capacity() as usize)
+    }
+
+    /// Writes what is not in the maps yet, and returns the policies that could not be written. Nothing
+    /// of these stays behind. A policy's rules come before its peers, so that no identity is in a class
+    /// without rules. When a map is full, what neither `policies` nor `in_force` names is deleted first.
+    pub fn write(
+        &mut self,
+        policies: &BTreeMap<PolicyId, Arc<CompiledPolicy>>,
+        in_force: &BTreeSet<PolicyId>,
+    ) -> BTreeMap<PolicyId, MapError> {
+        let mut refused = BTreeMap::new();
+        let mut is_pruned = false;
         for (&id, policy) in policies {
-            let held = self.held.entry(id).or_default();
-            if held.complete.as_ref().is_some_and(|old| Arc::ptr_eq(old, policy)) {
-                continue;
+            let mut written = self.write_if_new(id, policy);
+            if matches!(written, Err(MapError::Full { .. })) && !is_pruned {
+                is_pruned = true;
+                written = self.prune_unused(policies, in_force).and_then(|()| self.write_if_new(id, policy));
             }
-            let old = held.complete.clone();
-            if old.as_ref().is_some_and(|old| old == policy) {
-                held.complete = Some(policy.clone());
-                continue;
+            if let Err(error) = written {
+                refused.insert(id, error);
             }
-            held.partial.push(policy.clone());
-            self.write_policy(id, policy, old.as_deref())?;
+        }
+        refused
+    }
+
+    fn write_if_new(&mut self, id: PolicyId, policy: &Arc<CompiledPolicy>) -> Result<(), MapError> {
+        let held = self.held.entry(id).or_default();
+        if held.complete.as_ref().is_some_and(|old| Arc::ptr_eq(old, policy)) {
+            return Ok(());
+        }
+        let old = held.complete.clone();
+        if old.as_ref().is_some_and(|old| old == policy) {
+            held.complete = Some(policy.clone());
+            return Ok(());
+        }
+        held.partial.push(policy.clone());
+        let last = old.clone().or_else(|| held.partial.iter().rev().nth(1).cloned());
+        if let Err(error) = self.write_policy(id, policy, old.as_deref()) {
+            // Its rows would keep others out. Rows of the last version may have been replaced.
+            self.delete_policy(id, policy, last.as_deref())?;
             let held = self.held.entry(id).or_default();
             held.partial.retain(|partial| !Arc::ptr_eq(partial, policy));
-            held.partial.extend(old);
-            held.complete = Some(policy.clone());
+            held.partial.extend(held.complete.take());
+            return Err(error);
+        }
+        let held = self.held.entry(id).or_default();
+        held.partial.retain(|partial| !Arc::ptr_eq(partial, policy));
+        held.partial.extend(old);
+        held.complete = Some(policy.clone());
+        Ok(())
+    }
+
+    /// Deletes the rows of policies that are neither desired nor `in_force`, and of the desired ones the
+    /// rows that they had once. Only after every source is synced.
+    pub fn prune(
+        &mut self,
+        policies: &BTreeMap<PolicyId, Arc<CompiledPolicy>>,
+        in_force: &BTreeSet<PolicyId>,
+    ) -> Result<(), MapError> {
+        self.prune_unused(policies, in_force)?;
+        for (&id, desired) in policies {
+            let Some(held) = self.held.get(&id).filter(|held| !held.partial.is_empty()) else { continue };
+            let is_complete = held.complete.as_ref() == Some(desired);
+            let others = held.complete.iter().filter(|_| !is_complete);
+            for version in held.partial.iter().chain(others).cloned().collect::<Vec<_>>() {
+                self.delete_policy(id, &version, Some(desired))?;
+            }
+            // Nothing is left that is not desired, but perhaps not all that is.
+            let held = match is_complete {
+                true => Held { complete: Some(desired.clone()), partial: Vec::new() },
+                false => Held { complete: None, partial: vec![desired.clone()] },
+            };
+            self.held.insert(id, held);
         }
         Ok(())
     }
 
-    /// Deletes rows that are not desired. Only after every source is synced, and
-    /// after the endpoints have left the policies that are to go.
-    pub fn prune(&mut self, policies: &BTreeMap<PolicyId, Arc<CompiledPolicy>>) -> Result<()> {
-        self.prune_inherited(policies)?;
-        let ids: Vec<PolicyId> = self.held.keys().copied().collect();
-        for id in ids {
-            let desired = policies.get(&id);
+    /// Deletes all rows of policies that are neither desired nor `in_force`.
+    fn prune_unused(
+        &mut self,
+        policies: &BTreeMap<PolicyId, Arc<CompiledPolicy>>,
+        in_force: &BTreeSet<PolicyId>,
+    ) -> Result<(), MapError> {
+        self.prune_inherited(policies, in_force)?;
+        let is_used = |id: &PolicyId| policies.contains_key(id) || in_force.contains(id);
+        let unused: Vec<PolicyId> = self.held.keys().filter(|id| !is_used(id)).copied().collect();
+        for id in unused {
             let Some(held) = self.held.get(&id) else { continue };
-            if held.partial.is_empty() && desired.is_some() {
-                continue;
-            }
-            let is_complete = held.complete.as_ref() == desired;
             for version in held.partial.iter().chain(&held.complete).cloned().collect::<Vec<_>>() {
-                self.delete_policy(id, &version, desired.map(AsRef::as_ref))?;
+                self.delete_policy(id, &version, None)?;
             }
-            let held = desired.cloned().map(|desired| match is_complete {
-                true => Held { complete: Some(desired), partial: Vec::new() },
-                // Nothing is left that is not desired, but not all that is.
-                false => Held { complete: None, partial: vec![desired] },
-            });
-            match held {
-                Some(held) => self.held.insert(id, held),
-                None => self.held.remove(&id),
-            };
+            self.held.remove(&id);
         }
         Ok(())
     }
@@ -140,7 +195,7 @@ impl PolicyWriter {
         id: PolicyId,
         policy: &CompiledPolicy,
         old: Option<&CompiledPolicy>,
-    ) -> Result<()> {
+    ) -> Result<(), MapError> {
         for (side, now) in directions(policy) {
             let before = old.and_then(|old| direction_of(old, side));
             for (key, rule) in &now.rules {
@@ -167,7 +222,7 @@ impl PolicyWriter {
         id: PolicyId,
         version: &CompiledPolicy,
         kept: Option<&CompiledPolicy>,
-    ) -> Result<()> {
+    ) -> Result<(), MapError> {
         for (side, old) in directions(version) {
             let kept = kept.and_then(|kept| direction_of(kept, side));
             for &identity in old.peers.keys() {
@@ -184,23 +239,39 @@ impl PolicyWriter {
         Ok(())
     }
 
-    fn prune_inherited(&mut self, policies: &BTreeMap<PolicyId, Arc<CompiledPolicy>>) -> Result<()> {
-        while let Some(key) = self.inherited.peers.pop() {
-            let desired = policies.get(&PolicyId(key.policy_id));
-            let side = desired.and_then(|policy| direction_of(policy, key.direction as u8));
-            if side.is_none_or(|side| !side.peers.contains_key(&IdentityId(key.identity))) {
-                self.peers.remove(&key)?;
+    fn prune_inherited(
+        &mut self,
+        policies: &BTreeMap<PolicyId, Arc<CompiledPolicy>>,
+        in_force: &BTreeSet<PolicyId>,
+    ) -> Result<(), MapError> {
+        let is_kept = |id: PolicyId| in_force.contains(&id) && !policies.contains_key(&id);
+        let mut kept = Inherited::default();
+        let mut pruned = Ok(());
+        while let (Ok(()), Some(key)) = (&pruned, self.inherited.peers.pop()) {
+            let id = PolicyId(key.policy_id);
+            let side = policies.get(&id).and_then(|policy| direction_of(policy, key.direction as u8));
+            let is_desired = side.is_some_and(|side| side.peers.contains_key(&IdentityId(key.identity)));
+            if !is_kept(id) && !is_desired {
+                pruned = self.peers.remove(&key);
+            }
+            if is_kept(id) || pruned.is_err() {
+                kept.peers.push(key);
             }
         }
-        while let Some(key) = self.inherited.rules.pop() {
-            let desired = policies.get(&PolicyId(u32::from_be(key.policy_id)));
-            let side = desired.and_then(|policy| direction_of(policy, key.direction));
-            if side.is_none_or(|side| !side.rules.contains_key(&compiled_key(&key))) {
-                self.rules.remove(&key)?;
+        while let (Ok(()), Some(key)) = (&pruned, self.inherited.rules.pop()) {
+            let id = PolicyId(u32::from_be(key.policy_id));
+            let side = policies.get(&id).and_then(|policy| direction_of(policy, key.direction));
+            let is_desired = side.is_some_and(|side| side.rules.contains_key(&compiled_key(&key)));
+            if !is_kept(id) && !is_desired {
+                pruned = self.rules.remove(&key);
+            }
+            if is_kept(id) || pruned.is_err() {
+                kept.rules.push(key);
             }
         }
-        self.inherited = Inherited::default();
-        Ok(())
+        self.inherited.peers.extend(kept.peers);
+        self.inherited.rules.extend(kept.rules);
+        pruned
     }
 }
 
@@ -220,14 +291,14 @@ impl<K: super::abi::Plain, V: super::abi::Plain> Counted<K, V> {
     }
 
     /// Counts a row once: whether it was there is asked first.
-    fn insert(&self, key: &K, value: &V) -> Result<()> {
+    fn insert(&self, key: &K, value: &V) -> Result<(), MapError> {
         let is_new = self.map.get(key)?.is_none();
         self.map.insert(key, value)?;
         self.fill.fetch_add(usize::from(is_new), std::sync::atomic::Ordering::Relaxed);
         Ok(())
     }
 
-    fn remove(&self, key: &K) -> Result<()> {
+    fn remove(&self, key: &K) -> Result<(), MapError> {
         let was_there = self.map.remove(key)?;
         self.fill.fetch_sub(usize::from(was_there), std::sync::atomic::Ordering::Relaxed);
         Ok(())

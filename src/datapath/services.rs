@@ -12,8 +12,9 @@ use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
 
 use super::abi::{Backend, BackendKey, Service, ServiceKey, addr_of, ip_of};
-use super::map::Bytes;
+use super::map::{Bytes, MapError};
 use super::mirror::Mirror;
+use super::refused::Refused;
 use super::settled::Settled;
 use super::types::service_flags;
 use crate::model::{Frontend, FrontendKey};
@@ -24,6 +25,7 @@ pub struct ServiceWriter {
     backends: Mirror<BackendKey, Backend>,
     next_id: u32,
     settled: Settled<FrontendKey, Frontend>,
+    refused: Refused<FrontendKey, Frontend>,
     /// Rows that no frontend leads to any more.
     retired: Vec<BackendKey>,
 }
@@ -40,55 +42,91 @@ impl ServiceWriter {
         };
         // Left by a process that died between two steps.
         let retired = backends.rows().keys().map(|key| key.0).filter(|key| !is_reached(key)).collect();
-        Self { services, backends, next_id, settled: Settled::Unknown, retired }
+        Self { services, backends, next_id, settled: Settled::Unknown, refused: Refused::default(), retired }
     }
 
-    /// Writes frontends that differ; removes none. Returns the backends that
-    /// were taken out of a frontend, sorted.
+    /// Writes frontends that differ; removes none. Returns the backends that were taken out of a
+    /// frontend, sorted. A frontend that cannot be written keeps what it had, costs no other one, and is
+    /// left alone until `retry_refused`. When a map is full, frontends that are not desired are deleted.
     pub fn write(&mut self, frontends: &OrdMap<FrontendKey, Frontend>) -> Result<Vec<SocketAddr>> {
         // First, so that no row of this write is on the list.
         self.delete_retired()?;
         let mut removed = BTreeSet::new();
-        let mut written = Ok(());
+        for key in self.refused.forget_undesired(frontends) {
+            self.delete_frontends([service_key(&key)], &mut removed)?;
+        }
+        let refused_before = self.refused.len();
+        let effective = self.refused.without(frontends);
+        let mut is_pruned = false;
         let from = self.settled.before_write();
-        for item in from.clone().unwrap_or_default().diff(frontends) {
+        for item in from.clone().unwrap_or_default().diff(&effective) {
             let (DiffItem::Add(key, frontend) | DiffItem::Update { new: (key, frontend), .. }) = item else {
                 continue;
             };
-            written = self.write_frontend(key, frontend, &mut removed);
-            if written.is_err() {
-                break;
+            let mut written = self.write_frontend(key, frontend, &mut removed);
+            if matches!(written, Err(MapError::Full { .. })) && !is_pruned {
+                is_pruned = true;
+                self.delete_frontends(self.stale_in_map(frontends), &mut removed)?;
+                written = self.write_frontend(key, frontend, &mut removed);
+            }
+            if let Err(error) = written {
+                // The rows of what did not fit would keep others out.
+                self.delete_retired()?;
+                self.refused.insert(*key, frontend.clone(), format!("{:#}", anyhow::Error::from(error)));
             }
         }
-        self.delete_retired().and(written)?;
-        self.settled.written(from, frontends);
+        self.delete_retired()?;
+        if self.refused.len() == refused_before {
+            self.settled.written(from, &effective);
+        }
         Ok(removed.into_iter().collect())
+    }
+
+    /// The frontends that could not be written, and why.
+    pub fn refused(&self) -> impl Iterator<Item = (&FrontendKey, &str)> {
+        self.refused.causes()
+    }
+
+    /// Tries again, with the next write, what could not be written.
+    pub fn retry_refused(&mut self) {
+        self.refused.clear();
     }
 
     /// Deletes the frontends that are not desired and returns their backends.
     /// Only after every source is synced.
     pub fn prune(&mut self, frontends: &OrdMap<FrontendKey, Frontend>) -> Result<Vec<SocketAddr>> {
-        let stale = self.stale(frontends);
+        let effective = self.refused.without(frontends);
+        let stale = match self.settled.before_prune(&effective) {
+            Some(from) => from
+                .diff(&effective)
+                .filter_map(|item| match item {
+                    DiffItem::Remove(key, _) if !frontends.contains_key(key) => Some(service_key(key)),
+                    DiffItem::Remove(..) | DiffItem::Add(..) | DiffItem::Update { .. } => None,
+                })
+                .collect(),
+            None => self.stale_in_map(frontends),
+        };
         let mut removed = BTreeSet::new();
-        for key in stale {
+        self.delete_frontends(stale, &mut removed)?;
+        self.settled.pruned(&effective);
+        Ok(removed.into_iter().collect())
+    }
+
+    fn delete_frontends(
+        &mut self,
+        keys: impl IntoIterator<Item = ServiceKey>,
+        removed: &mut BTreeSet<SocketAddr>,
+    ) -> Result<()> {
+        for key in keys {
             if let Some(old) = self.services.take(key)? {
                 removed.extend(self.backends_of(&old));
                 self.retired.extend(backend_keys(&old));
             }
         }
-        self.delete_retired()?;
-        self.settled.pruned(frontends);
-        Ok(removed.into_iter().collect())
+        self.delete_retired()
     }
 
-    fn stale(&self, frontends: &OrdMap<FrontendKey, Frontend>) -> Vec<ServiceKey> {
-        if let Some(from) = self.settled.before_prune(frontends) {
-            let gone = from.diff(frontends).filter_map(|item| match item {
-                DiffItem::Remove(key, _) => Some(service_key(key)),
-                DiffItem::Add(..) | DiffItem::Update { .. } => None,
-            });
-            return gone.collect();
-        }
+    fn stale_in_map(&self, frontends: &OrdMap<FrontendKey, Frontend>) -> Vec<ServiceKey> {
         let desired: BTreeSet<_> = frontends.keys().map(|key| Bytes(service_key(key))).collect();
         let rows = self.services.rows().keys();
         rows.filter(|key| !desired.contains(key)).map(|key| key.0).collect()
@@ -99,7 +137,7 @@ impl ServiceWriter {
         key: &FrontendKey,
         frontend: &Frontend,
         removed: &mut BTreeSet<SocketAddr>,
-    ) -> Result<()> {
+    ) -> Result<(), MapError> {
         let row_key = service_key(key);
         let old = self.services.rows().get(&Bytes(row_key)).copied();
         let old_backends = old.map(|old| self.backends_of(&old)).unwrap_or_default();
@@ -110,7 +148,7 @@ impl ServiceWriter {
         let service = Service {
             service_id: old.map_or(self.next_id, |old| old.service_id),
             generation: old.map_or(1, |old| old.generation.wrapping_add(1)),
-            backend_count: u32::try_from(frontend.backends.len())?,
+            backend_count: u32::try_from(frontend.backends.len()).unwrap_or(u32::MAX),
             flags,
         };
         self.next_id += u32::from(old.is_none());
@@ -118,12 +156,12 @@ impl ServiceWriter {
             let row = backend_row(key, *backend, service.service_id);
             if let Err(error) = self.backends.put(row_key, row) {
                 self.retired.extend(backend_keys(&service));
-                return Err(error.into());
+                return Err(error);
             }
         }
         if let Err(error) = self.services.put(row_key, service) {
             self.retired.extend(backend_keys(&service));
-            return Err(error.into());
+            return Err(error);
         }
         if let Some(old) = old {
             self.retired.extend(backend_keys(&old));

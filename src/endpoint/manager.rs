@@ -18,6 +18,7 @@ use crate::ipam::Ipam;
 use crate::model::{Endpoint, EndpointId, MacAddress, PortMapping, Protocol};
 use crate::netlink::{self, PodLinkSpec};
 use crate::tables::Table;
+use crate::telemetry::Parts;
 
 /// Ids are 1 to 4095: the `endpoints` map has 4096 rows and 0 is nobody.
 const LAST_ID: u16 = 4095;
@@ -35,6 +36,8 @@ pub struct Options {
     pub verify_programs: Box<VerifyPrograms>,
     /// UDP port of the tunnels, which no pod can have.
     pub tunnel_port: u16,
+    /// Says to STATUS why no pod can be connected now.
+    pub parts: Parts,
 }
 
 /// The pods of this node. Shared; every method can run at the same time as any other.
@@ -194,6 +197,11 @@ impl Manager {
         }
         if !self.progress.borrow().is_started {
             return Err(Error::new(ErrorCode::NotAvailable, "the agent is still starting"));
+        }
+        if let Some(cause) = self.options.parts.stops_pods() {
+            return Err(
+                Error::new(ErrorCode::NotAvailable, "no pod can be connected now").with_details(cause)
+            );
         }
         Ok(())
     }

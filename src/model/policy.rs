@@ -110,9 +110,14 @@ pub enum PortSelector {
     Named(String),
 }
 
-/// The number of a compiled policy; 0 is "nothing enforced". At most 2^30 - 1.
+/// The number of a compiled policy; 0 is "nothing enforced". At most 2^30 - 2.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct PolicyId(pub u32);
+
+impl PolicyId {
+    /// Has no rows and never gets any: an endpoint with this policy is closed in both directions.
+    pub const CLOSED: Self = Self((1 << 30) - 1);
+}
 
 /// The rows of one policy, as they stand in the maps.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -121,6 +126,22 @@ pub struct CompiledPolicy {
     pub ingress: Option<CompiledDirection>,
     /// `None`: egress is not enforced.
     pub egress: Option<CompiledDirection>,
+}
+
+impl CompiledPolicy {
+    /// How many rows of `policy_rules` it is.
+    pub fn rule_rows(&self) -> usize {
+        self.directions().map(|direction| direction.rules.len()).sum()
+    }
+
+    /// How many rows of `policy_peers` it is.
+    pub fn peer_rows(&self) -> usize {
+        self.directions().map(|direction| direction.peers.len()).sum()
+    }
+
+    fn directions(&self) -> impl Iterator<Item = &CompiledDirection> {
+        self.ingress.iter().chain(&self.egress)
+    }
 }
 
 /// One direction of a compiled policy.

@@ -74,43 +74,51 @@ impl Connection {
 
     /// Sends the requests in order and reads every answer; the first error that is not tolerated wins.
     pub(super) fn execute(&mut self, requests: Vec<Request>) -> Result<()> {
-        let mut requests = requests.into_iter().peekable();
-        while requests.peek().is_some() {
-            self.execute_batch(requests.by_ref().take(BATCH).collect())?;
-        }
-        Ok(())
+        let actions: Vec<_> = requests.iter().map(|request| request.action.clone()).collect();
+        let outcomes = self.execute_each(requests)?;
+        let mut failed = actions.into_iter().zip(outcomes);
+        let first = failed.find_map(|(action, outcome)| Some(Error::kernel(action, outcome.err()?)));
+        first.map_or(Ok(()), Err)
     }
 
-    fn execute_batch(&mut self, requests: Vec<Request>) -> Result<()> {
+    /// Sends the requests in order; the kernel's answer to each, in that order.
+    pub(super) fn execute_each(&mut self, requests: Vec<Request>) -> Result<Vec<io::Result<()>>> {
+        let mut outcomes = Vec::with_capacity(requests.len());
+        let mut requests = requests.into_iter().peekable();
+        while requests.peek().is_some() {
+            outcomes.extend(self.execute_batch(requests.by_ref().take(BATCH).collect())?);
+        }
+        Ok(outcomes)
+    }
+
+    fn execute_batch(&mut self, requests: Vec<Request>) -> Result<Vec<io::Result<()>>> {
         let first = self.sequence.wrapping_add(1);
         let mut datagram = Vec::new();
         let mut expected = Vec::with_capacity(requests.len());
         for request in requests {
             self.append(&mut datagram, request.message, request.flags);
-            expected.push((request.action, request.tolerated));
+            expected.push(request.tolerated);
         }
         self.send(&datagram)?;
-        let mut outcome = Ok(());
+        let mut outcomes: Vec<io::Result<()>> = expected.iter().map(|_| Ok(())).collect();
         let mut missing = expected.len();
         while missing > 0 {
             self.receive(|header, payload| {
-                let Some((action, tolerated)) =
-                    expected.get(header.sequence_number.wrapping_sub(first) as usize)
-                else {
+                let index = header.sequence_number.wrapping_sub(first) as usize;
+                let Some((tolerated, outcome)) = expected.get(index).zip(outcomes.get_mut(index)) else {
                     return false;
                 };
                 if let NetlinkPayload::Error(error) = payload {
                     missing -= 1;
                     let number = -error.raw_code();
-                    if number != 0 && !tolerated.contains(&number) && outcome.is_ok() {
-                        let source = io::Error::from_raw_os_error(number);
-                        outcome = Err(Error::kernel(action.clone(), source));
+                    if number != 0 && !tolerated.contains(&number) {
+                        *outcome = Err(io::Error::from_raw_os_error(number));
                     }
                 }
                 missing == 0
             })?;
         }
-        outcome
+        Ok(outcomes)
     }
 
     /// Asks for one object; `None` when the kernel has none such.

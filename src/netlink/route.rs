@@ -1,6 +1,7 @@
 //! Routes and neighbours of ours: kept equal to what is wanted, nobody else's touched.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -36,14 +37,15 @@ pub struct Route {
     pub mtu: u32,
 }
 
-/// Makes the routes with our protocol number be exactly these: adds what is missing, then removes what is stale.
-pub fn sync_routes(wanted: &[Route]) -> Result<()> {
+/// Makes the routes with our protocol number be exactly these: adds what is missing, then removes what is
+/// stale. Returns the prefixes whose route could not be made or removed; they cost no other one.
+pub fn sync_routes(wanted: &[Route]) -> Result<Vec<(IpNet, io::Error)>> {
     let mut connection = Connection::open()?;
     let present = routes_with_protocol(&mut connection, NODE_ROUTE_PROTOCOL)?;
     let wanted: BTreeSet<&Route> = wanted.iter().collect();
     let ours: BTreeSet<IpNet> = present.iter().map(|route| route.prefix).collect();
     let kept: BTreeSet<IpNet> = wanted.iter().map(|route| route.prefix.trunc()).collect();
-    let mut requests = Vec::new();
+    let (mut prefixes, mut requests) = (Vec::new(), Vec::new());
     for route in &wanted {
         if !present.contains(route) {
             let request = new_route(route, NODE_ROUTE_PROTOCOL);
@@ -53,15 +55,22 @@ pub fn sync_routes(wanted: &[Route]) -> Result<()> {
             } else {
                 request.create()
             });
+            prefixes.push(route.prefix.trunc());
         }
     }
     for route in &present {
         // IPv4 replaces in place; what still stands with another next hop was not replaced.
         if !kept.contains(&route.prefix) {
             requests.push(delete_route(route, NODE_ROUTE_PROTOCOL));
+            prefixes.push(route.prefix);
         }
     }
-    connection.execute(requests)
+    let outcomes = connection.execute_each(requests)?;
+    Ok(prefixes
+        .into_iter()
+        .zip(outcomes)
+        .filter_map(|(prefix, outcome)| Some((prefix, outcome.err()?)))
+        .collect())
 }
 
 /// The routes with our protocol number, IPv4 first.

@@ -245,7 +245,7 @@ impl Compiler {
                 continue;
             }
             let policy = self.next_policy;
-            if policy.0 >= 1 << 30 {
+            if policy >= PolicyId::CLOSED {
                 return Err(Error::PoliciesExhausted);
             }
             self.next_policy = PolicyId(policy.0 + 1);

@@ -92,7 +92,7 @@ async fn healthz(State(telemetry): State<Arc<Telemetry>>) -> Response {
 }
 
 async fn readyz(State(telemetry): State<Arc<Telemetry>>) -> Response {
-    let pending = telemetry.ready().pending();
+    let pending = telemetry.pending();
     if pending.is_empty() {
         return "ok\n".into_response();
     }

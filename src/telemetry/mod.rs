@@ -6,6 +6,7 @@
 
 mod collect;
 mod http;
+mod parts;
 mod ready;
 
 use std::fmt;
@@ -22,6 +23,7 @@ use prometheus_client::registry::Registry;
 
 pub use collect::{KernelCounters, ObjectCounts, WatchHealth};
 pub use http::{serve, serve_on};
+pub use parts::{PartRow, Parts};
 pub use ready::{Ready, ReadyGuard};
 
 use crate::flow::Recorder;
@@ -33,6 +35,7 @@ const STUCK_AFTER: Duration = Duration::from_secs(60);
 pub struct Telemetry {
     registry: Mutex<Registry>,
     ready: Ready,
+    parts: Parts,
     alive: Mutex<Instant>,
     policy_computations: Counter,
     policy_seconds: Histogram,
@@ -84,6 +87,7 @@ impl Telemetry {
         Self {
             registry: Mutex::default(),
             ready: Ready::default(),
+            parts: Parts::default(),
             alive: Mutex::new(Instant::now()),
             policy_computations: Counter::default(),
             policy_seconds: Histogram::new(exponential_buckets(0.0001, 4.0, 10)),
@@ -136,6 +140,17 @@ impl Telemetry {
     /// What is not ready yet.
     pub fn ready(&self) -> &Ready {
         &self.ready
+    }
+
+    /// Why the agent is not ready: what it waits for since its start, and the fault by which no pod can
+    /// be connected. A fault that costs single objects is no reason.
+    pub fn pending(&self) -> Vec<String> {
+        self.ready.pending().into_iter().chain(self.parts.stops_pods()).collect()
+    }
+
+    /// How each part of the agent is.
+    pub fn parts(&self) -> &Parts {
+        &self.parts
     }
 
     /// Says that the main loop runs; `/healthz` complains when this has not been said for a minute.

@@ -117,12 +117,13 @@ fn write(writers: &mut Writers, cluster: &Cluster, facts: &Facts) -> Result<()> 
         .iter()
         .map(|(id, identity)| (*id, endpoint_entry(cluster, *id, *identity, &output)))
         .collect();
-    writers.policies.write(&output.policies)?;
+    let refused = writers.policies.write(&output.policies, &BTreeSet::new());
+    anyhow::ensure!(refused.is_empty(), "{refused:?}");
     writers.addresses.write(&output.addresses, &output.prefixes)?;
     writers.endpoints.write(&endpoints)?;
     writers.endpoints.prune(&endpoints)?;
     writers.addresses.prune(&output.addresses, &output.prefixes)?;
-    writers.policies.prune(&output.policies)
+    Ok(writers.policies.prune(&output.policies, &BTreeSet::new())?)
 }
 
 fn is_here(side: &Side<'_>) -> bool {

@@ -29,6 +29,7 @@ mod senders;
 mod services;
 #[path = "../shop/mod.rs"]
 mod shop;
+mod sinks;
 mod tools;
 mod two_nodes;
 mod verdicts;

@@ -192,6 +192,15 @@ impl Node {
             .with_context(|| format!("parsing the output of weir {arguments:?}: {written}"))
     }
 
+    /// What `weir status` says, also when the agent is not ready or a part of it fails.
+    pub fn status(&self) -> Result<serde_json::Value> {
+        let mut command = Command::new(binary("weir")?);
+        command.args(["status", "-o", "json", "--socket"]).arg(self.socket());
+        let output = command.output().context("starting weir status")?;
+        serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("parsing the output of weir status: {output:?}"))
+    }
+
     /// The rows of one of the node's BPF maps, decoded.
     pub fn map(&self, name: &str) -> Result<Vec<serde_json::Value>> {
         let mut command = Command::new(binary("weir")?);

@@ -63,6 +63,7 @@ impl Agent {
             enforced_within: Duration::from_millis(500),
             verify_programs: Box::new(|_| Ok(())),
             tunnel_port: 8472,
+            parts: weir::telemetry::Parts::default(),
         };
         let manager = Manager::open(options, Arc::clone(&endpoints), &enforced).expect("opening the manager");
         let cidrs: Vec<_> = cidrs.iter().map(|cidr| cidr.parse().expect("a CIDR")).collect();

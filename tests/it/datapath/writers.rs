@@ -1,6 +1,6 @@
 //! The writers against real maps: what is desired goes in, a dump comes out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
@@ -100,15 +100,17 @@ fn write_all(writers: &mut Writers, policy_id: PolicyId) -> Result<()> {
     let policies: Policies = [(policy_id, policy("web", &[257]))].into();
     let (addresses, prefixes, endpoints) = (addresses()?, prefixes()?, endpoints(policy_id));
     let frontends = frontends(&["10.0.0.1:8080", "[fd00::2]:8080"])?;
-    writers.policies.write(&policies)?;
+    assert!(writers.policies.write(&policies, &NOTHING_IN_FORCE).is_empty());
     writers.addresses.write(&addresses, &prefixes)?;
     writers.endpoints.write(&endpoints)?;
     writers.services.write(&frontends)?;
     writers.services.prune(&frontends)?;
     writers.endpoints.prune(&endpoints)?;
     writers.addresses.prune(&addresses, &prefixes)?;
-    writers.policies.prune(&policies)
+    Ok(writers.policies.prune(&policies, &NOTHING_IN_FORCE)?)
 }
+
+const NOTHING_IN_FORCE: BTreeSet<PolicyId> = BTreeSet::new();
 
 const WRITTEN: [&str; 7] =
     ["addresses", "prefixes", "endpoints", "policy_peers", "policy_rules", "services", "backends"];
@@ -157,7 +159,7 @@ fn maps_hold_what_is_desired_and_a_restart_changes_only_policy_ids() -> Result<(
         let datapath = Datapath::load(&options(pins))?;
         let mut writers = datapath.writers()?;
         assert_eq!(writers.policies.next_free_id(), PolicyId(1));
-        assert_eq!(writers.addresses.highest_local_identity(), IdentityId(IdentityId::FIRST_LOCAL.0 - 1));
+        assert_eq!(writers.next_free_local_identity(), IdentityId::FIRST_LOCAL);
         write_all(&mut writers, PolicyId(1))?;
         assert_eq!(
             Value::from(dumps(pins, &WRITTEN)?.into_iter().map(Value::from).collect::<Vec<_>>()),
@@ -172,7 +174,7 @@ fn maps_hold_what_is_desired_and_a_restart_changes_only_policy_ids() -> Result<(
         let datapath = Datapath::load(&options(pins))?;
         let mut writers = datapath.writers()?;
         assert_eq!(writers.policies.next_free_id(), PolicyId(2));
-        assert_eq!(writers.addresses.highest_local_identity(), IdentityId::FIRST_LOCAL);
+        assert_eq!(writers.next_free_local_identity(), IdentityId(IdentityId::FIRST_LOCAL.0 + 1));
         // The same policy id stands for an unchanged desired state: nothing is written.
         write_all(&mut writers, PolicyId(1))?;
         assert_eq!(dump(pins, "node_state")?, epoch);
@@ -189,7 +191,7 @@ fn maps_hold_what_is_desired_and_a_restart_changes_only_policy_ids() -> Result<(
         writers.services.prune(&Frontends::new())?;
         writers.endpoints.prune(&BTreeMap::new())?;
         writers.addresses.prune(&Addresses::new(), &Prefixes::new())?;
-        writers.policies.prune(&nothing)?;
+        writers.policies.prune(&nothing, &NOTHING_IN_FORCE)?;
         assert_eq!(dumps(pins, &WRITTEN)?, vec![Vec::<Value>::new(); WRITTEN.len()]);
         let fill: BTreeMap<_, _> =
             datapath.map_fill()?.into_iter().map(|fill| (fill.map, fill.used)).collect();
@@ -244,22 +246,70 @@ fn a_policy_that_does_not_fit_leaves_nothing_behind() -> Result<()> {
         let datapath = Datapath::load(&Options { map_sizes, ..options(pins) })?;
         let mut writer = datapath.writers()?.policies;
         let mut policies: Policies = [(PolicyId(1), policy("a", &[300, 301]))].into();
-        writer.write(&policies)?;
+        assert!(writer.write(&policies, &NOTHING_IN_FORCE).is_empty());
         let held = dumps(pins, &["policy_peers", "policy_rules"])?;
         policies.insert(PolicyId(2), policy("b", &[300, 301]));
-        let error = writer.write(&policies).err().context("the sixth rule of five")?;
+        let refused = writer.write(&policies, &NOTHING_IN_FORCE);
+        let error = refused.get(&PolicyId(2)).context("the sixth rule of five")?;
         assert_eq!(
             error.to_string(),
             "map policy_rules is full (5 rows): raise it with --map-size policy_rules=10"
         );
-        policies.remove(&PolicyId(2));
-        writer.prune(&policies)?;
         assert_eq!(dumps(pins, &["policy_peers", "policy_rules"])?, held);
         // Peers are written last; three new ones do not fit.
         let grown: Policies = [(PolicyId(1), policy("a", &[300, 301, 302, 303, 304]))].into();
-        assert!(writer.write(&grown).is_err());
-        writer.prune(&policies)?;
+        assert_eq!(writer.write(&grown, &NOTHING_IN_FORCE).len(), 1);
         assert_eq!(dumps(pins, &["policy_peers", "policy_rules"])?, held);
+        assert!(writer.write(&grown_less(&grown), &NOTHING_IN_FORCE).is_empty());
+        Ok(())
+    })
+}
+
+/// The same policy with two peers fewer.
+fn grown_less(grown: &Policies) -> Policies {
+    grown.keys().map(|id| (*id, policy("a", &[300, 301, 302]))).collect()
+}
+
+#[test]
+fn a1_a_full_map_is_emptied_of_what_no_endpoint_has_and_then_written() -> Result<()> {
+    require_lab!();
+    isolated(|pins| {
+        let map_sizes = small_maps().with("policy_rules", 7);
+        let datapath = Datapath::load(&Options { map_sizes, ..options(pins) })?;
+        let mut writer = datapath.writers()?.policies;
+        let one: Policies = [(PolicyId(1), policy("a", &[300])), (PolicyId(2), policy("b", &[301]))].into();
+        assert!(writer.write(&one, &NOTHING_IN_FORCE).is_empty());
+        let in_force = BTreeSet::from([PolicyId(2)]);
+        let next: Policies = [(PolicyId(3), policy("c", &[300]))].into();
+        assert!(writer.write(&next, &in_force).is_empty(), "the rows of policy 1 make room");
+        let ids = |rows: Vec<Value>| rows.into_iter().map(|row| row["policy"].clone()).collect::<Vec<_>>();
+        assert_eq!(ids(dump(pins, "policy_peers")?), [2, 3]);
+        // A new process finds the map full of rows of the old one. It keeps what is in force.
+        drop((writer, datapath));
+        let map_sizes = small_maps().with("policy_rules", 7);
+        let datapath = Datapath::load(&Options { map_sizes, ..options(pins) })?;
+        let mut writer = datapath.writers()?.policies;
+        let id = writer.next_free_id();
+        assert_eq!(id, PolicyId(4));
+        let after: Policies = [(id, policy("c", &[300]))].into();
+        assert!(writer.write(&after, &in_force).is_empty());
+        assert_eq!(ids(dump(pins, "policy_peers")?), [2, 4]);
+        writer.prune(&after, &NOTHING_IN_FORCE)?;
+        assert_eq!(ids(dump(pins, "policy_peers")?), [4]);
+        Ok(())
+    })
+}
+
+#[test]
+fn a17_numbers_that_were_used_up_are_free_again_at_the_next_start() -> Result<()> {
+    require_lab!();
+    isolated(|pins| {
+        let datapath = Datapath::load(&options(pins))?;
+        let mut writer = datapath.writers()?.policies;
+        let last: Policies = [(PolicyId(PolicyId::CLOSED.0 - 1), policy("a", &[300]))].into();
+        assert!(writer.write(&last, &NOTHING_IN_FORCE).is_empty());
+        drop(writer);
+        assert_eq!(datapath.writers()?.policies.next_free_id(), PolicyId(1));
         Ok(())
     })
 }
@@ -275,7 +325,7 @@ fn a_class_is_added_and_removed_within_one_policy_id() -> Result<()> {
         };
         let write = |writer: &mut weir::datapath::PolicyWriter, identities: &[u32]| -> Result<Policies> {
             let policies: Policies = [(PolicyId(7), policy("a", identities))].into();
-            writer.write(&policies)?;
+            assert!(writer.write(&policies, &NOTHING_IN_FORCE).is_empty());
             Ok(policies)
         };
         write(&mut writer, &[300])?;
@@ -283,12 +333,12 @@ fn a_class_is_added_and_removed_within_one_policy_id() -> Result<()> {
         assert_eq!(peers()?, [300, 301]);
         let policies = write(&mut writer, &[301])?;
         assert_eq!(peers()?, [300, 301], "writing removes nothing");
-        writer.prune(&policies)?;
+        writer.prune(&policies, &NOTHING_IN_FORCE)?;
         assert_eq!(peers()?, [301]);
         // Removed and desired again before a prune: the row must stay.
         write(&mut writer, &[])?;
         let policies = write(&mut writer, &[301])?;
-        writer.prune(&policies)?;
+        writer.prune(&policies, &NOTHING_IN_FORCE)?;
         assert_eq!(peers()?, [301]);
         Ok(())
     })
@@ -338,11 +388,14 @@ fn a_set_of_backends_that_does_not_fit_leaves_the_old_one_in_force() -> Result<(
         let before = dumps(pins, &["services", "backends"])?;
         let many: Vec<String> = (1..=5).map(|host| format!("10.0.1.{host}:80")).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
-        let error = writer.write(&frontends(&many)?).err().context("seven backends in a map of four")?;
-        assert!(error.to_string().starts_with("map backends is full (4 rows)"), "{error:#}");
+        writer.write(&frontends(&many)?)?;
+        let (key, cause) = writer.refused().next().context("seven backends in a map of four")?;
+        assert_eq!(key.port, 80);
+        assert!(cause.starts_with("map backends is full (4 rows)"), "{cause}");
         assert_eq!(dumps(pins, &["services", "backends"])?, before);
         // It recovers as soon as it fits.
         writer.write(&frontends(&["10.0.0.3:80"])?)?;
+        assert_eq!(writer.refused().count(), 0);
         assert_eq!(dump(pins, "backends")?[0]["address"], "10.0.0.3");
         Ok(())
     })

@@ -1,0 +1,179 @@
+//! Compiled policies: `policy_rules` and `policy_peers`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use anyhow::Result;
+
+use super::{Limits, Problem, Refusal, Round, Sink};
+use crate::agent::compute::Desired;
+use crate::datapath::PolicyWriter;
+use crate::model::{CompiledPolicy, PolicyId};
+
+type Compiled = BTreeMap<PolicyId, Arc<CompiledPolicy>>;
+
+/// Writes each policy by itself. One that has too many rows, or does not fit, costs its own endpoints.
+pub struct Policies {
+    writer: PolicyWriter,
+    limits: Limits,
+    /// What the map did not take at the last try, why, and how many tries in a row that were.
+    tried: BTreeMap<PolicyId, (String, u32)>,
+    /// What `delete` may take as desired.
+    fitting: Compiled,
+}
+
+impl Policies {
+    /// The writer, and how much it may write for one policy.
+    pub fn new(writer: PolicyWriter, limits: Limits) -> Self {
+        Self { writer, limits, tried: BTreeMap::new(), fitting: BTreeMap::new() }
+    }
+
+    /// Policies that are not even tried: those over the budget and, when all policies are more than the
+    /// maps can hold, the largest ones.
+    fn too_large(&self, policies: &Compiled) -> BTreeMap<PolicyId, String> {
+        let (rules, peers) = self.writer.capacity();
+        too_large(policies, self.limits.policy_rows, rules, peers)
+    }
+}
+
+impl Sink for Policies {
+    fn name(&self) -> &'static str {
+        "policies"
+    }
+
+    fn is_for_pods(&self) -> bool {
+        true
+    }
+
+    fn write(&mut self, round: &mut Round<'_>) -> Result<Vec<Problem>> {
+        let desired = &round.desired.policies;
+        let too_large = self.too_large(desired);
+        self.tried.retain(|id, _| desired.contains_key(id) && !too_large.contains_key(id));
+        let may =
+            |id: &PolicyId| !too_large.contains_key(id) && (round.is_retry || !self.tried.contains_key(id));
+        let fitting: Compiled =
+            desired.iter().filter(|(id, _)| may(id)).map(|(id, policy)| (*id, policy.clone())).collect();
+        let refused = self.writer.write(&fitting, round.in_force);
+        if round.is_retry {
+            self.tried.retain(|id, _| refused.contains_key(id));
+        }
+        for (id, error) in refused {
+            let tried = self.tried.entry(id).or_default();
+            *tried = (format!("{:#}", anyhow::Error::from(error)), tried.1 + 1);
+        }
+        self.fitting = fitting;
+        self.fitting.retain(|id, _| !self.tried.contains_key(id));
+        let too_large = too_large.into_iter().map(|(id, cause)| (id, Refusal { cause, closes: true }));
+        // The first time, `delete` may still make room.
+        let tried = self
+            .tried
+            .iter()
+            .map(|(id, (cause, tries))| (*id, Refusal { cause: cause.clone(), closes: *tries > 1 }));
+        let refused: BTreeMap<PolicyId, Refusal> = too_large.chain(tried).collect();
+        let problems = refused.iter().map(|(id, refusal)| problem(round.desired, *id, &refusal.cause));
+        let problems = problems.collect();
+        round.refused.extend(refused);
+        Ok(problems)
+    }
+
+    fn delete(&mut self, round: &mut Round<'_>) -> Result<()> {
+        Ok(self.writer.prune(&self.fitting, round.in_force)?)
+    }
+}
+
+fn too_large(policies: &Compiled, budget: usize, rules: usize, peers: usize) -> BTreeMap<PolicyId, String> {
+    let mut sizes: Vec<(usize, usize, PolicyId)> =
+        policies.iter().map(|(id, policy)| (policy.rule_rows(), policy.peer_rows(), *id)).collect();
+    sizes.sort_unstable();
+    let (mut rules_used, mut peers_used) = (0, 0);
+    let mut refused = BTreeMap::new();
+    for (rule_rows, peer_rows, id) in sizes {
+        if rule_rows > budget {
+            let cause = format!(
+                "{rule_rows} rows, and one policy may have {budget}: raise it with --policy-rows-max"
+            );
+            refused.insert(id, cause);
+            continue;
+        }
+        if rules_used + rule_rows > rules || peers_used + peer_rows > peers {
+            let (map, rows, size) = if rules_used + rule_rows > rules {
+                ("policy_rules", rule_rows, rules)
+            } else {
+                ("policy_peers", peer_rows, peers)
+            };
+            let cause = format!(
+                "its {rows} rows do not fit into map {map} ({size} rows): raise it with --map-size {map}={}",
+                size * 2
+            );
+            refused.insert(id, cause);
+            continue;
+        }
+        rules_used += rule_rows;
+        peers_used += peer_rows;
+    }
+    refused
+}
+
+/// Names the objects that the policy is made of, and the pods that it costs.
+fn problem(desired: &Desired, id: PolicyId, cause: &str) -> Problem {
+    let endpoints = desired.endpoints.iter().filter(|(_, entry)| entry.policy == id);
+    let (mut objects, mut pods) = (BTreeSet::new(), Vec::new());
+    for (endpoint, entry) in endpoints {
+        pods.push(entry.endpoint.pod.to_string());
+        objects.extend(desired.selected_by.get(endpoint).into_iter().flat_map(|by| by.iter()));
+    }
+    let objects: Vec<String> = objects.into_iter().map(ToString::to_string).collect();
+    Problem::new(format!("NetworkPolicy {}, which selects {}: {cause}", objects.join(", "), few(&pods)))
+}
+
+/// The first few of many names.
+pub fn few(names: &[String]) -> String {
+    const FEW: usize = 3;
+    match names.len() {
+        0 => "nothing".to_owned(),
+        count if count <= FEW => names.join(", "),
+        count => format!("{} and {} more", names[..FEW].join(", "), count - FEW),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{CompiledDirection, CompiledRule, CompiledRuleKey, IdentityId, ObjectKey};
+
+    fn policy(rules: u16, peers: u32) -> Arc<CompiledPolicy> {
+        let origin = Arc::new(ObjectKey::new("shop", "web"));
+        let rule = |port| {
+            let key = CompiledRuleKey { class: 1, protocol: Some(6), port, port_prefix_length: 16 };
+            (key, CompiledRule { is_allowed: true, origin: origin.clone() })
+        };
+        let direction = CompiledDirection {
+            peers: (0..peers).map(|peer| (IdentityId(300 + peer), 1_u32)).collect(),
+            rules: (0..rules).map(rule).collect(),
+        };
+        Arc::new(CompiledPolicy { ingress: Some(direction), egress: None })
+    }
+
+    #[test]
+    fn a1_the_largest_policies_are_left_out_and_the_small_ones_stay() {
+        let policies: Compiled = [
+            (1, policy(60, 1)),
+            (2, policy(5, 1)),
+            (3, policy(101, 1)),
+            (4, policy(50, 1)),
+            (5, policy(1, 9)),
+        ]
+        .map(|(id, policy)| (PolicyId(id), policy))
+        .into();
+        let refused = too_large(&policies, 100, 100, 100);
+        let rows = |id| refused.get(&PolicyId(id)).map(String::as_str);
+        assert_eq!(refused.keys().map(|id| id.0).collect::<Vec<_>>(), [1, 3]);
+        assert_eq!(rows(3), Some("101 rows, and one policy may have 100: raise it with --policy-rows-max"));
+        assert_eq!(
+            rows(1),
+            Some(
+                "its 60 rows do not fit into map policy_rules (100 rows): raise it with --map-size policy_rules=200"
+            )
+        );
+    }
+}
