@@ -7,7 +7,7 @@
 
 export KEEP SUITE ONLY UPDATE NODES LIKE AWAY FAMILY
 .DEFAULT_GOAL := help
-.PHONY: setup build check test golden verify kernels bench demo image kind kind-down cluster cluster-down e2e e2e-faults platforms deploy undeploy clean help
+.PHONY: setup build check deny test golden verify kernels bench demo image kind kind-down cluster cluster-down e2e e2e-faults platforms deploy undeploy clean help
 
 setup: ## install what the build needs and the machine lacks (Debian, Ubuntu)
 	@scripts/setup
@@ -18,6 +18,10 @@ build: setup ## build weir and weir-cni for use
 check: setup ## formatting and lints
 	cargo fmt --check
 	cargo clippy --all-targets -- --deny warnings
+
+deny: ## licences, sources and duplicates of the dependencies, where cargo-deny is installed
+	@if command -v cargo-deny >/dev/null; then cargo deny --all-features check bans licenses sources; \
+	else echo "SKIPPED (needs cargo-deny: cargo install cargo-deny --locked): make deny"; fi
 
 test: setup ## unit tests, packet tables, golden files and the lab (root)
 	cargo test --lib --bins --test it

@@ -370,16 +370,24 @@ pub fn check_variables(variables: impl IntoIterator<Item = String>) -> Result<()
     let unknown = |name: &String| is_setting(name) && !known.contains(&name.as_str());
     match variables.into_iter().find(unknown) {
         None => Ok(()),
-        Some(name) => Err(UnknownVariable { name, known: known.join(", ") }),
+        Some(name) => Err(UnknownVariable { nearest: nearest(&name, &known), name }),
     }
+}
+
+/// The setting that was probably meant; `weir agent --help` where none is near.
+fn nearest(name: &str, known: &[&str]) -> String {
+    let own = |name: &str| name.trim_start_matches("WEIR_").to_owned();
+    let likeness = |setting: &&str| (strsim::jaro_winkler(&own(name), &own(setting)) * 1000.0) as u32;
+    let best = known.iter().copied().max_by_key(likeness).filter(|setting| likeness(setting) > 850);
+    best.map_or_else(|| "`weir agent --help` lists them".to_owned(), |best| format!("did you mean {best}?"))
 }
 
 /// A variable of the environment that is no setting.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("{name} is no setting; there are {known}")]
+#[error("{name} is no setting: {nearest}")]
 pub struct UnknownVariable {
     name: String,
-    known: String,
+    nearest: String,
 }
 
 /// A CIDR of one family alone: `prefixes` keeps IPv4 inside IPv6.
@@ -478,7 +486,9 @@ mod tests {
         let check = |names: &[&str]| check_variables(names.iter().map(|name| (*name).to_owned()));
         assert_eq!(check(&["PATH", "WEIR_MTU", "WEIR_NODE_NAME", "HOME"]), Ok(()));
         let message = check(&["WEIR_MTUU"]).expect_err("no such setting").to_string();
-        assert!(message.starts_with("WEIR_MTUU is no setting; there are WEIR_NODE_NAME, "), "{message}");
+        assert_eq!(message, "WEIR_MTUU is no setting: did you mean WEIR_MTU?");
+        let message = check(&["WEIR_COLOUR_OF_THE_SKY"]).expect_err("no such setting").to_string();
+        assert!(message.ends_with("`weir agent --help` lists them"), "{message}");
     }
 
     #[test]

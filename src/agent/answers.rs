@@ -13,7 +13,8 @@ use super::compute::Desired;
 use super::node::OVERLAY_DEVICE;
 use super::rounds::Current;
 use crate::api::answers::{
-    BrokenRow, EndpointRow, FeatureRow, IdentityRow, KindRow, PolicyRow, ServiceRow, StatusAnswer, WaitingRow,
+    BrokenRow, EndpointRow, FeatureRow, IdentityRow, KindRow, NodeRow, PolicyRow, ServiceRow, StatusAnswer,
+    WaitingRow,
 };
 use crate::api::{Handler, Refusal, Reply, Request};
 use crate::config::{Config, Routing};
@@ -306,6 +307,32 @@ impl Known {
         self.tables.policies.snapshot().iter().map(row).collect()
     }
 
+    fn node_rows(&self) -> Vec<NodeRow> {
+        let this_node = self.config.args.node_name.as_str();
+        let published = self.tables.node_endpoints.snapshot();
+        let row = |(name, node): (&Arc<str>, &Arc<crate::model::Node>)| {
+            let is_this = **name == *this_node;
+            let way = match self.config.args.routing {
+                _ if is_this => "this node",
+                Routing::Tunnel => "tunnel",
+                Routing::Native => "route",
+            };
+            let pods = match published.get(name) {
+                _ if is_this => self.endpoints.snapshot().len(),
+                Some(published) => published.endpoints.len(),
+                None => 0,
+            };
+            NodeRow {
+                node: name.to_string(),
+                addresses: node.addresses.clone(),
+                pod_cidrs: node.pod_cidrs.clone(),
+                pods,
+                way: way.to_owned(),
+            }
+        };
+        self.tables.nodes.snapshot().iter().map(row).collect()
+    }
+
     fn service_rows(&self) -> Vec<ServiceRow> {
         let current = self.current.load();
         let row = |(key, frontend): (&crate::model::FrontendKey, &crate::model::Frontend)| {
@@ -407,6 +434,7 @@ impl Handler for Answers {
             Request::Identities => reply.finish(Ok::<_, Refusal>(known.identity_rows(&self.names))).await,
             Request::Policies => reply.finish(Ok::<_, Refusal>(known.policy_rows())).await,
             Request::Services => reply.finish(Ok::<_, Refusal>(known.service_rows())).await,
+            Request::Nodes => reply.finish(Ok::<_, Refusal>(known.node_rows())).await,
         };
         if answered.is_err() {
             tracing::debug!("a client went away before its answer");

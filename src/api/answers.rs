@@ -173,6 +173,21 @@ pub struct PolicyRow {
     pub endpoints: Vec<EndpointId>,
 }
 
+/// A node of the cluster: a row of the answer to `Nodes`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRow {
+    /// Its name.
+    pub node: String,
+    /// Its InternalIPs.
+    pub addresses: Vec<IpAddr>,
+    /// Where its pods' addresses come from.
+    pub pod_cidrs: Vec<ipnet::IpNet>,
+    /// Pods that it has published; for this node its endpoints.
+    pub pods: usize,
+    /// `this node`, `tunnel` or `route`.
+    pub way: String,
+}
+
 /// A frontend of a Service: a row of the answer to `Services`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceRow {

@@ -61,6 +61,8 @@ pub enum Request {
     Policies,
     /// Services and their backends.
     Services,
+    /// The nodes of the cluster.
+    Nodes,
     /// Flows, past and to come; a stream.
     Observe(flow::Query),
 }

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::{Connection, Failure, Format, output, table};
 use crate::api::Request;
-use crate::api::answers::{EndpointRow, IdentityRow, PolicyRow, ServiceRow};
+use crate::api::answers::{EndpointRow, IdentityRow, NodeRow, PolicyRow, ServiceRow};
 use crate::model::{EndpointId, ObjectKey};
 
 /// The agent answers from memory.
@@ -33,11 +33,21 @@ pub enum IdentityCommand {
 pub enum PolicyCommand {
     /// One line for each policy.
     List(ListArgs),
+    /// Everything about one policy, as JSON.
+    Get(GetArgs),
 }
 
 #[derive(Subcommand)]
 pub enum ServiceCommand {
     /// One line for each address and port of a service.
+    List(ListArgs),
+    /// Everything about one service, as JSON.
+    Get(GetArgs),
+}
+
+#[derive(Subcommand)]
+pub enum NodeCommand {
+    /// One line for each node.
     List(ListArgs),
 }
 
@@ -59,6 +69,15 @@ pub struct EndpointGetArgs {
     wanted: String,
 }
 
+#[derive(Args)]
+pub struct GetArgs {
+    #[command(flatten)]
+    connection: Connection,
+    /// Namespace and name.
+    #[arg(value_name = "NAMESPACE/NAME")]
+    wanted: String,
+}
+
 pub fn endpoint(command: EndpointCommand) -> Result<(), Failure> {
     match command {
         EndpointCommand::List(args) => args.list(
@@ -72,31 +91,108 @@ pub fn endpoint(command: EndpointCommand) -> Result<(), Failure> {
 
 pub fn identity(command: IdentityCommand) -> Result<(), Failure> {
     let IdentityCommand::List(args) = command;
-    args.list(&Request::Identities, ["ID", "LABELS", "ADDRESSES"], |row: &IdentityRow| {
-        [row.id.to_string(), row.labels.join(","), join(&row.addresses)]
+    args.list(&Request::Identities, ["ID", "NAMESPACE", "LABELS", "ADDRESSES"], |row: &IdentityRow| {
+        let (namespace, labels) = short_labels(&row.labels);
+        [row.id.to_string(), namespace, labels, shorten(&row.addresses)]
     })
 }
 
+/// Namespace and labels as people write them: without the sources, and without what the namespace
+/// and its service account add to every pod. JSON has all of them.
+fn short_labels(labels: &[String]) -> (String, String) {
+    const NAMESPACE: &str = "k8s:io.kubernetes.pod.namespace=";
+    let namespace = labels.iter().find_map(|label| label.strip_prefix(NAMESPACE)).unwrap_or_default();
+    let is_own =
+        |label: &&String| !label.starts_with("k8s:io.kubernetes.") && !label.starts_with("k8s:io.cilium.");
+    let own = labels.iter().filter(is_own).map(|label| label.strip_prefix("k8s:").unwrap_or(label));
+    (namespace.to_owned(), own.collect::<Vec<_>>().join(","))
+}
+
+/// The first few of many; JSON has all of them.
+fn shorten<T: ToString>(values: &[T]) -> String {
+    const SHOWN: usize = 3;
+    match values.len() {
+        count if count > SHOWN + 1 => format!("{},+{}", join(&values[..SHOWN]), count - SHOWN),
+        _ => join(values),
+    }
+}
+
 pub fn policy(command: PolicyCommand) -> Result<(), Failure> {
-    let PolicyCommand::List(args) = command;
-    args.list(&Request::Policies, ["POLICY", "INGRESS", "EGRESS", "ENDPOINTS"], |row: &PolicyRow| {
+    let args = match command {
+        PolicyCommand::List(args) => args,
+        PolicyCommand::Get(args) => {
+            return args.get(&Request::Policies, "policy", |row: &PolicyRow| row.policy.to_string());
+        }
+    };
+    let endpoints: Vec<EndpointRow> = args.connection.ask(&Request::Endpoints)?;
+    args.list(&Request::Policies, ["POLICY", "INGRESS", "EGRESS", "PODS"], |row: &PolicyRow| {
         let rules = |count: Option<usize>| match count {
             None => String::new(),
             Some(0) => "deny all".to_owned(),
             Some(1) => "1 rule".to_owned(),
             Some(count) => format!("{count} rules"),
         };
-        [row.policy.to_string(), rules(row.ingress_rules), rules(row.egress_rules), join(&row.endpoints)]
+        [
+            row.policy.to_string(),
+            rules(row.ingress_rules),
+            rules(row.egress_rules),
+            shorten(&pods(row, &endpoints)),
+        ]
     })
 }
 
+/// The pods of this node that a policy selects.
+fn pods(policy: &PolicyRow, endpoints: &[EndpointRow]) -> Vec<String> {
+    let name = |id: &EndpointId| match endpoints.iter().find(|row| row.id == *id) {
+        Some(row) => row.pod.to_string(),
+        None => format!("endpoint {id}"),
+    };
+    policy.endpoints.iter().map(name).collect()
+}
+
 pub fn service(command: ServiceCommand) -> Result<(), Failure> {
-    let ServiceCommand::List(args) = command;
+    let args = match command {
+        ServiceCommand::List(args) => args,
+        ServiceCommand::Get(args) => {
+            return args.get(&Request::Services, "service", |row: &ServiceRow| row.service.to_string());
+        }
+    };
     args.list(&Request::Services, ["SERVICE", "FRONTEND", "PROTOCOL", "BACKENDS"], |row: &ServiceRow| {
         let frontend = std::net::SocketAddr::new(row.address, row.port);
         let name = if row.is_host_port { format!("pod {}", row.service) } else { row.service.to_string() };
-        [name, frontend.to_string(), row.protocol.clone(), join(&row.backends)]
+        [name, frontend.to_string(), row.protocol.clone(), shorten(&row.backends)]
     })
+}
+
+/// One line for each node of the cluster.
+pub fn node(command: NodeCommand) -> Result<(), Failure> {
+    let NodeCommand::List(args) = command;
+    args.list(&Request::Nodes, ["NODE", "ADDRESSES", "POD CIDRS", "PODS", "BY"], |row: &NodeRow| {
+        [row.node.clone(), join(&row.addresses), join(&row.pod_cidrs), row.pods.to_string(), row.way.clone()]
+    })
+}
+
+impl Connection {
+    fn ask<T: DeserializeOwned>(&self, request: &Request) -> Result<T, Failure> {
+        Ok(self.connect()?.with_timeout(ANSWER_WITHIN)?.call(request)?)
+    }
+}
+
+impl GetArgs {
+    /// Prints the rows of this name; there is one for each frontend of a service.
+    fn get<T: Serialize + DeserializeOwned>(
+        &self,
+        request: &Request,
+        kind: &str,
+        name: impl Fn(&T) -> String,
+    ) -> Result<(), Failure> {
+        let mut rows: Vec<T> = self.connection.ask(request)?;
+        rows.retain(|row| name(row) == self.wanted || name(row).ends_with(&format!(" {}", self.wanted)));
+        if rows.is_empty() {
+            return Err(anyhow::anyhow!("no {kind} {} is known on this node", self.wanted).into());
+        }
+        Ok(output::write_json(&mut io::stdout().lock(), &rows)?)
+    }
 }
 
 impl ListArgs {
@@ -106,7 +202,7 @@ impl ListArgs {
         header: [&str; N],
         line: impl Fn(&T) -> [String; N],
     ) -> Result<(), Failure> {
-        let rows: Vec<T> = self.connection.connect()?.with_timeout(ANSWER_WITHIN)?.call(request)?;
+        let rows: Vec<T> = self.connection.ask(request)?;
         let mut out = io::BufWriter::new(io::stdout().lock());
         match self.output {
             Format::Json => output::write_json(&mut out, &rows)?,
@@ -118,8 +214,7 @@ impl ListArgs {
 
 impl EndpointGetArgs {
     fn get(&self) -> Result<(), Failure> {
-        let client = self.connection.connect()?.with_timeout(ANSWER_WITHIN)?;
-        let rows: Vec<EndpointRow> = client.call(&Request::Endpoints)?;
+        let rows: Vec<EndpointRow> = self.connection.ask(&Request::Endpoints)?;
         let row = rows
             .iter()
             .find(|row| is_wanted(row, &self.wanted))
@@ -140,7 +235,7 @@ fn is_wanted(row: &EndpointRow, wanted: &str) -> bool {
 }
 
 fn endpoint_line(row: &EndpointRow) -> [String; 8] {
-    let judged = |enforces| if enforces { "judged" } else { "open" }.to_owned();
+    let enforced = |enforces| if enforces { "enforced" } else { "" }.to_owned();
     let state = match (&row.waiting_for, row.is_enforced) {
         (Some(reason), _) => format!("waiting: {reason}"),
         (None, true) => "ready".to_owned(),
@@ -152,12 +247,36 @@ fn endpoint_line(row: &EndpointRow) -> [String; 8] {
         row.ipv4.map(|address| address.to_string()).unwrap_or_default(),
         row.ipv6.map(|address| address.to_string()).unwrap_or_default(),
         row.identity.map(|identity| identity.to_string()).unwrap_or_default(),
-        judged(row.enforces_ingress),
-        judged(row.enforces_egress),
+        enforced(row.enforces_ingress),
+        enforced(row.enforces_egress),
         state,
     ]
 }
 
 fn join<T: ToString>(values: &[T]) -> String {
     values.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_is_named_as_people_name_it() {
+        let labels = [
+            "k8s:app=database",
+            "k8s:io.cilium.k8s.namespace.labels.kubernetes.io/metadata.name=data",
+            "k8s:io.cilium.k8s.policy.serviceaccount=default",
+            "k8s:io.kubernetes.pod.namespace=data",
+        ];
+        let short = short_labels(&labels.map(str::to_owned));
+        assert_eq!(short, ("data".to_owned(), "app=database".to_owned()));
+        assert_eq!(short_labels(&["reserved:world".to_owned()]).1, "reserved:world");
+    }
+
+    #[test]
+    fn many_values_are_counted() {
+        assert_eq!(shorten(&[1, 2, 3, 4]), "1,2,3,4");
+        assert_eq!(shorten(&[1, 2, 3, 4, 5]), "1,2,3,+2");
+    }
 }

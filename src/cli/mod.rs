@@ -60,6 +60,9 @@ enum Command {
     /// Show services and their backends.
     #[command(subcommand)]
     Service(list::ServiceCommand),
+    /// Show the nodes of the cluster, and how this node reaches their pods.
+    #[command(subcommand)]
+    Node(list::NodeCommand),
     /// Read BPF maps, with or without an agent.
     #[command(subcommand)]
     Map(map::MapCommand),
@@ -152,6 +155,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Identity(command) => list::identity(command),
         Command::Policy(command) => list::policy(command),
         Command::Service(command) => list::service(command),
+        Command::Node(command) => list::node(command),
         Command::Map(command) => map::run(command),
         Command::Verify(args) => map::verify(&args),
         Command::Crds => crds(),

@@ -5,9 +5,11 @@ use std::io::{self, Write};
 use clap::{Args, ValueEnum};
 use jiff::{SignedDuration, Timestamp};
 
+use super::cluster::observe::Wanted;
+use super::cluster::{self, ClusterArgs};
 use super::{Connection, Failure, output};
 use crate::api::Request;
-use crate::flow::{Exclusion, Filter, Item, Query, compact};
+use crate::flow::{Colours, Exclusion, Filter, Item, Query, compact};
 
 #[derive(Args)]
 pub struct ObserveArgs {
@@ -15,7 +17,7 @@ pub struct ObserveArgs {
     connection: Connection,
 
     /// Show the newest N that match; by default 20, or none when following.
-    #[arg(long, value_name = "N", conflicts_with = "all")]
+    #[arg(long, value_name = "N", conflicts_with = "all", allow_negative_numbers = true)]
     last: Option<u64>,
     /// Show everything that is kept.
     #[arg(long)]
@@ -32,6 +34,12 @@ pub struct ObserveArgs {
     /// Form of what is printed.
     #[arg(long, short, value_enum, default_value = "compact")]
     output: FlowFormat,
+
+    /// The flows of every node of the cluster, through the API server.
+    #[arg(long)]
+    cluster: bool,
+    #[command(flatten)]
+    of: ClusterArgs,
 
     #[command(flatten)]
     filter: Filter,
@@ -50,6 +58,9 @@ enum FlowFormat {
 }
 
 pub fn run(args: ObserveArgs) -> Result<(), Failure> {
+    if args.cluster {
+        return run_cluster(&args);
+    }
     let query = Query {
         last: args.last,
         all: args.all,
@@ -63,17 +74,34 @@ pub fn run(args: ObserveArgs) -> Result<(), Failure> {
     let mut out = io::BufWriter::new(io::stdout().lock());
     let mut items = args.connection.connect()?.stream::<Item>(&Request::Observe(query))?;
     while let Some(item) = items.next() {
-        let item = item?;
-        match args.output {
-            FlowFormat::Compact => writeln!(out, "{}", compact(&item, colours))?,
-            FlowFormat::Json => output::write_json_line(&mut out, &item)?,
-        }
+        write_item(&mut out, &item?, args.output, colours)?;
         // Whoever follows wants to see each at once; many at once need only one write.
         if args.follow && !items.has_next_now() {
             out.flush()?;
         }
     }
     Ok(out.flush()?)
+}
+
+fn run_cluster(args: &ObserveArgs) -> Result<(), Failure> {
+    let wanted = Wanted::typed(std::env::args(), args.follow, args.last, args.all);
+    let colours = output::colours();
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    let runtime = cluster::runtime()?;
+    let outcome = runtime.block_on(cluster::observe::run(&args.of, wanted, |item| {
+        write_item(&mut out, item, args.output, colours)?;
+        if args.follow { out.flush() } else { Ok(()) }
+    }));
+    runtime.shutdown_background();
+    out.flush()?;
+    outcome
+}
+
+fn write_item(out: &mut impl Write, item: &Item, format: FlowFormat, colours: Colours) -> io::Result<()> {
+    match format {
+        FlowFormat::Compact => writeln!(out, "{}", compact(item, colours)),
+        FlowFormat::Json => output::write_json_line(out, item),
+    }
 }
 
 fn moment(text: &str) -> Result<Timestamp, String> {

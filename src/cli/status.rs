@@ -216,7 +216,11 @@ fn part_row(part: &PartRow) -> [String; 4] {
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
-    let duration: SignedDuration = text.parse().map_err(|_| "not a duration as 500ms, 90s, 5m".to_owned())?;
+    if let Ok(seconds) = text.parse() {
+        return Ok(Duration::from_secs(seconds));
+    }
+    let duration: SignedDuration =
+        text.parse().map_err(|_| "not a number of seconds, nor a duration as 500ms, 90s, 5m".to_owned())?;
     duration.try_into().map_err(|_| "a duration cannot be negative".to_owned())
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
-use clap::{Args, Parser};
+use clap::{Args, CommandFactory, Parser};
 use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -238,9 +238,14 @@ impl FromStr for Exclusion {
     fn from_str(text: &str) -> Result<Self, String> {
         let (flag, value) = text.split_once('=').ok_or("write FILTER=VALUE, as pod=shop/web")?;
         let typed = format!("--{}={value}", flag.trim_start_matches('-'));
-        ExclusionParser::try_parse_from([typed])
-            .map(|parsed| Self(parsed.filter))
-            .map_err(|error| error.to_string().lines().next().unwrap_or_default().replace("error: ", ""))
+        ExclusionParser::try_parse_from([typed]).map(|parsed| Self(parsed.filter)).map_err(|error| {
+            if error.kind() == clap::error::ErrorKind::UnknownArgument {
+                let filters = ExclusionParser::command();
+                let names = filters.get_arguments().filter_map(clap::Arg::get_long);
+                return format!("no filter {flag}; there are {}", names.collect::<Vec<_>>().join(", "));
+            }
+            error.to_string().lines().next().unwrap_or_default().replace("error: ", "")
+        })
     }
 }
 

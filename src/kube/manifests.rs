@@ -226,7 +226,10 @@ impl Directory {
     /// The directory's files, and those that were there before.
     fn list(&self) -> Result<BTreeSet<OsString>> {
         let mut names: BTreeSet<OsString> = self.files.keys().cloned().collect();
-        let entries = fs::read_dir(&self.path).with_context(|| format!("listing {}", self.path.display()))?;
+        let entries = fs::read_dir(&self.path).with_context(|| match self.path.exists() {
+            false => format!("the directory {} does not exist; waiting for it", self.path.display()),
+            true => format!("listing {}", self.path.display()),
+        })?;
         for entry in entries {
             names.insert(entry.with_context(|| format!("listing {}", self.path.display()))?.file_name());
         }

@@ -17,7 +17,7 @@ pub fn connectivity_test_of_everything(world: &mut World) -> Result<()> {
 /// The same, and how many checks passed; IPv6 only where the cluster has it.
 pub fn all_connections(world: &World, has_ipv6: bool) -> Result<usize> {
     let mut test = world.cluster.command(binary("weir")?);
-    test.args(["connectivity", "test", "--all-nodes", "--json"]);
+    test.args(["connectivity", "test", "--all-nodes", "--output", "json"]);
     for address in outside(PORT).into_iter().filter(|address| has_ipv6 || address.is_ipv4()) {
         test.args(["--external", &address.to_string()]);
     }

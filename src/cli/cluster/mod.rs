@@ -1,6 +1,7 @@
 //! The whole cluster from a person's own machine: the API server by their kubeconfig, and through
 //! it the agents, each asked by its own `weir` in its own pod.
 
+pub mod observe;
 mod operator;
 pub mod status;
 
@@ -13,7 +14,8 @@ use kube::api::{Api, AttachParams, ListParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config, ResourceExt};
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
+use tokio::sync::mpsc;
 
 /// The program in the agents' container.
 const WEIR: &str = "/weir";
@@ -156,6 +158,30 @@ impl Cluster {
         serde_json::from_slice(&ran.stdout).with_context(|| {
             format!("understanding the agent of {}: it may be of another version", agent.node)
         })
+    }
+
+    /// Runs the agent's own `weir` and hands on each line that it prints, until it ends or nobody
+    /// listens any more.
+    pub async fn lines(&self, agent: &Agent, arguments: &[String], to: mpsc::Sender<String>) -> Result<()> {
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
+        let params = AttachParams::default().stdin(false).stderr(false).container(AGENT);
+        let command = std::iter::once(WEIR).chain(arguments.iter().map(String::as_str));
+        let mut process = pods
+            .exec(&agent.pod, command, &params)
+            .await
+            .map_err(explained)
+            .with_context(|| format!("asking the agent of {}", agent.node))?;
+        let stdout = process.stdout().context("the API server gives no output")?;
+        let mut lines = BufReader::new(stdout).lines();
+        while let Some(line) =
+            lines.next_line().await.with_context(|| format!("reading from {}", agent.node))?
+        {
+            if to.send(line).await.is_err() {
+                break;
+            }
+        }
+        process.abort();
+        Ok(())
     }
 
     /// Runs a command in a container, as `kubectl exec` does.

@@ -69,9 +69,6 @@ pub struct TestArgs {
     /// Form of what is printed.
     #[arg(long, short, value_enum, default_value = "table")]
     output: Format,
-    /// The same as --output json.
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Args)]
@@ -88,7 +85,7 @@ pub fn run(command: ConnectivityCommand) -> Result<(), Failure> {
         ConnectivityCommand::Clean(args) => Ok(runtime.block_on(clean(&args))?),
         ConnectivityCommand::Test(args) => {
             let report = runtime.block_on(test(&args)).map_err(Failure::NotTried)?;
-            finish(&report, if args.json { Format::Json } else { args.output })
+            finish(&report, args.output)
         }
     };
     runtime.shutdown_background();
