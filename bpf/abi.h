@@ -286,9 +286,27 @@ enum packet_mark {
 };
 
 /*
- * Index 0 of the arrays: sent by the initiator; 1: by the responder.
- * SERVICE: egress_epoch is the generation of backends that was in force when the
- * backend was last found in it, identity[0] the service's id.
+ * One row a flow, kind FLOW, under the addresses and ports that the packets have
+ * between the programs and the responder. Index 0 of the arrays: sent by the
+ * initiator; 1: by the responder.
+ *
+ * A flow to a service that is translated per packet has a second row, kind
+ * SERVICE, under the addresses and ports that the client knows:
+ *
+ *   pod 10.1.0.1:40000 --> service 10.96.0.1:80 --> backend 10.1.0.2:8080
+ *                                  as 10.1.0.1:33001, since another flow of the
+ *                                  pod goes to that backend from port 40000
+ *
+ *                 SERVICE                          FLOW
+ *   key           10.1.0.1:40000, 10.96.0.1:80     10.1.0.1:33001, 10.1.0.2:8080
+ *   service       10.1.0.2:8080, the backend       10.96.0.1:80
+ *   other_port    33001, the translated one        40000, the original one
+ *   identity[0]   the service's id                 as whom the pod was judged
+ *   egress_epoch  of the backends: in which        of policy and addresses
+ *                 generation it was found last
+ *
+ * The client's packets find SERVICE, then FLOW; the backend's find FLOW alone.
+ * A flow by a host port has a SERVICE row only if it needs another source port.
  */
 struct connection {
 	__u64 last_seen_jiffies;

@@ -116,9 +116,14 @@ static __always_inline struct ended *ended_slot(__u64 sum_of_key, bool is_local)
 
 /*
  * Short connections would fill the map within seconds, and each new one would
- * find nothing of it in the cache. One that has ended goes at once, and is
- * written down before that, so that other CPUs always find it, for the few whose
- * last packets are on their way yet, or get lost and come again.
+ * find nothing of it in the cache. One that has ended goes at once, and is saved
+ * before that, so that other CPUs always find it, for the few whose last packets
+ * are on their way yet, or get lost and come again.
+ *
+ * The row is deleted by its key. If another CPU puts a new flow under the key
+ * between the look and the deletion, well below a microsecond, the new row goes.
+ * BPF has no deletion on a condition. It costs the new flow one SYN that comes
+ * again. The same holds for collect_connection (gc.bpf.c).
  */
 static __always_inline void connection_retire(const struct connection *of,
 					      const struct connection_key *key)
