@@ -341,6 +341,10 @@ static __always_inline int flow_resolve_source(struct __sk_buff *ctx,
 	if (settings.tunnel_ifindex && (source->route == ROUTE_NODE ||
 					source->route == ROUTE_NOWHERE))
 		return -DROP_INVALID_SOURCE_IP;
+	/* A pod that this node has not heard of yet: by the route to its pod
+	 * CIDR the answers reach it. */
+	if (source->route == ROUTE_NOWHERE)
+		source->route = ROUTE_NODE;
 	return 0;
 }
 
@@ -388,7 +392,26 @@ static __always_inline int flow_resolve(struct __sk_buff *ctx,
 	packet->destination_identity = destination->identity;
 	packet->destination_endpoint = destination->endpoint;
 	packet->route = destination->route;
-	return ret ? ret : flow_check_destination(packet, destination);
+	return ret;
+}
+
+/*
+ * The flow was begun by another node's pod whose address this node has not heard
+ * of yet. Policy let the flow in, so its answers go back to the node that has
+ * the pod CIDR, as whom the flow was begun.
+ */
+static __always_inline void
+flow_keep_newcomer(struct packet *packet, const struct connection *connection,
+		   struct peer *destination)
+{
+	if (!connection || !(packet->flags & PACKET_REPLY) ||
+	    destination->flags || destination->route != ROUTE_NOWHERE ||
+	    connection->route[0] != ROUTE_NODE)
+		return;
+	destination->identity = connection->identity[0];
+	destination->route = ROUTE_NODE;
+	packet->destination_identity = destination->identity;
+	packet->route = ROUTE_NODE;
 }
 
 /*
@@ -720,6 +743,9 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 	barrier();
 	ret = flow_resolve(ctx, packet, &flow->source, &flow->destination);
 	flow_keep_host(packet, connection, &flow->destination);
+	flow_keep_newcomer(packet, connection, &flow->destination);
+	if (!ret)
+		ret = flow_check_destination(packet, &flow->destination);
 	/* An answer that nobody asked for must not become a question. */
 	if (!ret && !connection && packet->flags & PACKET_ANSWERS)
 		ret = -DROP_UNSUPPORTED_ICMP;

@@ -92,33 +92,50 @@ static __always_inline int forward_by_route(struct __sk_buff *ctx,
 	return action < 0 ? -DROP_FIB_LOOKUP_FAILED : action;
 }
 
+/*
+ * The node that has the packet's destination, or NULL. An address that nobody
+ * known has is that of a pod that has begun a flow already (flow_keep_newcomer):
+ * its node has the pod CIDR.
+ */
+static __always_inline const struct addr *
+forward_node(const struct packet *packet)
+{
+	struct address *address = address_find(&packet->destination);
+	struct prefix *prefix;
+
+	if (address)
+		return &address->node;
+	prefix = prefix_find(&packet->destination);
+	return prefix && prefix->flags & PREFIX_POD_CIDR ? &prefix->node : NULL;
+}
+
 /* To the node that has the pod. */
 __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 				      struct packet *packet)
 {
+	const struct addr *node;
 	struct endpoint *endpoint;
-	struct address *address;
 	int ret;
 
 	if (!packet)
 		return -DROP_UNROUTABLE_IP;
 	if (!settings.tunnel_ifindex)
 		return forward_by_route(ctx, packet);
-	address = address_find(&packet->destination);
-	if (!address)
+	node = forward_node(packet);
+	if (!node)
 		return -DROP_UNROUTABLE_IP;
-	if (addr_is_zero(&address->node))
+	if (addr_is_zero(node))
 		return -DROP_NO_TUNNEL_ENDPOINT;
 	endpoint = endpoint_by_id(packet->source_endpoint);
 	if (!endpoint)
 		return -DROP_INVALID_IDENTITY;
-	if (tunnel_is_direct() && addr_is_ipv4(&address->node)) {
-		ret = tunnel_send(ctx, packet, address->node.w[3],
+	if (tunnel_is_direct() && addr_is_ipv4(node)) {
+		ret = tunnel_send(ctx, packet, node->w[3],
 				  endpoint->identity);
 		if (ret != TUNNEL_BY_DEVICE)
 			return ret;
 	}
-	ret = forward_set_tunnel_key(ctx, &address->node, endpoint->identity);
+	ret = forward_set_tunnel_key(ctx, node, endpoint->identity);
 	if (ret)
 		return ret;
 	return leave(ctx, settings.tunnel_ifindex, 0, NULL);

@@ -10,6 +10,7 @@ mod frontends;
 mod fuzz;
 mod late;
 mod network;
+mod newcomers;
 mod pieces;
 mod queries;
 mod senders;

@@ -86,6 +86,28 @@ fn tunnel_packets_pass_by_the_device_where_they_may() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_pod_is_answered_by_a_node_that_has_not_heard_of_it() -> Result<()> {
+    require_lab!();
+    for routing in ["tunnel", "native"] {
+        let lab = Lab::start(Setup { nodes: 2, routing: routing.to_owned(), ..Setup::default() })?;
+        let (known, b) = (lab.pod(1, "shop/known").create()?, lab.pod(2, "shop/b").create()?);
+        expect_full_mesh(&[&known, &b])?;
+        lab.node(2).stop_agent()?;
+        let a = lab.pod(1, "shop/a").create()?;
+        let mut rows = Vec::new();
+        for via in [Via::Tcp, Via::Udp, Via::Ping] {
+            let to = |address: &_| Row::new(&a, via, SocketAddr::new(*address, 80), Expected::Answered);
+            rows.extend(b.addresses().iter().map(to));
+        }
+        expect_all(&rows).with_context(|| routing.to_owned())?;
+        lab.node(2).start_agent_with(&["--routing", routing])?;
+        lab.node(2).wait_ready()?;
+        expect_full_mesh(&[&a, &b])?;
+    }
+    Ok(())
+}
+
 /// Packets that the tunnel devices sent on node 1 and received on node 2.
 fn device_packets(lab: &Lab) -> Result<[u64; 2]> {
     let count = |number: usize, way: &str| -> Result<u64> {
