@@ -343,7 +343,10 @@ enum connection_flags {
 	CONNECTION_LATE = 1 << 12,	    /* the highest four bits count packets after the end */
 };
 
-/* nat: two entries a flow, one per direction (enum direction: EGRESS out, INGRESS back). */
+/*
+ * nat: two rows a flow, one for each direction (EGRESS out, INGRESS back). A row
+ * back whose address is the node's own keeps a port for the node.
+ */
 struct nat_key {
 	struct addr local;  /* out: pod; back: node */
 	struct addr remote;
@@ -355,10 +358,11 @@ struct nat_key {
 };
 
 struct nat {
-	struct addr addr; /* out: node; back: pod */
-	__u64 created_jiffies;
+	struct addr addr; /* out: node; back: pod, or the node */
+	__u64 last_seen_jiffies; /* within a second */
 	__be16 port;
-	__u8 pad[6];
+	__u8 tcp_flags; /* every flag seen this way; RST until something else is */
+	__u8 pad[5];
 };
 
 struct fragment_key {

@@ -15,6 +15,7 @@ struct settings {
 	struct addr node_ipv6;
 	struct addr loopback_ipv4;   /* stands for a pod that reaches itself through a service */
 	struct addr loopback_ipv6;
+	__u64 secret[2];	     /* of this node: for hashes that pods must not compute */
 	__u64 netns_cookie;	     /* of the node's own network namespace; 0: unknown */
 	__u32 jiffies_per_second;    /* CONFIG_HZ, found at start */
 	__u32 tunnel_ifindex;	     /* the VXLAN device; 0: native routing */

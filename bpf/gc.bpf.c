@@ -8,11 +8,9 @@
  * to everybody, and for_each holds a processor until it has seen the whole map.
  */
 #include "lib/connection.h"
+#include "lib/nat_port.h"
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
-
-/* A masqueraded packet's connection is a moment younger than its mapping's. */
-#define NAT_GRACE_SECONDS 5
 
 /* A request while it is worked on. */
 struct collection {
@@ -103,42 +101,25 @@ int collect_connections(struct collect_request *request)
 	return collection_end(&of, request);
 }
 
+/* Both rows go at once: one alone would be taken for a half that was lost. */
 static long collect_mapping(__u32 number, struct collection *of)
 {
-	struct packet flow __attribute__((aligned(8))) = {};
-	struct connection_key connection_key __attribute__((aligned(8)));
 	struct nat_key key __attribute__((aligned(8)));
-	const struct connection *last;
-	struct nat *mapping;
+	struct nat_key turned __attribute__((aligned(8)));
+	struct nat *mapping, *other;
 
 	if (!collection_read(of, &key, sizeof(key), number))
 		return 1;
 	mapping = bpf_map_lookup_elem(&nat, &key);
-	if (!mapping || bpf_jiffies64() - mapping->created_jiffies <
-				seconds_to_jiffies(NAT_GRACE_SECONDS))
+	if (!mapping || !nat_is_over(&key, mapping, bpf_jiffies64(),
+				     settings.tcp_closing_seconds))
 		return 0;
-	/* The pod's own view of the flow, whichever of the two entries this is.
-	 */
-	if (key.direction == DIRECTION_EGRESS) {
-		flow.source = key.local;
-		flow.source_port = key.local_port;
-	} else {
-		flow.source = mapping->addr;
-		flow.source_port = mapping->port;
-	}
-	flow.destination = key.remote;
-	flow.destination_port = key.remote_port;
-	flow.protocol = key.protocol;
-	/* What is masqueraded and answered has asked. */
-	if (key.protocol == IPPROTO_ICMP || key.protocol == IPPROTO_ICMPV6)
-		flow.flags = PACKET_ASKS;
-	connection_key_of(&flow, &connection_key);
-	if (bpf_map_lookup_elem(&connections, &connection_key))
-		return 0;
-	last = connection_ended(&connection_key);
-	if ((!last || connection_is_expired(last, key.protocol,
-					     bpf_jiffies64())) &&
-	    !bpf_map_delete_elem(&nat, &key))
+	nat_key_turn(&key, mapping, &turned);
+	other = bpf_map_lookup_elem(&nat, &turned);
+	if (other && nat_row_is(other, &key.local, key.local_port) &&
+	    !bpf_map_delete_elem(&nat, &turned))
+		of->deleted++;
+	if (!bpf_map_delete_elem(&nat, &key))
 		of->deleted++;
 	return 0;
 }

@@ -279,11 +279,14 @@ int to_network(struct __sk_buff *ctx)
 	parsed = packet_parse(ctx, packet);
 	if (!(packet->flags & PACKET_HAS_ADDRESSES))
 		return TC_ACT_OK;
-	if (addr_equal(&packet->source, nat_node_addr(packet)))
-		return network_is_forged(ctx, packet)
-			       ? finish(ctx, packet,
-					-DROP_ENCAPSULATION_PROHIBITED)
-			       : TC_ACT_OK;
+	if (addr_equal(&packet->source, nat_node_addr(packet))) {
+		if (network_is_forged(ctx, packet))
+			return finish(ctx, packet,
+				      -DROP_ENCAPSULATION_PROHIBITED);
+		if (!parsed)
+			nat_keep_for_node(ctx, packet);
+		return TC_ACT_OK;
+	}
 	address = address_find(&packet->source);
 	if (!address || !address->endpoint_id)
 		return TC_ACT_OK;

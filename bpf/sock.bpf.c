@@ -62,7 +62,7 @@ static __always_inline int sock_refuse(void)
 /* A number that stays with the socket: its datagrams all go to one backend. */
 static __always_inline __u32 sock_number(__u64 cookie)
 {
-	return hash64(cookie);
+	return hash_secret(cookie);
 }
 
 /* A loopback address means another thing in every namespace. */

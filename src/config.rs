@@ -103,12 +103,12 @@ pub struct AgentArgs {
     #[arg(long, env = "WEIR_MASQUERADE", action = ArgAction::Set, default_value_t = true)]
     pub masquerade: bool,
 
-    /// Lowest port that masquerading uses.
-    #[arg(long, env = "WEIR_NAT_PORT_MIN", value_name = "PORT", default_value_t = 10240)]
+    /// Lowest port that masquerading uses; of what ip_local_port_range has, too, it uses as little as it can.
+    #[arg(long, env = "WEIR_NAT_PORT_MIN", value_name = "PORT", default_value_t = 12288)]
     pub nat_port_min: u16,
 
     /// Highest port that masquerading uses; keep clear of NodePorts and of ip_local_port_range.
-    #[arg(long, env = "WEIR_NAT_PORT_MAX", value_name = "PORT", default_value_t = 29999)]
+    #[arg(long, env = "WEIR_NAT_PORT_MAX", value_name = "PORT", default_value_t = 28671)]
     pub nat_port_max: u16,
 
     /// What pods reach through the node's netfilter, whose rules everything else passes by: by default the
@@ -455,7 +455,7 @@ mod tests {
             (["--identity-grace-seconds", "0"], "--identity-grace-seconds 0: must be 1 to 604800"),
             (
                 ["--nat-port-min", "80"],
-                "--nat-port-min 80 --nat-port-max 29999: must be at least 1024 and below --nat-port-max",
+                "--nat-port-min 80 --nat-port-max 28671: must be at least 1024 and below --nat-port-max",
             ),
         ] {
             assert_eq!(config(&flags).err().as_deref(), Some(message));

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "event.h"
+#include "hash.h"
 #include "scratch.h"
 
 static __always_inline __u64 seconds_to_jiffies(__u32 seconds)
@@ -105,7 +106,7 @@ static __always_inline __u64 ended_sum_of_rest(const struct connection *of)
 /* Where a connection that has ended is written down. */
 static __always_inline struct ended *ended_slot(__u64 sum_of_key, bool is_local)
 {
-	__u32 slot = hash64(sum_of_key);
+	__u32 slot = hash_secret(sum_of_key);
 
 	if (is_local)
 		slot &= ENDED_LOCAL - 1;

@@ -615,7 +615,7 @@ static __always_inline struct judged *judged_slot(const struct packet *packet)
 	const addr_words *from = (const void *)&packet->source;
 	const addr_words *to = (const void *)&packet->destination;
 	__u64 port = (__u64)packet->destination_port << 32 | packet->protocol;
-	__u32 slot = hash64(from[1] ^ hash64(to[1] ^ port)) &
+	__u32 slot = hash_secret(from[1] ^ hash64(to[1] ^ port)) &
 		     (JUDGED_SLOTS - 1);
 
 	return bpf_map_lookup_elem(&judged, &slot);

@@ -242,6 +242,8 @@ __weak __noinline int icmp_translate(struct __sk_buff *ctx,
 	key.protocol = inner->protocol;
 	key.direction = direction;
 	other = bpf_map_lookup_elem(&nat, &key);
+	if (other && !out && nat_is_nodes(other, &key))
+		return 0;
 	if (other) {
 		to = *other;
 	} else {

@@ -1,16 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
  * Masquerade: what pods send out of the cluster bears the node's address, and
- * the answers find back. Two entries a flow, one per direction; the one for the
- * way back is inserted first and never overwrites, so it decides who has a
- * port.
+ * the answers find back. Two rows a flow, one for each direction; whichever is
+ * lost comes back by the other one.
  */
 #pragma once
 
-#include "connection.h"
+#include "nat_port.h"
 #include "rewrite.h"
-
-#define NAT_TRIES 32
 
 static __always_inline const struct addr *
 nat_node_addr(const struct packet *packet)
@@ -32,88 +29,168 @@ static __always_inline bool nat_has_port(const struct packet *packet)
 	return false;
 }
 
-/* A number that the tuple alone decides, so that a lost entry comes back alike.
- */
-static __always_inline __u32 nat_hash(const struct packet *packet)
+/* A port for a flow that has none, and the row for its way out: 0 or a drop. */
+static __always_inline int nat_allocate(struct __sk_buff *ctx,
+					struct nat_mapping *to)
 {
-	__u32 hash = packet->source.w[3] ^ packet->destination.w[3] * 31;
+	int ret = nat_find_port(ctx, &to->out);
 
-	hash ^= packet->source.w[2] ^ packet->destination.w[2] * 17;
-	hash ^= (packet->source_port << 16) + packet->destination_port;
-	hash = (hash ^ (hash >> 16)) * 0x7feb352d;
-	hash = (hash ^ (hash >> 15)) * 0x846ca68b;
-	return hash ^ (hash >> 16);
+	if (ret)
+		return ret;
+	to->node.port = to->back.local_port;
+	/* Kernels before 6.15 may find every free row busy: ask again. */
+	if (bpf_map_update_elem(&nat, &to->out, &to->node, BPF_ANY) &&
+	    bpf_map_update_elem(&nat, &to->out, &to->node, BPF_ANY))
+		return -DROP_NO_NAT_MAPPING;
+	return 0;
 }
 
-/* A free port of the node towards this remote end; 0 or a drop. */
-static __always_inline int nat_allocate(const struct packet *packet,
-					const struct nat_key *out,
-					struct nat *to)
+/*
+ * True if the port of a mapping still is its flow's. A row for the way back
+ * that was lost is written again.
+ */
+static __always_inline bool nat_is_whole(struct nat_mapping *to,
+					 const struct nat *known)
 {
-	struct nat_key back = {
-		.local = to->addr,
-		.remote = packet->destination,
-		.remote_port = packet->destination_port,
-		.protocol = packet->protocol,
-		.direction = DIRECTION_INGRESS,
-	};
-	struct nat pod = {
-		.addr = packet->source,
-		.created_jiffies = bpf_jiffies64(),
-		.port = packet->source_port,
-	};
-	__u32 range = settings.nat_port_max - settings.nat_port_min + 1;
-	__u32 hash = nat_hash(packet);
+	struct nat *row;
 
-	for (int i = 0; i < NAT_TRIES; i++) {
-		__u32 port = settings.nat_port_min +
-			     (((__u64)hash * (range & 0x1ffff)) >> 32);
+	to->back.local_port = known->port;
+	row = bpf_map_lookup_elem(&nat, &to->back);
+	if (row)
+		return nat_row_is(row, &to->pod.addr, to->pod.port);
+	to->pod.tcp_flags = known->tcp_flags & TCP_ACK;
+	return !bpf_map_update_elem(&nat, &to->back, &to->pod, BPF_NOEXIST);
+}
 
-		back.local_port = bpf_htons(port);
-		if (!bpf_map_update_elem(&nat, &back, &pod, BPF_NOEXIST)) {
-			to->port = back.local_port;
-			to->created_jiffies = pod.created_jiffies;
-			return bpf_map_update_elem(&nat, out, to, BPF_ANY)
-				       ? -DROP_NO_NAT_MAPPING
-				       : 0;
-		}
-		hash += 0x9e3779b9;
-	}
-	return -DROP_NO_NAT_MAPPING;
+static __always_inline void nat_mapping_of(const struct packet *packet,
+					   const struct addr *node, __u64 now,
+					   struct nat_mapping *to)
+{
+	__builtin_memset(to, 0, sizeof(*to));
+	to->out.local = packet->source;
+	to->out.remote = packet->destination;
+	to->out.local_port = packet->source_port;
+	to->out.remote_port = packet->destination_port;
+	to->out.protocol = packet->protocol;
+	to->out.direction = DIRECTION_EGRESS;
+	to->back = to->out;
+	to->back.local = *node;
+	to->back.direction = DIRECTION_INGRESS;
+	to->node.addr = *node;
+	to->node.last_seen_jiffies = now;
+	to->node.tcp_flags = packet->tcp_flags;
+	to->pod.addr = packet->source;
+	to->pod.port = packet->source_port;
+	to->pod.last_seen_jiffies = now;
 }
 
 /* Makes the node the source; the packet is a local pod's. 0 or a drop. */
 __weak __noinline int nat_masquerade(struct __sk_buff *ctx,
 				     struct packet *packet)
 {
-	struct nat_key out = {};
-	struct nat *known, to = {};
+	struct scratch *room = scratch_get();
+	__u64 now = bpf_jiffies64();
+	struct nat_mapping *to;
+	struct nat *known;
 	int ret;
 
-	if (!packet)
+	if (!packet || !room)
 		return -DROP_NO_NAT_MAPPING;
 	if (!nat_has_port(packet))
 		return -DROP_UNKNOWN_L4;
-	out.local = packet->source;
-	out.remote = packet->destination;
-	out.local_port = packet->source_port;
-	out.remote_port = packet->destination_port;
-	out.protocol = packet->protocol;
-	out.direction = DIRECTION_EGRESS;
-	known = bpf_map_lookup_elem(&nat, &out);
+	to = &room->mapping;
+	nat_mapping_of(packet, nat_node_addr(packet), now, to);
+	known = bpf_map_lookup_elem(&nat, &to->out);
 	/* The node may have got another address since. */
-	if (known && addr_equal(&known->addr, nat_node_addr(packet))) {
-		to = *known;
+	if (known && !addr_equal(&known->addr, &to->node.addr))
+		known = NULL;
+	if (known && known->last_seen_jiffies != now) {
+		known->last_seen_jiffies = now;
+		if (!nat_is_whole(to, known))
+			known = NULL;
+	}
+	if (known) {
+		nat_note(known, packet->tcp_flags);
+		to->node.port = known->port;
 	} else {
-		to.addr = *nat_node_addr(packet);
-		ret = nat_allocate(packet, &out, &to);
+		ret = nat_allocate(ctx, to);
 		if (ret)
 			return ret;
 	}
-	packet->source = to.addr;
-	packet->source_port = to.port;
+	packet->source = to->node.addr;
+	packet->source_port = to->node.port;
 	packet->flags |= PACKET_NEW_SOURCE;
 	return rewrite_apply(ctx, packet);
+}
+
+/*
+ * Of what the node itself sends, or forwards with its address: nothing else may
+ * have that port towards the remote end. Sockets are found when a port is
+ * sought; a row is for what has none (netfilter's masquerading, pings), and for
+ * what a pod's flow would otherwise take the answers of.
+ */
+__weak __noinline int nat_keep_for_node(struct __sk_buff *ctx,
+					struct packet *packet)
+{
+	struct nat_key back __attribute__((aligned(8))) = {};
+	struct nat own __attribute__((aligned(8))) = {};
+	struct nat *row;
+
+	/* An RST says that the node has no such port. */
+	if (!packet || !nat_may_have_port(packet->source_port) ||
+	    !nat_has_port(packet) || packet->tcp_flags & TCP_RST ||
+	    (packet->protocol == IPPROTO_UDP &&
+	     packet->destination_port == bpf_htons(settings.tunnel_port)))
+		return 0;
+	back.local = packet->source;
+	back.remote = packet->destination;
+	back.local_port = packet->source_port;
+	back.remote_port = packet->destination_port;
+	back.protocol = packet->protocol;
+	back.direction = DIRECTION_INGRESS;
+	row = bpf_map_lookup_elem(&nat, &back);
+	own.last_seen_jiffies = bpf_jiffies64();
+	if (row && nat_is_nodes(row, &back)) {
+		row->last_seen_jiffies = own.last_seen_jiffies;
+		return 0;
+	}
+	if (!row && ctx->sk && packet->protocol != IPPROTO_ICMP &&
+	    packet->protocol != IPPROTO_ICMPV6)
+		return 0;
+	own.addr = back.local;
+	own.port = back.local_port;
+	bpf_map_update_elem(&nat, &back, &own, BPF_ANY);
+	return 0;
+}
+
+/*
+ * The pod's row for what comes from a remote end, or NULL if that is the
+ * node's. The node's sockets are asked again now and then: one of them may have
+ * come after the mapping.
+ */
+static __always_inline struct nat *nat_find_back(struct __sk_buff *ctx,
+						 struct nat_key *back)
+{
+	struct nat *row = bpf_map_lookup_elem(&nat, back);
+	struct nat own __attribute__((aligned(8))) = {};
+	__u64 now = bpf_jiffies64();
+	int found;
+
+	if (!row || nat_is_nodes(row, back))
+		return NULL;
+	if (now - row->last_seen_jiffies < settings.jiffies_per_second / 4)
+		return row;
+	row->last_seen_jiffies = now;
+	/* Who listens for TCP takes SYNs alone, which never come here. */
+	found = node_socket_find(ctx, back);
+	if (!found || (found == NODE_SOCKET_LISTENS &&
+		       back->protocol == IPPROTO_TCP))
+		return row;
+	own.addr = back->local;
+	own.port = back->local_port;
+	own.last_seen_jiffies = now;
+	bpf_map_update_elem(&nat, back, &own, BPF_ANY);
+	return NULL;
 }
 
 /*
@@ -122,15 +199,16 @@ __weak __noinline int nat_masquerade(struct __sk_buff *ctx,
  */
 __weak __noinline int nat_restore(struct __sk_buff *ctx, struct packet *packet)
 {
-	__u32 port;
-	struct nat_key back = {};
+	struct nat_key back __attribute__((aligned(8))) = {};
 	struct nat *pod;
 	int ret;
 
 	if (!packet)
 		return -DROP_NO_NAT_MAPPING;
-	port = bpf_ntohs(packet->destination_port);
-	if (port < settings.nat_port_min || port > settings.nat_port_max)
+	if (!nat_may_have_port(packet->destination_port))
+		return 0;
+	/* Pods begin what is masqueraded: a SYN is for whoever listens here. */
+	if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
 		return 0;
 	back.local = packet->destination;
 	back.remote = packet->source;
@@ -138,9 +216,10 @@ __weak __noinline int nat_restore(struct __sk_buff *ctx, struct packet *packet)
 	back.remote_port = packet->source_port;
 	back.protocol = packet->protocol;
 	back.direction = DIRECTION_INGRESS;
-	pod = bpf_map_lookup_elem(&nat, &back);
+	pod = nat_find_back(ctx, &back);
 	if (!pod)
 		return 0;
+	nat_note(pod, packet->tcp_flags);
 	packet->destination = pod->addr;
 	packet->destination_port = pod->port;
 	packet->flags |= PACKET_NEW_DESTINATION;

@@ -59,3 +59,17 @@ __weak __noinline int node_socket_find(struct __sk_buff *ctx,
 	bpf_sk_release(socket);
 	return listens ? NODE_SOCKET_LISTENS : NODE_SOCKET_TALKS;
 }
+
+/* Answers to this address and port of the node are not masquerading's to have:
+ * the node has a socket for them, a tunnel ends there, or a pod's host port. */
+static __always_inline bool node_has_port(struct __sk_buff *ctx,
+					  const struct nat_key *back)
+{
+	struct backend pod;
+
+	return (back->protocol == IPPROTO_UDP &&
+		back->local_port == bpf_htons(settings.tunnel_port)) ||
+	       service_host_port(&back->local, back->local_port,
+				 back->protocol, &pod) ||
+	       node_socket_find(ctx, back);
+}

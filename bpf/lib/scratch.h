@@ -26,10 +26,20 @@ struct flow {
 	__u32 side; /* 0: the packet is the initiator's */
 };
 
+/* A masqueraded flow's mapping while it is looked for: the keys and rows of
+ * both directions. */
+struct nat_mapping {
+	struct nat_key out;
+	struct nat_key back; /* without the port that is sought */
+	struct nat node;     /* for the way out */
+	struct nat pod;	     /* for the way back */
+};
+
 struct scratch {
 	struct packet packet; /* the one that the program was called for */
 	struct packet quoted; /* that an ICMP error quotes */
 	struct flow flow;
+	struct nat_mapping mapping;
 	struct connection_key service_key; /* of a CONNECTION_SERVICE row */
 	struct connection connection; /* to be inserted */
 	struct ended ended;	      /* a connection on its way from or to `ended` */

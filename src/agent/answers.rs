@@ -11,6 +11,7 @@ use tokio::sync::watch;
 
 use super::compute::Desired;
 use super::node::OVERLAY_DEVICE;
+use super::ports::Ports;
 use super::rounds::Current;
 use crate::api::answers::{
     BrokenRow, EndpointRow, FeatureRow, IdentityRow, KindRow, NodeRow, PolicyRow, ServiceRow, StatusAnswer,
@@ -45,6 +46,7 @@ pub struct Known {
 struct Loaded {
     datapath: Arc<Datapath>,
     rule_origins: RuleOrigins,
+    ports: Ports,
 }
 
 impl Known {
@@ -71,8 +73,8 @@ impl Known {
     }
 
     /// The programs run.
-    pub fn loaded(self: &Arc<Self>, datapath: Arc<Datapath>, rule_origins: RuleOrigins) {
-        if self.loaded.set(Loaded { datapath: datapath.clone(), rule_origins }).is_ok() {
+    pub fn loaded(self: &Arc<Self>, datapath: Arc<Datapath>, rule_origins: RuleOrigins, ports: Ports) {
+        if self.loaded.set(Loaded { datapath: datapath.clone(), rule_origins, ports }).is_ok() {
             self.telemetry.show_kernel(datapath);
         }
     }
@@ -238,6 +240,9 @@ impl Known {
                 rows.push(("tunnel packets", way));
             }
             rows.extend(by_the_stack(&loaded.datapath));
+            if args.masquerade {
+                rows.push(("masquerade ports", loaded.ports.to_string()));
+            }
             for (program, reason) in &features.not_loaded {
                 rows.push(("left out", format!("{program}: {reason}")));
             }

@@ -16,8 +16,10 @@ mod answers;
 mod compute;
 mod local;
 mod node;
+mod ports;
 mod publish;
 mod rounds;
+mod secret;
 mod sinks;
 mod upkeep;
 
@@ -47,6 +49,7 @@ use crate::tables::Table;
 use crate::telemetry::{self, ReadyGuard, Telemetry};
 use answers::{Answers, Known};
 use node::OVERLAY_DEVICE;
+use ports::Ports;
 use rounds::Rounds;
 
 /// An ADD that is not enforced within this time gives up; kubelet tries again.
@@ -145,7 +148,8 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         _ = stopping.wait_for(|stop| *stop) => return Ok(()),
     };
     facts.send_modify(|facts| facts.node = Some(node.clone()));
-    let (devices, datapath) = tokio::task::block_in_place(|| load(&config, &node))?;
+    let ports = Ports::choose(config.args.nat_port_min..=config.args.nat_port_max);
+    let (devices, datapath) = tokio::task::block_in_place(|| load(&config, &node, &ports))?;
     facts.send_modify(|facts| facts.devices = Some(devices.clone()));
     let writers = datapath.writers().context("reading the maps back")?;
     let compute = Compute::new(
@@ -157,7 +161,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     );
     let local_addresses = local::follow(node.clone(), devices.internal_addresses.clone())
         .context("listing the node's addresses")?;
-    known.loaded(datapath.clone(), writers.policies.rule_origins());
+    known.loaded(datapath.clone(), writers.policies.rule_origins(), ports);
 
     let events = KernelEvents::open(datapath.clone()).context("opening the ring buffer of events")?;
     flow::reader::start(events, known.recorder.clone(), names, stopping.clone())
@@ -233,9 +237,11 @@ async fn offer_pods(config: Config, telemetry: Arc<Telemetry>) -> Result<()> {
 }
 
 /// Loads and attaches everything but the pods' programs, which the rounds attach.
-fn load(config: &Config, node: &Node) -> Result<(Devices, Arc<Datapath>)> {
+fn load(config: &Config, node: &Node, ports: &Ports) -> Result<(Devices, Arc<Datapath>)> {
     let devices = node::prepare(config, node)?;
-    let datapath = Datapath::load(&options(config, node, &devices)).context("loading the datapath")?;
+    let secret = secret::of(&config.args.state_dir)?;
+    let options = options(config, node, &devices, ports, secret);
+    let datapath = Datapath::load(&options).context("loading the datapath")?;
     for ifindex in &devices.network {
         datapath.attach_network(*ifindex).context("attaching to the network device")?;
     }
@@ -254,7 +260,7 @@ fn load(config: &Config, node: &Node) -> Result<(Devices, Arc<Datapath>)> {
     Ok((devices, Arc::new(datapath)))
 }
 
-fn options(config: &Config, node: &Node, devices: &Devices) -> Options {
+fn options(config: &Config, node: &Node, devices: &Devices, ports: &Ports, secret: [u64; 2]) -> Options {
     let args = &config.args;
     let node_ipv4 = node.addresses.iter().find_map(|address| match address {
         IpAddr::V4(address) => Some(*address),
@@ -282,12 +288,13 @@ fn options(config: &Config, node: &Node, devices: &Devices) -> Options {
         settings: Settings {
             node_ipv4,
             node_ipv6,
+            secret,
             netns_cookie: netlink::namespace_cookie(),
             tunnel_ifindex: devices.overlay,
             network: devices.network.clone(),
             tunnel_port: args.tunnel_port,
             flow_report: std::time::Duration::from_secs(args.flow_report_seconds.into()),
-            nat_ports: args.nat_port_min..=args.nat_port_max,
+            nat_ports: ports.range.clone(),
             masquerade_ipv4: args.masquerade && node_ipv4.is_some(),
             masquerade_ipv6: args.masquerade && node_ipv6.is_some(),
             flow_events: args.flow_events,

@@ -83,7 +83,7 @@ plain! {
     }
     Ended { key, connection, check }
     NatKey { local, remote, local_port, remote_port, protocol, direction, pad }
-    Nat { addr, created_jiffies, port, pad }
+    Nat { addr, last_seen_jiffies, port, tcp_flags, pad }
     FragmentKey { source, destination, id, protocol, pad }
     Fragment { source_port, destination_port, role }
     Metric { packets, bytes }
@@ -98,7 +98,7 @@ plain! {
     StaleSocket { cookie, local, remote, local_port, remote_port, ifindex }
     CollectRequest { keys, count, deleted }
     Settings {
-        node_ipv4, node_ipv6, loopback_ipv4, loopback_ipv6, netns_cookie, jiffies_per_second,
+        node_ipv4, node_ipv6, loopback_ipv4, loopback_ipv6, secret, netns_cookie, jiffies_per_second,
         tunnel_ifindex, network_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,
         other_timeout_seconds, mark_mask, nat_port_min, nat_port_max, tunnel_port, masquerade_ipv4,
         masquerade_ipv6, flow_events, socket_lb, tunnel_direct, pad,

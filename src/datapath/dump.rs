@@ -293,7 +293,7 @@ fn nat_row(key: abi::NatKey, row: abi::Nat) -> Row {
         "protocol": protocol(key.protocol),
         "address": ip_of(row.addr),
         "port": u16::from_be(row.port),
-        "created_jiffies": row.created_jiffies,
+        "last_seen_jiffies": row.last_seen_jiffies,
     });
     Some(([&[key.direction], key.as_bytes()].concat(), value))
 }

@@ -75,6 +75,8 @@ pub struct Settings {
     pub loopback_ipv4: Ipv4Addr,
     /// Stands for a pod that reaches itself through a service.
     pub loopback_ipv6: Ipv6Addr,
+    /// Of this node: for hashes that pods must not be able to compute.
+    pub secret: [u64; 2],
     /// The cookie of the node's network namespace: only its sockets have its loopback addresses.
     /// `None`: the kernel has none (before 5.14).
     pub netns_cookie: Option<u64>,
@@ -120,6 +122,7 @@ impl Default for Settings {
             node_ipv6: None,
             loopback_ipv4: Ipv4Addr::new(169, 254, 42, 1),
             loopback_ipv6: Ipv6Addr::new(0xfd57, 0x6569, 0x7200, 0, 0, 0, 0x2a, 1),
+            secret: [0; 2],
             netns_cookie: None,
             tunnel_ifindex: None,
             network: Vec::new(),
@@ -129,7 +132,7 @@ impl Default for Settings {
             tcp_opening: Duration::from_secs(60),
             tcp_closing: Duration::from_secs(10),
             other_timeout: Duration::from_secs(60),
-            nat_ports: 10240..=29999,
+            nat_ports: 12288..=28671,
             masquerade_ipv4: true,
             masquerade_ipv6: true,
             flow_events: true,
@@ -150,6 +153,7 @@ impl Settings {
             node_ipv6: address(self.node_ipv6.map(IpAddr::V6)),
             loopback_ipv4: addr_of(self.loopback_ipv4.into()),
             loopback_ipv6: addr_of(self.loopback_ipv6.into()),
+            secret: self.secret,
             netns_cookie: self.netns_cookie.unwrap_or(0),
             jiffies_per_second,
             tunnel_ifindex: self.tunnel_ifindex.unwrap_or(0),

@@ -16,6 +16,7 @@ mod lab_itself;
 mod life_cycle;
 mod loaded_policy;
 mod malformed;
+mod masquerade;
 mod model;
 mod operator;
 mod packets;

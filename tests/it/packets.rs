@@ -9,6 +9,7 @@ pub mod frame;
 mod frontends;
 mod fuzz;
 mod late;
+mod masquerade;
 mod network;
 mod newcomers;
 mod pieces;

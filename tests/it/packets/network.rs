@@ -137,11 +137,11 @@ fn a_masqueraded_connection_that_has_ended_is_found_by_late_packets() -> Result<
         let last = world.send("from_pod", &tcp(pod, outside, ACK).by(1))?;
         ensure!(last.action == PASS && world.connections(0)?.is_empty(), "{last:?}");
         // Its port stays its own while its packets may come, however long it ran.
-        world.change_mappings(|row| row.created_jiffies -= 100_000)?;
         assert_eq!(world.collect_garbage()?.0.nat, 0);
         let (late, arrives) = (tcp(outside, node, FIN | ACK), tcp(outside, pod, FIN | ACK));
         becomes(world, "from_network", &late, REDIRECT, &arrives)?;
-        // And is free when nothing is known of it any more.
+        // And is free when they would have come by now.
+        world.change_mappings(|row| row.last_seen_jiffies -= 1_000_000)?;
         world.change_connections(|_, row| row.last_seen_jiffies -= 1_000_000)?;
         world.change_ended(|row| row.connection.last_seen_jiffies -= 1_000_000)?;
         let (report, _) = world.collect_garbage()?;

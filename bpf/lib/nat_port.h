@@ -1,0 +1,199 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Translated source ports: which port of the node a pod's flow gets, and how
+ * long it keeps it. A port is a flow's while the row for the way back says so;
+ * that row is inserted first and never overwrites.
+ */
+#pragma once
+
+#include "hash.h"
+#include "node_socket.h"
+
+/*
+ * Places that are looked at for a new flow, of which at least every second one
+ * is a port. With a share f of all ports in use a flow finds none with
+ * probability f^512 at best: 0.6 % at 99 %, nothing at 95 %. A
+ * port costs one look-up.
+ */
+#define NAT_STEPS 512
+
+/* A port whose connection has ended rests so long before another flow gets it. */
+#define NAT_REST_SECONDS 1
+
+static __always_inline bool nat_may_have_port(__be16 port)
+{
+	__u16 number = bpf_ntohs(port);
+
+	return number >= settings.nat_port_min &&
+	       number <= settings.nat_port_max;
+}
+
+static __always_inline bool nat_row_is(const struct nat *row,
+				       const struct addr *addr, __be16 port)
+{
+	return row->port == port && addr_equal(&row->addr, addr);
+}
+
+/* The port is the node's: a packet to it is for the stack. */
+static __always_inline bool nat_is_nodes(const struct nat *back,
+					 const struct nat_key *key)
+{
+	return nat_row_is(back, &key->local, key->local_port);
+}
+
+/* The key of the row for the other direction. */
+static __always_inline void nat_key_turn(const struct nat_key *key,
+					 const struct nat *row,
+					 struct nat_key *other)
+{
+	addr_copy(&other->local, &row->addr);
+	addr_copy(&other->remote, &key->remote);
+	other->local_port = row->port;
+	other->remote_port = key->remote_port;
+	other->protocol = key->protocol;
+	other->direction = key->direction == DIRECTION_EGRESS
+				   ? DIRECTION_INGRESS
+				   : DIRECTION_EGRESS;
+	other->pad[0] = 0;
+	other->pad[1] = 0;
+}
+
+static __always_inline bool nat_is_older(const struct nat *row, __u64 now,
+					 __u32 seconds)
+{
+	__s64 idle = now - row->last_seen_jiffies;
+
+	return idle > (__s64)seconds_to_jiffies(seconds);
+}
+
+/*
+ * How long a flow may be silent: as long as its connection. `other` is the row
+ * of the other direction, or NULL if that is lost.
+ */
+static __always_inline __u32 nat_timeout(const struct nat *row,
+					 const struct nat *other,
+					 __u8 protocol, __u32 closing_seconds)
+{
+	__u8 other_flags = other ? other->tcp_flags : 0;
+
+	if (protocol != IPPROTO_TCP)
+		return settings.other_timeout_seconds;
+	if ((row->tcp_flags | other_flags) & TCP_RST ||
+	    row->tcp_flags & other_flags & TCP_FIN)
+		return closing_seconds;
+	/* Both directions were used; of a lost row the other one tells. */
+	if (other ? row->tcp_flags && other->tcp_flags
+		  : row->tcp_flags & TCP_ACK)
+		return settings.tcp_timeout_seconds;
+	return settings.tcp_opening_seconds;
+}
+
+/* The flow of a row is over, and nothing of it is on its way any more. */
+static __always_inline bool nat_is_over(const struct nat_key *key,
+					const struct nat *row, __u64 now,
+					__u32 closing_seconds)
+{
+	struct nat_key turned __attribute__((aligned(8)));
+	const struct nat *other;
+	__u32 seconds;
+
+	if (key->direction == DIRECTION_INGRESS && nat_is_nodes(row, key))
+		return nat_is_older(row, now, settings.other_timeout_seconds);
+	if (!nat_is_older(row, now, NAT_REST_SECONDS))
+		return false;
+	nat_key_turn(key, row, &turned);
+	other = bpf_map_lookup_elem(&nat, &turned);
+	/* A row that another one has replaced. */
+	if (other && !nat_row_is(other, &key->local, key->local_port))
+		return true;
+	seconds = nat_timeout(row, other, key->protocol, closing_seconds);
+	return nat_is_older(row, now, seconds) &&
+	       (!other || nat_is_older(other, now, seconds));
+}
+
+/* What is seen of a packet in its direction. */
+static __always_inline void nat_note(struct nat *row, __u8 tcp_flags)
+{
+	__u8 seen = row->tcp_flags | tcp_flags;
+
+	/* What goes on after an RST was not ended by it. */
+	if (!(tcp_flags & TCP_RST))
+		seen &= ~TCP_RST;
+	if (row->tcp_flags != seen)
+		row->tcp_flags = seen;
+}
+
+/*
+ * Takes a port for the flow of the mapping in `scratch`: 1 if the flow has that
+ * port now. The port of a flow that is over changes hands.
+ */
+__weak __noinline int nat_take_port(struct __sk_buff *ctx, __u32 port)
+{
+	struct nat_key old __attribute__((aligned(8)));
+	struct scratch *room = scratch_get();
+	struct nat_mapping *to;
+	struct nat *row;
+
+	if (!room)
+		return 0;
+	to = &room->mapping;
+	to->back.local_port = bpf_htons(port);
+	row = bpf_map_lookup_elem(&nat, &to->back);
+	/* The other half of this flow's mapping was lost, or is on its way. */
+	if (row && nat_row_is(row, &to->pod.addr, to->pod.port))
+		return 1;
+	if (row && !nat_is_over(&to->back, row, to->pod.last_seen_jiffies,
+				NAT_REST_SECONDS))
+		return 0;
+	if (node_has_port(ctx, &to->back))
+		return 0;
+	if (row) {
+		nat_key_turn(&to->back, row, &old);
+		/* One processor alone takes it away, and may put its own. */
+		if (bpf_map_delete_elem(&nat, &to->back))
+			return 0;
+		bpf_map_delete_elem(&nat, &old);
+	}
+	return !bpf_map_update_elem(&nat, &to->back, &to->pod, BPF_NOEXIST);
+}
+
+/* One less than the power of two that has room for all ports. */
+static __always_inline __u32 nat_port_mask(__u32 range)
+{
+	__u32 mask = range - 1;
+
+	mask |= mask >> 1;
+	mask |= mask >> 2;
+	mask |= mask >> 4;
+	return mask | mask >> 8;
+}
+
+/*
+ * Finds a port of the node for the flow of the mapping in `scratch`: 0 or a
+ * drop. The first port and the step are the tuple's (double hashing), so that
+ * flows do not gather, and one that was forgotten comes back alike. The step is
+ * odd, so no port comes twice before all came.
+ */
+static __always_inline int nat_find_port(struct __sk_buff *ctx,
+					 const struct nat_key *out)
+{
+	__u32 range = settings.nat_port_max - settings.nat_port_min + 1;
+	__u32 mask = nat_port_mask(range);
+	struct hash hash;
+	__u32 place, step;
+	__u64 number;
+
+	hash_begin(&hash);
+	hash_add_addr(&hash, &out->local);
+	hash_add_addr(&hash, &out->remote);
+	hash_add(&hash, (__u64)out->local_port << 32 |
+				(__u64)out->remote_port << 16 | out->protocol);
+	number = hash_end(&hash);
+	place = number;
+	step = number >> 32 | 1;
+	for (int i = 0; i < NAT_STEPS; i++, place += step)
+		if ((place & mask) < range &&
+		    nat_take_port(ctx, settings.nat_port_min + (place & mask)))
+			return 0;
+	return -DROP_NO_NAT_MAPPING;
+}
