@@ -11,6 +11,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use ipnet::IpNet;
 use thiserror::Error;
 
+use crate::identity::LabelFilter;
 use crate::operator::OperatorArgs;
 
 /// Flags of `weir agent`; each can also be set by its environment variable.
@@ -177,6 +178,22 @@ pub struct AgentArgs {
     /// does that.
     #[arg(long, env = "WEIR_IDENTITY_GRACE_SECONDS", value_name = "SECONDS", default_value_t = 900)]
     pub identity_grace_seconds: u32,
+
+    /// Which pod labels make identities, beside those that policies ask for: beginnings of label keys, with '!' those
+    /// that do not, as "!statefulset.kubernetes.io/pod-name !workflow-". The same on every node.
+    #[arg(
+        long,
+        env = "WEIR_IDENTITY_LABELS",
+        value_name = "PATTERNS",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub identity_labels: LabelFilter,
+
+    /// Believe another node's claim on an address that is in none of its pod CIDRs. Whoever has stolen one
+    /// node's credentials can then take everybody's traffic to any address.
+    #[arg(long, env = "WEIR_BELIEVE_ANY_ADDRESS", action = ArgAction::Set, default_value_t = false)]
+    pub believe_any_address: bool,
 
     /// Form of the log.
     #[arg(long, env = "WEIR_LOG_FORMAT", value_enum, default_value = "text")]

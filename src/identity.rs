@@ -7,6 +7,7 @@
 //! labels, and the namespace's name comes from its key, never from a label.
 
 use std::collections::BTreeSet;
+use std::str::FromStr;
 
 use sha2::{Digest, Sha256};
 
@@ -15,9 +16,9 @@ use crate::model::{IdentityId, IdentityLabels, Labels, Namespace, Pod, Requireme
 /// The label that every namespace has, with its name as the value.
 const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 
-/// Pod labels that controllers set anew for every revision or run, and that hardly anybody selects by.
-/// A StatefulSet's `pod-name` and `pod-index` stay: policies do select by them, there are only
-/// as many as pods, and they come back with every pod.
+/// Pod labels that controllers set anew for every revision or run, and that hardly anybody selects by: left
+/// out unless a pattern says otherwise. A StatefulSet's `pod-name` and `pod-index` stay: policies do
+/// select by them, there are only as many as pods, and they come back with every pod.
 const DROPPED: [&str; 8] = [
     "batch.kubernetes.io/controller-uid",
     "batch.kubernetes.io/job-completion-index",
@@ -29,55 +30,135 @@ const DROPPED: [&str; 8] = [
     "pod-template-hash",
 ];
 
-/// True for a pod label that is no part of identities unless a policy asks for it.
-pub fn is_dropped(label: &str) -> bool {
-    DROPPED.binary_search(&label).is_ok()
+/// Which pod labels are part of identities. A label that is not becomes part of them where a policy
+/// asks for it.
+///
+/// Patterns decide, as Cilium's setting `labels` has them: a pattern is the beginning of a label's key, `!` in
+/// front of it leaves such labels out, the longest pattern that matches decides. Where any
+/// pattern takes labels in, those that none matches are left out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LabelFilter {
+    patterns: Vec<Pattern>,
 }
 
-/// The labels of [`is_dropped`] that `selector` asks pods for.
-pub fn dropped_labels(selector: &Selector) -> impl Iterator<Item = &str> {
-    selector
-        .requirements
-        .iter()
-        .map(|requirement| match requirement {
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Pattern {
+    key: String,
+    /// The whole key, not only its beginning.
+    is_exact: bool,
+    is_excluded: bool,
+}
+
+impl Default for LabelFilter {
+    fn default() -> Self {
+        let dropped = |key: &&str| Pattern { key: (*key).to_owned(), is_exact: true, is_excluded: true };
+        Self { patterns: DROPPED.iter().map(dropped).collect() }
+    }
+}
+
+impl FromStr for LabelFilter {
+    type Err = String;
+
+    /// Patterns beside the default ones, separated by spaces or commas, as `!statefulset.kubernetes.io/.* app`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut filter = Self::default();
+        for word in text.split([' ', ',']).filter(|word| !word.is_empty()) {
+            filter.patterns.push(word.parse()?);
+        }
+        Ok(filter)
+    }
+}
+
+impl FromStr for Pattern {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut key = text;
+        let mut is_excluded = false;
+        // `k8s:!app` and `!k8s:app` are the same.
+        loop {
+            if let Some(rest) = key.strip_prefix('!') {
+                (key, is_excluded) = (rest, true);
+            } else if let Some(rest) = key.strip_prefix("k8s:").or_else(|| key.strip_prefix("any:")) {
+                key = rest;
+            } else {
+                break;
+            }
+        }
+        let (key, is_exact) = match (key.strip_suffix(".*"), key.strip_suffix('$')) {
+            (Some(beginning), _) => (beginning, false),
+            (_, Some(whole)) => (whole, true),
+            _ => (key, false),
+        };
+        let key = key.strip_prefix('^').unwrap_or(key).replace("\\.", ".");
+        let is_literal = |letter: char| letter.is_ascii_alphanumeric() || "-_./".contains(letter);
+        if !key.chars().all(is_literal) || (key.is_empty() && is_exact) {
+            return Err(format!(
+                "{text:?} is no pattern: it must be the beginning of a label's key, or a whole key and '$'"
+            ));
+        }
+        Ok(Self { key, is_exact, is_excluded })
+    }
+}
+
+impl LabelFilter {
+    /// True for a pod label that is no part of identities unless a policy asks for it.
+    pub fn drops(&self, label: &str) -> bool {
+        let matches = |pattern: &&Pattern| match pattern.is_exact {
+            true => pattern.key == label,
+            false => label.starts_with(&pattern.key),
+        };
+        // Of equally long ones the last: what somebody set counts before the default ones.
+        match self.patterns.iter().filter(matches).max_by_key(|pattern| pattern.key.len()) {
+            Some(longest) => longest.is_excluded,
+            None => self.patterns.iter().any(|pattern| !pattern.is_excluded),
+        }
+    }
+
+    /// The labels that it drops and that `selector` asks pods for.
+    pub fn dropped<'a>(&self, selector: &'a Selector) -> impl Iterator<Item = &'a str> {
+        let keys = selector.requirements.iter().map(|requirement| match requirement {
             Requirement::In(key, _)
             | Requirement::NotIn(key, _)
             | Requirement::Exists(key)
             | Requirement::DoesNotExist(key) => key.as_str(),
-        })
-        .filter(|key| is_dropped(key))
-}
-
-/// Those of them that a pod must not have: that an identity is without one may mean that its pod's node has
-/// yet to give it another identity.
-pub fn undecidable_labels(selector: &Selector) -> impl Iterator<Item = &str> {
-    let negative = selector.requirements.iter().filter_map(|requirement| match requirement {
-        Requirement::NotIn(key, _) | Requirement::DoesNotExist(key) => Some(key.as_str()),
-        Requirement::In(..) | Requirement::Exists(_) => None,
-    });
-    negative.filter(|key| is_dropped(key))
-}
-
-/// Everything of `pod` that policy can ask for; of the labels of [`is_dropped`] those that are `asked` for.
-pub fn labels_of(pod: &Pod, namespace: Option<&Namespace>, asked: &BTreeSet<String>) -> IdentityLabels {
-    let mut namespace_labels = namespace.map_or_else(Labels::new, |namespace| namespace.labels.clone());
-    namespace_labels.insert(NAMESPACE_NAME.to_owned(), pod.key.namespace.to_string());
-    let mut named_ports = pod.named_ports.clone();
-    for ports in named_ports.values_mut() {
-        ports.sort_unstable();
-        ports.dedup();
+        });
+        keys.filter(|key| self.drops(key))
     }
-    IdentityLabels {
-        namespace: pod.key.namespace.to_string(),
-        namespace_labels,
-        service_account: pod.service_account.clone(),
-        pod_labels: pod
-            .labels
-            .iter()
-            .filter(|(key, _)| !is_dropped(key) || asked.contains(*key))
-            .map(|(key, value)| (key.clone(), value.clone()))
-            .collect(),
-        named_ports,
+
+    /// Those of them that a pod must not have: that an identity is without one may mean that its pod's node has
+    /// yet to give it another identity.
+    pub fn undecidable<'a>(&self, selector: &'a Selector) -> impl Iterator<Item = &'a str> {
+        let negative = selector.requirements.iter().filter_map(|requirement| match requirement {
+            Requirement::NotIn(key, _) | Requirement::DoesNotExist(key) => Some(key.as_str()),
+            Requirement::In(..) | Requirement::Exists(_) => None,
+        });
+        negative.filter(|key| self.drops(key))
+    }
+
+    /// Everything of `pod` that policy can ask for; of the labels that are dropped those that are `asked` for.
+    pub fn labels_of(
+        &self,
+        pod: &Pod,
+        namespace: Option<&Namespace>,
+        asked: &BTreeSet<String>,
+    ) -> IdentityLabels {
+        let mut namespace_labels = namespace.map_or_else(Labels::new, |namespace| namespace.labels.clone());
+        namespace_labels.insert(NAMESPACE_NAME.to_owned(), pod.key.namespace.to_string());
+        let mut named_ports = pod.named_ports.clone();
+        for ports in named_ports.values_mut() {
+            ports.sort_unstable();
+            ports.dedup();
+        }
+        let counts = |(key, _): &(&String, &String)| asked.contains(*key) || !self.drops(key);
+        let pod_labels = pod.labels.iter().filter(counts);
+        IdentityLabels {
+            namespace: pod.key.namespace.to_string(),
+            namespace_labels,
+            service_account: pod.service_account.clone(),
+            pod_labels: pod_labels.map(|(key, value)| (key.clone(), value.clone())).collect(),
+            named_ports,
+        }
     }
 }
 
@@ -100,6 +181,10 @@ mod tests {
 
     const NONE: BTreeSet<String> = BTreeSet::new();
 
+    fn labels_of(pod: &Pod, namespace: Option<&Namespace>, asked: &BTreeSet<String>) -> IdentityLabels {
+        LabelFilter::default().labels_of(pod, namespace, asked)
+    }
+
     fn labels(pairs: &[(&str, &str)]) -> Labels {
         pairs.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
     }
@@ -118,8 +203,27 @@ mod tests {
     }
 
     #[test]
-    fn dropped_labels_are_sorted() {
-        assert!(DROPPED.is_sorted());
+    fn a19_which_labels_make_identities_is_a_setting() {
+        let asked =
+            ["app", "apps.example/x", "statefulset.kubernetes.io/pod-name", "workflow-id", "job-name"];
+        for (patterns, kept) in [
+            ("", "app apps.example/x statefulset.kubernetes.io/pod-name workflow-id"),
+            ("!statefulset.kubernetes.io/.* !workflow", "app apps.example/x"),
+            ("k8s:!statefulset\\.kubernetes\\.io, !k8s:workflow-id$", "app apps.example/x"),
+            ("app", "app apps.example/x"),
+            ("k8s:app$ workflow", "app workflow-id"),
+            // The longest decides.
+            ("!app apps", "apps.example/x"),
+            ("job-name$", "job-name"),
+            (".* !app$", "apps.example/x statefulset.kubernetes.io/pod-name workflow-id"),
+        ] {
+            let filter: LabelFilter = patterns.parse().expect(patterns);
+            let left: Vec<&str> = asked.into_iter().filter(|label| !filter.drops(label)).collect();
+            assert_eq!(left.join(" "), kept, "{patterns}");
+        }
+        for wrong in ["a(b|c)", "!$", "app b[0-9]+", "äpp"] {
+            assert!(wrong.parse::<LabelFilter>().is_err(), "{wrong}");
+        }
     }
 
     #[test]

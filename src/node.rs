@@ -2,9 +2,10 @@
 //! this node's own endpoints.
 //!
 //! Every address has one owner. What this node knows of itself comes first, then Node
-//! objects, then what other nodes claim; of two claims the one whose node's pod CIDR
-//! holds the address is believed, else the one of the node whose name sorts first. The
-//! claim that lost is reported.
+//! objects, then what other nodes claim within their pod CIDRs. A claim on any other address is not
+//! believed: a node could take the traffic of everybody to it, a host of the Internet included. Where a setting
+//! allows such claims, they come last. Of equal claims the one of the node whose name sorts first
+//! is believed. The claim that lost is reported.
 //!
 //! [`addresses`] says who has what; [`Addresses`] says the same again and again at the cost
 //! of what changed.
@@ -39,6 +40,8 @@ pub struct Input<'a> {
     pub nodes: &'a Snapshot<Arc<str>, Arc<Node>>,
     /// What every node publishes; this node's own is not read.
     pub node_endpoints: &'a Snapshot<Arc<str>, Arc<NodeEndpoints>>,
+    /// Believe claims on addresses outside of the node's pod CIDRs where nobody else claims them.
+    pub believes_any_address: bool,
 }
 
 /// Every known address, and what could not be believed.
@@ -70,12 +73,14 @@ pub enum ConflictReason {
     OwnedBy(Arc<str>),
     /// The claimed identity is reserved or another node's own.
     ForeignIdentity(IdentityId),
+    /// The address is in none of the node's pod CIDRs: whoever has it does not have it from there.
+    OutsidePodCidrs,
 }
 
 /// Who has which address. Nodes without a Node object or without an address on the
 /// underlay cannot be reached: nothing of theirs is there.
 pub fn addresses(input: &Input<'_>) -> Output {
-    let mut claims = Claims::default();
+    let mut claims = Claims::new(input);
     let this_node: Arc<str> = input.this_node.into();
     if let Some(node) = input.nodes.get(input.this_node) {
         for address in &node.addresses {
@@ -143,7 +148,7 @@ impl Addresses {
         if !self.nodes.ptr_eq(input.nodes) || self.internal_addresses != input.internal_addresses {
             return None;
         }
-        let (mut before, mut after) = (Claims::default(), Claims::default());
+        let (mut before, mut after) = (Claims::new(input), Claims::new(input));
         for item in self.node_endpoints.diff(input.node_endpoints) {
             let (old, new) = match item {
                 DiffItem::Add(name, new) => (None, Some((name, new))),
@@ -243,9 +248,14 @@ struct Owner {
 struct Claims {
     owners: BTreeMap<IpAddr, Owner>,
     conflicts: Vec<Conflict>,
+    believes_any_address: bool,
 }
 
 impl Claims {
+    fn new(input: &Input<'_>) -> Self {
+        Self { believes_any_address: input.believes_any_address, ..Self::default() }
+    }
+
     fn claim_own(&mut self, this_node: &Arc<str>, id: EndpointId, endpoint: &Endpoint, identity: IdentityId) {
         for address in endpoint.addresses() {
             let entry = own(identity, Some(id), AddressKind::Pod);
@@ -256,7 +266,7 @@ impl Claims {
     /// What a node publishes.
     fn claim_remote(&mut self, name: &Arc<str>, node: &Node, underlay: IpAddr, published: &NodeEndpoints) {
         let rank = |address: &IpAddr| {
-            let is_inside = node.pod_cidrs.iter().any(|cidr| cidr.contains(address));
+            let is_inside = node.pod_cidrs.iter().any(|cidr| cidr.contains(&address.to_canonical()));
             if is_inside { Rank::InPodCidr } else { Rank::Elsewhere }
         };
         for address in &published.internal_addresses {
@@ -288,6 +298,11 @@ impl Claims {
     ) {
         // The maps hold IPv4 as mapped IPv6: both spellings are one address.
         let address = address.to_canonical();
+        if rank == Rank::Elsewhere && !self.believes_any_address {
+            let (node, pod, reason) = (node.clone(), pod.cloned(), ConflictReason::OutsidePodCidrs);
+            self.conflicts.push(Conflict { address, node, pod, reason });
+            return;
+        }
         let new = Owner { rank, node: node.clone(), pod: pod.cloned(), entry };
         let loser = match self.owners.get_mut(&address) {
             None => {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::local::LocalAddresses;
-use crate::identity;
+use crate::identity::LabelFilter;
 use crate::kube::Tables;
 use crate::model::{
     AddressEntry, CompiledPolicy, Endpoint, EndpointEntry, EndpointId, EndpointSlice, Frontend, FrontendKey,
@@ -95,8 +95,21 @@ pub struct Desired {
 /// Endpoints whose identity is known.
 type Resolved = BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>;
 
+/// What is settled when the agent starts.
+#[derive(Clone, Debug, Default)]
+pub struct Rules {
+    /// Which labels make identities.
+    pub labels: Arc<LabelFilter>,
+    /// A namespace that is not known yet will be: a pod has no identity without its labels. In a directory of
+    /// manifests a namespace needs no document.
+    pub awaits_namespaces: bool,
+    /// Nodes may have addresses outside of their pod CIDRs.
+    pub believes_any_address: bool,
+}
+
 /// Turns views into desired states.
 pub struct Compute {
+    rules: Rules,
     node_name: Arc<str>,
     internal_addresses: Vec<IpAddr>,
     owners: node::Addresses,
@@ -119,14 +132,18 @@ impl Compute {
         guarded: Vec<IpNet>,
         first_policy: PolicyId,
         first_local: IdentityId,
+        rules: Rules,
     ) -> Self {
+        let Rules { labels, .. } = &rules;
+        let compiler = policy::Compiler::new(first_policy, first_local, labels.clone());
         Self {
+            rules,
             node_name: node_name.into(),
             internal_addresses,
             owners: node::Addresses::default(),
             prefixes: node::Prefixes::new(guarded),
             frontends: service::Frontends::default(),
-            compiler: policy::Compiler::new(first_policy, first_local),
+            compiler,
             numbers: HashMap::new(),
             numbers_from: Default::default(),
             asked_labels: BTreeSet::new(),
@@ -139,7 +156,7 @@ impl Compute {
     pub fn desired(&mut self, view: &View) -> Result<Desired, policy::Error> {
         self.learn_numbers(&view.identities, &view.to_claim);
         if !self.asked_by.ptr_eq(&view.policies) {
-            self.asked_labels = policy::asked_labels(&view.policies);
+            self.asked_labels = policy::asked_labels(&view.policies, &self.rules.labels);
             self.asked_by = view.policies.clone();
         }
         let mut desired = Desired::default();
@@ -150,6 +167,7 @@ impl Compute {
             endpoints: &endpoints,
             nodes: &view.nodes,
             node_endpoints: &view.node_endpoints,
+            believes_any_address: self.rules.believes_any_address,
         });
         let identities = endpoints.iter().map(|(id, (_, identity))| (*id, *identity)).collect();
         let pod_cidrs: Vec<IpNet> = view.nodes.values().flat_map(|node| node.pod_cidrs.clone()).collect();
@@ -234,8 +252,12 @@ impl Compute {
         {
             return Err(format!("the pod {} known has another UID: waiting for {uid}", endpoint.pod));
         }
-        let namespace = view.namespaces.get(&endpoint.pod.namespace);
-        let labels = identity::labels_of(pod, namespace.map(Arc::as_ref), &self.asked_labels);
+        let namespace = view.namespaces.get(&endpoint.pod.namespace).map(Arc::as_ref);
+        if namespace.is_none() && self.rules.awaits_namespaces {
+            let name = &endpoint.pod.namespace;
+            return Err(format!("the namespace {name} is not known yet from the API: its labels count"));
+        }
+        let labels = self.rules.labels.labels_of(pod, namespace, &self.asked_labels);
         match self.numbers.get(&labels) {
             Some(number) => Ok(*number),
             None => {
@@ -289,6 +311,9 @@ fn conflicts(addresses: &[node::Conflict], services: &[service::Conflict]) -> Ve
             node::ConflictReason::ForeignIdentity(identity) => {
                 format!("with the identity {identity}, which no pod has")
             }
+            node::ConflictReason::OutsidePodCidrs => {
+                "which is in none of its pod CIDRs (WEIR_BELIEVE_ANY_ADDRESS)".to_owned()
+            }
         };
         format!("node {} claims the address {}: {why}", conflict.node, conflict.address)
     });
@@ -297,4 +322,61 @@ fn conflicts(addresses: &[node::Conflict], services: &[service::Conflict]) -> Ve
         format!("Service {service} has the cluster IP {address}, which is Service {owner}'s")
     });
     addresses.chain(services).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::MacAddress;
+
+    fn endpoint(pod: ObjectKey) -> Arc<Endpoint> {
+        Arc::new(Endpoint {
+            id: EndpointId(1),
+            container_id: "c".to_owned(),
+            interface: "eth0".to_owned(),
+            netns: "/run/netns/x".into(),
+            pod,
+            pod_uid: None,
+            ipv4: "10.0.0.2".parse().ok(),
+            ipv6: None,
+            host_interface: "weir1".to_owned(),
+            host_ifindex: 7,
+            mac: MacAddress::default(),
+            port_mappings: Vec::new(),
+        })
+    }
+
+    #[test]
+    fn a8_a_pod_waits_for_the_labels_of_its_namespace() {
+        let key = ObjectKey::new("shop", "web");
+        let (tables, endpoints, addresses) = (Tables::new(), Table::new(), LocalAddresses::new());
+        endpoints.apply(EndpointId(1), endpoint(key.clone()));
+        let pod = Pod {
+            key: key.clone(),
+            uid: String::new(),
+            labels: BTreeMap::new(),
+            service_account: "default".to_owned(),
+            node: Some("a".to_owned()),
+            host_network: false,
+            is_terminal: false,
+            named_ports: BTreeMap::new(),
+        };
+        tables.pods.apply(key, Arc::new(pod));
+        let desired = |awaits_namespaces| {
+            let rules = Rules { awaits_namespaces, ..Rules::default() };
+            let mut compute = Compute::new("a", vec![], vec![], PolicyId(1), IdentityId::FIRST_LOCAL, rules);
+            compute.desired(&View::of(&tables, &endpoints, &addresses)).expect("numbers are left")
+        };
+        let waiting = desired(true);
+        assert!(waiting.unclaimed.is_empty() && waiting.endpoints.is_empty());
+        let reason = "the namespace shop is not known yet from the API: its labels count";
+        assert_eq!(waiting.waiting.get(&EndpointId(1)).map(String::as_str), Some(reason));
+        // In a directory of manifests a namespace needs no document.
+        assert_eq!(desired(false).unclaimed.len(), 1);
+        let labels = BTreeMap::from([("team".to_owned(), "red".to_owned())]);
+        tables.namespaces.apply("shop".into(), Arc::new(Namespace { labels }));
+        let unclaimed = desired(true).unclaimed;
+        assert_eq!(unclaimed.len(), 1);
+        assert_eq!(unclaimed[0].namespace_labels["team"], "red");
+    }
 }

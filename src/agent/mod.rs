@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use tokio::sync::{mpsc, watch};
 
-pub use compute::{Compute, Desired, View};
+pub use compute::{Compute, Desired, Rules, View};
 pub use node::Devices;
 
 use crate::api;
@@ -158,6 +158,11 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         config.args.stack_cidrs.clone(),
         writers.policies.next_free_id(),
         writers.next_free_local_identity(),
+        compute::Rules {
+            labels: Arc::new(config.args.identity_labels.clone()),
+            awaits_namespaces: config.args.manifests.is_none(),
+            believes_any_address: config.args.believe_any_address,
+        },
     );
     let local_addresses = local::follow(node.clone(), devices.internal_addresses.clone())
         .context("listing the node's addresses")?;

@@ -7,6 +7,7 @@ struct World {
     node_endpoints: Snapshot<Arc<str>, Arc<NodeEndpoints>>,
     endpoints: BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>,
     internal: Vec<IpAddr>,
+    believes: bool,
 }
 
 impl World {
@@ -63,6 +64,7 @@ impl World {
             endpoints: &self.endpoints,
             nodes: &self.nodes,
             node_endpoints: &self.node_endpoints,
+            believes_any_address: self.believes,
         });
         let show = |(address, entry): (&IpAddr, &BaseAddress)| {
             let node = entry.node.map(|node| format!(" @{node}")).unwrap_or_default();
@@ -119,7 +121,7 @@ fn a_node_without_object_or_common_family_is_skipped() {
 
 #[test]
 fn one_address_has_one_owner() {
-    let world = World::default()
+    let world = World { believes: true, ..World::default() }
         .node("a", &["192.168.0.1"], "10.0.0.0/24")
         .node("b", &["192.168.0.2"], "10.0.1.0/24")
         .node("c", &["192.168.0.3"], "10.0.2.0/24")
@@ -161,6 +163,32 @@ fn one_address_has_one_owner() {
 }
 
 #[test]
+fn a6_a_claim_outside_of_the_nodes_pod_cidrs_is_not_believed() {
+    let world = World::default()
+        .node("a", &["192.168.0.1"], "10.0.0.0/24")
+        .node("b", &["192.168.0.2"], "10.0.1.0/24")
+        .published(
+            "b",
+            &["10.0.1.1", "172.16.0.1"],
+            &[("db", "10.0.1.4", 301), ("evil", "203.0.113.9", 301), ("mapped", "::ffff:10.0.1.5", 301)],
+        );
+    let (addresses, conflicts) = world.shown();
+    assert_eq!(
+        addresses,
+        [
+            "10.0.1.1 6 NodeInternal @192.168.0.2",
+            "10.0.1.4 301 Pod @192.168.0.2",
+            "10.0.1.5 301 Pod @192.168.0.2",
+            "192.168.0.1 1 Node",
+            "192.168.0.2 6 Node @192.168.0.2",
+        ]
+    );
+    assert_eq!(conflicts, ["172.16.0.1 b OutsidePodCidrs", "203.0.113.9 b shop/evil OutsidePodCidrs"]);
+    let (addresses, conflicts) = World { believes: true, ..world }.shown();
+    assert_eq!((addresses.len(), conflicts.len()), (7, 0));
+}
+
+#[test]
 fn nobody_may_claim_a_reserved_identity_for_a_pod() {
     let world = World::default()
         .node("a", &["192.168.0.1"], "10.0.0.0/24")
@@ -189,9 +217,9 @@ fn steps() -> impl proptest::strategy::Strategy<Value = Vec<Step>> {
 
 proptest::proptest! {
     #[test]
-    fn differences_add_up_to_the_whole(steps in steps()) {
+    fn differences_add_up_to_the_whole(steps in steps(), believes in proptest::bool::ANY) {
         const NODES: [&str; 3] = ["b", "c", "d"];
-        let mut world = World::default().node("a", &["192.168.0.1"], "10.0.0.0/30");
+        let mut world = World { believes, ..World::default() }.node("a", &["192.168.0.1"], "10.0.0.0/30");
         for (number, name) in NODES.iter().enumerate() {
             let (address, cidr) = (format!("192.168.0.{}", number + 2), format!("10.0.0.{}/30", 4 * number));
             world = world.node(name, &[&address], &cidr);
@@ -215,6 +243,7 @@ proptest::proptest! {
                 endpoints: &world.endpoints,
                 nodes: &world.nodes,
                 node_endpoints: &world.node_endpoints,
+                believes_any_address: world.believes,
             };
             proptest::prop_assert_eq!(following.update(&input), &addresses(&input));
         }
@@ -235,6 +264,7 @@ fn a_pod_that_comes_and_goes_costs_its_own_addresses() {
             endpoints: &world.endpoints,
             nodes: &world.nodes,
             node_endpoints: &world.node_endpoints,
+            believes_any_address: world.believes,
         };
         let length = following.difference(&input).map(|addresses| addresses.len());
         following.update(&input);

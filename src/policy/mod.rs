@@ -30,6 +30,7 @@ use imbl::ordmap::DiffItem;
 use ipnet::IpNet;
 use serde::Serialize;
 
+use crate::identity::LabelFilter;
 use crate::model::{
     AddressEntry, BaseAddress, CompiledPolicy, EndpointId, IdentityId, IdentityLabels, LocalIdentity,
     NetworkPolicy, ObjectKey, PolicyId, PrefixEntry,
@@ -89,6 +90,7 @@ pub enum Error {
 
 /// Compiles again and again, and keeps numbers stable meanwhile.
 pub struct Compiler {
+    filter: Arc<LabelFilter>,
     next_policy: PolicyId,
     selections: Selections,
     endpoints: BTreeMap<EndpointId, IdentityId>,
@@ -105,9 +107,11 @@ pub struct Compiler {
 
 impl Compiler {
     /// A compiler that gives out policy numbers from `first_policy` on, and local
-    /// identities from `first_local` on: above all that the maps hold.
-    pub fn new(first_policy: PolicyId, first_local: IdentityId) -> Self {
+    /// identities from `first_local` on: above all that the maps hold. Identities have the
+    /// labels that `filter` says.
+    pub fn new(first_policy: PolicyId, first_local: IdentityId, filter: Arc<LabelFilter>) -> Self {
         Self {
+            filter: filter.clone(),
             next_policy: first_policy.max(PolicyId(1)),
             selections: Selections::default(),
             endpoints: BTreeMap::new(),
@@ -118,7 +122,7 @@ impl Compiler {
             addresses: Snapshot::new(),
             pod_cidrs: Vec::new(),
             assigned: Assigned::default(),
-            peers: Peers::default(),
+            peers: Peers::new(filter),
             values: BTreeMap::new(),
         }
     }
@@ -127,7 +131,7 @@ impl Compiler {
     pub fn compile(&mut self, input: &Input<'_>) -> Result<Output, Error> {
         let output = self.compile_difference(input);
         if output.is_err() {
-            let mut fresh = Self::new(self.next_policy, IdentityId::FIRST_LOCAL);
+            let mut fresh = Self::new(self.next_policy, IdentityId::FIRST_LOCAL, self.filter.clone());
             std::mem::swap(&mut fresh.locals, &mut self.locals);
             fresh.locals.forget();
             *self = fresh;

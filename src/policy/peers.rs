@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::identity;
+use crate::identity::LabelFilter;
 use crate::model::{IdentityId, IdentityLabels, Peer, Protocol, Selector};
 
 /// What a rule asks of the other side.
@@ -57,7 +57,7 @@ impl PeerKey {
         }
     }
 
-    fn matches(&self, member: &Member) -> bool {
+    fn matches(&self, member: &Member, filter: &LabelFilter) -> bool {
         let labels = member.labels.as_deref();
         match self {
             Self::Pods { namespace, namespaces, pods } => labels.is_some_and(|labels| {
@@ -65,7 +65,7 @@ impl PeerKey {
                     && pods.matches(&labels.pod_labels)
                     && namespaces.matches(&labels.namespace_labels)
                     // Whether a pod is without such a label is not known: nobody is let in for it.
-                    && identity::undecidable_labels(pods).next().is_none()
+                    && filter.undecidable(pods).next().is_none()
             }),
             Self::Block { cidr, except } => {
                 member.prefixes.contains(cidr) && !except.iter().any(|hole| member.prefixes.contains(hole))
@@ -100,6 +100,7 @@ pub struct Peers {
     sets: BTreeMap<PeerIndex, Set>,
     by_key: HashMap<Arc<PeerKey>, PeerIndex>,
     next: u32,
+    filter: Arc<LabelFilter>,
 }
 
 struct Set {
@@ -109,13 +110,22 @@ struct Set {
 }
 
 impl Peers {
+    /// Knows nobody; identities have the labels that `filter` says.
+    pub fn new(filter: Arc<LabelFilter>) -> Self {
+        Self { filter, ..Self::default() }
+    }
+
     /// The index of `key`; a peer that is new is held against every identity.
     pub fn intern(&mut self, key: PeerKey) -> PeerIndex {
         if let Some(index) = self.by_key.get(&key) {
             return *index;
         }
-        let matched =
-            self.members.iter().filter(|(_, member)| key.matches(member)).map(|(id, _)| *id).collect();
+        let matched = self
+            .members
+            .iter()
+            .filter(|(_, member)| key.matches(member, &self.filter))
+            .map(|(id, _)| *id)
+            .collect();
         let index = PeerIndex(self.next);
         self.next += 1;
         let key = Arc::new(key);
@@ -129,7 +139,7 @@ impl Peers {
         let mut touched = Touched::new();
         for (index, set) in &mut self.sets {
             for (id, member) in changes {
-                let is_in = member.as_ref().is_some_and(|member| set.key.matches(member));
+                let is_in = member.as_ref().is_some_and(|member| set.key.matches(member, &self.filter));
                 match (set.matched.binary_search(id), is_in) {
                     (Err(_), false) => continue,
                     (Err(place), true) => set.matched.insert(place, *id),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use imbl::ordmap::DiffItem;
 use ipnet::IpNet;
 
-use crate::identity;
+use crate::identity::LabelFilter;
 use crate::model::{
     IdentityId, IdentityLabels, NetworkPolicy, ObjectKey, Peer, PolicyRule, PortSelector, Protocol, Selector,
 };
@@ -53,11 +53,14 @@ struct State {
     names: BTreeSet<(String, Protocol)>,
 }
 
-/// The labels of a revision or run that policies ask pods for: identities have them then.
-pub fn asked_labels(policies: &Snapshot<ObjectKey, Arc<NetworkPolicy>>) -> BTreeSet<String> {
+/// The labels that the filter drops and that policies ask pods for: identities have them then.
+pub fn asked_labels(
+    policies: &Snapshot<ObjectKey, Arc<NetworkPolicy>>,
+    filter: &LabelFilter,
+) -> BTreeSet<String> {
     let selectors =
         policies.values().flat_map(|policy| std::iter::once(&policy.pod_selector).chain(peers_of(policy)));
-    selectors.flat_map(identity::dropped_labels).map(str::to_owned).collect()
+    selectors.flat_map(|selector| filter.dropped(selector)).map(str::to_owned).collect()
 }
 
 /// The pods that a policy lets in or out.

@@ -150,7 +150,7 @@ fn direction<const P: usize, const R: usize>(
 }
 
 fn compiler() -> Compiler {
-    Compiler::new(PolicyId(1), IdentityId::FIRST_LOCAL)
+    Compiler::new(PolicyId(1), IdentityId::FIRST_LOCAL, Arc::default())
 }
 
 const LOCAL: u32 = IdentityId::FIRST_LOCAL.0;
@@ -429,7 +429,10 @@ fn a_label_of_a_run_lets_in_who_has_it_and_nobody_who_is_without() {
     let output = world.compile(&mut compiler());
     let ingress_of = output.policies[&PolicyId(1)].ingress.as_ref().expect("ingress");
     assert_eq!(ingress_of.peers.keys().copied().collect::<Vec<_>>(), [IdentityId(301)]);
-    assert_eq!(asked_labels(&world.policies), BTreeSet::from(["job-name".to_owned()]));
+    assert_eq!(
+        asked_labels(&world.policies, &LabelFilter::default()),
+        BTreeSet::from(["job-name".to_owned()])
+    );
 
     let not_hash = Selector { requirements: vec![Requirement::DoesNotExist("pod-template-hash".to_owned())] };
     let world = World::default().identity(300, "shop", "web").endpoint(1, 300).policy(ingress(
@@ -448,7 +451,7 @@ fn exhausted_numbers_are_an_error_and_then_a_fresh_start() {
         Some(vec![block("10.0.0.0/8", &[])]),
         None,
     ));
-    let mut compiler = Compiler::new(PolicyId(1), IdentityId(0x200_0000));
+    let mut compiler = Compiler::new(PolicyId(1), IdentityId(0x200_0000), Arc::default());
     let input = Input {
         policies: &world.policies,
         identities: &world.identities,

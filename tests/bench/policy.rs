@@ -33,12 +33,12 @@ pub fn rows() -> Result<Vec<Row>> {
         let mut world = World::new(has_blocks);
         world.endpoints.retain(|id, _| id.0 <= pods);
         let full = median(5, || {
-            let mut compiler = Compiler::new(PolicyId(1), IdentityId::FIRST_LOCAL);
+            let mut compiler = Compiler::new(PolicyId(1), IdentityId::FIRST_LOCAL, Arc::default());
             milliseconds(|| world.compile(&mut compiler))
         });
         rows.push(Row::new(format!("policy/full/{case}"), "ms", full?).at_most(1000.0));
 
-        let mut compiler = Compiler::new(PolicyId(1), IdentityId::FIRST_LOCAL);
+        let mut compiler = Compiler::new(PolicyId(1), IdentityId::FIRST_LOCAL, Arc::default());
         let mut last = world.compile(&mut compiler)?;
         let unchanged = median(ROUNDS, || milliseconds(|| world.compile(&mut compiler)));
         rows.push(Row::new(format!("policy/unchanged/{case}"), "ms", unchanged?));

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use proptest::prelude::*;
-use weir::identity;
+use weir::identity::{self, LabelFilter};
 use weir::model::{
     AddressKind, BaseAddress, CompiledDirection, EndpointId, IdentityId, IdentityLabels, LocalIdentity,
     Namespace, NetworkPolicy, ObjectKey, PolicyId,
@@ -44,7 +44,7 @@ impl Facts {
         };
         for (index, pod) in cluster.pods.iter().enumerate() {
             let namespace = &cluster.namespaces[&*pod.pod.key.namespace];
-            let labels = identity::labels_of(
+            let labels = LabelFilter::default().labels_of(
                 &pod.pod,
                 Some(&Namespace { labels: namespace.clone() }),
                 &Default::default(),
@@ -80,7 +80,7 @@ impl Facts {
 
 /// One that knows nothing yet.
 pub fn compiler() -> Compiler {
-    Compiler::new(PolicyId(1), IdentityId::FIRST_LOCAL)
+    Compiler::new(PolicyId(1), IdentityId::FIRST_LOCAL, Arc::default())
 }
 
 /// Looks up an address as the datapath does: exactly, else by the longest prefix over

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 
 use super::{Field, FieldError, ObjectId, Result, check_labels, items, names};
-use crate::identity;
+use crate::identity::LabelFilter;
 use crate::model::{Labels, NetworkPolicy, Peer, PolicyRule, PortMatch, PortSelector, Requirement, Selector};
 
 /// So many doubts about one object are said; who mends them sees the next ones.
@@ -129,7 +129,7 @@ fn peer(peer: &Field, notes: &mut Notes) -> Result<Peer> {
         (true, false) => ip_block(&block),
         (false, true) => {
             let selected = selector(&pods)?;
-            notes.warnings.extend(identity::undecidable_labels(&selected).map(|label| {
+            notes.warnings.extend(LabelFilter::default().undecidable(&selected).map(|label| {
                 pods.error(format!(
                     "whether a pod is without {label} cannot be told: none is let in for that"
                 ))

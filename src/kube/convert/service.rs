@@ -47,6 +47,10 @@ fn warn_of_unserved(spec: &Field, warnings: &mut Vec<FieldError>) -> Result<()> 
     if traffic.string()? == Some("Local") {
         warnings.push(traffic.error("Local is not kept: backends of all nodes are reached"));
     }
+    let external = spec.get("externalIPs")?;
+    if !items(&external)?.is_empty() {
+        warnings.push(external.error("are not served: of these addresses Weir takes no packets"));
+    }
     for port in items(&spec.get("ports")?)? {
         let protocol = port.get("protocol")?;
         if protocol.protocol()? == Protocol::Sctp {

@@ -65,6 +65,14 @@ fn what_is_not_served_is_said() {
 }
 
 #[test]
+fn a18_external_ips_that_are_not_served_are_warned_of() {
+    let yaml = "{metadata: {name: web}, spec: {clusterIP: 10.96.0.1, externalIPs: [203.0.113.7]}}";
+    let warnings = converted(Kind::Service, yaml).expect("it is taken").warnings;
+    let said: Vec<String> = warnings.iter().map(ToString::to_string).collect();
+    assert_eq!(said, ["spec.externalIPs: are not served: of these addresses Weir takes no packets"]);
+}
+
+#[test]
 fn slices_have_conditions_by_default_and_backends_that_may_be_reached() {
     let yaml = "{metadata: {name: web-1, namespace: shop, labels: {kubernetes.io/service-name: web}}, addressType: IPv4,
         ports: [{port: 80}, {name: all}, {name: dns, port: 53, protocol: UDP}], endpoints: [
