@@ -23,7 +23,10 @@ use crate::datapath::{Datapath, MapFill, RuleOrigins};
 use crate::endpoint::{Manager, Progress};
 use crate::flow::{NameSource, NameTables, Names, Query, Recorder, Stream};
 use crate::kube::{Health, Tables};
-use crate::model::{Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Protocol};
+use crate::model::{
+    Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Origins, Policy,
+    PolicyDirection, PolicyRef, Protocol,
+};
 use crate::netlink;
 use crate::tables::Table;
 use crate::telemetry::{ObjectCounts, Telemetry, WatchHealth};
@@ -299,15 +302,18 @@ impl Known {
 
     fn policy_rows(&self) -> Vec<PolicyRow> {
         let current = self.current.load();
-        let selects = |policy: &ObjectKey| {
+        let selects = |policy: &PolicyRef| {
             let selected = current.selected_by.iter().filter(|(_, policies)| policies.contains(policy));
             selected.map(|(endpoint, _)| *endpoint).collect()
         };
-        let row = |(key, policy): (&ObjectKey, &Arc<crate::model::NetworkPolicy>)| PolicyRow {
+        let rules = |direction: &Option<PolicyDirection>| direction.as_ref().map(|it| it.rules.len());
+        let row = |(key, policy): (&PolicyRef, &Arc<Policy>)| PolicyRow {
             policy: key.clone(),
-            ingress_rules: policy.ingress.as_ref().map(Vec::len),
-            egress_rules: policy.egress.as_ref().map(Vec::len),
+            tier: format!("{:?}", policy.tier),
+            ingress_rules: rules(&policy.ingress),
+            egress_rules: rules(&policy.egress),
             endpoints: selects(key),
+            doubts: policy.doubts.clone(),
         };
         self.tables.policies.snapshot().iter().map(row).collect()
     }
@@ -376,7 +382,7 @@ impl NameSource for Known {
         self.current.load().local_identities.get(&id).cloned()
     }
 
-    fn rule_origin(&self, rule_id: u32) -> Option<Arc<ObjectKey>> {
+    fn rule_origin(&self, rule_id: u32) -> Option<Origins> {
         self.loaded.get()?.rule_origins.get(rule_id)
     }
 }

@@ -15,8 +15,8 @@ use crate::identity::LabelFilter;
 use crate::kube::Tables;
 use crate::model::{
     AddressEntry, CompiledPolicy, Endpoint, EndpointEntry, EndpointId, EndpointSlice, Frontend, FrontendKey,
-    IdentityId, IdentityLabels, LocalIdentity, Namespace, NetworkPolicy, Node, NodeEndpoints, ObjectKey, Pod,
-    PolicyId, PrefixEntry, PublishedEndpoint, Service,
+    IdentityId, IdentityLabels, LocalIdentity, Namespace, Node, NodeEndpoints, ObjectKey, Pod, Policy,
+    PolicyId, PolicyRef, PrefixEntry, PublishedEndpoint, Service,
 };
 use crate::tables::{Snapshot, Table};
 use crate::{node, policy, service};
@@ -28,7 +28,7 @@ pub struct View {
     nodes: Snapshot<Arc<str>, Arc<Node>>,
     services: Snapshot<ObjectKey, Arc<Service>>,
     slices: Snapshot<ObjectKey, Arc<EndpointSlice>>,
-    policies: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
+    policies: Snapshot<PolicyRef, Arc<Policy>>,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     to_claim: Snapshot<IdentityId, ()>,
     node_endpoints: Snapshot<Arc<str>, Arc<NodeEndpoints>>,
@@ -75,7 +75,7 @@ pub struct Desired {
     /// What this node's local identities mean.
     pub local_identities: Arc<BTreeMap<IdentityId, LocalIdentity>>,
     /// The policies that select each endpoint.
-    pub selected_by: BTreeMap<EndpointId, Arc<[ObjectKey]>>,
+    pub selected_by: BTreeMap<EndpointId, Arc<[PolicyRef]>>,
     /// The other nodes, for routes.
     pub nodes: Vec<Arc<Node>>,
     /// This node's pods, for the other nodes.
@@ -119,7 +119,7 @@ pub struct Compute {
     numbers: HashMap<Arc<IdentityLabels>, IdentityId>,
     numbers_from: (Snapshot<IdentityId, Arc<IdentityLabels>>, Snapshot<IdentityId, ()>),
     asked_labels: BTreeSet<String>,
-    asked_by: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
+    asked_by: Snapshot<PolicyRef, Arc<Policy>>,
     last_identity: BTreeMap<EndpointId, (ObjectKey, IdentityId)>,
 }
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::datapath::MapFill;
 use crate::flow::RecorderCounts;
-use crate::model::{EndpointId, IdentityId, ObjectKey};
+use crate::model::{EndpointId, IdentityId, ObjectKey, PolicyRef};
 use crate::telemetry::{ObjectCounts, PartRow};
 
 /// How the agent is: the answer to `Status`.
@@ -135,8 +135,8 @@ pub struct EndpointRow {
     pub enforces_ingress: bool,
     /// What goes out is judged.
     pub enforces_egress: bool,
-    /// The NetworkPolicies that select it.
-    pub policies: Vec<ObjectKey>,
+    /// The policies that select it.
+    pub policies: Vec<PolicyRef>,
     /// Its policy is in force and its programs are attached.
     pub is_enforced: bool,
     /// Why not.
@@ -160,17 +160,22 @@ pub struct IdentityRow {
     pub addresses: Vec<IpAddr>,
 }
 
-/// A NetworkPolicy: a row of the answer to `Policies`.
+/// A policy: a row of the answer to `Policies`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PolicyRow {
-    /// Namespace and name.
-    pub policy: ObjectKey,
+    /// Kind, namespace and name.
+    pub policy: PolicyRef,
+    /// Which policies it is weighed with.
+    pub tier: String,
     /// Rules for what comes in; `None`: it does not judge that.
     pub ingress_rules: Option<usize>,
     /// Rules for what goes out; `None`: it does not judge that.
     pub egress_rules: Option<usize>,
     /// Pods of this node that it selects.
     pub endpoints: Vec<EndpointId>,
+    /// What could not be read of it, and is closed.
+    #[serde(default)]
+    pub doubts: Vec<String>,
 }
 
 /// A node of the cluster: a row of the answer to `Nodes`.

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use super::{Connection, Failure, Format, output, table};
 use crate::api::Request;
 use crate::api::answers::{EndpointRow, IdentityRow, NodeRow, PolicyRow, ServiceRow};
-use crate::model::{EndpointId, ObjectKey};
+use crate::model::{EndpointId, ObjectKey, PolicyRef};
 
 /// The agent answers from memory.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
@@ -117,15 +117,22 @@ fn shorten<T: ToString>(values: &[T]) -> String {
     }
 }
 
+/// `NAMESPACE/NAME`, or the name of one that is the cluster's.
+fn key_of(policy: &PolicyRef) -> String {
+    let name = &policy.name;
+    policy.namespace.as_ref().map_or_else(|| name.to_string(), |namespace| format!("{namespace}/{name}"))
+}
+
 pub fn policy(command: PolicyCommand) -> Result<(), Failure> {
     let args = match command {
         PolicyCommand::List(args) => args,
         PolicyCommand::Get(args) => {
-            return args.get(&Request::Policies, "policy", |row: &PolicyRow| row.policy.to_string());
+            return args.get(&Request::Policies, "policy", |row: &PolicyRow| key_of(&row.policy));
         }
     };
     let endpoints: Vec<EndpointRow> = args.connection.ask(&Request::Endpoints)?;
-    args.list(&Request::Policies, ["POLICY", "INGRESS", "EGRESS", "PODS"], |row: &PolicyRow| {
+    let header = ["KIND", "POLICY", "TIER", "INGRESS", "EGRESS", "PODS", "NOT READ"];
+    args.list(&Request::Policies, header, |row: &PolicyRow| {
         let rules = |count: Option<usize>| match count {
             None => String::new(),
             Some(0) => "deny all".to_owned(),
@@ -133,10 +140,13 @@ pub fn policy(command: PolicyCommand) -> Result<(), Failure> {
             Some(count) => format!("{count} rules"),
         };
         [
-            row.policy.to_string(),
+            row.policy.kind.name().to_owned(),
+            key_of(&row.policy),
+            row.tier.clone(),
             rules(row.ingress_rules),
             rules(row.egress_rules),
             shorten(&pods(row, &endpoints)),
+            row.doubts.join("; "),
         ]
     })
 }

@@ -5,7 +5,7 @@
 //! What the map holds is remembered as the compiled policies themselves, which
 //! the compiler shares, so this costs no copy of the rows.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, RwLock};
 
 use anyhow::Result;
@@ -15,7 +15,7 @@ use super::map::{MapError, TypedMap, first_free};
 use super::mirror::Fill;
 use super::types::{direction, policy_rule_prefix, policy_verdict};
 use crate::model::{
-    CompiledDirection, CompiledPolicy, CompiledRule, CompiledRuleKey, IdentityId, ObjectKey, PolicyId,
+    Action, CompiledDirection, CompiledPolicy, CompiledRule, CompiledRuleKey, IdentityId, Origins, PolicyId,
 };
 
 /// The one writer of `policy_rules` and `policy_peers`.
@@ -86,8 +86,8 @@ impl PolicyWriter {
         self.origins.clone()
     }
 
-    /// The policy object that a rule id of an event stands for.
-    pub fn rule_origin(&self, rule_id: u32) -> Option<Arc<ObjectKey>> {
+    /// The policies that a rule id of an event stands for.
+    pub fn rule_origin(&self, rule_id: u32) -> Option<Origins> {
         self.origins.get(rule_id)
     }
 
@@ -153,6 +153,9 @@ impl PolicyWriter {
         policies: &BTreeMap<PolicyId, Arc<CompiledPolicy>>,
         in_force: &BTreeSet<PolicyId>,
     ) -> Result<(), MapError> {
+        let with_rows = policies.values().chain(self.held.values().flat_map(|held| &held.complete));
+        let sides = with_rows.flat_map(|policy| directions(policy));
+        self.origins.forget(sides.flat_map(|(_, side)| side.rules.values().map(|rule| &rule.origins)));
         self.prune_unused(policies, in_force)?;
         for (&id, desired) in policies {
             let Some(held) = self.held.get(&id).filter(|held| !held.partial.is_empty()) else { continue };
@@ -200,7 +203,7 @@ impl PolicyWriter {
             let before = old.and_then(|old| direction_of(old, side));
             for (key, rule) in &now.rules {
                 if before.is_none_or(|before| before.rules.get(key) != Some(rule)) {
-                    let rule_id = self.origins.id_of(&rule.origin);
+                    let rule_id = self.origins.id_of(&rule.origins);
                     self.rules.insert(&rule_key(id, side, key), &rule_row(rule, rule_id))?;
                 }
             }
@@ -305,43 +308,67 @@ impl<K: super::abi::Plain, V: super::abi::Plain> Counted<K, V> {
     }
 }
 
-/// Rule ids of events and the policy objects that they stand for. Ids of a former
-/// process are not used again, so that its last events are not misattributed.
+/// Rule ids of events and the policies that they stand for. Ids of a former process are not used
+/// again, so that its last events are not misattributed. 0 is nobody.
 #[derive(Clone, Debug)]
-pub struct RuleOrigins(Arc<RwLock<Origins>>);
+pub struct RuleOrigins(Arc<RwLock<KnownOrigins>>);
+
+/// So many ids that no row has any more are kept: records that are read later name them.
+const GONE_KEPT: usize = 4096;
 
 #[derive(Debug)]
-struct Origins {
-    first: u32,
-    by_id: Vec<Arc<ObjectKey>>,
-    ids: HashMap<Arc<ObjectKey>, u32>,
+struct KnownOrigins {
+    next: u32,
+    by_id: BTreeMap<u32, Origins>,
+    ids: HashMap<Origins, u32>,
+    /// How many there may be before those that are gone are looked for.
+    limit: usize,
 }
 
 impl RuleOrigins {
     fn starting_above(highest: u32) -> Self {
-        Self(Arc::new(RwLock::new(Origins {
-            first: highest.wrapping_add(1).max(1),
-            by_id: Vec::new(),
+        Self(Arc::new(RwLock::new(KnownOrigins {
+            next: highest.wrapping_add(1).max(1),
+            by_id: BTreeMap::new(),
             ids: HashMap::new(),
+            limit: 2 * GONE_KEPT,
         })))
     }
 
-    /// The policy object that a rule id stands for.
-    pub fn get(&self, rule_id: u32) -> Option<Arc<ObjectKey>> {
-        let origins = self.0.read().expect("nobody panics while holding the lock");
-        let index = rule_id.checked_sub(origins.first)?;
-        origins.by_id.get(index as usize).cloned()
+    /// The policies that a rule id stands for.
+    pub fn get(&self, rule_id: u32) -> Option<Origins> {
+        self.0.read().expect("nobody panics while holding the lock").by_id.get(&rule_id).cloned()
     }
 
-    fn id_of(&self, origin: &Arc<ObjectKey>) -> u32 {
-        let mut origins = self.0.write().expect("nobody panics while holding the lock");
-        if let Some(&id) = origins.ids.get(origin) {
+    fn id_of(&self, origins: &Origins) -> u32 {
+        if origins.is_empty() {
+            return 0;
+        }
+        let mut known = self.0.write().expect("nobody panics while holding the lock");
+        if let Some(&id) = known.ids.get(origins) {
             return id;
         }
-        let id = origins.first + origins.by_id.len() as u32;
-        origins.by_id.push(origin.clone());
-        origins.ids.insert(origin.clone(), id);
+        let id = known.next;
+        known.next = id.wrapping_add(1).max(1);
+        known.by_id.insert(id, origins.clone());
+        known.ids.insert(origins.clone(), id);
         id
+    }
+
+    /// Forgets what is long gone, now and then: `used` yields what rows have.
+    fn forget<'a>(&self, used: impl Iterator<Item = &'a Origins>) {
+        let mut known = self.0.write().expect("nobody panics while holding the lock");
+        if known.by_id.len() < known.limit {
+            return;
+        }
+        let used: HashSet<u32> = used.filter_map(|origins| known.ids.get(origins).copied()).collect();
+        let unused: Vec<u32> = known.by_id.keys().copied().filter(|id| !used.contains(id)).collect();
+        for id in &unused[..unused.len().saturating_sub(GONE_KEPT)] {
+            if let Some(origins) = known.by_id.remove(id) {
+                known.ids.remove(&origins);
+            }
+        }
+        known.limit = 2 * (used.len() + GONE_KEPT);
     }
 }
 
@@ -395,7 +422,10 @@ fn compiled_key(key: &PolicyRuleKey) -> CompiledRuleKey {
 }
 
 fn rule_row(rule: &CompiledRule, rule_id: u32) -> PolicyRule {
-    let verdict = if rule.is_allowed { policy_verdict::POLICY_ALLOW } else { policy_verdict::POLICY_DENY };
+    let verdict = match rule.action {
+        Action::Allow => policy_verdict::POLICY_ALLOW,
+        Action::Deny | Action::Pass => policy_verdict::POLICY_DENY,
+    };
     PolicyRule { rule_id, proxy_port: 0, verdict: verdict.0 as u8, reserved: 0 }
 }
 
@@ -403,6 +433,7 @@ fn rule_row(rule: &CompiledRule, rule_id: u32) -> PolicyRule {
 mod tests {
     use super::*;
     use crate::datapath::abi::Plain;
+    use crate::model::{ObjectKey, PolicyRef};
 
     fn key(protocol: Option<u8>, port: u16, port_prefix_length: u8) -> CompiledRuleKey {
         CompiledRuleKey { class: 0x0102, protocol, port, port_prefix_length }
@@ -436,9 +467,34 @@ mod tests {
     #[test]
     fn one_rule_id_per_origin_above_the_inherited_ones() {
         let origins = RuleOrigins::starting_above(5);
-        let (a, b) = (Arc::new(ObjectKey::new("shop", "a")), Arc::new(ObjectKey::new("shop", "b")));
-        let ids = [origins.id_of(&a), origins.id_of(&b), origins.id_of(&a)];
-        assert_eq!(ids, [6, 7, 6]);
-        assert_eq!([5, 6, 7, 8].map(|id| origins.get(id)), [None, Some(a), Some(b), None]);
+        let (a, b) = (origin("a"), origin("b"));
+        let ids = [origins.id_of(&a), origins.id_of(&b), origins.id_of(&a), origins.id_of(&Arc::from([]))];
+        assert_eq!(ids, [6, 7, 6, 0]);
+        assert_eq!([0, 5, 6, 7, 8].map(|id| origins.get(id)), [None, None, Some(a), Some(b), None]);
+    }
+
+    #[test]
+    fn a15_origins_that_no_row_has_any_more_are_forgotten() {
+        let origins = RuleOrigins::starting_above(0);
+        let kept = origin("kept");
+        let first = origins.id_of(&kept);
+        let count = 5 * GONE_KEPT;
+        for number in 0..count {
+            origins.id_of(&origin(&number.to_string()));
+            origins.forget([&kept].into_iter());
+        }
+        let last = u32::try_from(count).expect("few") + first;
+        assert_eq!(origins.get(first), Some(kept.clone()), "a row has it");
+        assert_eq!(
+            origins.get(last),
+            Some(origin(&(count - 1).to_string())),
+            "its records may still be read"
+        );
+        assert_eq!(origins.get(first + 1), None, "it is long gone");
+        assert_eq!(origins.id_of(&kept), first);
+    }
+
+    fn origin(name: &str) -> Origins {
+        Arc::from([PolicyRef::network_policy(&ObjectKey::new("shop", name))])
     }
 }

@@ -12,7 +12,8 @@ use imbl::ordmap::DiffItem;
 
 use crate::datapath::types::{event_flags, event_type};
 use crate::model::{
-    Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, NodeEndpoints, ObjectKey, Service,
+    Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, NodeEndpoints, ObjectKey, Origins,
+    Service,
 };
 use crate::tables::Snapshot;
 
@@ -49,8 +50,8 @@ pub trait NameSource: Send + Sync + 'static {
     fn identity(&self, id: IdentityId) -> Option<Arc<IdentityLabels>>;
     /// What an identity of this node's own stands for.
     fn local_identity(&self, id: IdentityId) -> Option<LocalIdentity>;
-    /// The policy that a rule number of the maps comes from.
-    fn rule_origin(&self, rule_id: u32) -> Option<Arc<ObjectKey>>;
+    /// The policies that a rule number of the maps comes from.
+    fn rule_origin(&self, rule_id: u32) -> Option<Origins>;
 }
 
 /// Names events.
@@ -123,10 +124,11 @@ impl Names {
             event.destination_endpoint,
         );
         let is_forwarded = event.reason == 0;
-        let decided = self.policy(event.rule_id);
+        let only = |origins: Origins, is_so: bool| if is_so { origins } else { Origins::default() };
+        let decided = self.policies(event.rule_id);
         let is_at_source = Direction::from(event.direction) == Direction::Egress;
-        let egress_allowed_by = decided.clone().filter(|_| is_forwarded && is_at_source);
-        let ingress_allowed_by = self.policy(event.ingress_rule_id).filter(|_| is_forwarded);
+        let egress_allowed_by = only(decided.clone(), is_forwarded && is_at_source);
+        let ingress_allowed_by = only(self.policies(event.ingress_rule_id), is_forwarded);
         Flow {
             time: clock.wall(event.timestamp_ns),
             node_name: self.node.clone(),
@@ -142,7 +144,7 @@ impl Names {
             tcp_flags: TcpFlags(if protocol == L4Protocol::Tcp { event.tcp_flags } else { 0 }),
             icmp: matches!(protocol, L4Protocol::IcmpV4 | L4Protocol::IcmpV6)
                 .then_some(Icmp { r#type: event.icmp_type, code: event.icmp_code }),
-            policy: decided.or_else(|| ingress_allowed_by.clone()),
+            policies: if decided.is_empty() { ingress_allowed_by.clone() } else { decided },
             egress_allowed_by,
             ingress_allowed_by,
             packets: Counts { source: event.packets[0], destination: event.packets[1] },
@@ -151,11 +153,9 @@ impl Names {
         }
     }
 
-    fn policy(&self, rule_id: u32) -> Option<ObjectKey> {
-        if rule_id == 0 {
-            return None;
-        }
-        self.source.rule_origin(rule_id).map(|origin| ObjectKey::clone(&origin))
+    fn policies(&self, rule_id: u32) -> Origins {
+        let known = (rule_id != 0).then(|| self.source.rule_origin(rule_id));
+        known.flatten().unwrap_or_default()
     }
 
     /// The labels of an identity, each with its source.

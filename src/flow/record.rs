@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::datapath::types::direction;
-use crate::model::{EndpointId, IdentityId, ObjectKey};
+use crate::model::{EndpointId, IdentityId, Origins};
 
 use super::DropReason;
 
@@ -49,21 +49,25 @@ pub struct Flow {
     /// Of the packet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub icmp: Option<Icmp>,
-    /// The policy whose rule decided: in the direction of the flow, or at its destination. None: no rule did.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub policy: Option<ObjectKey>,
-    /// The policy whose rule let it out at its source.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub egress_allowed_by: Option<ObjectKey>,
-    /// The policy whose rule let it in at its destination.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ingress_allowed_by: Option<ObjectKey>,
+    /// The policies whose rules decided: in the direction of the flow, or at its destination. Empty: no rule did.
+    #[serde(default, skip_serializing_if = "is_empty")]
+    pub policies: Origins,
+    /// The policies whose rules let it out at its source.
+    #[serde(default, skip_serializing_if = "is_empty")]
+    pub egress_allowed_by: Origins,
+    /// The policies whose rules let it in at its destination.
+    #[serde(default, skip_serializing_if = "is_empty")]
+    pub ingress_allowed_by: Origins,
     /// Packets so far.
     pub packets: Counts,
     /// Bytes so far.
     pub bytes: Counts,
     /// The interface where it was seen; 0: not known.
     pub ifindex: u32,
+}
+
+fn is_empty(origins: &Origins) -> bool {
+    origins.is_empty()
 }
 
 /// One side of a flow.

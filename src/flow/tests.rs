@@ -10,7 +10,7 @@ use crate::datapath::abi::addr_of;
 use crate::datapath::types::{direction, event_flags, event_type};
 use crate::model::{
     Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, MacAddress, NodeEndpoints, ObjectKey,
-    PublishedEndpoint, Service,
+    Origins, PolicyRef, PublishedEndpoint, Service,
 };
 
 /// A cluster of three pods, one Service and one policy, whose tables a test may change.
@@ -46,8 +46,9 @@ impl NameSource for Cluster {
         Some(LocalIdentity { base, prefixes: ["10.1.0.0/16".parse().expect("a prefix")].into() })
     }
 
-    fn rule_origin(&self, rule_id: u32) -> Option<Arc<ObjectKey>> {
-        (rule_id == 7).then(|| Arc::new(ObjectKey::new("shop", "backend-ingress")))
+    fn rule_origin(&self, rule_id: u32) -> Option<Origins> {
+        let origin = PolicyRef::network_policy(&ObjectKey::new("shop", "backend-ingress"));
+        (rule_id == 7).then(|| Arc::from([origin]))
     }
 }
 
@@ -184,8 +185,8 @@ fn a_record_becomes_a_flow_in_json_and_back() {
         },
         "service": {"ip": "10.96.0.10", "port": 80, "namespace": "shop", "name": "backend"},
         "tcp_flags": ["SYN", "ACK"],
-        "policy": {"namespace": "shop", "name": "backend-ingress"},
-        "egress_allowed_by": {"namespace": "shop", "name": "backend-ingress"},
+        "policies": [{"kind": "NetworkPolicy", "namespace": "shop", "name": "backend-ingress"}],
+        "egress_allowed_by": [{"kind": "NetworkPolicy", "namespace": "shop", "name": "backend-ingress"}],
         "packets": {"source": 3, "destination": 2},
         "bytes": {"source": 300, "destination": 2000},
         "ifindex": 9,
@@ -201,7 +202,7 @@ fn a_record_becomes_a_flow_in_json_and_back() {
 fn policies_of_either_end_are_named() {
     let of = |event: Event| {
         let flow = names().flow(&event, &clock());
-        [flow.policy, flow.egress_allowed_by, flow.ingress_allowed_by].map(|policy| policy.is_some())
+        [flow.policies, flow.egress_allowed_by, flow.ingress_allowed_by].map(|policies| !policies.is_empty())
     };
     let (ingress, egress) = (direction::DIRECTION_INGRESS.0 as u8, direction::DIRECTION_EGRESS.0 as u8);
     let event =
@@ -246,7 +247,7 @@ fn lines() {
         (
             denied,
             "192.0.2.1:43210 (world) -> shop/backend-1:8080 (300)  Denied by a deny rule|INGRESS  DROPPED  \
-             (TCP Flags: SYN; denied by shop/backend-ingress)",
+             (TCP Flags: SYN; denied by NetworkPolicy shop/backend-ingress)",
         ),
         (
             ping,

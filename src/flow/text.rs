@@ -110,9 +110,10 @@ fn summary(flow: &Flow) -> String {
         protocol => protocol.to_string(),
     };
     if flow.drop_reason_desc.is_some_and(|reason| reason.is_policy()) {
-        let _infallible = match &flow.policy {
-            Some(policy) => write!(summary, "; denied by {}", escape(&policy.to_string())),
-            None => write!(summary, "; no rule allows it"),
+        let policies: Vec<String> = flow.policies.iter().map(ToString::to_string).collect();
+        let _infallible = match policies.is_empty() {
+            false => write!(summary, "; denied by {}", escape(&policies.join(", "))),
+            true => write!(summary, "; no rule allows it"),
         };
     }
     summary

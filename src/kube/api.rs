@@ -31,7 +31,7 @@ use super::health::{Health, Report, closed};
 use super::sink::Sink;
 use super::watched::{Watchable, Watched};
 use crate::model::{
-    Allocation, EndpointSlice, IdentityLabels, Namespace, NetworkPolicy, Node, NodeEndpoints, Pod, Service,
+    Allocation, EndpointSlice, IdentityLabels, Namespace, Node, NodeEndpoints, Pod, Policy, Service,
 };
 
 /// Objects in one page of a list: as much text as is in memory at a time.
@@ -60,7 +60,7 @@ pub async fn run(client: Client, node: &str, tables: Arc<Tables>, health: Arc<He
         Watch::<Node>::new(&client, None, &tables, &health, &answered).run(),
         Watch::<Service>::new(&client, None, &tables, &health, &answered).run(),
         Watch::<EndpointSlice>::new(&client, None, &tables, &health, &answered).run(),
-        Watch::<NetworkPolicy>::new(&client, None, &tables, &health, &answered).run(),
+        Watch::<Policy>::new(&client, None, &tables, &health, &answered).run(),
         Watch::<IdentityLabels>::new(&client, None, &tables, &health, &answered).run(),
         Watch::<NodeEndpoints>::new(&client, None, &tables, &health, &answered).run(),
         Watch::<Allocation>::new(&client, None, &tables, &health, &answered).run(),

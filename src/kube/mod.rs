@@ -42,8 +42,8 @@ pub(crate) use unused::Unused;
 pub(crate) use watched::{Watchable, Watched};
 
 use crate::model::{
-    Allocation, EndpointSlice, IdentityId, IdentityLabels, Namespace, NetworkPolicy, Node, NodeEndpoints,
-    ObjectKey, Pod, Service,
+    Allocation, EndpointSlice, IdentityId, IdentityLabels, Namespace, Node, NodeEndpoints, ObjectKey, Pod,
+    Policy, PolicyRef, Service,
 };
 use crate::tables::{State, Table};
 
@@ -60,8 +60,8 @@ pub struct Tables {
     pub services: Table<ObjectKey, Arc<Service>>,
     /// By the slice's own name.
     pub slices: Table<ObjectKey, Arc<EndpointSlice>>,
-    /// networking.k8s.io/v1.
-    pub policies: Table<ObjectKey, Arc<NetworkPolicy>>,
+    /// Of every kind.
+    pub policies: Table<PolicyRef, Arc<Policy>>,
     /// Those that any node claimed; this node's own at once.
     pub identities: Table<IdentityId, Arc<IdentityLabels>>,
     /// By node, put together from as many objects as the node needs.

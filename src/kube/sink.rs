@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::Tables;
 use super::convert::{Kind, Object, ObjectId};
-use crate::model::{IdentityId, NodeEndpoints};
+use crate::model::{IdentityId, NodeEndpoints, PolicyRef};
 
 /// Writes objects of one source into the tables.
 pub struct Sink {
@@ -43,7 +43,9 @@ impl Sink {
             Kind::Node => tables.reset_nodes(rows!(Node, by_name)),
             Kind::Service => tables.services.reset(rows!(Service, by_key)),
             Kind::EndpointSlice => tables.slices.reset(rows!(EndpointSlice, by_key)),
-            Kind::NetworkPolicy => tables.policies.reset(rows!(NetworkPolicy, by_key)),
+            Kind::NetworkPolicy => tables
+                .policies
+                .reset(rows!(NetworkPolicy, |id: &ObjectId| PolicyRef::network_policy(&id.key))),
             Kind::Identity => {
                 let listed = objects.filter_map(|(_, object)| match object {
                     Object::Identity(number, labels, is_unused) => {
@@ -74,7 +76,9 @@ impl Sink {
             Kind::Node => tables.node_object(&key.name).map(Object::Node),
             Kind::Service => tables.services.get(key).map(Object::Service),
             Kind::EndpointSlice => tables.slices.get(key).map(Object::EndpointSlice),
-            Kind::NetworkPolicy => tables.policies.get(key).map(Object::NetworkPolicy),
+            Kind::NetworkPolicy => {
+                tables.policies.get(&PolicyRef::network_policy(key)).map(Object::NetworkPolicy)
+            }
             Kind::Identity => {
                 let number = key.name.parse().map(IdentityId).ok()?;
                 let is_unused = tables.to_claim.get(&number).is_some();
@@ -94,7 +98,7 @@ impl Sink {
             Object::Node(row) => tables.apply_node(key.name, row),
             Object::Service(row) => tables.services.apply(key, row),
             Object::EndpointSlice(row) => tables.slices.apply(key, row),
-            Object::NetworkPolicy(row) => tables.policies.apply(key, row),
+            Object::NetworkPolicy(row) => tables.policies.apply(row.reference.clone(), row),
             Object::Identity(number, row, is_unused) => tables.apply_identity(number, row, is_unused),
             Object::WeirNode(row) => tables.apply_allocation(key.name, row),
             Object::NodeEndpoints(part) => {
@@ -114,7 +118,7 @@ impl Sink {
             Kind::Node => tables.delete_node(&id.key.name),
             Kind::Service => tables.services.delete(&id.key),
             Kind::EndpointSlice => tables.slices.delete(&id.key),
-            Kind::NetworkPolicy => tables.policies.delete(&id.key),
+            Kind::NetworkPolicy => tables.policies.delete(&PolicyRef::network_policy(&id.key)),
             Kind::Identity => match id.key.name.parse().map(IdentityId) {
                 Ok(number) => tables.delete_identity(number),
                 Err(_) => false,

@@ -37,7 +37,7 @@ watchable! {
     Node => Node,
     Service => Service,
     EndpointSlice => EndpointSlice,
-    NetworkPolicy => NetworkPolicy,
+    Policy => NetworkPolicy,
     IdentityLabels => Identity,
     NodeEndpoints => NodeEndpoints,
     Allocation => WeirNode,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use imbl::OrdMap;
 use ipnet::IpNet;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::{IdentityId, Labels, ObjectKey, Protocol};
 
@@ -49,22 +49,138 @@ impl Selector {
     }
 }
 
-/// networking.k8s.io/v1 NetworkPolicy.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct NetworkPolicy {
-    /// Namespace and name.
-    pub key: ObjectKey,
-    /// Which pods of the namespace it applies to.
-    pub pod_selector: Selector,
-    /// `None`: policyTypes does not name Ingress. Empty: nothing may come in.
-    pub ingress: Option<Vec<PolicyRule>>,
-    /// `None`: policyTypes does not name Egress. Empty: nothing may go out.
-    pub egress: Option<Vec<PolicyRule>>,
+/// The kinds of objects that are policies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum PolicyKind {
+    /// networking.k8s.io/v1
+    NetworkPolicy,
+    /// cilium.io/v2
+    CiliumNetworkPolicy,
+    /// cilium.io/v2, of the cluster
+    CiliumClusterwideNetworkPolicy,
+    /// policy.networking.k8s.io/v1alpha2, of the cluster
+    ClusterNetworkPolicy,
 }
 
-/// One entry of `ingress` or `egress`.
+impl PolicyKind {
+    /// `kind` of the object.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NetworkPolicy => "NetworkPolicy",
+            Self::CiliumNetworkPolicy => "CiliumNetworkPolicy",
+            Self::CiliumClusterwideNetworkPolicy => "CiliumClusterwideNetworkPolicy",
+            Self::ClusterNetworkPolicy => "ClusterNetworkPolicy",
+        }
+    }
+}
+
+/// Which policy: two kinds may use one name. Shown as `KIND NAMESPACE/NAME`, or `KIND NAME`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PolicyRef {
+    /// The object's kind.
+    pub kind: PolicyKind,
+    /// `None`: it is the cluster's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<Arc<str>>,
+    /// The object's name.
+    pub name: Arc<str>,
+}
+
+impl PolicyRef {
+    /// A NetworkPolicy.
+    pub fn network_policy(key: &ObjectKey) -> Self {
+        let ObjectKey { namespace, name } = key.clone();
+        Self { kind: PolicyKind::NetworkPolicy, namespace: Some(namespace), name }
+    }
+}
+
+impl fmt::Display for PolicyRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.namespace {
+            Some(namespace) => write!(f, "{} {namespace}/{}", self.kind.name(), self.name),
+            None => write!(f, "{} {}", self.kind.name(), self.name),
+        }
+    }
+}
+
+/// The policies that say the same, sorted; empty where no policy says it.
+pub type Origins = Arc<[PolicyRef]>;
+
+/// A policy of any kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Policy {
+    /// Which object.
+    pub reference: PolicyRef,
+    /// Whom it applies to.
+    pub subject: Subject,
+    /// Which policies it is weighed with.
+    pub tier: Tier,
+    /// Within an ordered tier the lower one counts first; 0 in the other.
+    pub priority: u32,
+    /// What it says of what comes in; `None`: nothing.
+    pub ingress: Option<PolicyDirection>,
+    /// What it says of what goes out; `None`: nothing.
+    pub egress: Option<PolicyDirection>,
+    /// What could not be read of the object, for people.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub doubts: Vec<String>,
+}
+
+/// Policies are weighed tier by tier, the first tier that decides ends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub enum Tier {
+    /// The cluster's administrators. By priority, then in the order of the rules, the first match decides.
+    Admin,
+    /// NetworkPolicy and Cilium's kinds. Their rules have no order: a deny counts before every allow.
+    Namespaced,
+    /// What holds where nobody has said anything; as Admin.
+    Baseline,
+}
+
+impl Tier {
+    /// Rules of one policy are weighed one after the other, not all at once.
+    pub fn is_ordered(self) -> bool {
+        self != Self::Namespaced
+    }
+}
+
+/// Whom a policy applies to. The policy of a namespace applies to that namespace only.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub enum Subject {
+    /// Pods by label.
+    Pods {
+        /// Asked of the namespace's labels.
+        namespaces: Selector,
+        /// Asked of the pod's labels.
+        pods: Selector,
+    },
+}
+
+/// What a policy says of one direction.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct PolicyDirection {
+    /// Of what no rule matches: `Deny` isolates, `Pass` says nothing.
+    pub default: Action,
+    /// Its rules.
+    pub rules: Vec<PolicyRule>,
+}
+
+/// What a rule does with what it matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Action {
+    /// Drops it.
+    Deny,
+    /// Leaves it to the next tier.
+    Pass,
+    /// Lets it through.
+    Allow,
+}
+
+/// A rule of a policy.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct PolicyRule {
+    /// What to do.
+    pub action: Action,
     /// `None`: everyone (`from`/`to` empty or absent).
     pub peers: Option<Vec<Peer>>,
     /// `None`: every port of every protocol.
@@ -76,7 +192,7 @@ pub struct PolicyRule {
 pub enum Peer {
     /// Pods by label.
     Pods {
-        /// `None`: only the policy's own namespace.
+        /// `None`: only the policy's own namespace, or any where it has none.
         namespaces: Option<Selector>,
         /// An absent podSelector is the empty one: all pods.
         pods: Selector,
@@ -188,8 +304,8 @@ impl Serialize for CompiledRuleKey {
 /// What then happens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct CompiledRule {
-    /// Allowed or denied.
-    pub is_allowed: bool,
-    /// The policy that says so, for the flow record.
-    pub origin: Arc<ObjectKey>,
+    /// `Allow` or `Deny`; what has no row is denied.
+    pub action: Action,
+    /// The policies that say so, for the flow record.
+    pub origins: Origins,
 }

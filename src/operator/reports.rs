@@ -37,7 +37,7 @@ pub async fn run(client: &Client, name: &str, metrics: &Metrics) {
         Reports::<model::Node>::new(client, name, metrics).run(),
         Reports::<model::Service>::new(client, name, metrics).run(),
         Reports::<model::EndpointSlice>::new(client, name, metrics).run(),
-        Reports::<model::NetworkPolicy>::new(client, name, metrics).run(),
+        Reports::<model::Policy>::new(client, name, metrics).run(),
         Reports::<model::IdentityLabels>::new(client, name, metrics).run(),
         Reports::<model::NodeEndpoints>::new(client, name, metrics).run(),
         Reports::<model::Allocation>::new(client, name, metrics).run(),

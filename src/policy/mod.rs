@@ -1,4 +1,4 @@
-//! Compiles NetworkPolicy into rows of the policy maps, and addresses into identities.
+//! Compiles policies of every kind into rows of the policy maps, and addresses into identities.
 //!
 //! ```text
 //!  endpoints ──> select ──> definitions ──> value: rules x peers -> classes ──> policies
@@ -32,8 +32,8 @@ use serde::Serialize;
 
 use crate::identity::LabelFilter;
 use crate::model::{
-    AddressEntry, BaseAddress, CompiledPolicy, EndpointId, IdentityId, IdentityLabels, LocalIdentity,
-    NetworkPolicy, ObjectKey, PolicyId, PrefixEntry,
+    AddressEntry, BaseAddress, CompiledPolicy, EndpointId, IdentityId, IdentityLabels, LocalIdentity, Policy,
+    PolicyId, PolicyRef, PrefixEntry,
 };
 use crate::tables::Snapshot;
 
@@ -45,8 +45,8 @@ use value::Value;
 
 /// What policy depends on.
 pub struct Input<'a> {
-    /// Every NetworkPolicy.
-    pub policies: &'a Snapshot<ObjectKey, Arc<NetworkPolicy>>,
+    /// Every policy.
+    pub policies: &'a Snapshot<PolicyRef, Arc<Policy>>,
     /// Every cluster identity.
     pub identities: &'a Snapshot<IdentityId, Arc<IdentityLabels>>,
     /// The pods of this node, with their cluster identity.
@@ -65,8 +65,8 @@ pub struct Output {
     /// The policy of each endpoint; 0 where none selects it. An endpoint whose identity
     /// has no labels yet is missing: what may reach it is not known.
     pub of_endpoint: BTreeMap<EndpointId, PolicyId>,
-    /// The NetworkPolicy objects that select each endpoint, sorted.
-    pub selected_by: BTreeMap<EndpointId, Arc<[ObjectKey]>>,
+    /// The policies that select each endpoint, sorted.
+    pub selected_by: BTreeMap<EndpointId, Arc<[PolicyRef]>>,
     /// Rows of `addresses`.
     pub addresses: Snapshot<IpAddr, AddressEntry>,
     /// Rows of `prefixes`.

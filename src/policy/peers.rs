@@ -40,11 +40,11 @@ pub enum PeerKey {
 }
 
 impl PeerKey {
-    /// The peer of a policy in `namespace`.
-    pub fn new(namespace: &Arc<str>, peer: &Peer) -> Self {
+    /// The peer of a policy in `namespace`, or of the cluster's.
+    pub fn new(namespace: Option<&Arc<str>>, peer: &Peer) -> Self {
         match peer {
             Peer::Pods { namespaces: None, pods } => Self::Pods {
-                namespace: Some(namespace.clone()),
+                namespace: namespace.cloned(),
                 namespaces: Selector::default(),
                 pods: pods.clone(),
             },

@@ -1,9 +1,13 @@
-//! Rows: what a packet must have to be allowed, as the LPM of `policy_rules` holds it.
+//! Rows: what is decided about a packet's protocol and port, as the LPM of `policy_rules` holds it.
+//!
+//! The longest match is not what decides between rules: a deny of all TCP counts before an
+//! allow of port 80. So rules are weighed here, for every match that any of them names, and
+//! the map gets what came of it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::model::{NamedPort, ObjectKey, Protocol};
+use crate::model::{Action, NamedPort, Origins, PolicyRef, Protocol, Tier};
 
 /// Protocol and port of a row. The fields stand in the order in which the kernel matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -16,8 +20,48 @@ pub struct Match {
     pub port_prefix_length: u8,
 }
 
-/// What a class allows, and the policy that says so.
-pub type Rows = BTreeMap<Match, Arc<ObjectKey>>;
+/// How strong a rule is: the least one decides. Of equal rules a deny does, then a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Order {
+    /// The policy's tier.
+    pub tier: Tier,
+    /// The policy's priority.
+    pub priority: u32,
+    /// The rule's place in its policy, where that matters.
+    pub position: u32,
+}
+
+/// What one rule, or a default, says of one match.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// Of which packets.
+    pub matched: Match,
+    /// How strong it is.
+    pub order: Order,
+    /// What it says.
+    pub action: Action,
+    /// Who says so; nobody where it is a default.
+    pub origin: Option<Arc<PolicyRef>>,
+}
+
+/// What is decided: `Allow` or `Deny`, and who says so.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Decision {
+    /// `Allow` or `Deny`.
+    pub action: Action,
+    /// Who says so.
+    pub origins: Origins,
+}
+
+/// The decisions of a class; what none matches is denied.
+pub type Rows = BTreeMap<Match, Decision>;
+
+impl Order {
+    /// What no rule of the tier has decided.
+    pub fn default_of(tier: Tier) -> Self {
+        Self { tier, priority: u32::MAX, position: u32::MAX }
+    }
+}
 
 impl Match {
     /// Every packet.
@@ -54,39 +98,117 @@ impl Match {
         })
     }
 
-    /// The rows other than this that match all that this one matches.
+    /// The matches other than this that hold all that this one holds, the narrowest first.
     fn wider(self) -> impl Iterator<Item = Self> {
-        let shorter = (0..self.port_prefix_length).map(move |length| Self {
-            port: if length == 0 { 0 } else { self.port & (u16::MAX << (16 - length)) },
-            port_prefix_length: length,
-            ..self
-        });
-        (self != Self::ANY).then_some(Self::ANY).into_iter().chain(shorter)
+        let shorter = (0..self.port_prefix_length).rev().map(move |length| self.cut(length));
+        shorter.chain((self != Self::ANY).then_some(Self::ANY))
+    }
+
+    fn cut(self, length: u8) -> Self {
+        let mask = u16::MAX.checked_shl(16 - u32::from(length)).unwrap_or(0);
+        Self { port: self.port & mask, port_prefix_length: length, ..self }
+    }
+
+    /// The other half of the match that is one bit shorter.
+    fn sibling(self) -> Option<Self> {
+        let bit = 1_u16.checked_shl(16 - u32::from(self.port_prefix_length))?;
+        (self.port_prefix_length > 0).then_some(Self { port: self.port ^ bit, ..self })
     }
 }
 
-/// Adds a row; of two policies with the same row the first by key is named.
-pub fn add(rows: &mut Rows, matched: Match, origin: &Arc<ObjectKey>) {
-    rows.entry(matched)
-        .and_modify(|known| {
-            if *origin < *known {
-                *known = origin.clone();
+/// The strongest of the claims on a match, in each tier.
+#[derive(Clone, Debug, Default)]
+struct Weighed([Option<(Order, Action, Origins)>; 3]);
+
+impl Weighed {
+    fn add(&mut self, order: Order, action: Action, origins: &Origins) {
+        let slot = &mut self.0[order.tier as usize];
+        match slot {
+            Some((known, known_action, all)) if (*known, *known_action) == (order, action) => {
+                if origins.iter().any(|origin| !all.contains(origin)) {
+                    let mut union: Vec<PolicyRef> = all.iter().chain(&**origins).cloned().collect();
+                    union.sort_unstable();
+                    union.dedup();
+                    *all = union.into();
+                }
             }
-        })
-        .or_insert_with(|| origin.clone());
+            Some((known, known_action, _)) if (*known, *known_action) < (order, action) => {}
+            _ => *slot = Some((order, action, origins.clone())),
+        }
+    }
+
+    /// The first tier that does not pass it on; what all pass on is allowed.
+    fn decide(&self) -> Decision {
+        let decisive = self.0.iter().flatten().find(|(_, action, _)| *action != Action::Pass);
+        match decisive {
+            Some((_, action, origins)) => Decision { action: *action, origins: origins.clone() },
+            None => Decision { action: Action::Allow, origins: Origins::default() },
+        }
+    }
 }
 
-/// Drops the rows that a wider one contains: all rows allow, so they decide nothing.
-pub fn without_contained(mut rows: Rows) -> Rows {
-    let contained: Vec<Match> = rows
-        .keys()
-        .copied()
-        .filter(|matched| matched.wider().any(|wider| rows.contains_key(&wider)))
-        .collect();
-    for matched in contained {
-        rows.remove(&matched);
+/// Weighs claims: the rows of which the longest match says what the strongest claim on a packet says.
+/// With no claim at all everything is allowed.
+pub fn flatten<'a>(claims: impl IntoIterator<Item = &'a Claim>) -> Rows {
+    let mut own: BTreeMap<Match, Weighed> = BTreeMap::from([(Match::ANY, Weighed::default())]);
+    for Claim { matched, order, action, origin } in claims {
+        let origins = origin.iter().map(|origin| PolicyRef::clone(origin)).collect();
+        own.entry(*matched).or_default().add(*order, *action, &origins);
     }
+    // A match is weighed with all that is wider. These come before it in this order.
+    let mut matches: Vec<Match> = own.keys().copied().collect();
+    matches.sort_by_key(|matched| (matched.protocol.is_some(), matched.port_prefix_length));
+    let mut rows = Rows::new();
+    for matched in &matches {
+        let parent = matched.wider().find_map(|wider| own.get(&wider).cloned());
+        let Some(weighed) = own.get_mut(matched) else { continue };
+        if let Some(parent) = parent {
+            for (order, action, origins) in parent.0.iter().flatten() {
+                weighed.add(*order, *action, origins);
+            }
+        }
+        rows.insert(*matched, weighed.decide());
+    }
+    without_contained(&mut rows);
+    merge(&mut rows);
+    without_contained(&mut rows);
     rows
+}
+
+/// Drops the rows that say what the row says that they hide. Of what is allowed it is enough that one of
+/// the policies is named that allow it; of what is denied, it is those that deny it.
+fn without_contained(rows: &mut Rows) {
+    let mut matches: Vec<Match> = rows.keys().copied().collect();
+    matches.sort_by_key(|matched| (matched.protocol.is_some(), matched.port_prefix_length));
+    for matched in matches {
+        let hidden = matched.wider().find_map(|wider| rows.get(&wider));
+        let is_contained = match (hidden, &rows[&matched]) {
+            (Some(hidden), row) if row.action == Action::Allow => hidden.action == Action::Allow,
+            (Some(hidden), row) => hidden == row,
+            // What has no row is denied, and nobody says so.
+            (None, row) => row.action == Action::Deny && row.origins.is_empty(),
+        };
+        if is_contained {
+            rows.remove(&matched);
+        }
+    }
+}
+
+/// Puts neighbouring halves that say the same together, the longest first: 46,000 single ports are as many
+/// rows as the range of them. What the whole said before, both halves have hidden.
+fn merge(rows: &mut Rows) {
+    for length in (1..=16).rev() {
+        let of_length = rows.keys().filter(|matched| matched.port_prefix_length == length);
+        for matched in of_length.copied().collect::<Vec<_>>() {
+            let Some(sibling) = matched.sibling() else { continue };
+            if rows.get(&matched).is_some_and(|row| rows.get(&sibling) == Some(row)) {
+                rows.remove(&sibling);
+                if let Some(row) = rows.remove(&matched) {
+                    rows.insert(matched.cut(length - 1), row);
+                }
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -123,21 +245,169 @@ mod tests {
         }
     }
 
+    fn order(tier: Tier, priority: u32) -> Order {
+        Order { tier, priority, position: 0 }
+    }
+
+    const EQUAL: Order = Order { tier: Tier::Namespaced, priority: 0, position: 0 };
+
+    fn policy(name: &str) -> PolicyRef {
+        PolicyRef { kind: crate::model::PolicyKind::NetworkPolicy, namespace: None, name: name.into() }
+    }
+
+    fn claim(matched: Match, order: Order, action: Action, name: &str) -> Claim {
+        let origin = (!name.is_empty()).then(|| Arc::new(policy(name)));
+        Claim { matched, order, action, origin }
+    }
+
+    fn deny_by_default() -> Claim {
+        claim(Match::ANY, Order::default_of(Tier::Namespaced), Action::Deny, "")
+    }
+
+    fn tcp(port: u16) -> Match {
+        Match::port(NamedPort { protocol: Protocol::Tcp, port })
+    }
+
+    const TCP: Match = Match { protocol: Some(6), port: 0, port_prefix_length: 0 };
+
+    /// `protocol/port/length action who`.
+    fn shown(claims: &[Claim]) -> Vec<String> {
+        let row = |(matched, row): (&Match, &Decision)| {
+            let names: Vec<_> = row.origins.iter().map(|origin| &*origin.name).collect();
+            let Match { protocol, port, port_prefix_length: length } = matched;
+            let at = protocol.map_or("any".to_owned(), |protocol| format!("{protocol}/{port}/{length}"));
+            format!("{at} {:?} {}", row.action, names.join(","))
+        };
+        flatten(claims).iter().map(row).collect()
+    }
+
     #[test]
-    fn contained_rows_go_and_the_first_policy_is_named() {
-        let one = Arc::new(ObjectKey::new("shop", "one"));
-        let two = Arc::new(ObjectKey::new("shop", "two"));
-        let mut rows = Rows::new();
-        add(&mut rows, Match::protocol(Protocol::Tcp), &two);
-        add(&mut rows, Match::protocol(Protocol::Tcp), &one);
-        add(&mut rows, Match::port(NamedPort { protocol: Protocol::Tcp, port: 80 }), &one);
-        add(&mut rows, Match::port(NamedPort { protocol: Protocol::Udp, port: 53 }), &two);
-        let expected = Rows::from([
-            (Match::protocol(Protocol::Tcp), one.clone()),
-            (Match::port(NamedPort { protocol: Protocol::Udp, port: 53 }), two.clone()),
-        ]);
-        assert_eq!(without_contained(rows.clone()), expected);
-        add(&mut rows, Match::ANY, &two);
-        assert_eq!(without_contained(rows), Rows::from([(Match::ANY, two)]));
+    fn a_longer_allow_does_not_beat_a_shorter_deny() {
+        use Action::{Allow, Deny};
+        let claims = [
+            deny_by_default(),
+            claim(tcp(80), EQUAL, Allow, "web"),
+            claim(Match::ANY, EQUAL, Allow, "all"),
+            claim(TCP, EQUAL, Deny, "no"),
+        ];
+        assert_eq!(shown(&claims), ["any Allow all", "6/0/0 Deny no"]);
+        let claims = [deny_by_default(), claim(TCP, EQUAL, Allow, "all"), claim(tcp(80), EQUAL, Deny, "no")];
+        assert_eq!(shown(&claims), ["6/0/0 Allow all", "6/80/16 Deny no"]);
+    }
+
+    #[test]
+    fn tiers_and_priorities_come_before_the_length_of_a_match() {
+        use Action::{Allow, Deny, Pass};
+        let claims = [
+            claim(TCP, order(Tier::Admin, 5), Deny, "five"),
+            claim(tcp(80), order(Tier::Admin, 9), Allow, "nine"),
+            claim(tcp(81), order(Tier::Admin, 1), Allow, "one"),
+            claim(tcp(82), order(Tier::Admin, 1), Pass, "one"),
+            claim(tcp(82), EQUAL, Allow, "web"),
+            claim(tcp(83), order(Tier::Admin, 1), Pass, "one"),
+            deny_by_default(),
+            claim(Match::ANY, order(Tier::Baseline, 0), Allow, "base"),
+        ];
+        assert_eq!(
+            shown(&claims),
+            ["6/0/0 Deny five", "6/81/16 Allow one", "6/82/16 Allow web", "6/83/16 Deny "]
+        );
+        // Nobody isolates: what no rule decides is allowed.
+        let claims = [claim(tcp(80), EQUAL, Deny, "no")];
+        assert_eq!(shown(&claims), ["any Allow ", "6/80/16 Deny no"]);
+        assert_eq!(shown(&[]), ["any Allow "]);
+    }
+
+    #[test]
+    fn all_that_say_so_are_named_and_contained_rows_go() {
+        use Action::Allow;
+        let mut claims = vec![
+            deny_by_default(),
+            claim(TCP, EQUAL, Allow, "two"),
+            claim(TCP, EQUAL, Allow, "one"),
+            claim(tcp(80), EQUAL, Allow, "one"),
+            claim(Match::port(NamedPort { protocol: Protocol::Udp, port: 53 }), EQUAL, Allow, "two"),
+        ];
+        assert_eq!(shown(&claims), ["6/0/0 Allow one,two", "17/53/16 Allow two"]);
+        claims.push(claim(Match::ANY, EQUAL, Allow, "two"));
+        assert_eq!(shown(&claims), ["any Allow two"]);
+    }
+
+    #[test]
+    fn neighbouring_ports_are_one_row() {
+        let mut claims: Vec<Claim> =
+            (1..=46_000).map(|port| claim(tcp(port), EQUAL, Action::Allow, "many")).collect();
+        claims.push(deny_by_default());
+        assert_eq!(flatten(&claims).len(), Match::range(Protocol::Tcp, 1, 46_000).count());
+        claims.extend((0..=u16::MAX).map(|port| claim(tcp(port), EQUAL, Action::Allow, "more")));
+        let claims: Vec<Claim> = claims
+            .into_iter()
+            .filter(|claim| claim.origin.as_ref().is_none_or(|it| *it.name == *"more"))
+            .collect();
+        assert_eq!(shown(&claims), ["6/0/0 Allow more"]);
+    }
+
+    /// Few matches, tiers and priorities, so that claims meet often.
+    fn claims() -> impl proptest::strategy::Strategy<Value = Vec<Claim>> {
+        use proptest::prelude::*;
+        let matched = prop_oneof![
+            1 => Just(Match::ANY),
+            2 => prop::sample::select(vec![Protocol::Tcp, Protocol::Udp]).prop_map(Match::protocol),
+            6 => (0..8_u16, 13..=16_u8).prop_map(|(port, length)| tcp(port).cut(length)),
+        ];
+        let tier = prop::sample::select(vec![Tier::Admin, Tier::Namespaced, Tier::Baseline]);
+        let action = prop::sample::select(vec![Action::Allow, Action::Deny, Action::Pass]);
+        let claim =
+            (matched, tier, 0..3_u32, action, 0..3_u8).prop_map(|(matched, tier, priority, action, name)| {
+                let priority = if tier.is_ordered() { priority } else { 0 };
+                claim(matched, order(tier, priority), action, &name.to_string())
+            });
+        let default = prop::sample::select(vec![Tier::Admin, Tier::Namespaced, Tier::Baseline])
+            .prop_map(|tier| Claim { order: Order::default_of(tier), ..deny_by_default() });
+        prop::collection::vec(prop_oneof![8 => claim, 1 => default], 0..12)
+    }
+
+    /// The tiers read literally, for one packet.
+    fn literally(claims: &[Claim], protocol: u8, port: u16) -> Action {
+        for tier in [Tier::Admin, Tier::Namespaced, Tier::Baseline] {
+            let meets = |claim: &&Claim| {
+                let Match { protocol: wanted, port: at, port_prefix_length: length } = claim.matched;
+                claim.order.tier == tier
+                    && wanted.is_none_or(|wanted| wanted == protocol)
+                    && (u32::from(at) ^ u32::from(port)) >> (16 - length) == 0
+            };
+            let mut met: Vec<&Claim> = claims.iter().filter(meets).collect();
+            met.sort_by_key(|claim| claim.order.priority);
+            let Some(first) = met.first() else { continue };
+            let equal: Vec<Action> = met
+                .iter()
+                .filter(|claim| claim.order.priority == first.order.priority)
+                .map(|claim| claim.action)
+                .collect();
+            if equal.contains(&Action::Deny) {
+                return Action::Deny;
+            }
+            if !equal.contains(&Action::Pass) {
+                return Action::Allow;
+            }
+        }
+        Action::Allow
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig { cases: 2000, ..Default::default() })]
+
+        #[test]
+        fn the_longest_match_says_what_the_tiers_say(claims in claims()) {
+            let rows = flatten(&claims);
+            for protocol in [1, 6, 17] {
+                for port in 0..10_u16 {
+                    let exact = Match { protocol: Some(protocol), port, port_prefix_length: 16 };
+                    let found = std::iter::once(exact).chain(exact.wider()).find_map(|at| rows.get(&at));
+                    let action = found.map_or(Action::Deny, |row| row.action);
+                    proptest::prop_assert_eq!(action, literally(&claims, protocol, port), "{}/{}", protocol, port);
+                }
+            }
+        }
     }
 }

@@ -8,7 +8,8 @@ use ipnet::IpNet;
 
 use crate::identity::LabelFilter;
 use crate::model::{
-    IdentityId, IdentityLabels, NetworkPolicy, ObjectKey, Peer, PolicyRule, PortSelector, Protocol, Selector,
+    IdentityId, IdentityLabels, Peer, Policy, PolicyDirection, PolicyRef, PolicyRule, PortSelector, Protocol,
+    Selector, Subject,
 };
 use crate::tables::Snapshot;
 
@@ -30,7 +31,7 @@ pub struct Revision(u64);
 /// What an identity of this node is selected by.
 pub struct Selection {
     /// The policies, sorted.
-    pub policies: Arc<[ObjectKey]>,
+    pub policies: Arc<[PolicyRef]>,
     /// `None`: no policy selects it.
     pub definition: Option<Definition>,
 }
@@ -38,14 +39,15 @@ pub struct Selection {
 /// The policies, with what does not depend on who is selected.
 #[derive(Default)]
 pub struct Selections {
-    snapshot: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
-    states: BTreeMap<ObjectKey, State>,
+    snapshot: Snapshot<PolicyRef, Arc<Policy>>,
+    /// By namespace, those of the cluster under `None`.
+    states: BTreeMap<Option<Arc<str>>, BTreeMap<PolicyRef, State>>,
     selected: BTreeMap<IdentityId, Arc<Selection>>,
     next: u64,
 }
 
 struct State {
-    policy: Arc<NetworkPolicy>,
+    policy: Arc<Policy>,
     revision: Revision,
     /// Every cidr and except of its rules.
     prefixes: BTreeSet<IpNet>,
@@ -54,41 +56,49 @@ struct State {
 }
 
 /// The labels that the filter drops and that policies ask pods for: identities have them then.
-pub fn asked_labels(
-    policies: &Snapshot<ObjectKey, Arc<NetworkPolicy>>,
-    filter: &LabelFilter,
-) -> BTreeSet<String> {
-    let selectors =
-        policies.values().flat_map(|policy| std::iter::once(&policy.pod_selector).chain(peers_of(policy)));
+pub fn asked_labels(policies: &Snapshot<PolicyRef, Arc<Policy>>, filter: &LabelFilter) -> BTreeSet<String> {
+    let selectors = policies.values().flat_map(|policy| {
+        let Subject::Pods { pods, .. } = &policy.subject;
+        std::iter::once(pods).chain(peers_of(policy))
+    });
     selectors.flat_map(|selector| filter.dropped(selector)).map(str::to_owned).collect()
 }
 
-/// The pods that a policy lets in or out.
-fn peers_of(policy: &NetworkPolicy) -> impl Iterator<Item = &Selector> {
-    let rules = policy.ingress.iter().chain(&policy.egress).flatten();
-    rules.flat_map(|rule| rule.peers.iter().flatten()).filter_map(|peer| match peer {
-        Peer::Pods { pods, .. } => Some(pods),
-        Peer::Block { .. } => None,
-    })
+/// The pods that a policy's rules are about.
+fn peers_of(policy: &Policy) -> impl Iterator<Item = &Selector> {
+    rules_of(policy.ingress.iter().chain(&policy.egress))
+        .flat_map(|rule| rule.peers.iter().flatten())
+        .filter_map(|peer| match peer {
+            Peer::Pods { pods, .. } => Some(pods),
+            Peer::Block { .. } => None,
+        })
+}
+
+fn rules_of<'a>(
+    directions: impl IntoIterator<Item = &'a PolicyDirection>,
+) -> impl Iterator<Item = &'a PolicyRule> {
+    directions.into_iter().flat_map(|direction| &direction.rules)
 }
 
 impl Selections {
     /// Takes in the policies as they are now; true if any changed.
-    pub fn update(&mut self, policies: &Snapshot<ObjectKey, Arc<NetworkPolicy>>) -> bool {
+    pub fn update(&mut self, policies: &Snapshot<PolicyRef, Arc<Policy>>) -> bool {
         let before = std::mem::replace(&mut self.snapshot, policies.clone());
         let mut is_changed = false;
         for item in before.diff(policies) {
             is_changed = true;
             match item {
                 DiffItem::Add(key, policy) | DiffItem::Update { new: (key, policy), .. } => {
-                    let old = self.states.remove(key).filter(|old| {
-                        old.policy.ingress == policy.ingress && old.policy.egress == policy.egress
-                    });
-                    let revision = old.map_or_else(|| self.next_revision(), |old| old.revision);
-                    self.states.insert(key.clone(), State::new(policy.clone(), revision));
+                    let old = self.state(key).filter(|old| says_the_same(&old.policy, policy));
+                    let known = old.map(|old| old.revision);
+                    let revision = known.unwrap_or_else(|| self.next_revision());
+                    let of_namespace = self.states.entry(key.namespace.clone()).or_default();
+                    of_namespace.insert(key.clone(), State::new(policy.clone(), revision));
                 }
                 DiffItem::Remove(key, _) => {
-                    self.states.remove(key);
+                    let of_namespace = self.states.get_mut(&key.namespace);
+                    of_namespace.and_then(|of_namespace| of_namespace.remove(key));
+                    self.states.retain(|_, of_namespace| !of_namespace.is_empty());
                 }
             }
         }
@@ -96,6 +106,10 @@ impl Selections {
             self.selected.clear();
         }
         is_changed
+    }
+
+    fn state(&self, policy: &PolicyRef) -> Option<&State> {
+        self.states.get(&policy.namespace)?.get(policy)
     }
 
     fn next_revision(&mut self) -> Revision {
@@ -133,14 +147,11 @@ impl Selections {
     }
 
     fn selection_of(&self, labels: &IdentityLabels) -> Selection {
-        let first = ObjectKey::new(labels.namespace.as_str(), "");
-        let states: Vec<&State> = self
-            .states
-            .range(first..)
-            .take_while(|(key, _)| *key.namespace == *labels.namespace)
-            .map(|(_, state)| state)
-            .filter(|state| state.policy.pod_selector.matches(&labels.pod_labels))
-            .collect();
+        let namespace = Arc::from(labels.namespace.as_str());
+        let may_select = [Some(namespace), None].into_iter().filter_map(|key| self.states.get(&key));
+        let mut states: Vec<&State> =
+            may_select.flat_map(BTreeMap::values).filter(|state| state.selects(labels)).collect();
+        states.sort_unstable_by(|a, b| a.policy.reference.cmp(&b.policy.reference));
         let names: BTreeSet<_> = states.iter().flat_map(|state| &state.names).collect();
         let mut ports = Vec::new();
         for (name, protocol) in names {
@@ -151,34 +162,41 @@ impl Selections {
         ports.dedup();
         let revisions: Vec<Revision> = states.iter().map(|state| state.revision).collect();
         Selection {
-            policies: states.iter().map(|state| state.policy.key.clone()).collect(),
+            policies: states.iter().map(|state| state.policy.reference.clone()).collect(),
             definition: (!revisions.is_empty()).then_some(Definition { revisions, ports }),
         }
     }
 
     /// The policies of a selection.
-    pub fn policies(&self, selection: &Selection) -> Vec<Arc<NetworkPolicy>> {
-        let states = selection.policies.iter().filter_map(|key| self.states.get(key));
+    pub fn policies(&self, selection: &Selection) -> Vec<Arc<Policy>> {
+        let states = selection.policies.iter().filter_map(|key| self.state(key));
         states.map(|state| state.policy.clone()).collect()
     }
 
     /// Every prefix that rules of the policies in use name.
     pub fn prefixes(&self) -> BTreeSet<IpNet> {
-        let used: BTreeSet<&ObjectKey> =
+        let used: BTreeSet<&PolicyRef> =
             self.selected.values().flat_map(|selection| selection.policies.iter()).collect();
         used.into_iter()
-            .filter_map(|key| self.states.get(key))
+            .filter_map(|key| self.state(key))
             .flat_map(|state| &state.prefixes)
             .copied()
             .collect()
     }
 }
 
+/// True if both make the same rows of whom they apply to.
+fn says_the_same(one: &Policy, other: &Policy) -> bool {
+    (one.tier, one.priority) == (other.tier, other.priority)
+        && one.ingress == other.ingress
+        && one.egress == other.egress
+}
+
 impl State {
-    fn new(policy: Arc<NetworkPolicy>, revision: Revision) -> Self {
+    fn new(policy: Arc<Policy>, revision: Revision) -> Self {
         let mut state =
             Self { revision, prefixes: BTreeSet::new(), names: BTreeSet::new(), policy: policy.clone() };
-        for rule in policy.ingress.iter().flatten() {
+        for rule in rules_of(&policy.ingress) {
             state.add_peers(rule);
             for port in rule.ports.iter().flatten() {
                 if let PortSelector::Named(name) = &port.port {
@@ -186,8 +204,13 @@ impl State {
                 }
             }
         }
-        policy.egress.iter().flatten().for_each(|rule| state.add_peers(rule));
+        rules_of(&policy.egress).for_each(|rule| state.add_peers(rule));
         state
+    }
+
+    fn selects(&self, labels: &IdentityLabels) -> bool {
+        let Subject::Pods { namespaces, pods } = &self.policy.subject;
+        pods.matches(&labels.pod_labels) && namespaces.matches(&labels.namespace_labels)
     }
 
     fn add_peers(&mut self, rule: &PolicyRule) {

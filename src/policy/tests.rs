@@ -1,13 +1,14 @@
 use super::*;
 use crate::model::{
-    AddressKind, CompiledDirection, CompiledRule, CompiledRuleKey, Labels, NamedPort, Peer, PolicyRule,
-    PortMatch, PortSelector, Protocol, Requirement, Selector,
+    Action, AddressKind, CompiledDirection, CompiledRule, CompiledRuleKey, Labels, NamedPort, ObjectKey,
+    Peer, PolicyDirection, PolicyRule, PortMatch, PortSelector, Protocol, Requirement, Selector, Subject,
+    Tier,
 };
 
 /// A small cluster, from which compilers are fed.
 #[derive(Clone, Default)]
 struct World {
-    policies: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
+    policies: Snapshot<PolicyRef, Arc<Policy>>,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     endpoints: BTreeMap<EndpointId, IdentityId>,
     addresses: Snapshot<IpAddr, BaseAddress>,
@@ -15,8 +16,8 @@ struct World {
 }
 
 impl World {
-    fn policy(mut self, policy: NetworkPolicy) -> Self {
-        self.policies.insert(policy.key.clone(), Arc::new(policy));
+    fn policy(mut self, policy: Policy) -> Self {
+        self.policies.insert(policy.reference.clone(), Arc::new(policy));
         self
     }
 
@@ -91,25 +92,35 @@ fn app(value: &str) -> Selector {
     Selector { requirements: vec![Requirement::In("app".to_owned(), values)] }
 }
 
-fn policy(name: &str, selector: Selector) -> NetworkPolicy {
-    NetworkPolicy { key: ObjectKey::new("shop", name), pod_selector: selector, ingress: None, egress: None }
+fn reference(name: &str) -> PolicyRef {
+    PolicyRef::network_policy(&ObjectKey::new("shop", name))
 }
 
-fn ingress(
-    mut policy: NetworkPolicy,
-    peers: Option<Vec<Peer>>,
-    ports: Option<Vec<PortMatch>>,
-) -> NetworkPolicy {
-    policy.ingress.get_or_insert_default().push(PolicyRule { peers, ports });
+fn policy(name: &str, selector: Selector) -> Policy {
+    Policy {
+        reference: reference(name),
+        subject: Subject::Pods { namespaces: Selector::default(), pods: selector },
+        tier: Tier::Namespaced,
+        priority: 0,
+        ingress: None,
+        egress: None,
+        doubts: vec![],
+    }
+}
+
+fn isolating() -> PolicyDirection {
+    PolicyDirection { default: Action::Deny, rules: Vec::new() }
+}
+
+fn ingress(mut policy: Policy, peers: Option<Vec<Peer>>, ports: Option<Vec<PortMatch>>) -> Policy {
+    let rule = PolicyRule { action: Action::Allow, peers, ports };
+    policy.ingress.get_or_insert_with(isolating).rules.push(rule);
     policy
 }
 
-fn egress(
-    mut policy: NetworkPolicy,
-    peers: Option<Vec<Peer>>,
-    ports: Option<Vec<PortMatch>>,
-) -> NetworkPolicy {
-    policy.egress.get_or_insert_default().push(PolicyRule { peers, ports });
+fn egress(mut policy: Policy, peers: Option<Vec<Peer>>, ports: Option<Vec<PortMatch>>) -> Policy {
+    let rule = PolicyRule { action: Action::Allow, peers, ports };
+    policy.egress.get_or_insert_with(isolating).rules.push(rule);
     policy
 }
 
@@ -129,14 +140,19 @@ fn named(name: &str) -> PortMatch {
     PortMatch { protocol: Protocol::Tcp, port: PortSelector::Named(name.to_owned()) }
 }
 
+/// By these policies, separated by commas.
+fn allowed(origins: &str) -> CompiledRule {
+    CompiledRule { action: Action::Allow, origins: origins.split(',').map(reference).collect() }
+}
+
 fn row(class: u32, protocol: u8, port: u16, origin: &str) -> (CompiledRuleKey, CompiledRule) {
     let key = CompiledRuleKey { class, protocol: Some(protocol), port, port_prefix_length: 16 };
-    (key, CompiledRule { is_allowed: true, origin: Arc::new(ObjectKey::new("shop", origin)) })
+    (key, allowed(origin))
 }
 
 fn any(class: u32, origin: &str) -> (CompiledRuleKey, CompiledRule) {
     let key = CompiledRuleKey { class, protocol: None, port: 0, port_prefix_length: 0 };
-    (key, CompiledRule { is_allowed: true, origin: Arc::new(ObjectKey::new("shop", origin)) })
+    (key, allowed(origin))
 }
 
 fn direction<const P: usize, const R: usize>(
@@ -194,14 +210,15 @@ fn rules_add_up_in_classes() {
         output.of_endpoint,
         BTreeMap::from([(EndpointId(1), PolicyId(1)), (EndpointId(2), PolicyId(1))])
     );
-    let selected: Vec<String> = output.selected_by[&EndpointId(2)].iter().map(ObjectKey::to_string).collect();
-    assert_eq!(selected, ["shop/admin", "shop/metrics", "shop/web"]);
+    let selected: Vec<String> =
+        output.selected_by[&EndpointId(2)].iter().map(|policy| policy.name.to_string()).collect();
+    assert_eq!(selected, ["admin", "metrics", "web"]);
 }
 
 #[test]
 fn empty_rules_deny_everything() {
     let mut deny = policy("deny", Selector::default());
-    deny.ingress = Some(Vec::new());
+    deny.ingress = Some(isolating());
     let world = World::default().identity(300, "shop", "web").endpoint(1, 300).policy(deny);
     let output = world.compile(&mut compiler());
     let compiled = CompiledPolicy { ingress: Some(CompiledDirection::default()), egress: None };
@@ -235,7 +252,7 @@ fn another_rule_is_another_number_and_a_wider_selector_is_not() {
     let world = World::default().identity(300, "shop", "database").endpoint(1, 300).policy(narrow.clone());
     let mut compiler = compiler();
     world.compile(&mut compiler);
-    let wide = NetworkPolicy { pod_selector: Selector::default(), ..narrow.clone() };
+    let wide = Policy { subject: policy("", Selector::default()).subject, ..narrow.clone() };
     let output = world.clone().policy(wide).compile(&mut compiler);
     assert_eq!(output.of_endpoint[&EndpointId(1)], PolicyId(1));
     let other = ingress(narrow, None, Some(vec![tcp(81)]));
@@ -473,7 +490,7 @@ fn output_is_json() {
         .address("10.0.1.5", 300, AddressKind::Pod)
         .policy(ingress(policy("in", app("web")), Some(vec![block("10.0.0.0/8", &[])]), Some(vec![tcp(80)])));
     let json = serde_json::to_value(world.compile(&mut compiler())).expect("every key is a string");
-    assert_eq!(json["policies"]["1"]["ingress"]["rules"]["1/6/80/16"]["is_allowed"], true);
+    assert_eq!(json["policies"]["1"]["ingress"]["rules"]["1/6/80/16"]["action"], "Allow");
 }
 
 proptest::proptest! {

@@ -1,19 +1,19 @@
 //! A policy value: the rules of all policies that select an endpoint, compiled to classes.
 //!
-//! A class is a set of rows. Class 0 is what everyone gets (rules without peers); an
-//! identity that some peer matches gets the rows of those rules as well. A value's rules
-//! never change: new identities bring new classes and peers, and that is all.
+//! A class is a set of rows. Class 0 is what everyone gets (rules without peers, and what is done with
+//! what no rule matches); for an identity that some peer matches those rules are weighed as well. A value's
+//! rules never change: new identities bring new classes and peers, and that is all.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::model::{
-    CompiledDirection, CompiledPolicy, CompiledRule, CompiledRuleKey, IdentityId, IdentityLabels, NamedPort,
-    NetworkPolicy, ObjectKey, PolicyId, PolicyRule, PortSelector, Protocol,
+    Action, CompiledDirection, CompiledPolicy, CompiledRule, CompiledRuleKey, IdentityId, IdentityLabels,
+    NamedPort, Policy, PolicyDirection, PolicyId, PolicyRef, PolicyRule, PortSelector, Protocol,
 };
 
 use super::peers::{PeerIndex, PeerKey, Peers, Touched};
-use super::rules::{self, Match, Rows};
+use super::rules::{self, Claim, Match, Order, Rows};
 
 /// A compiled policy and what is needed to add identities to it.
 pub struct Value {
@@ -28,15 +28,30 @@ pub struct Value {
 struct Direction {
     rules: Vec<Rule>,
     peers: BTreeSet<PeerIndex>,
-    everyone: Rows,
+    everyone: Vec<Claim>,
     classes: HashMap<Rows, u32>,
     /// Saves building the rows of a combination again.
     known: HashMap<Combination, u32>,
 }
 
+/// What a rule says, wherever it says so.
+#[derive(Clone)]
+struct Saying {
+    order: Order,
+    action: Action,
+    origin: Arc<PolicyRef>,
+}
+
+impl Saying {
+    fn of(&self, matched: Match) -> Claim {
+        let Self { order, action, origin } = self.clone();
+        Claim { matched, order, action, origin: Some(origin) }
+    }
+}
+
 /// A rule that has peers.
 struct Rule {
-    origin: Arc<ObjectKey>,
+    saying: Saying,
     peers: Vec<PeerIndex>,
     matches: Vec<Match>,
     /// Port names, resolved in the peer.
@@ -52,23 +67,15 @@ struct Combination {
 
 impl Value {
     /// Compiles `policies`, which select pods with `labels`, against every identity.
-    pub fn new(
-        id: PolicyId,
-        policies: &[Arc<NetworkPolicy>],
-        labels: &IdentityLabels,
-        peers: &mut Peers,
-    ) -> Self {
+    pub fn new(id: PolicyId, policies: &[Arc<Policy>], labels: &IdentityLabels, peers: &mut Peers) -> Self {
         let mut ingress: Option<Direction> = None;
         let mut egress: Option<Direction> = None;
         for policy in policies {
-            let origin = Arc::new(policy.key.clone());
             if let Some(rules) = &policy.ingress {
-                let direction = ingress.get_or_insert_with(Direction::new);
-                rules.iter().for_each(|rule| direction.add_rule(&origin, rule, Some(labels), peers));
+                ingress.get_or_insert_with(Direction::new).add_policy(policy, rules, Some(labels), peers);
             }
             if let Some(rules) = &policy.egress {
-                let direction = egress.get_or_insert_with(Direction::new);
-                rules.iter().for_each(|rule| direction.add_rule(&origin, rule, None, peers));
+                egress.get_or_insert_with(Direction::new).add_policy(policy, rules, None, peers);
             }
         }
         let compiled = CompiledPolicy {
@@ -123,41 +130,59 @@ impl Direction {
         Self {
             rules: Vec::new(),
             peers: BTreeSet::new(),
-            everyone: Rows::new(),
+            everyone: Vec::new(),
             classes: HashMap::new(),
             known: HashMap::new(),
         }
     }
 
     /// `subject` is set for ingress: port names are then those of the selected pod.
+    fn add_policy(
+        &mut self,
+        policy: &Policy,
+        direction: &PolicyDirection,
+        subject: Option<&IdentityLabels>,
+        peers: &mut Peers,
+    ) {
+        let origin = Arc::new(policy.reference.clone());
+        for (position, rule) in (0..).zip(&direction.rules) {
+            let position = if policy.tier.is_ordered() { position } else { 0 };
+            let order = Order { tier: policy.tier, priority: policy.priority, position };
+            let saying = Saying { order, action: rule.action, origin: origin.clone() };
+            self.add_rule(&saying, rule, subject, peers);
+        }
+        if direction.default != Action::Pass {
+            let order = Order::default_of(policy.tier);
+            self.everyone.push(Claim { matched: Match::ANY, order, action: direction.default, origin: None });
+        }
+    }
+
     fn add_rule(
         &mut self,
-        origin: &Arc<ObjectKey>,
+        saying: &Saying,
         rule: &PolicyRule,
         subject: Option<&IdentityLabels>,
         peers: &mut Peers,
     ) {
         let (matches, named) = ports_of(rule, subject);
         let Some(rule_peers) = &rule.peers else {
-            for matched in matches {
-                rules::add(&mut self.everyone, matched, origin);
-            }
+            self.everyone.extend(matches.into_iter().map(|matched| saying.of(matched)));
             if !named.is_empty() {
                 let with_port = named
                     .iter()
                     .map(|(name, protocol)| PeerKey::Port { name: name.clone(), protocol: *protocol })
                     .map(|key| peers.intern(key))
                     .collect();
-                self.push_rule(Rule { origin: origin.clone(), peers: with_port, matches: Vec::new(), named });
+                self.push_rule(Rule { saying: saying.clone(), peers: with_port, matches: Vec::new(), named });
             }
             return;
         };
         if matches.is_empty() && named.is_empty() {
             return;
         }
-        let rule_peers =
-            rule_peers.iter().map(|peer| peers.intern(PeerKey::new(&origin.namespace, peer))).collect();
-        self.push_rule(Rule { origin: origin.clone(), peers: rule_peers, matches, named });
+        let namespace = saying.origin.namespace.as_ref();
+        let rule_peers = rule_peers.iter().map(|peer| peers.intern(PeerKey::new(namespace, peer))).collect();
+        self.push_rule(Rule { saying: saying.clone(), peers: rule_peers, matches, named });
     }
 
     fn push_rule(&mut self, rule: Rule) {
@@ -167,8 +192,7 @@ impl Direction {
 
     /// Every identity's class, and the rows of the classes.
     fn compile(&mut self, peers: &Peers) -> CompiledDirection {
-        self.everyone = rules::without_contained(std::mem::take(&mut self.everyone));
-        self.classes.insert(self.everyone.clone(), 0);
+        self.classes.insert(rules::flatten(&self.everyone), 0);
         let mut met: Vec<(IdentityId, usize)> = Vec::new();
         for (index, rule) in self.rules.iter().enumerate() {
             met.extend(rule.peers.iter().flat_map(|peer| peers.matched(*peer)).map(|id| (*id, index)));
@@ -224,15 +248,14 @@ impl Direction {
         if let Some(class) = self.known.get(&combination) {
             return *class;
         }
-        let mut rows = self.everyone.clone();
-        for rule in combination.rules.iter().map(|index| &self.rules[*index]) {
-            rule.matches.iter().for_each(|matched| rules::add(&mut rows, *matched, &rule.origin));
-        }
-        for (index, matched) in &combination.named {
-            rules::add(&mut rows, *matched, &self.rules[*index].origin);
-        }
+        let met = combination.rules.iter().map(|index| &self.rules[*index]);
+        let mut claims: Vec<Claim> =
+            met.flat_map(|rule| rule.matches.iter().map(|matched| rule.saying.of(*matched))).collect();
+        let of_name = |(index, matched): &(usize, Match)| self.rules[*index].saying.of(*matched);
+        claims.extend(combination.named.iter().map(of_name));
+        let rows = rules::flatten(self.everyone.iter().chain(&claims));
         let next = u32::try_from(self.classes.len()).expect("classes are fewer than identities");
-        let class = *self.classes.entry(rules::without_contained(rows)).or_insert(next);
+        let class = *self.classes.entry(rows).or_insert(next);
         self.known.insert(combination, class);
         class
     }
@@ -243,10 +266,11 @@ impl Direction {
             if known.is_some_and(|known| *class <= known) {
                 continue;
             }
-            for (matched, origin) in rows {
+            for (matched, decision) in rows {
                 let Match { protocol, port, port_prefix_length } = *matched;
                 let key = CompiledRuleKey { class: *class, protocol, port, port_prefix_length };
-                target.rules.insert(key, CompiledRule { is_allowed: true, origin: origin.clone() });
+                let rule = CompiledRule { action: decision.action, origins: decision.origins.clone() };
+                target.rules.insert(key, rule);
             }
         }
     }

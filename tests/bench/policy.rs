@@ -9,8 +9,9 @@ use std::time::Instant;
 
 use anyhow::Result;
 use weir::model::{
-    AddressKind, BaseAddress, EndpointId, IdentityId, IdentityLabels, Labels, NamedPort, NetworkPolicy,
-    ObjectKey, Peer, PolicyId, PolicyRule, PortMatch, PortSelector, Protocol, Requirement, Selector,
+    Action, AddressKind, BaseAddress, EndpointId, IdentityId, IdentityLabels, Labels, NamedPort, ObjectKey,
+    Peer, Policy, PolicyDirection, PolicyId, PolicyRef, PolicyRule, PortMatch, PortSelector, Protocol,
+    Requirement, Selector, Subject, Tier,
 };
 use weir::policy::{Compiler, Input, Output};
 use weir::tables::Snapshot;
@@ -82,7 +83,7 @@ pub fn rows() -> Result<Vec<Row>> {
 
 #[derive(Clone, Default)]
 struct World {
-    policies: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
+    policies: Snapshot<PolicyRef, Arc<Policy>>,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     endpoints: BTreeMap<EndpointId, IdentityId>,
     addresses: Snapshot<IpAddr, BaseAddress>,
@@ -138,7 +139,7 @@ impl World {
             pods: is("app", format!("app-{}", app % APPS)),
         };
         let tcp = |port| vec![PortMatch { protocol: Protocol::Tcp, port }];
-        let rule = |peers, ports| PolicyRule { peers: Some(peers), ports };
+        let rule = |peers, ports| PolicyRule { action: Action::Allow, peers: Some(peers), ports };
         let mut egress = vec![
             rule(vec![own(app + 3)], Some(tcp(PortSelector::Named("http".to_owned())))),
             rule(vec![of_team(app + 4)], Some(tcp(PortSelector::Range(443, 443)))),
@@ -149,16 +150,23 @@ impl World {
             egress
                 .push(rule(vec![Peer::Block { cidr, except: vec![net(format!("10.0.{app}.0/26"))] }], None));
         }
-        let policy = NetworkPolicy {
-            key: ObjectKey::new(format!("namespace-{namespace}"), format!("policy-{app}")),
-            pod_selector: is("app", format!("app-{app}")),
-            ingress: Some(vec![
-                rule(vec![own(app + 1), own(app + 2)], Some(tcp(PortSelector::Range(port, port + 20)))),
-                rule(vec![of_team(app + 1)], Some(tcp(PortSelector::Named("http".to_owned())))),
-            ]),
-            egress: Some(egress),
+        let ingress = vec![
+            rule(vec![own(app + 1), own(app + 2)], Some(tcp(PortSelector::Range(port, port + 20)))),
+            rule(vec![of_team(app + 1)], Some(tcp(PortSelector::Named("http".to_owned())))),
+        ];
+        let isolating = |rules| Some(PolicyDirection { default: Action::Deny, rules });
+        let key = ObjectKey::new(format!("namespace-{namespace}"), format!("policy-{app}"));
+        let pods = is("app", format!("app-{app}"));
+        let policy = Policy {
+            reference: PolicyRef::network_policy(&key),
+            subject: Subject::Pods { namespaces: Selector::default(), pods },
+            tier: Tier::Namespaced,
+            priority: 0,
+            ingress: isolating(ingress),
+            egress: isolating(egress),
+            doubts: Vec::new(),
         };
-        self.policies.insert(policy.key.clone(), Arc::new(policy));
+        self.policies.insert(policy.reference.clone(), Arc::new(policy));
     }
 
     fn compile(&self, compiler: &mut Compiler) -> Result<Output> {

@@ -1,4 +1,4 @@
-//! An independent model of NetworkPolicy: the specification read literally, one packet at a
+//! An independent model of policies: the specifications read literally, one packet at a
 //! time, without identities, classes or prefixes trees. It shares the objects' types with
 //! Weir and no code that judges them, so that both being wrong in one way is unlikely.
 
@@ -9,7 +9,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use weir::model::{
-    Labels, NetworkPolicy, Peer, Pod, PolicyRule, PortSelector, Protocol, Requirement, Selector,
+    Action, Labels, Peer, Pod, Policy, PolicyDirection, PolicyRule, PortSelector, Protocol, Requirement,
+    Selector, Subject, Tier,
 };
 
 /// A cluster, as far as policy can see it.
@@ -24,7 +25,7 @@ pub struct Cluster {
     /// Addresses of nobody known.
     pub outside: Vec<IpAddr>,
     /// The policies, of every namespace.
-    pub policies: Vec<NetworkPolicy>,
+    pub policies: Vec<Policy>,
 }
 
 /// A pod and where it runs.
@@ -84,34 +85,63 @@ impl Cluster {
         self.permits(pod, |policy| policy.ingress.as_ref(), from, to, payload)
     }
 
-    /// A pod that no policy isolates is open; else some rule of some of them must allow.
+    /// Tier by tier: the first that decides does. What none decides is allowed.
     fn permits(
         &self,
         subject: &ClusterPod,
-        rules: impl Fn(&NetworkPolicy) -> Option<&Vec<PolicyRule>>,
+        direction: impl Fn(&Policy) -> Option<&PolicyDirection>,
         other: Side<'_>,
         destination: Side<'_>,
         payload: Payload,
     ) -> bool {
-        let mut is_isolated = false;
-        for policy in &self.policies {
-            if policy.key.namespace != subject.pod.key.namespace
-                || !selects(&policy.pod_selector, &subject.pod.labels)
-            {
-                continue;
-            }
-            let Some(rules) = rules(policy) else { continue };
-            is_isolated = true;
-            for rule in rules {
-                if self.has_peer(policy, rule, other) && has_port(rule, destination, payload) {
-                    return true;
+        for tier in [Tier::Admin, Tier::Namespaced, Tier::Baseline] {
+            let mut policies: Vec<(&Policy, &PolicyDirection)> = Vec::new();
+            for policy in &self.policies {
+                if policy.tier == tier && self.is_subject(policy, subject) {
+                    policies.extend(direction(policy).map(|direction| (policy, direction)));
                 }
             }
+            policies.sort_by_key(|(policy, _)| policy.priority);
+            let mut met = Vec::new();
+            for (policy, direction) in &policies {
+                for rule in &direction.rules {
+                    if self.has_peer(policy, rule, other) && has_port(rule, destination, payload) {
+                        met.push(rule.action);
+                    }
+                }
+            }
+            let is_isolated = policies.iter().any(|(_, direction)| direction.default == Action::Deny);
+            let decided = match tier {
+                // Rules have no order: a deny beats every allow.
+                Tier::Namespaced if met.contains(&Action::Deny) => Some(Action::Deny),
+                Tier::Namespaced | Tier::Admin | Tier::Baseline => met.first().copied(),
+            };
+            match decided {
+                Some(Action::Allow) => return true,
+                Some(Action::Deny) => return false,
+                Some(Action::Pass) => {}
+                None if is_isolated => return false,
+                None => {}
+            }
         }
-        !is_isolated
+        true
     }
 
-    fn has_peer(&self, policy: &NetworkPolicy, rule: &PolicyRule, other: Side<'_>) -> bool {
+    fn is_subject(&self, policy: &Policy, pod: &ClusterPod) -> bool {
+        let namespace = &pod.pod.key.namespace;
+        let Subject::Pods { namespaces, pods } = &policy.subject;
+        policy.reference.namespace.as_ref().is_none_or(|own| own == namespace)
+            && self.is_namespace(namespaces, namespace)
+            && selects(pods, &pod.pod.labels)
+    }
+
+    fn is_namespace(&self, selector: &Selector, namespace: &str) -> bool {
+        let mut labels = self.namespaces.get(namespace).cloned().unwrap_or_default();
+        labels.insert("kubernetes.io/metadata.name".to_owned(), namespace.to_owned());
+        selects(selector, &labels)
+    }
+
+    fn has_peer(&self, policy: &Policy, rule: &PolicyRule, other: Side<'_>) -> bool {
         let Some(peers) = &rule.peers else { return true };
         for peer in peers {
             let is_match = match (peer, other.pod) {
@@ -122,12 +152,8 @@ impl Cluster {
                 (Peer::Pods { namespaces, pods }, Some(pod)) => {
                     let namespace = &pod.pod.key.namespace;
                     let is_namespace = match namespaces {
-                        None => *namespace == policy.key.namespace,
-                        Some(selector) => {
-                            let mut labels = self.namespaces.get(&**namespace).cloned().unwrap_or_default();
-                            labels.insert("kubernetes.io/metadata.name".to_owned(), namespace.to_string());
-                            selects(selector, &labels)
-                        }
+                        None => policy.reference.namespace.as_ref().is_none_or(|own| own == namespace),
+                        Some(selector) => self.is_namespace(selector, namespace),
                     };
                     is_namespace && selects(pods, &pod.pod.labels)
                 }

@@ -9,8 +9,8 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 use weir::identity::{self, LabelFilter};
 use weir::model::{
-    AddressKind, BaseAddress, CompiledDirection, EndpointId, IdentityId, IdentityLabels, LocalIdentity,
-    Namespace, NetworkPolicy, ObjectKey, PolicyId,
+    Action, AddressKind, BaseAddress, CompiledDirection, EndpointId, IdentityId, IdentityLabels,
+    LocalIdentity, Namespace, Policy, PolicyId, PolicyRef,
 };
 use weir::policy::{Compiler, Input, Output};
 use weir::tables::Snapshot;
@@ -19,7 +19,7 @@ use crate::model::{Cluster, ClusterPod, Payload, Side, random};
 
 /// What the compilers of one node are given.
 pub struct Facts {
-    policies: Snapshot<ObjectKey, Arc<NetworkPolicy>>,
+    policies: Snapshot<PolicyRef, Arc<Policy>>,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     /// The pods of this node.
     pub endpoints: BTreeMap<EndpointId, IdentityId>,
@@ -35,7 +35,7 @@ impl Facts {
             policies: cluster
                 .policies
                 .iter()
-                .map(|policy| (policy.key.clone(), Arc::new(policy.clone())))
+                .map(|policy| (policy.reference.clone(), Arc::new(policy.clone())))
                 .collect(),
             identities: Snapshot::new(),
             endpoints: BTreeMap::new(),
@@ -117,7 +117,7 @@ fn verdict(direction: &CompiledDirection, peer: IdentityId, payload: Payload) ->
         Some(_) => 80 + key.port_prefix_length,
     };
     let longest = direction.rules.keys().filter(is_match).max_by_key(length);
-    longest.is_some_and(|key| direction.rules[key].is_allowed)
+    longest.is_some_and(|key| direction.rules[key].action == Action::Allow)
 }
 
 /// What the rows of both ends' nodes say of a packet.
@@ -229,7 +229,7 @@ fn take(cluster: &mut Cluster, step: Step) {
         Step::Replace(1, other) => cluster.namespaces = other.namespaces,
         Step::Replace(_, other) => {
             let Some(policy) = other.policies.into_iter().next_back() else { return };
-            cluster.policies.retain(|known| known.key != policy.key);
+            cluster.policies.retain(|known| known.reference != policy.reference);
             cluster.policies.push(policy);
         }
         Step::DropPolicy(index) if index < cluster.policies.len() => drop(cluster.policies.remove(index)),
@@ -244,6 +244,12 @@ proptest! {
 
     #[test]
     fn compiled_rows_say_what_the_specification_says(cluster in random::cluster()) {
+        let outputs = [0, 1].map(|node| Facts::new(&cluster, node).compile(&mut compiler()));
+        compare(&outputs, &cluster)?;
+    }
+
+    #[test]
+    fn compiled_rows_say_what_tiers_denies_and_passes_say(cluster in random::tiered_cluster()) {
         let outputs = [0, 1].map(|node| Facts::new(&cluster, node).compile(&mut compiler()));
         compare(&outputs, &cluster)?;
     }

@@ -139,13 +139,15 @@ pub fn few(names: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{CompiledDirection, CompiledRule, CompiledRuleKey, IdentityId, ObjectKey};
+    use crate::model::{
+        Action, CompiledDirection, CompiledRule, CompiledRuleKey, IdentityId, ObjectKey, Origins, PolicyRef,
+    };
 
     fn policy(rules: u16, peers: u32) -> Arc<CompiledPolicy> {
-        let origin = Arc::new(ObjectKey::new("shop", "web"));
+        let origins = Origins::from([PolicyRef::network_policy(&ObjectKey::new("shop", "web"))]);
         let rule = |port| {
             let key = CompiledRuleKey { class: 1, protocol: Some(6), port, port_prefix_length: 16 };
-            (key, CompiledRule { is_allowed: true, origin: origin.clone() })
+            (key, CompiledRule { action: Action::Allow, origins: origins.clone() })
         };
         let direction = CompiledDirection {
             peers: (0..peers).map(|peer| (IdentityId(300 + peer), 1_u32)).collect(),

@@ -116,10 +116,11 @@ fn dropped(node: &str, flow: &Flow) -> String {
         direction => format!(" ({})", direction.to_string().to_lowercase()),
     };
     let is_policy = flow.drop_reason_desc.is_some_and(|reason| reason.is_policy());
-    let policy = match &flow.policy {
-        Some(policy) if is_policy => format!(", denied by {policy}"),
-        None if is_policy => ", no rule allows it".to_owned(),
-        _ => String::new(),
+    let policies: Vec<String> = flow.policies.iter().map(ToString::to_string).collect();
+    let policy = match policies.is_empty() {
+        _ if !is_policy => String::new(),
+        false => format!(", denied by {}", policies.join(", ")),
+        true => ", no rule allows it".to_owned(),
     };
     format!("{node} dropped it: {reason}{way}{policy}")
 }

@@ -335,7 +335,7 @@ async fn a_server_that_is_back_is_found_by_one_watch_for_all() {
     let mut lab = Lab::start().await;
     lab.request().await.refuse(503);
     let first = lab.request().await;
-    let other = Watch::<NetworkPolicy>::new(&lab.client, None, &lab.tables, &lab.health, &lab.answered);
+    let other = Watch::<Policy>::new(&lab.client, None, &lab.tables, &lab.health, &lab.answered);
     lab.tasks.push(tokio::spawn(other.run()));
     for _ in 0..5 {
         lab.any_request().await.refuse(503);

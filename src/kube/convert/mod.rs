@@ -24,8 +24,8 @@ pub use names::is_object_name;
 use policy::Notes;
 
 use crate::model::{
-    Allocation, EndpointSlice, IdentityId, IdentityLabels, Labels, Namespace, NetworkPolicy, Node,
-    NodeEndpoints, ObjectKey, Pod, Service,
+    Allocation, EndpointSlice, IdentityId, IdentityLabels, Labels, Namespace, Node, NodeEndpoints, ObjectKey,
+    Pod, Policy, Service,
 };
 
 /// The kinds of objects that sources deliver.
@@ -170,7 +170,7 @@ pub enum Object {
     /// A row of `slices`.
     EndpointSlice(Arc<EndpointSlice>),
     /// A row of `policies`.
-    NetworkPolicy(Arc<NetworkPolicy>),
+    NetworkPolicy(Arc<Policy>),
     /// A row of `identities`; true when the operator marked it as unused.
     Identity(IdentityId, Arc<IdentityLabels>, bool),
     /// One of the objects that together are a row of `node_endpoints`.

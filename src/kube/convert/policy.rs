@@ -10,7 +10,10 @@ use ipnet::IpNet;
 
 use super::{Field, FieldError, ObjectId, Result, check_labels, items, names};
 use crate::identity::LabelFilter;
-use crate::model::{Labels, NetworkPolicy, Peer, PolicyRule, PortMatch, PortSelector, Requirement, Selector};
+use crate::model::{
+    Action, Labels, Peer, Policy, PolicyDirection, PolicyRef, PolicyRule, PortMatch, PortSelector,
+    Requirement, Selector, Subject, Tier,
+};
 
 /// So many doubts about one object are said; who mends them sees the next ones.
 const DOUBTS_MAX: usize = 20;
@@ -42,31 +45,41 @@ impl Notes {
 
 /// Reads as much of a policy as can be read. There is a policy in any case: what cannot be read
 /// of its selector selects all, and what cannot be read of its rules allows nothing.
-pub fn network_policy(id: &ObjectId, document: &Field, notes: &mut Notes) -> NetworkPolicy {
+pub fn network_policy(id: &ObjectId, document: &Field, notes: &mut Notes) -> Policy {
     notes.read(document.only_known(&["apiVersion", "kind", "metadata", "spec", "status"]));
-    let mut policy = NetworkPolicy {
-        key: id.key.clone(),
-        pod_selector: Selector::default(),
-        ingress: Some(Vec::new()),
-        egress: Some(Vec::new()),
+    let (subject, ingress, egress) = match notes.read(document.get("spec")) {
+        Some(spec) => parts(&spec, notes),
+        None => (Selector::default(), Some(Vec::new()), Some(Vec::new())),
     };
-    let Some(spec) = notes.read(document.get("spec")) else { return policy };
+    let isolating = |rules: Vec<PolicyRule>| PolicyDirection { default: Action::Deny, rules };
+    Policy {
+        reference: PolicyRef::network_policy(&id.key),
+        subject: Subject::Pods { namespaces: Selector::default(), pods: subject },
+        tier: Tier::Namespaced,
+        priority: 0,
+        ingress: ingress.map(isolating),
+        egress: egress.map(isolating),
+        doubts: notes.doubts.iter().map(ToString::to_string).collect(),
+    }
+}
+
+type Rules = Option<Vec<PolicyRule>>;
+
+/// The selector of the subject, and the rules of the directions that the policy is about.
+fn parts(spec: &Field, notes: &mut Notes) -> (Selector, Rules, Rules) {
     let is_known =
         notes.read(spec.only_known(&["podSelector", "policyTypes", "ingress", "egress"])).is_some();
-    let ingress = rules(&spec, "ingress", "from", notes);
+    let ingress = rules(spec, "ingress", "from", notes);
     let before = notes.count;
-    let egress = rules(&spec, "egress", "to", notes);
+    let egress = rules(spec, "egress", "to", notes);
     let is_read = is_known && notes.count == before;
-    let (is_ingress, is_egress) = match notes.read(policy_types(&spec)) {
+    let (is_ingress, is_egress) = match notes.read(policy_types(spec)) {
         Some(Some(types)) => types,
         // A rule for egress may be in what was not read.
         Some(None) => (true, !egress.is_empty() || !is_read),
         None => (true, true),
     };
-    policy.pod_selector = subject(&spec, notes);
-    policy.ingress = is_ingress.then_some(ingress);
-    policy.egress = is_egress.then_some(egress);
-    policy
+    (subject(spec, notes), is_ingress.then_some(ingress), is_egress.then_some(egress))
 }
 
 /// Whether ingress and egress are named; `None` when the field is absent or empty.
@@ -96,7 +109,7 @@ fn rules(spec: &Field, direction: &str, peers: &str, notes: &mut Notes) -> Vec<P
         let Some((from, ports)) = notes.read(fields) else { continue };
         let Some(peers) = collect(&from, notes, peer) else { continue };
         let Some(ports) = collect(&ports, notes, |field, _| port(field)) else { continue };
-        rules.push(PolicyRule { peers, ports });
+        rules.push(PolicyRule { action: Action::Allow, peers, ports });
     }
     rules
 }

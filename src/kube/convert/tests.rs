@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
 use crate::model::{
-    NamedPort, Peer, PolicyRule, PortMatch, PortSelector, Protocol, PublishedEndpoint, Requirement, Selector,
-    ServicePort, SliceBackend,
+    Action, NamedPort, Peer, PolicyDirection, PolicyRef, PolicyRule, PortMatch, PortSelector, Protocol,
+    PublishedEndpoint, Requirement, Selector, ServicePort, SliceBackend, Subject, Tier,
 };
 
 mod services;
@@ -53,7 +53,7 @@ fn port(name: &str, protocol: Protocol, port: u16) -> ServicePort {
     ServicePort { name: name.to_owned(), protocol, port }
 }
 
-fn policy(spec: &str) -> NetworkPolicy {
+fn policy(spec: &str) -> Policy {
     match object(Kind::NetworkPolicy, &format!("{{metadata: {{name: p, namespace: shop}}, spec: {spec}}}")) {
         Object::NetworkPolicy(policy) => Arc::unwrap_or_clone(policy),
         other => panic!("{other:?} is no policy"),
@@ -61,7 +61,7 @@ fn policy(spec: &str) -> NetworkPolicy {
 }
 
 /// The policy as far as it could be read, and what could not.
-fn doubtful(spec: &str, is_strict: bool) -> (NetworkPolicy, Vec<String>) {
+fn doubtful(spec: &str, is_strict: bool) -> (Policy, Vec<String>) {
     let document = value(&format!("{{metadata: {{name: p, namespace: shop}}, spec: {spec}}}"));
     let id = identify(Kind::NetworkPolicy, &Field::root(&document, is_strict)).expect("the name is good");
     let converted = convert(&id, &document, is_strict).expect("a policy is always read");
@@ -73,26 +73,35 @@ fn doubtful(spec: &str, is_strict: bool) -> (NetworkPolicy, Vec<String>) {
     }
 }
 
+fn selected_pods(policy: &Policy) -> &Selector {
+    let Subject::Pods { pods, .. } = &policy.subject;
+    pods
+}
+
 fn policy_error(spec: &str) -> String {
     doubtful(spec, true).1.join("; ")
 }
 
 /// The peers and ports of the only ingress rule.
 fn ingress(rule: &str) -> PolicyRule {
-    let rules =
-        policy(&format!("{{podSelector: {{}}, ingress: [{rule}]}}")).ingress.expect("ingress is enforced");
+    let policy = policy(&format!("{{podSelector: {{}}, ingress: [{rule}]}}"));
+    let rules = policy.ingress.expect("ingress is enforced").rules;
     <[PolicyRule; 1]>::try_from(rules).map(|[rule]| rule).expect("one rule is given")
 }
 
 #[test]
 fn policy_types_default_to_ingress_and_to_egress_with_rules() {
-    let policy_with = |ingress, egress| NetworkPolicy {
-        key: ObjectKey::new("shop", "p"),
-        pod_selector: Selector::default(),
-        ingress,
-        egress,
+    let isolating = |rules| PolicyDirection { default: Action::Deny, rules };
+    let policy_with = |ingress: Option<Vec<_>>, egress: Option<Vec<_>>| Policy {
+        reference: PolicyRef::network_policy(&ObjectKey::new("shop", "p")),
+        subject: Subject::Pods { namespaces: Selector::default(), pods: Selector::default() },
+        tier: Tier::Namespaced,
+        priority: 0,
+        ingress: ingress.map(isolating),
+        egress: egress.map(isolating),
+        doubts: vec![],
     };
-    let all = || Some(vec![PolicyRule { peers: None, ports: None }]);
+    let all = || Some(vec![PolicyRule { action: Action::Allow, peers: None, ports: None }]);
     let nothing = || Some(vec![]);
     for (spec, expected) in [
         ("{}", policy_with(nothing(), None)),
@@ -124,7 +133,7 @@ fn selectors_have_all_four_operators() {
         Requirement::Exists("x.io/seen".to_owned()),
         Requirement::DoesNotExist("gone".to_owned()),
     ]);
-    assert_eq!(policy(spec).pod_selector, expected);
+    assert_eq!(selected_pods(&policy(spec)), &expected);
 }
 
 #[test]
@@ -310,12 +319,13 @@ fn a_broken_policy_says_where_and_what_is_allowed() {
 }
 
 /// `ingress`, `egress`: rules by their number of peers and ports, where `-` is "all".
-fn shape(rules: Option<&Vec<PolicyRule>>) -> String {
+fn shape(direction: Option<&PolicyDirection>) -> String {
     let count = |list: Option<usize>| list.map_or("-".to_owned(), |count| count.to_string());
     let rule = |rule: &PolicyRule| {
         format!("{}:{}", count(rule.peers.as_ref().map(Vec::len)), count(rule.ports.as_ref().map(Vec::len)))
     };
-    rules.map_or("open".to_owned(), |rules| rules.iter().map(rule).collect::<Vec<_>>().join(" "))
+    direction
+        .map_or("open".to_owned(), |direction| direction.rules.iter().map(rule).collect::<Vec<_>>().join(" "))
 }
 
 #[test]
@@ -353,7 +363,7 @@ fn a5_what_cannot_be_read_of_a_policy_is_closed_and_the_rest_stands() {
                 (ingress.to_owned(), egress.to_owned()),
                 "{spec}"
             );
-            assert!(!doubts.is_empty(), "{spec}");
+            assert!(!doubts.is_empty() && policy.doubts == doubts, "{spec}");
         }
     }
 }
@@ -373,7 +383,7 @@ fn a5_what_cannot_be_read_of_a_selector_narrows_nothing() {
         ("web", vec![]),
     ] {
         let (policy, doubts) = doubtful(&format!("{{podSelector: {selector}, ingress: [{{}}]}}"), false);
-        assert_eq!(policy.pod_selector, select(&expected), "{selector}");
+        assert_eq!(selected_pods(&policy), &select(&expected), "{selector}");
         assert_eq!((shape(policy.ingress.as_ref()), doubts.len()), ("-:-".to_owned(), 1), "{selector}");
     }
 }

@@ -77,7 +77,7 @@ impl NameSource for Nobody {
         None
     }
 
-    fn rule_origin(&self, _: u32) -> Option<Arc<ObjectKey>> {
+    fn rule_origin(&self, _: u32) -> Option<weir::model::Origins> {
         None
     }
 }

@@ -47,10 +47,10 @@ fn prefixes() -> Result<Prefixes> {
 
 /// Class 1 may use TCP 80 and 8080 to 8095, class 0 nothing.
 fn policy(origin: &str, peers: &[u32]) -> Arc<CompiledPolicy> {
-    let origin = Arc::new(ObjectKey::new("shop", origin));
+    let origins = Origins::from([PolicyRef::network_policy(&ObjectKey::new("shop", origin))]);
     let rule = |port, port_prefix_length, protocol| {
         let key = CompiledRuleKey { class: 1, protocol, port, port_prefix_length };
-        (key, CompiledRule { is_allowed: true, origin: origin.clone() })
+        (key, CompiledRule { action: Action::Allow, origins: origins.clone() })
     };
     let ingress = CompiledDirection {
         peers: peers.iter().map(|identity| (IdentityId(*identity), 1_u32)).collect(),
@@ -185,7 +185,8 @@ fn maps_hold_what_is_desired_and_a_restart_changes_only_policy_ids() -> Result<(
         after[2][0]["epoch"] = json!(2);
         assert_eq!(json!(dumps(pins, &WRITTEN)?), json!(after));
         assert_eq!(writers.policies.rule_origin(1), None, "a rule of the former process");
-        assert_eq!(writers.policies.rule_origin(2).as_deref(), Some(&ObjectKey::new("shop", "web")));
+        let web = PolicyRef::network_policy(&ObjectKey::new("shop", "web"));
+        assert_eq!(writers.policies.rule_origin(2).as_deref(), Some(&[web][..]));
 
         let nothing = BTreeMap::new();
         writers.services.prune(&Frontends::new())?;

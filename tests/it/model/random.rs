@@ -12,8 +12,8 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use serde_json::{Value, json};
 use weir::model::{
-    Labels, NamedPort, NetworkPolicy, ObjectKey, Peer, Pod, PolicyRule, PortMatch, PortSelector, Protocol,
-    Requirement, Selector,
+    Action, Labels, NamedPort, ObjectKey, Peer, Pod, Policy, PolicyDirection, PolicyKind, PolicyRef,
+    PolicyRule, PortMatch, PortSelector, Protocol, Requirement, Selector, Subject, Tier,
 };
 
 use super::{Cluster, ClusterPod, Payload};
@@ -97,9 +97,44 @@ fn place(index: usize, (namespace, labels, named_ports): (&str, Labels, Ports)) 
     ClusterPod { pod, addresses, node }
 }
 
-fn name(index: usize, mut policy: NetworkPolicy) -> NetworkPolicy {
-    policy.key = ObjectKey::new(policy.key.namespace, format!("policy-{index}"));
+fn name(index: usize, mut policy: Policy) -> Policy {
+    policy.reference.name = format!("policy-{index}").into();
     policy
+}
+
+/// The same with policies of every tier, with denies and passes, in namespaces and of the cluster.
+pub fn tiered_cluster() -> impl Strategy<Value = Cluster> {
+    let tier = prop_oneof![2 => Just(Tier::Namespaced), 1 => Just(Tier::Admin), 1 => Just(Tier::Baseline)];
+    let action = prop_oneof![3 => Just(Action::Allow), 2 => Just(Action::Deny), 1 => Just(Action::Pass)];
+    let change = (tier, any::<bool>(), any::<bool>(), namespace_selector(), vec(action, 4));
+    let priorities = Just((0..5).collect::<Vec<u32>>()).prop_shuffle();
+    (cluster(), vec(change, 5), priorities).prop_map(|(mut cluster, changes, priorities)| {
+        let changes = changes.into_iter().zip(priorities);
+        for (policy, ((tier, is_of_cluster, isolates, selected, actions), priority)) in
+            cluster.policies.iter_mut().zip(changes)
+        {
+            policy.tier = tier;
+            if tier.is_ordered() {
+                policy.priority = priority;
+            }
+            if is_of_cluster || tier.is_ordered() {
+                policy.reference.kind = PolicyKind::ClusterNetworkPolicy;
+                policy.reference.namespace = None;
+                let Subject::Pods { namespaces, .. } = &mut policy.subject;
+                *namespaces = selected;
+            }
+            let mut actions = actions.into_iter();
+            for direction in policy.ingress.iter_mut().chain(&mut policy.egress) {
+                let isolates = isolates && !tier.is_ordered();
+                direction.default = if isolates { Action::Deny } else { Action::Pass };
+                for (rule, action) in direction.rules.iter_mut().zip(&mut actions) {
+                    let is_known = tier.is_ordered() || action != Action::Pass;
+                    rule.action = if is_known { action } else { Action::Deny };
+                }
+            }
+        }
+        cluster
+    })
 }
 
 type Ports = BTreeMap<String, Vec<NamedPort>>;
@@ -153,23 +188,28 @@ fn namespace_selector() -> impl Strategy<Value = Selector> {
     prop_oneof![2 => selector(), 1 => by_name]
 }
 
-fn policy() -> impl Strategy<Value = NetworkPolicy> {
+fn policy() -> impl Strategy<Value = Policy> {
     let rules = || option::of(vec(rule(), 0..=2));
-    (select(&NAMESPACES[..]), selector(), rules(), rules()).prop_map(
-        |(namespace, pod_selector, ingress, egress)| NetworkPolicy {
-            key: ObjectKey::new(namespace, ""),
-            pod_selector,
-            // A policy without policyTypes isolates for ingress.
-            ingress: ingress.or_else(|| egress.is_none().then(Vec::new)),
-            egress,
-        },
-    )
+    (select(&NAMESPACES[..]), selector(), rules(), rules()).prop_map(|(namespace, pods, ingress, egress)| {
+        let isolating = |rules| PolicyDirection { default: Action::Deny, rules };
+        // A policy without policyTypes isolates for ingress.
+        let ingress = ingress.or_else(|| egress.is_none().then(Vec::new));
+        Policy {
+            reference: PolicyRef::network_policy(&ObjectKey::new(namespace, "")),
+            subject: Subject::Pods { namespaces: Selector::default(), pods },
+            tier: Tier::Namespaced,
+            priority: 0,
+            ingress: ingress.map(isolating),
+            egress: egress.map(isolating),
+            doubts: Vec::new(),
+        }
+    })
 }
 
 fn rule() -> impl Strategy<Value = PolicyRule> {
     let peers = prop_oneof![1 => Just(None), 4 => vec(peer(), 1..=2).prop_map(Some)];
     let ports = prop_oneof![1 => Just(None), 3 => vec(port(), 1..=2).prop_map(Some)];
-    (peers, ports).prop_map(|(peers, ports)| PolicyRule { peers, ports })
+    (peers, ports).prop_map(|(peers, ports)| PolicyRule { action: Action::Allow, peers, ports })
 }
 
 fn peer() -> impl Strategy<Value = Peer> {
@@ -220,10 +260,12 @@ pub fn manifests(cluster: &Cluster) -> Vec<Value> {
     namespaces.chain(cluster.policies.iter().map(policy_manifest)).collect()
 }
 
-fn policy_manifest(policy: &NetworkPolicy) -> Value {
-    let rules = |rules: &Option<Vec<PolicyRule>>, side: &str| {
-        rules.as_ref().map(|rules| {
-            rules
+fn policy_manifest(policy: &Policy) -> Value {
+    let Subject::Pods { pods, .. } = &policy.subject;
+    let rules = |direction: &Option<PolicyDirection>, side: &str| {
+        direction.as_ref().map(|direction| {
+            direction
+                .rules
                 .iter()
                 .map(|rule| {
                     json!({side: rule.peers.as_ref().map(|peers| {
@@ -241,9 +283,9 @@ fn policy_manifest(policy: &NetworkPolicy) -> Value {
     json!({
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": {"namespace": policy.key.namespace, "name": policy.key.name},
+        "metadata": {"namespace": policy.reference.namespace, "name": policy.reference.name},
         "spec": {
-            "podSelector": selector_manifest(&policy.pod_selector),
+            "podSelector": selector_manifest(pods),
             "policyTypes": types,
             "ingress": rules(&policy.ingress, "from"),
             "egress": rules(&policy.egress, "to"),
