@@ -129,20 +129,7 @@ impl Known {
     }
 
     fn objects_of(&self, kind: crate::kube::Kind) -> u64 {
-        use crate::kube::Kind;
-        let tables = &self.tables;
-        let length = match kind {
-            Kind::Namespace => tables.namespaces.snapshot().len(),
-            Kind::Pod => tables.pods.snapshot().len(),
-            Kind::Node => tables.nodes.snapshot().len(),
-            Kind::Service => tables.services.snapshot().len(),
-            Kind::EndpointSlice => tables.slices.snapshot().len(),
-            Kind::NetworkPolicy => tables.policies.snapshot().len(),
-            Kind::Identity => tables.identities.snapshot().len(),
-            Kind::NodeEndpoints => tables.node_endpoints.snapshot().len(),
-            Kind::WeirNode => tables.allocations.snapshot().len(),
-        };
-        length as u64
+        kind.count(&self.tables) as u64
     }
 
     fn status(&self) -> StatusAnswer {

@@ -16,6 +16,7 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::{BoxFuture, join_all};
 use futures::{Stream, StreamExt};
 use kube::api::{Api, ListParams, WatchEvent, WatchParams};
 use kube::core::watch::Bookmark;
@@ -26,13 +27,12 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
 
 use super::Tables;
-use super::convert::{Converted, FieldError, Kind, Object, ObjectId};
+use super::convert::{Converted, FieldError, ObjectId};
 use super::health::{Health, Report, closed};
-use super::sink::Sink;
-use super::watched::{Watchable, Watched};
-use crate::model::{
-    Allocation, EndpointSlice, IdentityLabels, Namespace, Node, NodeEndpoints, Pod, Policy, Service,
-};
+use super::kind::{Kind, ObjectKind};
+use super::kinds::{self, Visitor};
+use super::rows::Rows;
+use super::watched::Watched;
 
 /// Objects in one page of a list: as much text as is in memory at a time.
 const PAGE: u32 = 250;
@@ -47,24 +47,35 @@ const DELAY_MIN: Duration = Duration::from_millis(200);
 const DELAY_MAX: Duration = Duration::from_secs(10);
 /// While a definition of ours is missing: the operator writes it within seconds of its start.
 const DEFINITION_DELAY_MAX: Duration = Duration::from_secs(2);
+/// While the cluster is without a kind that it may be without.
+const NO_KIND_DELAY: Duration = Duration::from_secs(30);
 /// So many refusals to go on from a version mean that the version is wrong.
 const REFUSALS_MAX: u32 = 3;
 
 /// Keeps `tables` equal to what the API server says. Never returns.
 pub async fn run(client: Client, node: &str, tables: Arc<Tables>, health: Arc<Health>) {
-    let own_pods = format!("spec.nodeName={node}");
     let answered = Arc::new(Notify::new());
-    futures::join!(
-        Watch::<Namespace>::new(&client, None, &tables, &health, &answered).run(),
-        Watch::<Pod>::new(&client, Some(own_pods), &tables, &health, &answered).run(),
-        Watch::<Node>::new(&client, None, &tables, &health, &answered).run(),
-        Watch::<Service>::new(&client, None, &tables, &health, &answered).run(),
-        Watch::<EndpointSlice>::new(&client, None, &tables, &health, &answered).run(),
-        Watch::<Policy>::new(&client, None, &tables, &health, &answered).run(),
-        Watch::<IdentityLabels>::new(&client, None, &tables, &health, &answered).run(),
-        Watch::<NodeEndpoints>::new(&client, None, &tables, &health, &answered).run(),
-        Watch::<Allocation>::new(&client, None, &tables, &health, &answered).run(),
-    );
+    let mut watches = Watches { client, node: node.to_owned(), tables, health, answered, all: Vec::new() };
+    kinds::visit_all(&mut watches);
+    join_all(watches.all).await;
+}
+
+/// The watches of all kinds.
+struct Watches {
+    client: Client,
+    node: String,
+    tables: Arc<Tables>,
+    health: Arc<Health>,
+    answered: Arc<Notify>,
+    all: Vec<BoxFuture<'static, ()>>,
+}
+
+impl Visitor for Watches {
+    fn visit<K: ObjectKind>(&mut self) {
+        let fields = K::fields(&self.node);
+        let watch = Watch::<K>::new(&self.client, fields, &self.tables, &self.health, &self.answered);
+        self.all.push(Box::pin(watch.run()));
+    }
 }
 
 /// Why a watch has to be started again.
@@ -80,6 +91,8 @@ enum Interruption {
     EndedAtOnce,
     #[error("waiting: the API server does not know the kind yet; weir operator defines it when it starts")]
     NoDefinition,
+    #[error("the API server does not know the kind: there are no such objects")]
+    NoKind,
     #[error("the list has no version")]
     NoVersion,
     #[error(transparent)]
@@ -118,6 +131,7 @@ impl Interruption {
 fn refused(error: kube::Error, is_streaming_list: bool, kind: Kind) -> Interruption {
     match error {
         kube::Error::Api(status) if status.code == 404 && kind.is_own() => Interruption::NoDefinition,
+        kube::Error::Api(status) if status.code == 404 && kind.meta().is_optional => Interruption::NoKind,
         kube::Error::Api(status) if status.code == 410 => Interruption::Expired,
         kube::Error::Api(status) if is_streaming_list && !matches!(status.code, 429 | 501..=599) => {
             Interruption::NoStreaming(status.message)
@@ -126,13 +140,13 @@ fn refused(error: kube::Error, is_streaming_list: bool, kind: Kind) -> Interrupt
     }
 }
 
-struct Watch<M> {
-    api: Api<Watched<M>>,
+struct Watch<K: ObjectKind> {
+    api: Api<Watched<K>>,
     fields: Option<String>,
     /// Where to go on; `None`: with a full list.
     version: Option<String>,
     does_stream: bool,
-    sink: Sink,
+    rows: Box<dyn Rows<K::Row>>,
     health: Arc<Health>,
     /// Shared by all watches: told by the first that is answered by a server that was away.
     answered: Arc<Notify>,
@@ -142,7 +156,7 @@ struct Watch<M> {
     reports: BTreeMap<ObjectId, Vec<String>>,
 }
 
-impl<M: Watchable> Watch<M> {
+impl<K: ObjectKind> Watch<K> {
     fn new(
         client: &Client,
         fields: Option<String>,
@@ -155,7 +169,7 @@ impl<M: Watchable> Watch<M> {
             fields,
             version: None,
             does_stream: true,
-            sink: Sink::new(tables.clone()),
+            rows: K::rows(tables),
             health: health.clone(),
             answered: answered.clone(),
             is_searching: false,
@@ -182,12 +196,18 @@ impl<M: Watchable> Watch<M> {
                 said.clear();
             }
             let Err(error) = ended else { continue };
-            self.health.record_error(M::KIND);
+            if matches!(error, Interruption::NoKind) {
+                self.version = None;
+                self.reset(Vec::new());
+                sleep(jittered(NO_KIND_DELAY)).await;
+                continue;
+            }
+            self.health.record_error(K::KIND);
             let delay_max =
                 if matches!(error, Interruption::NoDefinition) { DEFINITION_DELAY_MAX } else { DELAY_MAX };
             match error {
                 Interruption::NoStreaming(reason) => {
-                    info!(kind = %M::KIND, reason, "this server does not stream lists; listing in pages");
+                    info!(kind = %K::KIND, reason, "this server does not stream lists; listing in pages");
                     self.does_stream = false;
                     continue;
                 }
@@ -207,9 +227,9 @@ impl<M: Watchable> Watch<M> {
             // Once per outage; what the server last said stands.
             let text = format!("{:#}", anyhow::Error::new(error));
             if said == text {
-                debug!(kind = %M::KIND, error = text, "watching the API again");
+                debug!(kind = %K::KIND, error = text, "watching the API again");
             } else {
-                warn!(kind = %M::KIND, error = text, "watching the API is interrupted");
+                warn!(kind = %K::KIND, error = text, "watching the API is interrupted");
                 said = text;
             }
             self.pause(jittered(delay), is_absence).await;
@@ -237,13 +257,13 @@ impl<M: Watchable> Watch<M> {
             Some(version) => self.api.watch(&self.parameters(), version).await,
             None => self.api.watch(&self.parameters().initial_events(), "").await,
         };
-        let mut stream = Box::pin(stream.map_err(|error| refused(error, listed.is_some(), M::KIND))?);
-        self.health.record(M::KIND, |health| health.is_connected = true);
+        let mut stream = Box::pin(stream.map_err(|error| refused(error, listed.is_some(), K::KIND))?);
+        self.health.record(K::KIND, |health| health.is_connected = true);
         if mem::take(&mut self.is_searching) {
             self.answered.notify_waiters();
         }
         while let Some(event) = next(&mut stream, listed.is_some()).await? {
-            match event.map_err(|error| refused(error, listed.is_some(), M::KIND))? {
+            match event.map_err(|error| refused(error, listed.is_some(), K::KIND))? {
                 WatchEvent::Added(object) | WatchEvent::Modified(object) => match &mut listed {
                     Some(listed) => listed.push(object),
                     None => self.apply(object),
@@ -254,7 +274,7 @@ impl<M: Watchable> Watch<M> {
                 },
                 WatchEvent::Bookmark(bookmark) => self.bookmark(bookmark, &mut listed),
                 WatchEvent::Error(status) => {
-                    return Err(refused(kube::Error::Api(status), listed.is_some(), M::KIND));
+                    return Err(refused(kube::Error::Api(status), listed.is_some(), K::KIND));
                 }
             }
         }
@@ -278,7 +298,7 @@ impl<M: Watchable> Watch<M> {
         loop {
             let page = match self.api.list(&parameters).await {
                 Ok(page) => page,
-                Err(error) => return Err(refused(error, false, M::KIND)),
+                Err(error) => return Err(refused(error, false, K::KIND)),
             };
             listed.extend(page.items);
             parameters.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
@@ -291,7 +311,7 @@ impl<M: Watchable> Watch<M> {
         }
     }
 
-    fn bookmark(&mut self, bookmark: Bookmark, listed: &mut Option<Vec<Watched<M>>>) {
+    fn bookmark(&mut self, bookmark: Bookmark, listed: &mut Option<Vec<Watched<K>>>) {
         let is_end = bookmark.metadata.annotations.contains_key("k8s.io/initial-events-end");
         match listed.take_if(|_| is_end) {
             Some(all) => self.reset(all),
@@ -302,69 +322,69 @@ impl<M: Watchable> Watch<M> {
         self.version = Some(bookmark.metadata.resource_version);
     }
 
-    fn reset(&mut self, listed: Vec<Watched<M>>) {
+    fn reset(&mut self, listed: Vec<Watched<K>>) {
         self.reports.clear();
         let mut all = Vec::with_capacity(listed.len());
         for object in listed {
-            let Some((id, object)) = self.accept(object) else { continue };
-            all.extend(object.map(|object| (id, object)));
+            let Some((id, row)) = self.accept(object) else { continue };
+            all.extend(row.map(|row| (id.key, row)));
         }
-        debug!(kind = %M::KIND, count = all.len(), "listed");
-        self.sink.reset(M::KIND, all);
+        debug!(kind = %K::KIND, count = all.len(), "listed");
+        self.rows.reset(all);
         self.show_reports();
-        self.health.record_event(M::KIND);
-        self.health.record(M::KIND, |health| health.is_synced = true);
+        self.health.record_event(K::KIND);
+        self.health.record(K::KIND, |health| health.is_synced = true);
     }
 
-    fn apply(&mut self, object: Watched<M>) {
+    fn apply(&mut self, object: Watched<K>) {
         self.version = object.resource_version().or(self.version.take());
         let had_report = object.id.as_ref().is_ok_and(|id| self.reports.contains_key(id));
-        if let Some((id, object)) = self.accept(object) {
-            match object {
-                Some(object) => self.sink.apply(&id, object),
-                None => self.sink.delete(&id),
+        if let Some((id, row)) = self.accept(object) {
+            match row {
+                Some(row) => self.rows.apply(&id.key, row),
+                None => self.rows.delete(&id.key),
             }
             if had_report || self.reports.contains_key(&id) {
                 self.show_reports();
             }
         }
-        self.health.record_event(M::KIND);
+        self.health.record_event(K::KIND);
     }
 
-    fn delete(&mut self, object: Watched<M>) {
+    fn delete(&mut self, object: Watched<K>) {
         self.version = object.resource_version().or(self.version.take());
         if let Ok(id) = object.id {
-            self.sink.delete(&id);
+            self.rows.delete(&id.key);
             if self.reports.remove(&id).is_some() {
                 self.show_reports();
             }
         }
-        self.health.record_event(M::KIND);
+        self.health.record_event(K::KIND);
     }
 
     /// The object's row, or the last good one where it is broken; `None` in the pair for
     /// an object that makes no row. Notes what is wrong with it.
-    fn accept(&mut self, object: Watched<M>) -> Option<(ObjectId, Option<Object>)> {
+    fn accept(&mut self, object: Watched<K>) -> Option<(ObjectId, Option<Arc<K::Row>>)> {
         let id = object
             .id
-            .inspect_err(|error| warn!(kind = %M::KIND, %error, "an object has no valid name"))
+            .inspect_err(|error| warn!(kind = %K::KIND, %error, "an object has no valid name"))
             .ok()?;
         self.reports.remove(&id);
-        let object = match object.outcome {
-            Ok(Converted { object, warnings, doubts }) => {
+        let row = match object.outcome {
+            Ok(Converted { row, warnings, doubts }) => {
                 let said = warnings.iter().map(FieldError::to_string).chain(doubts.iter().map(closed));
                 let said: Vec<String> = said.collect();
                 if !said.is_empty() {
                     self.reports.insert(id.clone(), said);
                 }
-                object
+                row
             }
             Err(error) => {
                 self.reports.insert(id.clone(), vec![error.to_string()]);
-                self.sink.get(&id)
+                self.rows.get(&id.key)
             }
         };
-        Some((id, object))
+        Some((id, row))
     }
 
     fn show_reports(&self) {
@@ -377,7 +397,7 @@ impl<M: Watchable> Watch<M> {
         };
         let reports = self.reports.iter();
         let reports = reports.flat_map(|(id, reasons)| reasons.iter().map(move |reason| report(id, reason)));
-        self.health.replace(&format!("kubernetes {}", M::KIND), reports.collect());
+        self.health.replace(&format!("kubernetes {}", K::KIND), reports.collect());
     }
 }
 

@@ -27,14 +27,16 @@ use kube::ResourceExt;
 use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
-use super::convert::{Converted, Kind, Object};
+use super::convert::Converted;
 use super::crd::UNUSED_SINCE;
 use super::document::Content;
 use super::files::{Files, read_identity, with_mark};
 use super::health::{Health, Report};
+use super::kind::ObjectKind;
+use super::kinds::NodeEndpoints;
 use super::manifests::{documents, is_manifest};
 use super::unused::Unused;
-use crate::model::IdentityId;
+use crate::model::{self, IdentityId};
 
 /// The topic of reports on passes that could not be made.
 const COLLECTION: &str = "the collection of unused identities";
@@ -138,15 +140,16 @@ impl Collector {
             let path = self.files.path(&name);
             let Some(text) = Files::read(&path)? else { continue };
             let is_nodes = name.as_encoded_bytes().starts_with(b"endpoints-");
-            if !is_nodes && !text.contains(Kind::NodeEndpoints.name()) {
+            if !is_nodes && !text.contains(NodeEndpoints::META.name) {
                 continue;
             }
             for document in documents(&text).with_context(|| format!("reading {}", path.display()))? {
                 match document.content {
-                    Content::Object(_, Converted { object: Some(Object::NodeEndpoints(part)), .. }) => {
-                        used.extend(part.endpoints.iter().map(|endpoint| endpoint.identity));
+                    Content::Object(_, Converted { row: Some(object), .. }) => {
+                        let part = object.row::<model::NodeEndpoints>();
+                        used.extend(part.iter().flat_map(|part| &part.endpoints).map(|pod| pod.identity));
                     }
-                    Content::BrokenObject(id, error) if id.kind == Kind::NodeEndpoints => {
+                    Content::BrokenObject(id, error) if id.kind == NodeEndpoints::KIND => {
                         bail!("reading {}: {id}: {error}", path.display());
                     }
                     Content::Broken(error) => bail!("reading {}: {error}", path.display()),

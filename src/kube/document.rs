@@ -7,7 +7,9 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::convert::{self, Converted, Field, FieldError, Kind, ObjectId};
+use super::convert::{self, Converted, Field, FieldError, ObjectId};
+use super::kind::{Kind, Object, ObjectKind};
+use super::kinds::NetworkPolicy;
 
 /// More documents than this in one file are refused.
 const DOCUMENTS_MAX: usize = 20_000;
@@ -29,7 +31,7 @@ pub struct Document {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
     /// An object of a kind that we know.
-    Object(ObjectId, Converted),
+    Object(ObjectId, Converted<Object>),
     /// An object of ours that is broken.
     BrokenObject(ObjectId, FieldError),
     /// Cannot be read so far as to say which object it is.
@@ -161,17 +163,20 @@ fn interpret(value: &Value, implied: Option<(&str, &str)>, depth: usize, content
 }
 
 fn object(root: &Field, value: &Value, api_version: &str, kind: &str) -> Content {
-    let known = Kind::ALL.into_iter().find(|known| known.name() == kind && has_group(*known, api_version));
+    let known = Kind::named(kind).filter(|known| has_group(*known, api_version));
     let Some(known) = known else { return Content::Unknown(format!("{api_version}/{kind}")) };
     let id = match convert::identify(known, root) {
         Ok(id) => id,
         Err(error) => return Content::Broken(error),
     };
     if known.api_version() != api_version {
+        if let Some(converted) = known.read_other_version(&id, value) {
+            return Content::Object(id, converted);
+        }
         let reason = format!("{api_version:?} is not read; write {}", known.api_version());
         return Content::BrokenObject(id, FieldError { path: "apiVersion".to_owned(), reason });
     }
-    match convert::convert(&id, value, true) {
+    match known.read(&id, value, true) {
         Ok(converted) => Content::Object(id, converted),
         Err(error) => Content::BrokenObject(id, error),
     }
@@ -179,7 +184,7 @@ fn object(root: &Field, value: &Value, api_version: &str, kind: &str) -> Content
 
 fn has_group(kind: Kind, api_version: &str) -> bool {
     let group = api_version.split_once('/').map_or("", |(group, _)| group);
-    group == kind.group() || (kind == Kind::NetworkPolicy && group == "extensions")
+    group == kind.group() || (kind == NetworkPolicy::KIND && group == "extensions")
 }
 
 fn whole(reason: String) -> FieldError {
@@ -254,13 +259,30 @@ mod tests {
                  characters)",
             ),
             (
-                "{apiVersion: extensions/v1beta1, kind: NetworkPolicy, metadata: {name: a}}",
-                "1@1: NetworkPolicy default/a: apiVersion: \"extensions/v1beta1\" is not read; write \
-                 networking.k8s.io/v1",
+                "{apiVersion: discovery.k8s.io/v1beta1, kind: EndpointSlice, metadata: {name: a}}",
+                "1@1: EndpointSlice default/a: apiVersion: \"discovery.k8s.io/v1beta1\" is not read; write \
+                 discovery.k8s.io/v1",
             ),
         ] {
             assert_eq!(broken(text), [expected], "{text}");
         }
+    }
+
+    #[test]
+    fn a5_a_policy_of_another_version_isolates_what_it_selects() {
+        let text = "{apiVersion: extensions/v1beta1, kind: NetworkPolicy, metadata: {name: a}, spec: {podSelector: \
+                    {matchLabels: {app: web}}, ingress: [{}]}}";
+        let content = read(text).expect("one document").remove(0).content;
+        let Content::Object(id, Converted { row: Some(row), doubts, .. }) = content else {
+            panic!("{content:?}")
+        };
+        assert_eq!(id.to_string(), "NetworkPolicy default/a");
+        let said = "apiVersion: \"extensions/v1beta1\" is not read; write networking.k8s.io/v1";
+        assert_eq!(doubts.iter().map(ToString::to_string).collect::<Vec<_>>(), [said]);
+        let policy = row.row::<crate::model::Policy>().expect("a policy");
+        let closed =
+            Some(crate::model::PolicyDirection { default: crate::model::Action::Deny, rules: vec![] });
+        assert_eq!((&policy.ingress, &policy.egress), (&closed, &closed));
     }
 
     #[test]

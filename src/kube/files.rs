@@ -15,9 +15,10 @@ use anyhow::{Context, Result, ensure};
 use kube::ResourceExt;
 use serde::Serialize;
 
-use super::convert::{Converted, FieldError, Object};
+use super::convert::{Converted, FieldError};
 use super::crd::{Identity, IdentitySpec, UNUSED_SINCE};
 use super::document::Content;
+use super::kinds::ClaimedIdentity;
 use super::manifests;
 use crate::model::{IdentityId, IdentityLabels};
 
@@ -161,8 +162,8 @@ pub(super) fn read_identity(id: IdentityId, text: &str) -> Result<Option<Identit
         }
     }
     Ok(match &documents[..] {
-        [Content::Object(_, Converted { object: Some(Object::Identity(number, ..)), .. })]
-            if *number == id =>
+        [Content::Object(_, Converted { row: Some(object), .. })]
+            if object.row::<ClaimedIdentity>().is_some_and(|claimed| claimed.number == id) =>
         {
             serde_yaml::from_str(text).ok()
         }

@@ -7,7 +7,8 @@ use std::time::SystemTime;
 use serde::Serialize;
 use tracing::{info, warn};
 
-use super::convert::{FieldError, Kind};
+use super::convert::FieldError;
+use super::kind::Kind;
 
 /// How the source of one kind is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -53,7 +54,7 @@ impl Health {
     /// Every kind with its health.
     pub fn kinds(&self) -> Vec<(Kind, KindHealth)> {
         let kinds = self.kinds.lock().expect("nobody panics while holding the lock");
-        Kind::ALL.into_iter().map(|kind| (kind, kinds.get(&kind).copied().unwrap_or_default())).collect()
+        Kind::ALL.iter().map(|kind| (*kind, kinds.get(kind).copied().unwrap_or_default())).collect()
     }
 
     /// Every standing report, by source.

@@ -24,10 +24,11 @@ use notify::{RecursiveMode, Watcher};
 use tracing::{debug, info, warn};
 
 use super::Tables;
-use super::convert::{Converted, FieldError, Kind, Object, ObjectId};
+use super::convert::{Converted, FieldError, ObjectId};
 use super::document::{self, Content, Document};
 use super::health::{Health, Report, closed};
-use super::sink::Sink;
+use super::kind::{Kind, Object};
+use super::rows::AnyRows;
 
 /// Larger files are refused.
 const FILE_BYTES_MAX: u64 = 16 << 20;
@@ -175,7 +176,7 @@ struct File {
 /// What the directory held when it was last looked at.
 struct Directory {
     path: PathBuf,
-    sink: Sink,
+    rows: BTreeMap<Kind, Box<dyn AnyRows>>,
     health: Arc<Health>,
     files: BTreeMap<OsString, File>,
     /// The files that define an object; the first one is believed.
@@ -189,7 +190,7 @@ impl Directory {
     fn new(path: PathBuf, tables: Arc<Tables>, health: Arc<Health>) -> Self {
         Self {
             path,
-            sink: Sink::new(tables),
+            rows: Kind::ALL.iter().map(|kind| (*kind, kind.rows(&tables))).collect(),
             health,
             files: BTreeMap::new(),
             owners: BTreeMap::new(),
@@ -300,7 +301,7 @@ impl Directory {
                         "is defined above in this file already; the first one counts".to_owned(),
                     );
                 }
-                Content::Object(id, Converted { object, warnings, doubts }) => {
+                Content::Object(id, Converted { row: object, warnings, doubts }) => {
                     warnings.iter().for_each(|warning| report(Some(&id), warning.to_string()));
                     doubts.iter().for_each(|doubt| report(Some(&id), closed(doubt)));
                     objects.insert(id, object);
@@ -348,19 +349,25 @@ impl Directory {
     /// Brings the rows of `touched` up to date, or every row when this is the first time.
     fn publish(&mut self, touched: BTreeSet<ObjectId>) {
         if !self.is_synced {
-            for kind in Kind::ALL {
-                let of_kind = self.owners.keys().filter(|id| id.kind == kind);
-                let all = of_kind.filter_map(|id| Some((id.clone(), self.winner(id)?))).collect();
-                self.sink.reset(kind, all);
-                self.health.record_event(kind);
-                self.health.record(kind, |health| health.is_synced = true);
+            let winner = |id: &ObjectId| Some((id.clone(), self.winner(id)?));
+            let mut all: BTreeMap<Kind, Vec<(ObjectId, Object)>> = BTreeMap::new();
+            for (id, object) in self.owners.keys().filter_map(winner) {
+                all.entry(id.kind).or_default().push((id, object));
+            }
+            for (kind, rows) in &mut self.rows {
+                rows.reset(all.remove(kind).unwrap_or_default());
+                self.health.record_event(*kind);
+                self.health.record(*kind, |health| health.is_synced = true);
             }
             self.is_synced = true;
         } else {
             for id in &touched {
-                match self.winner(id) {
-                    Some(object) => self.sink.apply(id, object),
-                    None => self.sink.delete(id),
+                let winner = self.winner(id);
+                if let Some(rows) = self.rows.get_mut(&id.kind) {
+                    match winner {
+                        Some(object) => rows.apply(id, &object),
+                        None => rows.delete(id),
+                    }
                 }
                 self.health.record_event(id.kind);
             }

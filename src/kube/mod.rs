@@ -7,8 +7,8 @@
 //! directory by the agents' [`Collector`]s.
 //!
 //! ```text
-//! API server ── api ──┐
-//!                     ├─ convert ── sink ──> Tables
+//! API server ── api ────┐
+//!                       ├─ kinds ── rows ──> Tables
 //! directory ─ manifests ┘                      │ apply (claims)
 //! API server, directory <── publish <── Publisher
 //! ```
@@ -23,23 +23,30 @@ mod document;
 mod files;
 mod health;
 mod joined;
+mod kind;
+mod kinds;
 mod manifests;
 mod publish;
-mod sink;
+mod rows;
 mod unused;
 mod watched;
 
+use std::any::{Any, TypeId};
+use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
 
 pub use collect::Collector;
-pub use convert::{FieldError, Kind};
+pub use convert::FieldError;
 pub use health::{Health, KindHealth, Report};
+pub use kind::Kind;
+pub(crate) use kind::ObjectKind;
+pub(crate) use kinds::{Visitor, visit_all};
 pub use publish::{Publisher, heartbeat_name};
 pub(crate) use unused::Unused;
-pub(crate) use watched::{Watchable, Watched};
+pub(crate) use watched::Watched;
 
 use crate::model::{
     Allocation, EndpointSlice, IdentityId, IdentityLabels, Namespace, Node, NodeEndpoints, ObjectKey, Pod,
@@ -51,29 +58,34 @@ use crate::tables::{State, Table};
 #[derive(Default)]
 pub struct Tables {
     /// By name.
-    pub namespaces: Table<Arc<str>, Arc<Namespace>>,
+    pub namespaces: Arc<Table<Arc<str>, Arc<Namespace>>>,
     /// From the Kubernetes API only this node's pods; from a directory all of them.
-    pub pods: Table<ObjectKey, Arc<Pod>>,
+    pub pods: Arc<Table<ObjectKey, Arc<Pod>>>,
     /// By name: Node objects, with the operator's pod CIDRs where they have none of their own.
-    pub nodes: Table<Arc<str>, Arc<Node>>,
+    pub nodes: Arc<Table<Arc<str>, Arc<Node>>>,
     /// Those with cluster IPs, and headless ones.
-    pub services: Table<ObjectKey, Arc<Service>>,
+    pub services: Arc<Table<ObjectKey, Arc<Service>>>,
     /// By the slice's own name.
-    pub slices: Table<ObjectKey, Arc<EndpointSlice>>,
+    pub slices: Arc<Table<ObjectKey, Arc<EndpointSlice>>>,
     /// Of every kind.
-    pub policies: Table<PolicyRef, Arc<Policy>>,
+    pub policies: Arc<Table<PolicyRef, Arc<Policy>>>,
     /// Those that any node claimed; this node's own at once.
-    pub identities: Table<IdentityId, Arc<IdentityLabels>>,
+    pub identities: Arc<Table<IdentityId, Arc<IdentityLabels>>>,
     /// By node, put together from as many objects as the node needs.
-    pub node_endpoints: Table<Arc<str>, Arc<NodeEndpoints>>,
+    pub node_endpoints: Arc<Table<Arc<str>, Arc<NodeEndpoints>>>,
     /// By node: what the operator gave.
-    pub allocations: Table<Arc<str>, Arc<Allocation>>,
+    pub allocations: Arc<Table<Arc<str>, Arc<Allocation>>>,
     /// Identities that are to be claimed before a pod begins to use them, although they are in
     /// `identities`: they are marked as unused, or their object is gone while pods have them.
-    pub to_claim: Table<IdentityId, ()>,
+    pub to_claim: Arc<Table<IdentityId, ()>>,
     claims: claims::Claims,
     joining: joined::Joining,
+    /// Of kinds that no field above names.
+    others: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
 }
+
+/// A table with a row an object.
+type ObjectTable<R> = Table<ObjectKey, Arc<R>>;
 
 impl Tables {
     /// Empty tables, none of them synced.
@@ -81,13 +93,20 @@ impl Tables {
         Self::default()
     }
 
+    /// The table of a kind that has no field here.
+    pub(crate) fn of<K: ObjectKind>(&self) -> Arc<ObjectTable<K::Row>> {
+        let mut others = self.others.lock().expect("nobody panics while holding the lock");
+        let table = others.entry(TypeId::of::<K>()).or_insert_with(|| Arc::new(ObjectTable::<K::Row>::new()));
+        table.clone().downcast().expect("a kind has one type of rows")
+    }
+
     /// Every source has delivered its first full list.
-    pub fn all_synced(&self) -> bool {
+    pub fn all_synced(self: &Arc<Self>) -> bool {
         self.receivers().iter().all(|table| table.borrow().is_synced)
     }
 
     /// Waits until every source has delivered its first full list.
-    pub async fn wait_synced(&self) {
+    pub async fn wait_synced(self: &Arc<Self>) {
         for mut table in self.receivers() {
             // The sender lives as long as `self`.
             let _ = table.wait_for(|state| state.is_synced).await;
@@ -96,7 +115,7 @@ impl Tables {
 
     /// Returns after the next change of any table. Take it before the snapshots that the
     /// change is to be compared with, and await it afterwards: then no change is missed.
-    pub fn changed(&self) -> impl Future<Output = ()> + Send + use<> {
+    pub fn changed(self: &Arc<Self>) -> impl Future<Output = ()> + Send + use<> {
         let mut tables = self.receivers();
         async move {
             let changes = tables.iter_mut().map(|table| Box::pin(table.changed()));
@@ -104,18 +123,9 @@ impl Tables {
         }
     }
 
-    fn receivers(&self) -> [watch::Receiver<State>; 9] {
-        [
-            self.namespaces.subscribe(),
-            self.pods.subscribe(),
-            self.nodes.subscribe(),
-            self.services.subscribe(),
-            self.slices.subscribe(),
-            self.policies.subscribe(),
-            self.identities.subscribe(),
-            self.node_endpoints.subscribe(),
-            self.to_claim.subscribe(),
-        ]
+    fn receivers(self: &Arc<Self>) -> Vec<watch::Receiver<State>> {
+        let of_kinds = Kind::ALL.iter().map(|kind| kind.rows(self).subscribe());
+        of_kinds.chain([self.to_claim.subscribe()]).collect()
     }
 }
 

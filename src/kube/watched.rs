@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::marker::PhantomData;
+use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
@@ -14,46 +14,19 @@ use kube::core::DynamicResourceScope;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use super::convert::{self, Converted, Field, FieldError, Kind, ObjectId};
-use crate::model;
+use super::convert::{self, Converted, Field, FieldError, ObjectId};
+use super::kind::{self, ObjectKind};
 
-/// A type of the model that one kind of the API becomes.
-pub trait Watchable: 'static {
-    /// The kind.
-    const KIND: Kind;
-}
-
-macro_rules! watchable {
-    ($($model:ident => $kind:ident),* $(,)?) => {
-        $(impl Watchable for model::$model {
-            const KIND: Kind = Kind::$kind;
-        })*
-    };
-}
-
-watchable! {
-    Namespace => Namespace,
-    Pod => Pod,
-    Node => Node,
-    Service => Service,
-    EndpointSlice => EndpointSlice,
-    Policy => NetworkPolicy,
-    IdentityLabels => Identity,
-    NodeEndpoints => NodeEndpoints,
-    Allocation => WeirNode,
-}
-
-/// An object of the kind that becomes `M`, converted.
-pub struct Watched<M> {
+/// An object of the kind `K`, converted.
+pub struct Watched<K: ObjectKind> {
     metadata: ObjectMeta,
     /// Which object it is; none has been seen without a valid name.
     pub id: Result<ObjectId, FieldError>,
     /// What came of it.
-    pub outcome: Result<Converted, FieldError>,
-    kind: PhantomData<fn() -> M>,
+    pub outcome: Result<Converted<Arc<K::Row>>, FieldError>,
 }
 
-impl<M: Watchable> Watched<M> {
+impl<K: ObjectKind> Watched<K> {
     fn new(value: &Value) -> Self {
         let text = |field: &str| value["metadata"][field].as_str().map(str::to_owned);
         let metadata = ObjectMeta {
@@ -63,49 +36,48 @@ impl<M: Watchable> Watched<M> {
             uid: text("uid"),
             ..ObjectMeta::default()
         };
-        let id = convert::identify(M::KIND, &Field::root(value, false));
-        let outcome = id.clone().and_then(|id| convert::convert(&id, value, false));
-        Self { metadata, id, outcome, kind: PhantomData }
+        let id = convert::identify(K::KIND, &Field::root(value, false));
+        let outcome = id.clone().and_then(|id| kind::read::<K>(&id, value, false));
+        Self { metadata, id, outcome }
     }
 }
 
-impl<'de, M: Watchable> Deserialize<'de> for Watched<M> {
+impl<'de, K: ObjectKind> Deserialize<'de> for Watched<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         Value::deserialize(deserializer).map(|value| Self::new(&value))
     }
 }
 
-impl<M> Clone for Watched<M> {
+impl<K: ObjectKind> Clone for Watched<K> {
     fn clone(&self) -> Self {
-        let (metadata, id, outcome) = (self.metadata.clone(), self.id.clone(), self.outcome.clone());
-        Self { metadata, id, outcome, kind: PhantomData }
+        Self { metadata: self.metadata.clone(), id: self.id.clone(), outcome: self.outcome.clone() }
     }
 }
 
-impl<M> fmt::Debug for Watched<M> {
+impl<K: ObjectKind> fmt::Debug for Watched<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Watched").field("id", &self.id).field("outcome", &self.outcome).finish()
     }
 }
 
-impl<M: Watchable> Resource for Watched<M> {
+impl<K: ObjectKind> Resource for Watched<K> {
     type DynamicType = ();
     type Scope = DynamicResourceScope;
 
     fn kind(_: &()) -> Cow<'_, str> {
-        M::KIND.name().into()
+        K::KIND.name().into()
     }
 
     fn group(_: &()) -> Cow<'_, str> {
-        M::KIND.group().into()
+        K::KIND.group().into()
     }
 
     fn version(_: &()) -> Cow<'_, str> {
-        M::KIND.version().into()
+        K::KIND.version().into()
     }
 
     fn plural(_: &()) -> Cow<'_, str> {
-        M::KIND.plural().into()
+        K::KIND.plural().into()
     }
 
     fn meta(&self) -> &ObjectMeta {

@@ -115,6 +115,17 @@ pub struct Node {
     pub pod_cidrs: Vec<IpNet>,
 }
 
+/// cilium.io/v2 CiliumCIDRGroup: prefixes that policies name together.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CidrGroup {
+    /// `metadata.labels`, by which policies select groups.
+    pub labels: Labels,
+    /// `spec.externalCIDRs`.
+    pub cidrs: Vec<IpNet>,
+    /// Some of it could not be read: whoever takes away by this group takes away everything.
+    pub is_partial: bool,
+}
+
 /// What the operator gave to a node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Allocation {

@@ -7,7 +7,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use futures::{StreamExt, join};
+use futures::StreamExt;
+use futures::future::{BoxFuture, join_all};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::Api;
 use kube::runtime::WatchStreamExt;
@@ -19,8 +20,7 @@ use tracing::warn;
 
 use super::metrics::{KindLabel, Metrics};
 use super::recorder;
-use crate::kube::{FieldError, Watchable, Watched};
-use crate::model;
+use crate::kube::{FieldError, ObjectKind, Visitor, Watched, visit_all};
 
 /// Objects in a page of the first list: as much text as is in memory at a time.
 const PAGE: u32 = 50;
@@ -33,26 +33,36 @@ const NOTE_MAX: usize = 1000;
 
 /// Follows every kind that agents read and that somebody may have written wrong. Never returns.
 pub async fn run(client: &Client, name: &str, metrics: &Metrics) {
-    join!(
-        Reports::<model::Node>::new(client, name, metrics).run(),
-        Reports::<model::Service>::new(client, name, metrics).run(),
-        Reports::<model::EndpointSlice>::new(client, name, metrics).run(),
-        Reports::<model::Policy>::new(client, name, metrics).run(),
-        Reports::<model::IdentityLabels>::new(client, name, metrics).run(),
-        Reports::<model::NodeEndpoints>::new(client, name, metrics).run(),
-        Reports::<model::Allocation>::new(client, name, metrics).run(),
-    );
+    let mut all = All { client, name, metrics, reports: Vec::new() };
+    visit_all(&mut all);
+    join_all(all.reports).await;
 }
 
-struct Reports<M> {
-    api: Api<Watched<M>>,
+struct All<'a> {
+    client: &'a Client,
+    name: &'a str,
+    metrics: &'a Metrics,
+    reports: Vec<BoxFuture<'static, ()>>,
+}
+
+impl Visitor for All<'_> {
+    fn visit<K: ObjectKind>(&mut self) {
+        if K::META.is_reported {
+            let reports = Reports::<K>::new(self.client, self.name, self.metrics);
+            self.reports.push(Box::pin(reports.run()));
+        }
+    }
+}
+
+struct Reports<K: ObjectKind> {
+    api: Api<Watched<K>>,
     recorder: Recorder,
     metrics: Metrics,
     /// By UID.
     said: HashMap<String, (ObjectReference, Event)>,
 }
 
-impl<M: Watchable> Reports<M> {
+impl<K: ObjectKind> Reports<K> {
     fn new(client: &Client, name: &str, metrics: &Metrics) -> Self {
         Self {
             api: Api::all(client.clone()),
@@ -75,9 +85,9 @@ impl<M: Watchable> Reports<M> {
                         self.take(change).await;
                     }
                     // Once per outage; the watch goes on by itself.
-                    Some(Err(error)) if !is_silent => {
+                    Some(Err(error)) if !is_silent && !is_absent::<K>(&error) => {
                         is_silent = true;
-                        warn!(kind = %M::KIND, %error, "watching what agents read");
+                        warn!(kind = %K::KIND, %error, "watching what agents read");
                     }
                     Some(Err(_)) => {}
                     None => return,
@@ -87,7 +97,7 @@ impl<M: Watchable> Reports<M> {
         }
     }
 
-    async fn take(&mut self, change: watcher::Event<Watched<M>>) {
+    async fn take(&mut self, change: watcher::Event<Watched<K>>) {
         match change {
             watcher::Event::Apply(object) | watcher::Event::InitApply(object) => self.look_at(&object).await,
             watcher::Event::Delete(object) => drop(object.uid().and_then(|uid| self.said.remove(&uid))),
@@ -95,11 +105,11 @@ impl<M: Watchable> Reports<M> {
         }
         self.metrics
             .objects_reported
-            .get_or_create(&KindLabel { kind: M::KIND.name() })
+            .get_or_create(&KindLabel { kind: K::KIND.name() })
             .set(self.said.len() as i64);
     }
 
-    async fn look_at(&mut self, object: &Watched<M>) {
+    async fn look_at(&mut self, object: &Watched<K>) {
         let Some(uid) = object.uid() else { return };
         let Some(event) = complaint(object) else {
             self.said.remove(&uid);
@@ -109,8 +119,8 @@ impl<M: Watchable> Reports<M> {
             return;
         }
         let regarding = ObjectReference {
-            api_version: Some(M::KIND.api_version()),
-            kind: Some(M::KIND.name().to_owned()),
+            api_version: Some(K::KIND.api_version()),
+            kind: Some(K::KIND.name().to_owned()),
             name: object.meta().name.clone(),
             namespace: object.namespace(),
             uid: Some(uid.clone()),
@@ -129,7 +139,7 @@ impl<M: Watchable> Reports<M> {
     async fn say(&self, regarding: &ObjectReference, event: &Event) {
         if let Err(error) = self.recorder.publish(event, regarding).await {
             self.metrics.errors.inc();
-            warn!(kind = %M::KIND, name = regarding.name, %error, "publishing an event");
+            warn!(kind = %K::KIND, name = regarding.name, %error, "publishing an event");
         }
     }
 }
@@ -138,8 +148,19 @@ fn joined(errors: &[FieldError]) -> String {
     errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
+/// The cluster is without a kind that it may be without.
+fn is_absent<K: ObjectKind>(error: &watcher::Error) -> bool {
+    let (watcher::Error::InitialListFailed(kube::Error::Api(status))
+    | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+    | watcher::Error::WatchFailed(kube::Error::Api(status))) = error
+    else {
+        return false;
+    };
+    K::META.is_optional && status.code == 404
+}
+
 /// What is to be said of an object, if anything is.
-fn complaint<M>(object: &Watched<M>) -> Option<Event> {
+fn complaint<K: ObjectKind>(object: &Watched<K>) -> Option<Event> {
     let (reason, text) = match &object.outcome {
         Err(error) => ("Malformed", format!("Weir keeps its last good state: {error}")),
         Ok(converted) if !converted.doubts.is_empty() => (

@@ -56,7 +56,7 @@ fn a_flow_names_pods_policy_service_and_verdict() -> Result<()> {
     assert_eq!(allowed_flow["destination"]["port"], 80);
     assert_eq!(allowed_flow["service"]["name"], "server");
     assert_eq!(allowed_flow["service"]["port"], 1080);
-    assert!(allowed_flow["policy"].to_string().contains("server"), "{allowed_flow}");
+    assert!(allowed_flow["policies"].to_string().contains("server"), "{allowed_flow}");
     assert!(allowed_flow["source"]["labels"].to_string().contains("app=client"), "{allowed_flow}");
     let mut denied_flow = Value::Null;
     wait_for("the dropped flow", || {

@@ -97,6 +97,8 @@ fn a5_a_policy_that_cannot_be_read_isolates_its_pods_also_after_a_restart() -> R
         Row::new(&friend, Via::Tcp, SocketAddr::new(other.address(true), 80), Expected::Answered),
     ];
     expect_all(&rows)?;
+    let listed = lab.node(1).weir(&["policy", "list"])?;
+    assert!(listed.contains("spec.ingress[0].from[1].ipBlock.cidr"), "{listed}");
     lab.node(1).kill_agent()?;
     lab.node(1).start_agent()?;
     lab.node(1).wait_ready()?;

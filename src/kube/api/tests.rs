@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::*;
-use crate::kube::{Kind, KindHealth};
+use crate::kube::KindHealth;
 
 /// A request that waits for the test's answer.
 struct Request {
@@ -122,7 +122,8 @@ impl Lab {
         let client = Client::try_from(config).expect("a client");
         let (tables, health) = (Arc::new(Tables::new()), Arc::new(Health::default()));
         let answered = Arc::default();
-        let watch = tokio::spawn(Watch::<Namespace>::new(&client, None, &tables, &health, &answered).run());
+        let watch =
+            tokio::spawn(Watch::<kinds::Namespace>::new(&client, None, &tables, &health, &answered).run());
         Self { requests, client, tables, health, answered, tasks: vec![server, watch] }
     }
 
@@ -166,7 +167,7 @@ impl Lab {
 
     fn health(&self) -> KindHealth {
         let kinds = self.health.kinds();
-        kinds.into_iter().find(|(kind, _)| *kind == Kind::Namespace).expect("every kind has health").1
+        kinds.into_iter().find(|(kind, _)| kind.name() == "Namespace").expect("every kind has health").1
     }
 
     fn reports(&self) -> Vec<String> {
@@ -335,7 +336,8 @@ async fn a_server_that_is_back_is_found_by_one_watch_for_all() {
     let mut lab = Lab::start().await;
     lab.request().await.refuse(503);
     let first = lab.request().await;
-    let other = Watch::<Policy>::new(&lab.client, None, &lab.tables, &lab.health, &lab.answered);
+    let other =
+        Watch::<kinds::NetworkPolicy>::new(&lab.client, None, &lab.tables, &lab.health, &lab.answered);
     lab.tasks.push(tokio::spawn(other.run()));
     for _ in 0..5 {
         lab.any_request().await.refuse(503);

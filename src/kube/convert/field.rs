@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde_json::Value;
 
+use super::Cidr;
 use crate::model::Protocol;
 
 /// What is wrong with a document, and where.
@@ -62,6 +63,11 @@ impl<'a> Field<'a> {
         };
         let path = if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) };
         Ok(Field { path, value, is_strict: self.is_strict })
+    }
+
+    /// Its value; `None` where it is absent or null.
+    pub(super) fn value(&self) -> Option<&'a Value> {
+        self.value
     }
 
     /// True unless the field is absent or null.
@@ -181,15 +187,8 @@ impl<'a> Field<'a> {
 
     /// A range of addresses; bits behind the prefix do not count, as upstream has it.
     pub fn cidr(&self) -> Result<IpNet> {
-        let text = self.required_string()?;
-        let wrong = || self.error(format!("{text:?} is not a CIDR such as 10.0.0.0/8 or 2001:db8::/32"));
-        match text.parse::<IpNet>().map_err(|_| wrong())? {
-            IpNet::V6(net) if net.prefix_len() >= 96 && net.addr().to_ipv4_mapped().is_some() => {
-                let address = net.addr().to_canonical();
-                Ok(IpNet::new(address, net.prefix_len() - 96).map_err(|_| wrong())?.trunc())
-            }
-            net => Ok(net.trunc()),
-        }
+        let cidr: Cidr = self.required_string()?.parse().map_err(|reason: String| self.error(reason))?;
+        Ok(cidr.into())
     }
 
     /// `protocol`, TCP when absent.

@@ -1,142 +1,23 @@
-//! Kubernetes objects to `model` types, at the edge and nowhere else.
+//! Kubernetes objects to `model` types, at the edge and nowhere else: what all kinds have in common.
 //!
 //! Both sources end here with a JSON value, so that the same object means the same
 //! and is refused with the same words whether an API server or a file gave it.
+//! What is in an object of one kind is said in [`super::kinds`].
 
 mod field;
-mod names;
-mod node;
-mod own;
-mod pod;
-mod policy;
-mod service;
+pub(super) mod names;
 #[cfg(test)]
 mod tests;
+mod typed;
 
 use std::fmt;
-use std::sync::Arc;
-
-use serde::Serialize;
-use serde_json::Value;
 
 pub use field::{Field, FieldError, Result};
 pub use names::is_object_name;
-use policy::Notes;
+pub use typed::Cidr;
 
-use crate::model::{
-    Allocation, EndpointSlice, IdentityId, IdentityLabels, Labels, Namespace, Node, NodeEndpoints, ObjectKey,
-    Pod, Policy, Service,
-};
-
-/// The kinds of objects that sources deliver.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-pub enum Kind {
-    /// v1
-    Namespace,
-    /// v1
-    Pod,
-    /// v1
-    Node,
-    /// v1
-    Service,
-    /// discovery.k8s.io/v1
-    EndpointSlice,
-    /// networking.k8s.io/v1
-    NetworkPolicy,
-    /// weir.dev/v1alpha1
-    Identity,
-    /// weir.dev/v1alpha1
-    NodeEndpoints,
-    /// weir.dev/v1alpha1
-    WeirNode,
-}
-
-impl Kind {
-    /// Every kind.
-    pub const ALL: [Kind; 9] = [
-        Kind::Namespace,
-        Kind::Pod,
-        Kind::Node,
-        Kind::Service,
-        Kind::EndpointSlice,
-        Kind::NetworkPolicy,
-        Kind::Identity,
-        Kind::NodeEndpoints,
-        Kind::WeirNode,
-    ];
-
-    /// `kind` in a document.
-    pub fn name(self) -> &'static str {
-        match self {
-            Kind::Namespace => "Namespace",
-            Kind::Pod => "Pod",
-            Kind::Node => "Node",
-            Kind::Service => "Service",
-            Kind::EndpointSlice => "EndpointSlice",
-            Kind::NetworkPolicy => "NetworkPolicy",
-            Kind::Identity => "Identity",
-            Kind::NodeEndpoints => "NodeEndpoints",
-            Kind::WeirNode => "WeirNode",
-        }
-    }
-
-    /// The name in the API's paths.
-    pub fn plural(self) -> &'static str {
-        match self {
-            Kind::Namespace => "namespaces",
-            Kind::Pod => "pods",
-            Kind::Node => "nodes",
-            Kind::Service => "services",
-            Kind::EndpointSlice => "endpointslices",
-            Kind::NetworkPolicy => "networkpolicies",
-            Kind::Identity => "identities",
-            Kind::NodeEndpoints => "nodeendpoints",
-            Kind::WeirNode => "weirnodes",
-        }
-    }
-
-    /// The API group; empty for the core one.
-    pub fn group(self) -> &'static str {
-        match self {
-            Kind::Namespace | Kind::Pod | Kind::Node | Kind::Service => "",
-            Kind::EndpointSlice => "discovery.k8s.io",
-            Kind::NetworkPolicy => "networking.k8s.io",
-            Kind::Identity | Kind::NodeEndpoints | Kind::WeirNode => "weir.dev",
-        }
-    }
-
-    /// The version of the group that is read.
-    pub fn version(self) -> &'static str {
-        match self {
-            Kind::Identity | Kind::NodeEndpoints | Kind::WeirNode => "v1alpha1",
-            _ => "v1",
-        }
-    }
-
-    /// `apiVersion` in a document.
-    pub fn api_version(self) -> String {
-        match self.group() {
-            "" => self.version().to_owned(),
-            group => format!("{group}/{}", self.version()),
-        }
-    }
-
-    /// The kind is Weir's own: a definition brings it to the API server.
-    pub fn is_own(self) -> bool {
-        self.group() == "weir.dev"
-    }
-
-    /// Objects of this kind have a namespace.
-    pub fn is_namespaced(self) -> bool {
-        matches!(self, Kind::Pod | Kind::Service | Kind::EndpointSlice | Kind::NetworkPolicy)
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
+use super::kind::Kind;
+use crate::model::{Labels, ObjectKey};
 
 /// Which object: kind, namespace and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -156,39 +37,54 @@ impl fmt::Display for ObjectId {
     }
 }
 
-/// A converted object.
+/// What came of a document; `T` is a row, or one of any kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Object {
-    /// A row of `namespaces`.
-    Namespace(Arc<Namespace>),
-    /// A row of `pods`.
-    Pod(Arc<Pod>),
-    /// A row of `nodes`.
-    Node(Arc<Node>),
-    /// A row of `services`.
-    Service(Arc<Service>),
-    /// A row of `slices`.
-    EndpointSlice(Arc<EndpointSlice>),
-    /// A row of `policies`.
-    NetworkPolicy(Arc<Policy>),
-    /// A row of `identities`; true when the operator marked it as unused.
-    Identity(IdentityId, Arc<IdentityLabels>, bool),
-    /// One of the objects that together are a row of `node_endpoints`.
-    NodeEndpoints(Arc<NodeEndpoints>),
-    /// A row of `allocations`.
-    WeirNode(Arc<Allocation>),
-}
-
-/// What came of a document.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Converted {
-    /// The object; `None` for one that is well formed and does not concern us, such as a
+pub struct Converted<T> {
+    /// The row; `None` for an object that is well formed and does not concern us, such as a
     /// Service of type ExternalName.
-    pub object: Option<Object>,
+    pub row: Option<T>,
     /// What was left out of it, and why.
     pub warnings: Vec<FieldError>,
-    /// What could not be read of a policy, and is taken for closed.
+    /// What could not be read of it and is taken for closed.
     pub doubts: Vec<FieldError>,
+}
+
+/// So many doubts about one object are said; who mends them sees the next ones.
+const DOUBTS_MAX: usize = 20;
+
+/// What is to be said of an object.
+#[derive(Default)]
+pub struct Notes {
+    /// What was left out of it: it was never more than a hint.
+    pub warnings: Vec<FieldError>,
+    /// What could not be read of it and is taken for closed.
+    pub doubts: Vec<FieldError>,
+    count: usize,
+}
+
+impl Notes {
+    /// The value, or a doubt.
+    pub(super) fn read<T>(&mut self, outcome: Result<T>) -> Option<T> {
+        outcome.map_err(|doubt| self.doubt(doubt)).ok()
+    }
+
+    pub(super) fn doubt(&mut self, doubt: FieldError) {
+        self.count += 1;
+        // Each field of what is no object fails with the same words.
+        if self.doubts.len() < DOUBTS_MAX && self.doubts.last() != Some(&doubt) {
+            self.doubts.push(doubt);
+        }
+    }
+
+    /// How many doubts there were, whether they are kept or not.
+    pub(super) fn doubt_count(&self) -> usize {
+        self.count
+    }
+
+    /// The doubts, for people.
+    pub(super) fn texts(&self) -> Vec<String> {
+        self.doubts.iter().map(ToString::to_string).collect()
+    }
 }
 
 /// Which object a document is about, as far as it says so.
@@ -215,36 +111,8 @@ pub fn identify(kind: Kind, document: &Field) -> Result<ObjectId> {
     Ok(ObjectId { kind, key: ObjectKey::new(namespace, text) })
 }
 
-/// Converts a document of the kind that `id` has. A strict one was written by a person
-/// and not yet checked by an API server.
-pub fn convert(id: &ObjectId, document: &Value, is_strict: bool) -> Result<Converted> {
-    let document = Field::root(document, is_strict);
-    let mut notes = Notes::default();
-    let warnings = &mut notes.warnings;
-    let object = match id.kind {
-        Kind::Namespace => Some(Object::Namespace(Arc::new(pod::namespace(id, &document)?))),
-        Kind::Pod => Some(Object::Pod(Arc::new(pod::pod(id, &document)?))),
-        Kind::Node => Some(Object::Node(Arc::new(node::node(id, &document)?))),
-        Kind::Service => {
-            service::service(id, &document, warnings)?.map(|service| Object::Service(Arc::new(service)))
-        }
-        Kind::EndpointSlice => service::endpoint_slice(id, &document, warnings)?
-            .map(|slice| Object::EndpointSlice(Arc::new(slice))),
-        Kind::NetworkPolicy => {
-            Some(Object::NetworkPolicy(Arc::new(policy::network_policy(id, &document, &mut notes))))
-        }
-        Kind::Identity => {
-            let (number, labels, is_unused) = own::identity(id, &document)?;
-            Some(Object::Identity(number, Arc::new(labels), is_unused))
-        }
-        Kind::NodeEndpoints => Some(Object::NodeEndpoints(Arc::new(own::node_endpoints(id, &document)?))),
-        Kind::WeirNode => Some(Object::WeirNode(Arc::new(own::allocation(&document)?))),
-    };
-    Ok(Converted { object, warnings: notes.warnings, doubts: notes.doubts })
-}
-
 /// `metadata.labels`.
-fn labels(document: &Field) -> Result<Labels> {
+pub(super) fn labels(document: &Field) -> Result<Labels> {
     let field = document.get("metadata")?.get("labels")?;
     let labels = field.strings()?;
     check_labels(&field, &labels)?;
@@ -252,7 +120,7 @@ fn labels(document: &Field) -> Result<Labels> {
 }
 
 /// Refuses labels that no API server would store; only strict documents need the check.
-fn check_labels(field: &Field, labels: &Labels) -> Result<()> {
+pub(super) fn check_labels(field: &Field, labels: &Labels) -> Result<()> {
     if !field.is_strict() {
         return Ok(());
     }
@@ -270,6 +138,6 @@ fn check_labels(field: &Field, labels: &Labels) -> Result<()> {
 }
 
 /// The elements of a list, none when it is absent.
-fn items<'a>(field: &Field<'a>) -> Result<Vec<Field<'a>>> {
+pub(super) fn items<'a>(field: &Field<'a>) -> Result<Vec<Field<'a>>> {
     Ok(field.items()?.unwrap_or_default())
 }

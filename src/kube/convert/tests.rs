@@ -1,11 +1,17 @@
 //! Documents to whole values, and broken documents to the words that say why.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use serde_json::Value;
 
 use super::*;
+use crate::kube::kind::{self, ObjectKind};
+use crate::kube::kinds;
 use crate::model::{
-    Action, NamedPort, Peer, PolicyDirection, PolicyRef, PolicyRule, PortMatch, PortSelector, Protocol,
-    PublishedEndpoint, Requirement, Selector, ServicePort, SliceBackend, Subject, Tier,
+    Action, EndpointSlice, IdentityId, IdentityLabels, NamedPort, Namespace, Node, NodeEndpoints, Peer, Pod,
+    Policy, PolicyDirection, PolicyRef, PolicyRule, PortMatch, PortSelector, Protocol, PublishedEndpoint,
+    Requirement, Selector, Service, ServicePort, SliceBackend, Subject, Tier,
 };
 
 mod services;
@@ -14,20 +20,25 @@ fn value(yaml: &str) -> Value {
     serde_yaml::from_str(yaml).expect("the test's YAML is well formed")
 }
 
-fn converted(kind: Kind, yaml: &str) -> Result<Converted> {
+fn converted<K: ObjectKind>(yaml: &str) -> Result<Converted<Arc<K::Row>>> {
     let document = value(yaml);
-    let id = identify(kind, &Field::root(&document, true))?;
-    convert(&id, &document, true)
+    let id = identify(K::KIND, &Field::root(&document, true))?;
+    kind::read::<K>(&id, &document, true)
 }
 
-fn object(kind: Kind, yaml: &str) -> Object {
-    let converted = converted(kind, yaml).unwrap_or_else(|error| panic!("{error} in {yaml}"));
+fn object<K: ObjectKind>(yaml: &str) -> K::Row {
+    let converted = converted::<K>(yaml).unwrap_or_else(|error| panic!("{error} in {yaml}"));
     assert_eq!((&converted.warnings, &converted.doubts), (&vec![], &vec![]));
-    converted.object.expect("the object makes a row")
+    Arc::into_inner(converted.row.expect("the object makes a row")).expect("nobody else has it")
+}
+
+fn any(kind: Kind, yaml: &str) -> Result<Converted<kind::Object>> {
+    let document = value(yaml);
+    identify(kind, &Field::root(&document, true)).and_then(|id| kind.read(&id, &document, true))
 }
 
 fn error(kind: Kind, yaml: &str) -> String {
-    match converted(kind, yaml) {
+    match any(kind, yaml) {
         Ok(converted) => format!("accepted: {converted:?}"),
         Err(error) => error.to_string(),
     }
@@ -54,23 +65,17 @@ fn port(name: &str, protocol: Protocol, port: u16) -> ServicePort {
 }
 
 fn policy(spec: &str) -> Policy {
-    match object(Kind::NetworkPolicy, &format!("{{metadata: {{name: p, namespace: shop}}, spec: {spec}}}")) {
-        Object::NetworkPolicy(policy) => Arc::unwrap_or_clone(policy),
-        other => panic!("{other:?} is no policy"),
-    }
+    object::<kinds::NetworkPolicy>(&format!("{{metadata: {{name: p, namespace: shop}}, spec: {spec}}}"))
 }
 
 /// The policy as far as it could be read, and what could not.
 fn doubtful(spec: &str, is_strict: bool) -> (Policy, Vec<String>) {
     let document = value(&format!("{{metadata: {{name: p, namespace: shop}}, spec: {spec}}}"));
-    let id = identify(Kind::NetworkPolicy, &Field::root(&document, is_strict)).expect("the name is good");
-    let converted = convert(&id, &document, is_strict).expect("a policy is always read");
-    match converted.object {
-        Some(Object::NetworkPolicy(policy)) => {
-            (Arc::unwrap_or_clone(policy), converted.doubts.iter().map(ToString::to_string).collect())
-        }
-        other => panic!("{other:?} is no policy"),
-    }
+    let id =
+        identify(kinds::NetworkPolicy::KIND, &Field::root(&document, is_strict)).expect("the name is good");
+    let converted = kind::read::<kinds::NetworkPolicy>(&id, &document, is_strict).expect("it is always read");
+    let policy = Arc::unwrap_or_clone(converted.row.expect("there is a policy in any case"));
+    (policy, converted.doubts.iter().map(ToString::to_string).collect())
 }
 
 fn selected_pods(policy: &Policy) -> &Selector {
@@ -161,7 +166,7 @@ fn peers_that_must_be_without_the_label_of_a_run_are_reported() {
     let yaml = "{metadata: {name: a}, spec: {podSelector: {matchLabels: {job-name: b}}, ingress: [{from: [{podSelector: \
                 {matchExpressions: [{key: job-name, operator: DoesNotExist}, {key: app, operator: DoesNotExist}]}}, \
                 {podSelector: {matchLabels: {job-name: c}}}]}]}}";
-    let warnings = converted(Kind::NetworkPolicy, yaml).expect("it is taken").warnings;
+    let warnings = converted::<kinds::NetworkPolicy>(yaml).expect("it is taken").warnings;
     let said: Vec<String> = warnings.iter().map(ToString::to_string).collect();
     let expected = "spec.ingress[0].from[0].podSelector: whether a pod is without job-name cannot be told: \
                     none is let in for that";
@@ -408,7 +413,7 @@ fn pods_have_defaults_and_the_ports_of_what_keeps_running() {
             ("side".to_owned(), vec![named(Protocol::Tcp, 9)]),
         ]),
     };
-    assert_eq!(object(Kind::Pod, yaml), Object::Pod(Arc::new(expected)));
+    assert_eq!(object::<kinds::Pod>(yaml), expected);
 }
 
 #[test]
@@ -425,7 +430,7 @@ fn pods_say_where_they_run_and_when_they_are_over() {
         is_terminal: true,
         named_ports: BTreeMap::new(),
     };
-    assert_eq!(object(Kind::Pod, yaml), Object::Pod(Arc::new(expected)));
+    assert_eq!(object::<kinds::Pod>(yaml), expected);
 }
 
 #[test]
@@ -436,19 +441,17 @@ fn namespaces_have_their_name_as_a_label_whatever_they_say() {
     ] {
         let expected =
             Namespace { labels: labels(&[("team", "red"), ("kubernetes.io/metadata.name", "shop")]) };
-        assert_eq!(object(Kind::Namespace, yaml), Object::Namespace(Arc::new(expected)), "{yaml}");
+        assert_eq!(object::<kinds::Namespace>(yaml), expected, "{yaml}");
     }
 }
 
 #[test]
 fn nodes_have_internal_addresses_and_one_cidr_or_several() {
-    let node = |cidrs: &[&str]| {
-        Object::Node(Arc::new(Node {
-            name: "a".to_owned(),
-            labels: labels(&[("zone", "one")]),
-            addresses: vec!["10.0.0.1".parse().expect("an address"), "fd00::1".parse().expect("an address")],
-            pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().expect("a CIDR")).collect(),
-        }))
+    let node = |cidrs: &[&str]| Node {
+        name: "a".to_owned(),
+        labels: labels(&[("zone", "one")]),
+        addresses: vec!["10.0.0.1".parse().expect("an address"), "fd00::1".parse().expect("an address")],
+        pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().expect("a CIDR")).collect(),
     };
     for (spec, expected) in [
         ("{podCIDR: 10.1.0.0/24, podCIDRs: [10.1.0.0/24, 'fd01::/64']}", node(&["10.1.0.0/24", "fd01::/64"])),
@@ -460,7 +463,7 @@ fn nodes_have_internal_addresses_and_one_cidr_or_several() {
              {{type: ExternalIP, address: 1.2.3.4}}, {{type: InternalIP, address: 10.0.0.1}},
              {{type: InternalIP, address: 'fd00::1'}}, {{type: Hostname, address: a}}]}}}}"
         );
-        assert_eq!(object(Kind::Node, &yaml), expected, "{spec}");
+        assert_eq!(object::<kinds::Node>(&yaml), expected, "{spec}");
     }
 }
 
@@ -469,100 +472,104 @@ fn broken_services_slices_nodes_and_pods_say_why() {
     let service = |spec: &str| format!("{{metadata: {{name: web}}, spec: {spec}}}");
     for (kind, yaml, expected) in [
         (
-            Kind::Service,
+            kinds::Service::KIND,
             service("{}"),
             "spec.clusterIP: is required: an address, or None for a headless Service",
         ),
         (
-            Kind::Service,
+            kinds::Service::KIND,
             service("{type: Best}"),
             "spec.type: \"Best\" is not a type of Service; known are ClusterIP, NodePort, LoadBalancer and ExternalName",
         ),
         (
-            Kind::Service,
+            kinds::Service::KIND,
             service("{clusterIP: 10.0.0}"),
             "spec.clusterIP: \"10.0.0\" is not an IPv4 or IPv6 address",
         ),
-        (Kind::Service, service("{clusterIP: 127.0.0.1}"), "spec.clusterIP: 127.0.0.1 is a loopback address"),
         (
-            Kind::Service,
+            kinds::Service::KIND,
+            service("{clusterIP: 127.0.0.1}"),
+            "spec.clusterIP: 127.0.0.1 is a loopback address",
+        ),
+        (
+            kinds::Service::KIND,
             service("{clusterIPs: [10.0.0.1, 10.0.0.2]}"),
             "spec.clusterIPs[1]: is a second address of its family; at most one of each is allowed",
         ),
-        (Kind::Service, service("{clusterIP: None, ports: [{}]}"), "spec.ports[0].port: is required"),
+        (kinds::Service::KIND, service("{clusterIP: None, ports: [{}]}"), "spec.ports[0].port: is required"),
         (
-            Kind::Service,
+            kinds::Service::KIND,
             service("{clusterIP: None, ports: [{port: 1}, {port: 2}]}"),
             "spec.ports[0].name: is required where a Service has several ports",
         ),
         (
-            Kind::Service,
+            kinds::Service::KIND,
             service("{clusterIP: None, ports: [{name: a, port: 1}, {name: a, port: 2}]}"),
             "spec.ports[1].name: \"a\" is the name of another port of this Service",
         ),
         (
-            Kind::Service,
+            kinds::Service::KIND,
             service("{clusterIP: None, ports: [{name: a, port: 1}, {name: b, port: 1}]}"),
             "spec.ports[1].port: TCP 1 is there already",
         ),
         (
-            Kind::Service,
+            kinds::Service::KIND,
             service("{clusterIP: None, ports: [{name: A, port: 1}]}"),
             "spec.ports[0].name: \"A\" is not a port's name (lower-case letters, digits and '-', at most 63 characters)",
         ),
-        (Kind::EndpointSlice, "{metadata: {name: a}}".to_owned(), "addressType: is required"),
+        (kinds::EndpointSlice::KIND, "{metadata: {name: a}}".to_owned(), "addressType: is required"),
         (
-            Kind::EndpointSlice,
+            kinds::EndpointSlice::KIND,
             "{metadata: {name: a}, addressType: IPv5}".to_owned(),
             "addressType: \"IPv5\" is not IPv4, IPv6 or FQDN",
         ),
         (
-            Kind::Pod,
+            kinds::Pod::KIND,
             "{metadata: {name: a, labels: {a: -}}}".to_owned(),
             "metadata.labels.a: \"-\" is not a label value (at most 63 letters, digits, '-', '_' and '.')",
         ),
         (
-            Kind::Pod,
+            kinds::Pod::KIND,
             "{metadata: {name: a, namespace: a.b}}".to_owned(),
             "metadata.namespace: \"a.b\" is not a namespace's name (lower-case letters, digits and '-', at most 63 characters)",
         ),
         (
-            Kind::Pod,
+            kinds::Pod::KIND,
             "{metadata: {name: a}, spec: {containers: [{ports: [{name: x}]}]}}".to_owned(),
             "spec.containers[0].ports[0].containerPort: is required",
         ),
         (
-            Kind::Node,
+            kinds::Node::KIND,
             "{metadata: {name: a}, spec: {podCIDRs: [10.0.0.1]}}".to_owned(),
             "spec.podCIDRs[0]: \"10.0.0.1\" is not a CIDR such as 10.0.0.0/8 or 2001:db8::/32",
         ),
         (
-            Kind::Node,
+            kinds::Node::KIND,
             "{metadata: {name: a}, status: {addresses: [{type: InternalIP, address: x}]}}".to_owned(),
             "status.addresses[0].address: \"x\" is not an IPv4 or IPv6 address",
         ),
         (
-            Kind::Identity,
+            kinds::Identity::KIND,
             "{metadata: {name: '255'}, spec: {}}".to_owned(),
             "metadata.name: \"255\" is not an identity's number (256 to 16777215)",
         ),
         (
-            Kind::Identity,
+            kinds::Identity::KIND,
             "{metadata: {name: '0300'}, spec: {}}".to_owned(),
             "metadata.name: \"0300\" is not an identity's number (256 to 16777215)",
         ),
         (
-            Kind::Identity,
+            kinds::Identity::KIND,
             "{metadata: {name: '300'}, spec: {namespace: a}}".to_owned(),
             "spec.serviceAccount: is required",
         ),
         (
-            Kind::NodeEndpoints,
+            kinds::NodeEndpoints::KIND,
             "{metadata: {name: b-0}, spec: {node: a}}".to_owned(),
             "spec.node: \"a\" does not fit the object's name \"b-0\"; it must be a-NUMBER",
         ),
         (
-            Kind::NodeEndpoints,
+            kinds::NodeEndpoints::KIND,
             "{metadata: {name: a-0}, spec: {node: a, endpoints: [{namespace: n, name: p, identity: 7}]}}"
                 .to_owned(),
             "spec.endpoints[0].identity: must be an identity's number (256 to 16777215)",
@@ -587,8 +594,8 @@ fn own_kinds_are_read_as_they_are_written() {
     let written = crate::kube::crd::Identity::new("4711", (&identity).into());
     let written = serde_yaml::to_string(&written).expect("plain data");
     assert_eq!(
-        object(Kind::Identity, &written),
-        Object::Identity(IdentityId(4711), Arc::new(identity), false)
+        object::<kinds::Identity>(&written),
+        kinds::ClaimedIdentity { number: IdentityId(4711), labels: Arc::new(identity), is_unused: false }
     );
 
     let endpoints = NodeEndpoints {
@@ -607,5 +614,5 @@ fn own_kinds_are_read_as_they_are_written() {
     };
     let written =
         serde_yaml::to_string(&crate::kube::crd::NodeEndpoints::new("a-0-3", spec)).expect("plain data");
-    assert_eq!(object(Kind::NodeEndpoints, &written), Object::NodeEndpoints(Arc::new(endpoints)));
+    assert_eq!(object::<kinds::NodeEndpoints>(&written), endpoints);
 }

@@ -8,8 +8,8 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::kube::Health;
-use crate::kube::convert::{Kind, Object, ObjectId};
-use crate::kube::sink::Sink;
+use crate::kube::kind::ObjectKind;
+use crate::kube::kinds;
 use crate::model::PublishedEndpoint;
 
 fn labels(app: &str) -> IdentityLabels {
@@ -123,13 +123,13 @@ async fn claiming_ends_when_every_number_is_taken() {
 async fn an_older_list_does_not_take_a_claim_away_and_a_newer_one_does() {
     let directory = directory();
     let publisher = publisher(&directory, "a");
-    let mut sink = Sink::new(publisher.tables.clone());
+    let mut rows = kinds::Identity::rows(&publisher.tables);
     let id = publisher.claim_identity(&labels("web")).await.expect("claiming");
-    sink.reset(Kind::Identity, vec![]);
+    rows.reset(vec![]);
     assert!(publisher.tables.identities.get(&id).is_some());
-    let object = ObjectId { kind: Kind::Identity, key: ObjectKey::new("", id.to_string()) };
-    sink.apply(&object, Object::Identity(id, Arc::new(labels("web")), false));
-    sink.reset(Kind::Identity, vec![]);
+    let claimed = kinds::ClaimedIdentity { number: id, labels: Arc::new(labels("web")), is_unused: false };
+    rows.apply(&ObjectKey::new("", id.to_string()), Arc::new(claimed));
+    rows.reset(vec![]);
     assert!(publisher.tables.identities.get(&id).is_none());
 }
 

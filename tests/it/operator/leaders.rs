@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Patch, PatchParams};
 use weir::kube::crd::{SCHEMA_VERSION, SCHEMA_VERSION_ANNOTATION};
-use weir::kube::{Health, Kind, Source, Tables};
+use weir::kube::{Health, Source, Tables};
 
 use super::*;
 
@@ -48,9 +48,10 @@ fn leaders_hand_over_and_bring_definitions_up_to_date() -> Result<()> {
         let source = Source::Kubernetes(agent, "a".to_owned());
         let following = tokio::spawn(weir::kube::run(source, tables.clone(), health.clone()));
         until("the agent to look", || async {
-            let errors =
-                |kind| health.kinds().into_iter().any(|(of, health)| of == kind && health.errors_total > 1);
-            Ok((errors(Kind::WeirNode) && errors(Kind::Identity)).then_some(()))
+            let errors = |kind| {
+                health.kinds().into_iter().any(|(of, health)| of.name() == kind && health.errors_total > 1)
+            };
+            Ok((errors("WeirNode") && errors("Identity")).then_some(()))
         })
         .await?;
         ensure!(!tables.all_synced(), "nothing defines our kinds yet");

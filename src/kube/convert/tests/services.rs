@@ -25,21 +25,20 @@ fn services_have_addresses_unless_they_are_headless() {
         ("{type: ClusterIP, clusterIP: '::1:2'}", service(&["::1:2"], vec![])),
     ] {
         let yaml = format!("{{metadata: {{name: web, namespace: shop}}, spec: {spec}}}");
-        assert_eq!(object(Kind::Service, &yaml), Object::Service(Arc::new(expected)), "{spec}");
+        assert_eq!(object::<kinds::Service>(&yaml), expected, "{spec}");
     }
     for (kind, yaml) in [
-        (Kind::Service, "{metadata: {name: a}, spec: {type: ExternalName, externalName: example.com}}"),
         (
-            Kind::Service,
+            kinds::Service::KIND,
+            "{metadata: {name: a}, spec: {type: ExternalName, externalName: example.com}}",
+        ),
+        (
+            kinds::Service::KIND,
             "{metadata: {name: a, labels: {service.kubernetes.io/service-proxy-name: other}}, spec: {clusterIP: 10.0.0.1}}",
         ),
-        (Kind::EndpointSlice, "{metadata: {name: a}, addressType: IPv4}"),
+        (kinds::EndpointSlice::KIND, "{metadata: {name: a}, addressType: IPv4}"),
     ] {
-        assert_eq!(
-            converted(kind, yaml),
-            Ok(Converted { object: None, warnings: vec![], doubts: vec![] }),
-            "{yaml}"
-        );
+        assert_eq!(any(kind, yaml), Ok(Converted { row: None, warnings: vec![], doubts: vec![] }), "{yaml}");
     }
 }
 
@@ -49,9 +48,9 @@ fn what_is_not_served_is_said() {
                    internalTrafficPolicy: Local, ports: [{port: 80, protocol: SCTP}]}}";
     let slice = "{metadata: {name: a, labels: {kubernetes.io/service-name: b}}, addressType: FQDN}";
     let said = |kind, yaml| {
-        let converted = converted(kind, yaml).expect("it is taken");
+        let converted = any(kind, yaml).expect("it is taken");
         let warnings: Vec<String> = converted.warnings.iter().map(ToString::to_string).collect();
-        (converted.object.is_some(), warnings)
+        (converted.row.is_some(), warnings)
     };
     let expected = [
         "spec.type: of a LoadBalancer Service Weir serves the cluster IPs only",
@@ -59,15 +58,15 @@ fn what_is_not_served_is_said() {
         "spec.internalTrafficPolicy: Local is not kept: backends of all nodes are reached",
         "spec.ports[0].protocol: Weir serves TCP and UDP only",
     ];
-    assert_eq!(said(Kind::Service, service), (true, expected.map(str::to_owned).to_vec()));
+    assert_eq!(said(kinds::Service::KIND, service), (true, expected.map(str::to_owned).to_vec()));
     let expected = "addressType: FQDN names no addresses, so this slice has no backends".to_owned();
-    assert_eq!(said(Kind::EndpointSlice, slice), (false, vec![expected]));
+    assert_eq!(said(kinds::EndpointSlice::KIND, slice), (false, vec![expected]));
 }
 
 #[test]
 fn a18_external_ips_that_are_not_served_are_warned_of() {
     let yaml = "{metadata: {name: web}, spec: {clusterIP: 10.96.0.1, externalIPs: [203.0.113.7]}}";
-    let warnings = converted(Kind::Service, yaml).expect("it is taken").warnings;
+    let warnings = converted::<kinds::Service>(yaml).expect("it is taken").warnings;
     let said: Vec<String> = warnings.iter().map(ToString::to_string).collect();
     assert_eq!(said, ["spec.externalIPs: are not served: of these addresses Weir takes no packets"]);
 }
@@ -95,8 +94,8 @@ fn slices_have_conditions_by_default_and_backends_that_may_be_reached() {
             backend("10.0.0.3", false, true, true),
         ],
     };
-    let converted = converted(Kind::EndpointSlice, yaml).expect("the slice is well formed");
-    assert_eq!(converted.object, Some(Object::EndpointSlice(Arc::new(expected))));
+    let converted = converted::<kinds::EndpointSlice>(yaml).expect("the slice is well formed");
+    assert_eq!(converted.row, Some(Arc::new(expected)));
     let warnings: Vec<String> = converted.warnings.iter().map(ToString::to_string).collect();
     assert_eq!(
         warnings,

@@ -5,47 +5,62 @@
 //! pod where no `podSelector` leaves the namespaces' one to decide.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::{Field, FieldError, ObjectId, Result, check_labels, items, names};
 use crate::identity::LabelFilter;
+use crate::kube::Tables;
+use crate::kube::convert::{Field, Notes, ObjectId, Result, check_labels, items, names};
+use crate::kube::kind::{Meta, ObjectKind};
+use crate::kube::rows::{self, Rows};
 use crate::model::{
     Action, Labels, Peer, Policy, PolicyDirection, PolicyRef, PolicyRule, PortMatch, PortSelector,
     Requirement, Selector, Subject, Tier,
 };
 
-/// So many doubts about one object are said; who mends them sees the next ones.
-const DOUBTS_MAX: usize = 20;
+/// networking.k8s.io/v1
+pub struct NetworkPolicy;
 
-/// What is to be said of an object.
-#[derive(Default)]
-pub struct Notes {
-    /// What was left out of it: it was never more than a hint.
-    pub warnings: Vec<FieldError>,
-    /// What could not be read of it and is taken for closed.
-    pub doubts: Vec<FieldError>,
-    count: usize,
-}
+impl ObjectKind for NetworkPolicy {
+    const META: Meta = Meta {
+        name: "NetworkPolicy",
+        plural: "networkpolicies",
+        group: "networking.k8s.io",
+        ..Meta::CORE
+    };
+    type Row = Policy;
 
-impl Notes {
-    /// The value, or a doubt.
-    fn read<T>(&mut self, outcome: Result<T>) -> Option<T> {
-        outcome.map_err(|doubt| self.doubt(doubt)).ok()
+    fn read(id: &ObjectId, document: &Field, notes: &mut Notes) -> Result<Option<Policy>> {
+        Ok(Some(network_policy(id, document, notes)))
     }
 
-    fn doubt(&mut self, doubt: FieldError) {
-        self.count += 1;
-        // Each field of what is no object fails with the same words.
-        if self.doubts.len() < DOUBTS_MAX && self.doubts.last() != Some(&doubt) {
-            self.doubts.push(doubt);
-        }
+    /// Whom it selects is isolated; what its rules would allow is not known.
+    fn read_other_version(id: &ObjectId, document: &Field, notes: &mut Notes) -> Option<Policy> {
+        let isolating = || Some(PolicyDirection { default: Action::Deny, rules: Vec::new() });
+        let Policy { reference, subject, .. } = network_policy(id, document, &mut Notes::default());
+        let version = document.get("apiVersion").ok()?;
+        let given = version.string().ok()?.unwrap_or_default();
+        notes.doubt(version.error(format!("{given:?} is not read; write {}", Self::KIND.api_version())));
+        Some(Policy {
+            reference,
+            subject,
+            tier: Tier::Namespaced,
+            priority: 0,
+            ingress: isolating(),
+            egress: isolating(),
+            doubts: notes.texts(),
+        })
+    }
+
+    fn rows(tables: &Arc<Tables>) -> Box<dyn Rows<Policy>> {
+        rows::plain(tables.policies.clone(), PolicyRef::network_policy)
     }
 }
 
 /// Reads as much of a policy as can be read. There is a policy in any case: what cannot be read
 /// of its selector selects all, and what cannot be read of its rules allows nothing.
-pub fn network_policy(id: &ObjectId, document: &Field, notes: &mut Notes) -> Policy {
+fn network_policy(id: &ObjectId, document: &Field, notes: &mut Notes) -> Policy {
     notes.read(document.only_known(&["apiVersion", "kind", "metadata", "spec", "status"]));
     let (subject, ingress, egress) = match notes.read(document.get("spec")) {
         Some(spec) => parts(&spec, notes),
@@ -59,7 +74,7 @@ pub fn network_policy(id: &ObjectId, document: &Field, notes: &mut Notes) -> Pol
         priority: 0,
         ingress: ingress.map(isolating),
         egress: egress.map(isolating),
-        doubts: notes.doubts.iter().map(ToString::to_string).collect(),
+        doubts: notes.texts(),
     }
 }
 
@@ -70,9 +85,9 @@ fn parts(spec: &Field, notes: &mut Notes) -> (Selector, Rules, Rules) {
     let is_known =
         notes.read(spec.only_known(&["podSelector", "policyTypes", "ingress", "egress"])).is_some();
     let ingress = rules(spec, "ingress", "from", notes);
-    let before = notes.count;
+    let before = notes.doubt_count();
     let egress = rules(spec, "egress", "to", notes);
-    let is_read = is_known && notes.count == before;
+    let is_read = is_known && notes.doubt_count() == before;
     let (is_ingress, is_egress) = match notes.read(policy_types(spec)) {
         Some(Some(types)) => types,
         // A rule for egress may be in what was not read.

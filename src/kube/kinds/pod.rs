@@ -1,25 +1,40 @@
-//! Pods and namespaces.
+//! Pods.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use super::{Field, ObjectId, Result, items, labels};
-use crate::model::{NamedPort, Namespace, Pod};
+use crate::kube::Tables;
+use crate::kube::convert::{Field, Notes, ObjectId, Result, items, labels};
+use crate::kube::kind::{Meta, ObjectKind};
+use crate::kube::rows::{self, Rows};
+use crate::model::{self, NamedPort};
 
-/// The label that upstream gives every namespace.
-const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+/// v1
+pub struct Pod;
 
-pub fn namespace(id: &ObjectId, document: &Field) -> Result<Namespace> {
-    let mut labels = labels(document)?;
-    labels.insert(NAMESPACE_NAME.to_owned(), id.key.name.to_string());
-    Ok(Namespace { labels })
+impl ObjectKind for Pod {
+    const META: Meta = Meta { name: "Pod", plural: "pods", is_reported: false, ..Meta::CORE };
+    type Row = model::Pod;
+
+    fn read(id: &ObjectId, document: &Field, _: &mut Notes) -> Result<Option<model::Pod>> {
+        pod(id, document).map(Some)
+    }
+
+    fn fields(node: &str) -> Option<String> {
+        Some(format!("spec.nodeName={node}"))
+    }
+
+    fn rows(tables: &Arc<Tables>) -> Box<dyn Rows<model::Pod>> {
+        rows::plain(tables.pods.clone(), Clone::clone)
+    }
 }
 
-pub fn pod(id: &ObjectId, document: &Field) -> Result<Pod> {
+fn pod(id: &ObjectId, document: &Field) -> Result<model::Pod> {
     let spec = document.get("spec")?;
     let service_account = spec.get("serviceAccountName")?.string()?.filter(|name| !name.is_empty());
     let node = spec.get("nodeName")?.string()?.filter(|name| !name.is_empty());
     let phase = document.get("status")?.get("phase")?.string()?;
-    Ok(Pod {
+    Ok(model::Pod {
         key: id.key.clone(),
         uid: document.get("metadata")?.get("uid")?.string()?.unwrap_or_default().to_owned(),
         labels: labels(document)?,

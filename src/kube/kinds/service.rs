@@ -1,19 +1,40 @@
-//! Services and EndpointSlices.
+//! Services.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 
-use super::{Field, FieldError, ObjectId, Result, items, names};
-use crate::model::{EndpointSlice, ObjectKey, Protocol, Service, ServicePort, SliceBackend};
+use crate::kube::Tables;
+use crate::kube::convert::{Field, FieldError, Notes, ObjectId, Result, items, names};
+use crate::kube::kind::{Meta, ObjectKind};
+use crate::kube::rows::{self, Rows};
+use crate::model::{self, Protocol, ServicePort};
 
-/// The label of a slice that names its Service.
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// v1
+pub struct Service;
+
+impl ObjectKind for Service {
+    const META: Meta = Meta { name: "Service", plural: "services", ..Meta::CORE };
+    type Row = model::Service;
+
+    fn read(id: &ObjectId, document: &Field, notes: &mut Notes) -> Result<Option<model::Service>> {
+        service(id, document, &mut notes.warnings)
+    }
+
+    fn rows(tables: &Arc<Tables>) -> Box<dyn Rows<model::Service>> {
+        rows::plain(tables.services.clone(), Clone::clone)
+    }
+}
 
 /// Labels of a Service that something else looks after, whatever their values.
 const NOT_OURS: [&str; 2] = ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"];
 
 /// `None` for a Service that has no addresses by its type, or that is not ours to serve.
-pub fn service(id: &ObjectId, document: &Field, warnings: &mut Vec<FieldError>) -> Result<Option<Service>> {
+fn service(
+    id: &ObjectId,
+    document: &Field,
+    warnings: &mut Vec<FieldError>,
+) -> Result<Option<model::Service>> {
     let labels = document.get("metadata")?.get("labels")?.strings()?;
     if NOT_OURS.iter().any(|label| labels.contains_key(*label)) {
         return Ok(None);
@@ -34,7 +55,7 @@ pub fn service(id: &ObjectId, document: &Field, warnings: &mut Vec<FieldError>) 
     let addresses = cluster_addresses(&spec)?;
     let ports = service_ports(&spec.get("ports")?)?;
     warn_of_unserved(&spec, warnings)?;
-    Ok(Some(Service { key: id.key.clone(), addresses, ports }))
+    Ok(Some(model::Service { key: id.key.clone(), addresses, ports }))
 }
 
 /// What a Service may ask for and does not get: whoever wrote it should not find out by himself.
@@ -119,72 +140,8 @@ fn service_ports(list: &Field) -> Result<Vec<ServicePort>> {
     Ok(ports)
 }
 
-/// `None` for a slice of names, or one that belongs to no Service.
-pub fn endpoint_slice(
-    id: &ObjectId,
-    document: &Field,
-    warnings: &mut Vec<FieldError>,
-) -> Result<Option<EndpointSlice>> {
-    let address_type = document.get("addressType")?;
-    let is_ipv4 = match address_type.required_string()? {
-        "IPv4" => true,
-        "IPv6" => false,
-        "FQDN" => {
-            warnings.push(address_type.error("FQDN names no addresses, so this slice has no backends"));
-            return Ok(None);
-        }
-        other => return Err(address_type.error(format!("{other:?} is not IPv4, IPv6 or FQDN"))),
-    };
-    let labels = document.get("metadata")?.get("labels")?.strings()?;
-    let Some(service) = labels.get(SERVICE_NAME).filter(|name| !name.is_empty()) else { return Ok(None) };
-    let mut backends = Vec::new();
-    for endpoint in items(&document.get("endpoints")?)? {
-        backends.extend(backend(&endpoint, is_ipv4, warnings)?);
-    }
-    Ok(Some(EndpointSlice {
-        key: id.key.clone(),
-        service: ObjectKey::new(id.key.namespace.clone(), service.as_str()),
-        ports: slice_ports(&document.get("ports")?)?,
-        backends,
-    }))
-}
-
-/// A port without a number means all ports, which no Service can lead to.
-fn slice_ports(list: &Field) -> Result<Vec<ServicePort>> {
-    let mut ports = Vec::new();
-    for field in items(list)? {
-        if let Some(port) = field.get("port")?.port()? {
-            let name = field.get("name")?.string()?.unwrap_or_default().to_owned();
-            ports.push(ServicePort { name, protocol: field.get("protocol")?.protocol()?, port });
-        }
-    }
-    Ok(ports)
-}
-
-/// The API says that consumers use the first address only.
-fn backend(endpoint: &Field, is_ipv4: bool, warnings: &mut Vec<FieldError>) -> Result<Option<SliceBackend>> {
-    let mut first = None;
-    for field in items(&endpoint.get("addresses")?)? {
-        let address = field.address()?;
-        // Who may write slices must not reach what listens on the node itself (CVE-2021-25737).
-        let reason = match unusable(address) {
-            None if address.is_ipv4() != is_ipv4 => Some("is not of the slice's addressType"),
-            other => other,
-        };
-        match reason {
-            Some(reason) => warnings.push(field.error(format!("{address} {reason}; left out"))),
-            None => first = first.or(Some(address)),
-        }
-    }
-    let conditions = endpoint.get("conditions")?;
-    let ready = conditions.get("ready")?.boolean()?.unwrap_or(true);
-    let serving = conditions.get("serving")?.boolean()?.unwrap_or(ready);
-    let terminating = conditions.get("terminating")?.boolean()?.unwrap_or(false);
-    Ok(first.map(|address| SliceBackend { address, ready, serving, terminating }))
-}
-
 /// Why neither a Service nor a backend may have this address.
-fn unusable(address: IpAddr) -> Option<&'static str> {
+pub(super) fn unusable(address: IpAddr) -> Option<&'static str> {
     let is_link_local = match address {
         IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
         IpAddr::V6(address) => address.is_unicast_link_local(),

@@ -1,0 +1,99 @@
+//! EndpointSlices.
+
+use std::sync::Arc;
+
+use super::service::unusable;
+use crate::kube::Tables;
+use crate::kube::convert::{Field, FieldError, Notes, ObjectId, Result, items};
+use crate::kube::kind::{Meta, ObjectKind};
+use crate::kube::rows::{self, Rows};
+use crate::model::{self, ObjectKey, ServicePort, SliceBackend};
+
+/// The label of a slice that names its Service.
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+/// discovery.k8s.io/v1
+pub struct EndpointSlice;
+
+impl ObjectKind for EndpointSlice {
+    const META: Meta = Meta {
+        name: "EndpointSlice",
+        plural: "endpointslices",
+        group: "discovery.k8s.io",
+        ..Meta::CORE
+    };
+    type Row = model::EndpointSlice;
+
+    fn read(id: &ObjectId, document: &Field, notes: &mut Notes) -> Result<Option<model::EndpointSlice>> {
+        endpoint_slice(id, document, &mut notes.warnings)
+    }
+
+    fn rows(tables: &Arc<Tables>) -> Box<dyn Rows<model::EndpointSlice>> {
+        rows::plain(tables.slices.clone(), Clone::clone)
+    }
+}
+
+/// `None` for a slice of names, or one that belongs to no Service.
+fn endpoint_slice(
+    id: &ObjectId,
+    document: &Field,
+    warnings: &mut Vec<FieldError>,
+) -> Result<Option<model::EndpointSlice>> {
+    let address_type = document.get("addressType")?;
+    let is_ipv4 = match address_type.required_string()? {
+        "IPv4" => true,
+        "IPv6" => false,
+        "FQDN" => {
+            warnings.push(address_type.error("FQDN names no addresses, so this slice has no backends"));
+            return Ok(None);
+        }
+        other => return Err(address_type.error(format!("{other:?} is not IPv4, IPv6 or FQDN"))),
+    };
+    let labels = document.get("metadata")?.get("labels")?.strings()?;
+    let Some(service) = labels.get(SERVICE_NAME).filter(|name| !name.is_empty()) else { return Ok(None) };
+    let mut backends = Vec::new();
+    for endpoint in items(&document.get("endpoints")?)? {
+        backends.extend(backend(&endpoint, is_ipv4, warnings)?);
+    }
+    Ok(Some(model::EndpointSlice {
+        key: id.key.clone(),
+        service: ObjectKey::new(id.key.namespace.clone(), service.as_str()),
+        ports: slice_ports(&document.get("ports")?)?,
+        backends,
+    }))
+}
+
+/// A port without a number means all ports, which no Service can lead to.
+fn slice_ports(list: &Field) -> Result<Vec<ServicePort>> {
+    let mut ports = Vec::new();
+    for field in items(list)? {
+        if let Some(port) = field.get("port")?.port()? {
+            let name = field.get("name")?.string()?.unwrap_or_default().to_owned();
+            ports.push(ServicePort { name, protocol: field.get("protocol")?.protocol()?, port });
+        }
+    }
+    Ok(ports)
+}
+
+/// The API says that consumers use the first address only.
+fn backend(endpoint: &Field, is_ipv4: bool, warnings: &mut Vec<FieldError>) -> Result<Option<SliceBackend>> {
+    let mut first = None;
+    for field in items(&endpoint.get("addresses")?)? {
+        let address = field.address()?;
+        // Who may write slices must not reach what listens on the node itself (CVE-2021-25737).
+        let reason = match unusable(address) {
+            None if address.is_ipv4() != is_ipv4 => Some("is not of the slice's addressType"),
+            other => other,
+        };
+        match reason {
+            Some(reason) => warnings.push(field.error(format!("{address} {reason}; left out"))),
+            None => first = first.or(Some(address)),
+        }
+    }
+    let conditions = endpoint.get("conditions")?;
+    let ready = conditions.get("ready")?.boolean()?.unwrap_or(true);
+    let serving = conditions.get("serving")?.boolean()?.unwrap_or(ready);
+    let terminating = conditions.get("terminating")?.boolean()?.unwrap_or(false);
+    Ok(first.map(|address| SliceBackend { address, ready, serving, terminating }))
+}
+

@@ -1,0 +1,86 @@
+//! Nodes.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use tokio::sync::watch;
+
+use crate::kube::Tables;
+use crate::kube::convert::{Field, Notes, ObjectId, Result, items, labels};
+use crate::kube::kind::{Meta, ObjectKind};
+use crate::kube::rows::Rows;
+use crate::model::{self, ObjectKey};
+use crate::tables::State;
+
+/// v1
+pub struct Node;
+
+impl ObjectKind for Node {
+    const META: Meta = Meta { name: "Node", plural: "nodes", is_namespaced: false, ..Meta::CORE };
+    type Row = model::Node;
+
+    fn read(id: &ObjectId, document: &Field, _: &mut Notes) -> Result<Option<model::Node>> {
+        Ok(Some(model::Node {
+            name: id.key.name.to_string(),
+            labels: labels(document)?,
+            addresses: internal_addresses(&document.get("status")?)?,
+            pod_cidrs: pod_cidrs(&document.get("spec")?)?,
+        }))
+    }
+
+    fn rows(tables: &Arc<Tables>) -> Box<dyn Rows<model::Node>> {
+        Box::new(Nodes(tables.clone()))
+    }
+}
+
+/// Joined with what the operator gave them.
+struct Nodes(Arc<Tables>);
+
+impl Rows<model::Node> for Nodes {
+    fn reset(&mut self, all: Vec<(ObjectKey, Arc<model::Node>)>) {
+        self.0.reset_nodes(all.into_iter().map(|(key, node)| (key.name, node)));
+    }
+
+    fn get(&self, key: &ObjectKey) -> Option<Arc<model::Node>> {
+        self.0.node_object(&key.name)
+    }
+
+    fn apply(&mut self, key: &ObjectKey, node: Arc<model::Node>) {
+        self.0.apply_node(key.name.clone(), node);
+    }
+
+    fn delete(&mut self, key: &ObjectKey) {
+        self.0.delete_node(&key.name);
+    }
+
+    fn count(&self) -> usize {
+        self.0.nodes.snapshot().len()
+    }
+
+    fn subscribe(&self) -> watch::Receiver<State> {
+        self.0.nodes.subscribe()
+    }
+}
+
+fn internal_addresses(status: &Field) -> Result<Vec<IpAddr>> {
+    let mut addresses = Vec::new();
+    for address in items(&status.get("addresses")?)? {
+        if address.get("type")?.string()? == Some("InternalIP") {
+            addresses.push(address.get("address")?.address()?);
+        }
+    }
+    Ok(addresses)
+}
+
+fn pod_cidrs(spec: &Field) -> Result<Vec<IpNet>> {
+    let all = items(&spec.get("podCIDRs")?)?;
+    let single = spec.get("podCIDR")?;
+    if !all.is_empty() {
+        return all.iter().map(Field::cidr).collect();
+    }
+    match single.string()? {
+        None | Some("") => Ok(Vec::new()),
+        Some(_) => Ok(vec![single.cidr()?]),
+    }
+}
