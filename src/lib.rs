@@ -10,6 +10,7 @@ pub mod cni;
 pub mod config;
 pub mod datapath;
 pub mod endpoint;
+pub mod error;
 pub mod flow;
 pub mod identity;
 pub mod ipam;

@@ -74,7 +74,7 @@ async fn announce(
                 sleep(LOOK).await;
             }
             Err(error) => {
-                tracing::warn!(error = format!("{error:#}"), "saying how this node is");
+                tracing::warn!(error = crate::error::chain(&error), "saying how this node is");
                 sleep(retry).await;
                 retry = (retry * 2).min(LAST_RETRY);
             }
@@ -121,11 +121,11 @@ async fn beat(publisher: &Publisher, telemetry: &Telemetry, every: Duration) {
             Ok(()) => is_well = true,
             // Once an outage.
             Err(error) if is_well => {
-                tracing::warn!(error = format!("{error:#}"), "saying that this node's agent lives");
+                tracing::warn!(error = crate::error::chain(&error), "saying that this node's agent lives");
                 is_well = false;
             }
             Err(error) => {
-                tracing::debug!(error = format!("{error:#}"), "saying that this node's agent lives")
+                tracing::debug!(error = crate::error::chain(&error), "saying that this node's agent lives")
             }
         }
     }

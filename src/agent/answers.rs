@@ -97,7 +97,7 @@ impl Known {
             let Some(loaded) = self.loaded.get() else {
                 return Err("the datapath is not loaded yet".to_owned());
             };
-            loaded.datapath.verify_pod(endpoint.host_ifindex).map_err(|error| format!("{error:#}"))
+            loaded.datapath.verify_pod(endpoint.host_ifindex).map_err(|error| crate::error::chain(&error))
         })
     }
 
@@ -165,7 +165,7 @@ impl Known {
     fn dropped_packets(&self) -> u64 {
         let Some(loaded) = self.loaded.get() else { return 0 };
         let rows = loaded.datapath.metrics().unwrap_or_else(|error| {
-            tracing::warn!(error = format!("{error:#}"), "reading the packet counters");
+            tracing::warn!(error = crate::error::chain(&error), "reading the packet counters");
             Vec::new()
         });
         rows.iter().filter(|row| row.reason != 0).map(|row| row.packets).sum()
@@ -174,7 +174,7 @@ impl Known {
     fn maps(&self) -> Vec<MapFill> {
         let Some(loaded) = self.loaded.get() else { return Vec::new() };
         loaded.datapath.map_fill().unwrap_or_else(|error| {
-            tracing::warn!(error = format!("{error:#}"), "counting the rows of maps");
+            tracing::warn!(error = crate::error::chain(&error), "counting the rows of maps");
             Vec::new()
         })
     }
@@ -225,7 +225,7 @@ impl Known {
                 let way = match loaded.datapath.allows_past_stack() {
                     Ok(true) if args.tunnel_direct => "direct".to_owned(),
                     Ok(_) => format!("by {OVERLAY_DEVICE}"),
-                    Err(error) => format!("{error:#}"),
+                    Err(error) => crate::error::chain(&error),
                 };
                 rows.push(("tunnel packets", way));
             }

@@ -182,7 +182,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     manager.configure(&node.pod_cidrs, devices.mtu);
     tokio::spawn(async move {
         if let Err(error) = manager.watch_deletes(stopping).await {
-            tracing::error!(error = format!("{error:#}"), "queued deletions wait for the next start");
+            tracing::error!(error = crate::error::chain(&error), "queued deletions wait for the next start");
         }
     });
     let limits = sinks::Limits { policy_rows: config.args.policy_rows_max };

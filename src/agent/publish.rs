@@ -31,20 +31,28 @@ const LAST_RETRY: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub struct Claims {
     publisher: Arc<Publisher>,
-    under_way: Arc<Mutex<HashSet<Arc<IdentityLabels>>>>,
+    state: Arc<Mutex<ClaimState>>,
+}
+
+#[derive(Default)]
+struct ClaimState {
+    under_way: HashSet<Arc<IdentityLabels>>,
+    /// By the last round.
+    wanted: HashSet<Arc<IdentityLabels>>,
 }
 
 impl Claims {
     /// No claim is under way.
     pub fn new(publisher: Arc<Publisher>) -> Self {
-        Self { publisher, under_way: Arc::default() }
+        Self { publisher, state: Arc::default() }
     }
 
-    /// Starts the claims that are not under way. A number that was claimed shows
-    /// up in the table of identities, which starts the next round.
+    /// Starts the claims that are not under way; one that is not among these is not tried again. A number
+    /// that was claimed shows up in the table of identities, which starts the next round.
     pub fn start(&self, unclaimed: &[Arc<IdentityLabels>]) {
+        self.lock().wanted = unclaimed.iter().cloned().collect();
         for labels in unclaimed {
-            if self.lock().insert(labels.clone()) {
+            if self.lock().under_way.insert(labels.clone()) {
                 tokio::spawn(self.clone().claim(labels.clone()));
             }
         }
@@ -60,7 +68,7 @@ impl Claims {
                 }
                 Err(error) => {
                     tracing::warn!(
-                        error = format!("{error:#}"),
+                        error = crate::error::chain(&error),
                         namespace = labels.namespace,
                         "claiming an identity"
                     );
@@ -68,12 +76,16 @@ impl Claims {
                     pause = (pause * 2).min(LAST_RETRY);
                 }
             }
+            // The pods may have gone, or have other labels.
+            if !self.lock().wanted.contains(&labels) {
+                break;
+            }
         }
-        self.lock().remove(&labels);
+        self.lock().under_way.remove(&labels);
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashSet<Arc<IdentityLabels>>> {
-        self.under_way.lock().expect("no claim panics while it holds the lock")
+    fn lock(&self) -> std::sync::MutexGuard<'_, ClaimState> {
+        self.state.lock().expect("no claim panics while it holds the lock")
     }
 }
 
@@ -105,7 +117,7 @@ pub async fn publish_endpoints(publisher: Arc<Publisher>, mut newest: watch::Rec
                     break;
                 }
                 Err(error) => {
-                    tracing::warn!(error = format!("{error:#}"), "publishing this node's endpoints");
+                    tracing::warn!(error = crate::error::chain(&error), "publishing this node's endpoints");
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(LAST_RETRY);
                 }
@@ -198,6 +210,26 @@ mod tests {
             now += Duration::from_millis(1);
         }
         times
+    }
+
+    #[tokio::test]
+    async fn a15_a_claim_that_nobody_wants_any_more_is_given_up() {
+        let nowhere = std::path::PathBuf::from("/nonexistent/weir");
+        let tables = Arc::new(crate::kube::Tables::new());
+        let publisher =
+            Publisher::new(&crate::kube::Source::Manifests(nowhere), "a", tables).expect("a name");
+        let claims = Claims::new(Arc::new(publisher));
+        let labels = Arc::new(IdentityLabels { namespace: "shop".to_owned(), ..IdentityLabels::default() });
+        claims.start(std::slice::from_ref(&labels));
+        tokio::time::sleep(2 * FIRST_RETRY).await;
+        assert!(claims.lock().under_way.contains(&labels), "it is tried again");
+        claims.start(&[]);
+        let ended = async {
+            while claims.lock().under_way.contains(&labels) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), ended).await.expect("it ends");
     }
 
     #[test]

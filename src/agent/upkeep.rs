@@ -45,7 +45,9 @@ pub async fn collect_garbage(datapath: Arc<Datapath>) {
         let datapath = datapath.clone();
         match tokio::task::spawn_blocking(move || datapath.collect_garbage()).await {
             Ok(Ok(report)) => tracing::debug!(?report, "collected expired connections"),
-            Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "collecting expired connections"),
+            Ok(Err(error)) => {
+                tracing::warn!(error = crate::error::chain(&error), "collecting expired connections")
+            }
             Err(error) => tracing::error!(%error, "collecting expired connections"),
         }
         tokio::time::sleep(GARBAGE_INTERVAL.max(began.elapsed() * GARBAGE_REST)).await;
@@ -83,7 +85,7 @@ pub async fn end_stale_sockets(
         match ended.await {
             Ok(Ok(sockets)) => tracing::debug!(sockets, ?backends, "ended sockets of removed backends"),
             Ok(Err(error)) => {
-                tracing::warn!(error = format!("{error:#}"), "ending sockets of removed backends")
+                tracing::warn!(error = crate::error::chain(&error), "ending sockets of removed backends")
             }
             Err(error) => tracing::error!(%error, "ending sockets of removed backends"),
         }

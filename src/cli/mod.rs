@@ -119,10 +119,10 @@ pub enum Failure {
     #[error("writing: {0}")]
     Output(#[from] io::Error),
     /// What was to be tried could not be.
-    #[error("{0:#}")]
+    #[error("{}", crate::error::chain(.0))]
     NotTried(anyhow::Error),
     /// Anything else.
-    #[error("{0:#}")]
+    #[error("{}", crate::error::chain(.0))]
     Other(#[from] anyhow::Error),
 }
 

@@ -34,7 +34,7 @@ pub(super) fn load(
         Ok(object) => (object, opened.origins),
         Err(error) if features.not_loaded.is_empty() => {
             // Perhaps only what is optional does not load.
-            let reason = format!("{error:#}");
+            let reason = crate::error::chain(&error);
             features.leave_out_optional(&reason);
             let opened = prepare(settings, sizes, pins, &features)?;
             let object = load_object(opened.object).map_err(|_| explain(error, &features.kernel))?;

@@ -47,7 +47,9 @@ impl Datapath {
                     return Ok(());
                 }
                 // A kernel without cls_bpf, or somebody else's filter in our place: links it is.
-                Err(error) => tracing::debug!(ifindex, error = format!("{error:#}"), "no filters for a pod"),
+                Err(error) => {
+                    tracing::debug!(ifindex, error = crate::error::chain(&error), "no filters for a pod")
+                }
             }
         }
         self.attach_device(ifindex, &POD_PROGRAMS).with_context(attaching)
@@ -84,7 +86,7 @@ impl Datapath {
         unsettled.remove(&ifindex);
         if let Err(error) = self.attach_device(ifindex, &POD_PROGRAMS) {
             // Its filters stay in force; or the device has gone, and its DEL is on the way.
-            tracing::debug!(ifindex, error = format!("{error:#}"), "making links of a pod's filters");
+            tracing::debug!(ifindex, error = crate::error::chain(&error), "making links of a pod's filters");
         }
         true
     }

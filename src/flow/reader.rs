@@ -90,7 +90,10 @@ fn run(mut source: impl EventSource, recorder: &Recorder, names: &Names, shutdow
             }
             Err(error) => {
                 if !std::mem::replace(&mut failing, true) {
-                    warn!(error = format!("{error:#}"), "reading flow events does not work; trying again");
+                    warn!(
+                        error = crate::error::chain(&error),
+                        "reading flow events does not work; trying again"
+                    );
                 }
                 SLOW
             }
@@ -100,7 +103,7 @@ fn run(mut source: impl EventSource, recorder: &Recorder, names: &Names, shutdow
             names.refresh();
             match source.lost() {
                 Ok(lost) => recorder.set_lost_in_kernel(lost),
-                Err(error) => warn!(error = format!("{error:#}"), "reading the count of lost events"),
+                Err(error) => warn!(error = crate::error::chain(&error), "reading the count of lost events"),
             }
         }
         thread::sleep(pause);

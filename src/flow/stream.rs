@@ -90,7 +90,7 @@ impl Stream {
         loop {
             let items = match self.state {
                 State::Done => return None,
-                State::Start => self.begin(),
+                State::Start => self.begin().await,
                 State::Forward(from, until) => self.forward(from, until).await?,
             };
             if !items.is_empty() {
@@ -99,7 +99,7 @@ impl Stream {
         }
     }
 
-    fn begin(&mut self) -> Vec<Item> {
+    async fn begin(&mut self) -> Vec<Item> {
         let kept = self.recorder.range();
         self.news.mark_unchanged();
         let is_bounded = self.query.since.is_some() || self.query.until.is_some();
@@ -116,11 +116,12 @@ impl Stream {
             return Vec::new();
         }
         self.state = after;
-        self.newest(kept, last)
+        self.newest(kept, last).await
     }
 
-    /// The newest `last` that match, found from the end backwards.
-    fn newest(&mut self, kept: std::ops::Range<u64>, last: u64) -> Vec<Item> {
+    /// The newest `last` that match, found from the end backwards. Others get their turn between chunks: a ring
+    /// may hold millions.
+    async fn newest(&mut self, kept: std::ops::Range<u64>, last: u64) -> Vec<Item> {
         let mut found = Vec::new();
         let mut end = kept.end;
         while end > kept.start && (found.len() as u64) < last {
@@ -133,6 +134,7 @@ impl Stream {
             found.extend(matching.take((last - found.len() as u64) as usize));
             self.events = events;
             end = if first > start { kept.start } else { start };
+            tokio::task::yield_now().await;
         }
         found.reverse();
         found

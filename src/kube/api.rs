@@ -225,7 +225,7 @@ impl<K: ObjectKind> Watch<K> {
                 delay = DELAY_MIN;
             }
             // Once per outage; what the server last said stands.
-            let text = format!("{:#}", anyhow::Error::new(error));
+            let text = crate::error::chain(&anyhow::Error::new(error));
             if said == text {
                 debug!(kind = %K::KIND, error = text, "watching the API again");
             } else {

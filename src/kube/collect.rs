@@ -76,7 +76,7 @@ impl Collector {
                 document: None,
                 line: None,
                 object: None,
-                reason: format!("{error:#}; nothing is deleted"),
+                reason: format!("{}; nothing is deleted", crate::error::chain(&error)),
             };
             self.health.replace(COLLECTION, passed.err().map(report).into_iter().collect());
             sleep(self.unused.pause()).await;
@@ -226,7 +226,7 @@ fn note(what: &str, version: &Version, outcome: Result<bool>) -> bool {
         Ok(true) => return true,
         // Somebody uses it, or it is gone: so it should be.
         Ok(false) => debug!(identity = version.id.0, "{what}: it has changed"),
-        Err(error) => warn!(identity = version.id.0, error = format!("{error:#}"), "{what}"),
+        Err(error) => warn!(identity = version.id.0, error = crate::error::chain(&error), "{what}"),
     }
     false
 }

@@ -210,8 +210,10 @@ impl Directory {
             Ok(found) => found,
             Err(error) => {
                 Kind::ALL.iter().for_each(|kind| self.health.record_error(*kind));
-                self.health
-                    .replace(DIRECTORY, vec![self.report(&self.path.display(), None, format!("{error:#}"))]);
+                self.health.replace(
+                    DIRECTORY,
+                    vec![self.report(&self.path.display(), None, crate::error::chain(&error))],
+                );
                 return Err(error);
             }
         };
@@ -255,7 +257,11 @@ impl Directory {
         self.files_read += 1;
         match read(&path, metadata.size()) {
             Ok(documents) => self.take(name, stamp, documents, touched),
-            Err(error) => self.keep(name, Some(stamp), format!("{error:#}; its objects stay as they were")),
+            Err(error) => self.keep(
+                name,
+                Some(stamp),
+                format!("{}; its objects stay as they were", crate::error::chain(&error)),
+            ),
         }
     }
 

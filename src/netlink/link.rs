@@ -63,7 +63,7 @@ pub fn delete_link(name: &str) -> Result<bool> {
     let request = Request::new(format!("deleting device {name}"), RouteNetlinkMessage::DelLink(message));
     match Connection::open()?.execute(vec![request]) {
         Ok(()) => Ok(true),
-        Err(Error::Kernel { source, .. }) if source.raw_os_error() == Some(libc::ENODEV) => Ok(false),
+        Err(Error::Kernel { cause, .. }) if cause.raw_os_error() == Some(libc::ENODEV) => Ok(false),
         Err(error) => Err(error),
     }
 }

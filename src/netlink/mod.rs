@@ -51,12 +51,12 @@ pub use sysctl::{get_sysctl, set_sysctl, set_sysctl_root};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kernel refused.
-    #[error("{action}: {source}")]
+    #[error("{action}: {cause}")]
     Kernel {
         /// What was asked of it, in the gerund.
         action: String,
-        /// Its answer.
-        source: io::Error,
+        /// Its answer; said with the action, so it is no source.
+        cause: io::Error,
     },
     /// The path is no network namespace that a pod may have.
     #[error("network namespace {path}: {reason}")]
@@ -77,7 +77,19 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    fn kernel(action: impl Into<String>, source: impl Into<io::Error>) -> Self {
-        Self::Kernel { action: action.into(), source: source.into() }
+    fn kernel(action: impl Into<String>, cause: impl Into<io::Error>) -> Self {
+        Self::Kernel { action: action.into(), cause: cause.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a16_the_kernels_answer_is_said_once() {
+        let error = Error::kernel("adding route 10.61.2.0/24", io::Error::from_raw_os_error(17));
+        let text = format!("{:#}", anyhow::Error::new(error).context("writing routes"));
+        assert_eq!(text, "writing routes: adding route 10.61.2.0/24: File exists (os error 17)");
     }
 }

@@ -215,7 +215,7 @@ const BOOT_PROTOCOL: u8 = 3;
 fn set_ipv6(interface: &str, name: &str, value: &str) -> Result<()> {
     match set_sysctl(&format!("net/ipv6/conf/{interface}/{name}"), value) {
         // A kernel booted without IPv6 has none of these.
-        Err(Error::Kernel { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(Error::Kernel { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => Ok(()),
         outcome => outcome,
     }
 }

@@ -48,7 +48,7 @@ impl Election {
             match looked {
                 Ok(Ok(true)) => return started,
                 Ok(Ok(false)) => said.clear(),
-                Ok(Err(error)) => warn_once(&mut said, format!("{:#}", anyhow::Error::new(error))),
+                Ok(Err(error)) => warn_once(&mut said, crate::error::chain(&anyhow::Error::new(error))),
                 Err(_) => warn_once(&mut said, "the API server does not answer".to_owned()),
             }
             sleep(LOOK).await;
@@ -73,7 +73,7 @@ impl Election {
                     return;
                 }
                 Ok(Err(error)) => {
-                    warn!(error = format!("{:#}", anyhow::Error::new(error)), "renewing the lease");
+                    warn!(error = crate::error::chain(&anyhow::Error::new(error)), "renewing the lease");
                 }
                 Err(_) => warn!("renewing the lease: the API server does not answer"),
             }

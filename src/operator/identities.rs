@@ -88,7 +88,10 @@ impl Collector {
         loop {
             if let Err(error) = self.pass().await {
                 self.metrics.errors.inc();
-                warn!(error = format!("{error:#}"), "collecting unused identities: nothing is deleted");
+                warn!(
+                    error = crate::error::chain(&error),
+                    "collecting unused identities: nothing is deleted"
+                );
             }
             sleep(self.unused.pause()).await;
         }
@@ -174,7 +177,11 @@ impl Collector {
             }
             Err(error) => {
                 self.metrics.errors.inc();
-                warn!(identity = version.name, error = format!("{:#}", anyhow::Error::new(error)), "{what}");
+                warn!(
+                    identity = version.name,
+                    error = crate::error::chain(&anyhow::Error::new(error)),
+                    "{what}"
+                );
             }
         }
         false

@@ -136,7 +136,7 @@ async fn take_part(
 async fn lead(config: &OperatorConfig, client: &Client, metrics: &Metrics, resigning: watch::Receiver<bool>) {
     while let Err(error) = work(config, client, metrics, resigning.clone()).await {
         metrics.errors.inc();
-        warn!(error = format!("{error:#}"), "beginning the work of the leader");
+        warn!(error = crate::error::chain(&error), "beginning the work of the leader");
         sleep(RETRY).await;
     }
 }
@@ -161,7 +161,7 @@ async fn work(
         while !*resigning.borrow() {
             if let Err(error) = round(&stores, &mut cidrs, &mut keeper).await {
                 metrics.errors.inc();
-                warn!(error = format!("{error:#}"), "looking after nodes");
+                warn!(error = crate::error::chain(&error), "looking after nodes");
                 sleep(RETRY).await;
             }
             tokio::select! {

@@ -115,7 +115,7 @@ where
             // Once an outage.
             Err(error) => {
                 if std::mem::take(&mut is_well) {
-                    let error = format!("{:#}", anyhow::Error::new(error));
+                    let error = crate::error::chain(&anyhow::Error::new(error));
                     warn!(kind = %K::kind(&()), error, "watching the API is interrupted");
                 }
             }

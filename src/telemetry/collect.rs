@@ -120,12 +120,12 @@ impl Collector for Kernel {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Encoded {
         match self.0.packets() {
             Ok(packets) => encode_packets(&mut encoder, &packets)?,
-            Err(error) => warn!(error = format!("{error:#}"), "reading the kernel's packet counters"),
+            Err(error) => warn!(error = crate::error::chain(&error), "reading the kernel's packet counters"),
         }
         let maps = match self.0.maps() {
             Ok(maps) => maps,
             Err(error) => {
-                warn!(error = format!("{error:#}"), "reading how full the maps are");
+                warn!(error = crate::error::chain(&error), "reading how full the maps are");
                 return Ok(());
             }
         };

@@ -47,7 +47,7 @@ impl Sink for Links {
             if self.attached.get(id) != Some(&ifindex) && !self.failed.contains_key(id) {
                 match self.datapath.attach_pod(*id, ifindex) {
                     Ok(()) => drop(self.attached.insert(*id, ifindex)),
-                    Err(error) => drop(self.failed.insert(*id, (ifindex, format!("{error:#}")))),
+                    Err(error) => drop(self.failed.insert(*id, (ifindex, crate::error::chain(&error)))),
                 }
             }
             if let Some((_, error)) = self.failed.get(id) {

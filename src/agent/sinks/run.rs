@@ -178,7 +178,7 @@ impl Row {
                 true
             }
             Err(error) => {
-                self.failure = Some(Failure::Error(format!("{error:#}")));
+                self.failure = Some(Failure::Error(crate::error::chain(&error)));
                 false
             }
         }
@@ -204,7 +204,7 @@ impl Row {
         let may = succeeded.contains(name)
             && self.sink.needs_to_delete().iter().all(|need| succeeded.contains(need));
         if may && let Err(error) = self.sink.delete(round) {
-            self.failure = Some(Failure::Error(format!("{error:#}")));
+            self.failure = Some(Failure::Error(crate::error::chain(&error)));
             succeeded.remove(name);
         }
     }
@@ -242,10 +242,8 @@ fn log_new(sink: &str, before: &[Problem], now: &[Problem]) {
 fn ordered(mut rest: Vec<Box<dyn Sink>>) -> Result<Vec<Box<dyn Sink>>> {
     let mut ordered: Vec<Box<dyn Sink>> = Vec::with_capacity(rest.len());
     while !rest.is_empty() {
-        let is_next = |sink: &Box<dyn Sink>| {
-            sink.needs().iter().all(|need| ordered.iter().any(|before| before.name() == *need))
-        };
-        let Some(next) = rest.iter().position(is_next) else {
+        let is_there = |need: &&str| ordered.iter().any(|before| before.name() == *need);
+        let Some(next) = rest.iter().position(|sink| sink.needs().iter().all(|need| is_there(need))) else {
             let names: Vec<&str> = rest.iter().map(|sink| sink.name()).collect();
             bail!("the sinks {} need one another, or a sink that is not there", names.join(", "));
         };

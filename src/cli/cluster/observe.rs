@@ -85,7 +85,7 @@ pub async fn run(
     let mut failed = Vec::new();
     while let Some(ended) = asked.join_next().await {
         if let Ok(Err(error)) = ended {
-            failed.push(format!("{error:#}"));
+            failed.push(crate::error::chain(&error));
         }
     }
     match failed.is_empty() {

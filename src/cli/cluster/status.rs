@@ -157,7 +157,7 @@ pub async fn ask(args: &ClusterArgs) -> Result<ClusterStatus> {
     let agents = cluster.agents().await?;
     let (mut operator, complaints) = futures::join!(operator::ask(&cluster), operator::complaints(&cluster));
     let mut complaints = complaints.unwrap_or_else(|error| {
-        operator.problems.push(format!("{error:#}"));
+        operator.problems.push(crate::error::chain(&error));
         BTreeMap::new()
     });
     let row = |node: Node| {
@@ -202,7 +202,7 @@ async fn node_row(cluster: &Cluster, node: &Node, agent: Option<Agent>) -> NodeR
             row.problems.extend(problems(&status));
             row.status = Some(status);
         }
-        Err(error) => row.problems.push(format!("{error:#}")),
+        Err(error) => row.problems.push(crate::error::chain(&error)),
     }
     row
 }

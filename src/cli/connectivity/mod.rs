@@ -112,7 +112,7 @@ async fn test(args: &TestArgs) -> anyhow::Result<Report> {
         _ = interrupt.recv() => Err(anyhow!("interrupted: `weir connectivity clean` does the rest")),
     };
     if let Err(error) = cleaned {
-        progress(&format!("cleaning up: {error:#}"));
+        progress(&format!("cleaning up: {}", crate::error::chain(&error)));
     }
     outcome
 }

@@ -234,7 +234,9 @@ impl<'a> Stage<'a> {
         let services: Api<Service> = Api::namespaced(self.cluster.client.clone(), SYSTEM);
         let is_dns = ListParams::default().labels("k8s-app=kube-dns");
         let name = match services.list(&is_dns).await.map_err(explained) {
-            Err(error) => return Some(format!("looking for the cluster's DNS: {error:#}")),
+            Err(error) => {
+                return Some(format!("looking for the cluster's DNS: {}", crate::error::chain(&error)));
+            }
             Ok(list) => match list.items.first() {
                 None => return Some(format!("no Service in {SYSTEM} has the label k8s-app=kube-dns")),
                 Some(service) => service.name_any(),
@@ -348,7 +350,8 @@ impl<'a> Stage<'a> {
             sleep(POLL).await;
             let since = format!("{}s", start.elapsed().as_secs() + 1);
             let seen = self.agents.iter().map(|agent| async {
-                let flows = self.flows(world, agent, &since).await.map_err(|error| format!("{error:#}"));
+                let flows =
+                    self.flows(world, agent, &since).await.map_err(|error| crate::error::chain(&error));
                 (agent.node.clone(), flows)
             });
             let seen: Seen = join_all(seen).await.into_iter().collect();

@@ -43,7 +43,7 @@ impl Archive {
         let content = match entry.content {
             Ok(content) => content,
             Err(error) => {
-                self.note(&entry.path, format!("{error:#}"));
+                self.note(&entry.path, crate::error::chain(&error));
                 return Ok(());
             }
         };

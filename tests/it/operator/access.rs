@@ -67,6 +67,7 @@ fn an_agent_writes_for_its_own_node_only() -> Result<()> {
         );
         ensure!(is_forbidden(of_agent.delete("a", &Default::default()).await), "it deleted its WeirNode");
         identities(&agent).await?;
+        a6_addresses_outside_of_the_nodes_pod_cidrs_are_refused(&admin, &own).await?;
 
         ensure!(is_forbidden(Api::<Secret>::all(agent.clone()).list(&ListParams::default()).await));
         let pods: Api<Pod> = Api::namespaced(agent.clone(), "weir-system");
@@ -82,6 +83,33 @@ fn an_agent_writes_for_its_own_node_only() -> Result<()> {
         ensure!(is_refused(leader.create(&Default::default(), &lease).await), "it led");
         Ok(())
     })
+}
+
+async fn a6_addresses_outside_of_the_nodes_pod_cidrs_are_refused(
+    admin: &Client,
+    own: &Publisher,
+) -> Result<()> {
+    let cidrs = json!({"podCIDR": "10.9.0.0/24", "podCIDRs": ["10.9.0.0/24", "fd09::/64"]});
+    create_node(admin, "a", cidrs).await?;
+    let publish = async |internal: &str, address: &str| {
+        let endpoint = model::PublishedEndpoint {
+            pod: model::ObjectKey::new("shop", "web"),
+            addresses: vec![address.parse()?],
+            identity: model::IdentityId(4711),
+        };
+        let (internal_addresses, endpoints) = (vec![internal.parse()?], vec![endpoint]);
+        own.publish_endpoints(&model::NodeEndpoints { node: "a".to_owned(), internal_addresses, endpoints })
+            .await
+    };
+    until("the Node to be known to the policy", || async {
+        let refused = publish("10.9.0.1", "203.0.113.9").await.err();
+        Ok(refused.filter(|error| format!("{error:#}").contains("must be within its pod CIDRs")).map(drop))
+    })
+    .await?;
+    ensure!(publish("172.16.0.1", "10.9.0.2").await.is_err(), "an address of its own outside");
+    ensure!(publish("10.9.0.1", "fd08::2").await.is_err(), "a pod outside");
+    publish("fd09::1", "fd09::2").await?;
+    publish("10.9.0.1", "10.9.0.2").await
 }
 
 /// It claims identities, and cannot end them.
