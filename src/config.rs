@@ -157,7 +157,7 @@ pub struct AgentArgs {
     #[arg(long, env = "WEIR_FLOW_EVENTS", action = ArgAction::Set, default_value_t = true)]
     pub flow_events: bool,
 
-    /// Flows kept in memory, 128 bytes each.
+    /// Flows kept in memory, 136 bytes each.
     #[arg(long, env = "WEIR_FLOW_BUFFER", value_name = "N", default_value_t = 16_384)]
     pub flow_buffer: usize,
 

@@ -33,7 +33,7 @@ pub use reason::DropReason;
 pub use record::{
     Counts, Direction, EventType, Flow, FlowService, Icmp, L4Protocol, Party, TcpFlags, Verdict,
 };
-pub use recorder::{Recorder, RecorderCounts};
+pub use recorder::{Record, Recorder, RecorderCounts};
 pub use stream::{Item, Lost, LostSource, Stream};
 pub use text::{Colours, compact, escape, identity};
 

@@ -1,4 +1,4 @@
-//! The last N events, raw, in memory of a fixed size.
+//! The last N records, raw, in memory of a fixed size.
 //!
 //! One writer appends, readers copy from any sequence number on. The lock is held for
 //! one copy of at most a few hundred records on either side, so that neither waits long;
@@ -12,7 +12,17 @@ use tokio::sync::watch;
 
 use super::Event;
 
-/// A bounded ring of events with sequence numbers from 0.
+/// What is recorded, in the order in which it came. Requests that a proxy has seen and events of the agent
+/// will be records, too.
+#[derive(Clone, Debug)]
+pub enum Record {
+    /// What the programs report: a connection, or a dropped packet.
+    Packet(Event),
+    /// So many events of the programs did not fit the kernel's buffer, about here.
+    Lost(u64),
+}
+
+/// A bounded ring of records with sequence numbers from 0.
 pub struct Recorder {
     ring: Mutex<Ring>,
     capacity: usize,
@@ -22,16 +32,18 @@ pub struct Recorder {
 }
 
 struct Ring {
-    /// Grows up to the capacity, then is overwritten; the event with sequence s is at s % capacity.
-    events: Vec<Event>,
-    /// Sequence number of the next event.
+    /// Grows up to the capacity, then is overwritten; the record with sequence s is at s % capacity.
+    records: Vec<Record>,
+    /// Sequence number of the next record.
     next: u64,
+    /// How many of all records were events.
+    events: u64,
 }
 
 /// What became of the events so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecorderCounts {
-    /// Arrived from the kernel.
+    /// Events that arrived from the kernel.
     pub seen: u64,
     /// Still in memory.
     pub held: u64,
@@ -46,10 +58,10 @@ pub struct RecorderCounts {
 }
 
 impl Recorder {
-    /// An empty ring of `capacity` events, 128 bytes each; memory is taken as they arrive.
+    /// An empty ring of `capacity` records, 136 bytes each; memory is taken as they arrive.
     pub fn new(capacity: usize) -> Self {
         Self {
-            ring: Mutex::new(Ring { events: Vec::with_capacity(capacity.max(1)), next: 0 }),
+            ring: Mutex::new(Ring { records: Vec::with_capacity(capacity.max(1)), next: 0, events: 0 }),
             capacity: capacity.max(1),
             next: watch::Sender::new(0),
             lost_in_kernel: AtomicU64::new(0),
@@ -62,10 +74,14 @@ impl Recorder {
         if events.is_empty() {
             return;
         }
+        self.add(events.iter().copied().map(Record::Packet));
+    }
+
+    fn add(&self, records: impl Iterator<Item = Record>) {
         let next = {
             let mut ring = self.ring.lock().expect("nobody panics while it holds the ring");
-            for chunk in events.chunks(self.capacity) {
-                ring.extend(chunk, self.capacity);
+            for record in records {
+                ring.push(record, self.capacity);
             }
             ring.next
         };
@@ -75,20 +91,20 @@ impl Recorder {
     /// Sequence numbers that memory holds: from the oldest to one past the newest.
     pub fn range(&self) -> std::ops::Range<u64> {
         let ring = self.ring.lock().expect("nobody panics while it holds the ring");
-        ring.next - ring.events.len() as u64..ring.next
+        ring.next - ring.records.len() as u64..ring.next
     }
 
-    /// Copies at most `limit` events from sequence number `from` on into `events`, which is
+    /// Copies at most `limit` records from sequence number `from` on into `records`, which is
     /// emptied first; returns the number of the first that is still there, at least `from`.
-    pub fn copy(&self, from: u64, limit: usize, events: &mut Vec<Event>) -> u64 {
-        events.clear();
+    pub fn copy(&self, from: u64, limit: usize, records: &mut Vec<Record>) -> u64 {
+        records.clear();
         let ring = self.ring.lock().expect("nobody panics while it holds the ring");
-        let first = from.max(ring.next - ring.events.len() as u64).min(ring.next.max(from));
+        let first = from.max(ring.next - ring.records.len() as u64).min(ring.next.max(from));
         let count = ring.next.saturating_sub(first).min(limit as u64) as usize;
         let start = (first % self.capacity as u64) as usize;
-        let until_end = count.min(ring.events.len().saturating_sub(start));
-        events.extend_from_slice(&ring.events[start.min(ring.events.len())..][..until_end]);
-        events.extend_from_slice(&ring.events[..count - until_end]);
+        let until_end = count.min(ring.records.len().saturating_sub(start));
+        records.extend_from_slice(&ring.records[start.min(ring.records.len())..][..until_end]);
+        records.extend_from_slice(&ring.records[..count - until_end]);
         first
     }
 
@@ -97,9 +113,12 @@ impl Recorder {
         self.next.subscribe()
     }
 
-    /// Says how many events the kernel has dropped so far.
+    /// Says how many events the kernel has dropped so far; what is new is recorded.
     pub fn set_lost_in_kernel(&self, lost: u64) {
-        self.lost_in_kernel.store(lost, Ordering::Relaxed);
+        let before = self.lost_in_kernel.swap(lost, Ordering::Relaxed);
+        if lost > before {
+            self.add(std::iter::once(Record::Lost(lost - before)));
+        }
     }
 
     /// How many events the kernel has dropped so far.
@@ -115,8 +134,9 @@ impl Recorder {
     /// What became of the events so far.
     pub fn counts(&self) -> RecorderCounts {
         let held = self.range();
+        let seen = self.ring.lock().expect("nobody panics while it holds the ring").events;
         RecorderCounts {
-            seen: held.end,
+            seen,
             held: held.end - held.start,
             capacity: self.capacity as u64,
             overwritten: held.start,
@@ -127,16 +147,14 @@ impl Recorder {
 }
 
 impl Ring {
-    /// Adds at most `capacity` events.
-    fn extend(&mut self, events: &[Event], capacity: usize) {
-        let (fresh, over) = events.split_at(events.len().min(capacity - self.events.len()));
-        self.events.extend_from_slice(fresh);
-        self.next += fresh.len() as u64;
-        let start = (self.next % capacity as u64) as usize;
-        let (to_end, wrapped) = over.split_at(over.len().min(capacity - start));
-        self.events[start..start + to_end.len()].copy_from_slice(to_end);
-        self.events[..wrapped.len()].copy_from_slice(wrapped);
-        self.next += over.len() as u64;
+    fn push(&mut self, record: Record, capacity: usize) {
+        self.events += u64::from(matches!(record, Record::Packet(_)));
+        let place = (self.next % capacity as u64) as usize;
+        match self.records.get_mut(place) {
+            Some(oldest) => *oldest = record,
+            None => self.records.push(record),
+        }
+        self.next += 1;
     }
 }
 
@@ -151,7 +169,11 @@ mod tests {
     fn copied(recorder: &Recorder, from: u64, limit: usize) -> (u64, Vec<u64>) {
         let mut out = Vec::new();
         let first = recorder.copy(from, limit, &mut out);
-        (first, out.iter().map(|event| event.timestamp_ns).collect())
+        let number = |record: &Record| match record {
+            Record::Packet(event) => event.timestamp_ns,
+            Record::Lost(lost) => 1000 + lost,
+        };
+        (first, out.iter().map(number).collect())
     }
 
     /// Every batch size against every position in the ring: what is held is always the newest.
@@ -192,11 +214,22 @@ mod tests {
                 seen: 10,
                 held: 4,
                 capacity: 4,
-                overwritten: 6,
+                overwritten: 7,
                 lost_in_kernel: 3,
                 missed_by_readers: 2
             }
         );
+    }
+
+    #[test]
+    fn losses_are_records_among_the_events() {
+        let recorder = Recorder::new(4);
+        recorder.append(&events(0..1));
+        recorder.set_lost_in_kernel(5);
+        recorder.set_lost_in_kernel(5);
+        recorder.append(&events(1..2));
+        recorder.set_lost_in_kernel(7);
+        assert_eq!(copied(&recorder, 0, 10), (0, vec![0, 1005, 1, 1002]));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::{Clock, Event, Flow, Names, Query, Recorder, monotonic_ns};
+use super::{Clock, Event, Flow, Names, Query, Record, Recorder, monotonic_ns};
 
 /// Flows that a reader gets without asking for a number.
 const DEFAULT_LAST: u64 = 20;
@@ -51,10 +51,9 @@ pub struct Stream {
     query: Query,
     clock: Clock,
     news: watch::Receiver<u64>,
-    events: Vec<Event>,
+    records: Vec<Record>,
     state: State,
     missed: u64,
-    lost_in_kernel: u64,
     loss_told: Option<Instant>,
 }
 
@@ -71,12 +70,11 @@ impl Stream {
     pub fn new(recorder: Arc<Recorder>, names: Arc<Names>, query: Query) -> Self {
         Self {
             news: recorder.subscribe(),
-            lost_in_kernel: recorder.lost_in_kernel(),
             recorder,
             names,
             query,
             clock: Clock::now(),
-            events: Vec::new(),
+            records: Vec::new(),
             state: State::Start,
             missed: 0,
             loss_told: None,
@@ -126,13 +124,17 @@ impl Stream {
         let mut end = kept.end;
         while end > kept.start && (found.len() as u64) < last {
             let start = end.saturating_sub(CHUNK as u64).max(kept.start);
-            let first = self.recorder.copy(start, (end - start) as usize, &mut self.events);
-            let events = std::mem::take(&mut self.events);
+            let first = self.recorder.copy(start, (end - start) as usize, &mut self.records);
+            let records = std::mem::take(&mut self.records);
             // What was overwritten meanwhile is the oldest: there is nothing further back.
-            let still_there = events.iter().take(end.saturating_sub(first) as usize);
-            let matching = still_there.rev().filter_map(|event| self.item(event));
-            found.extend(matching.take((last - found.len() as u64) as usize));
-            self.events = events;
+            let still_there = records.iter().take(end.saturating_sub(first) as usize);
+            // So many flows are asked for: losses do not count.
+            let flow = |record: &Record| match record {
+                Record::Packet(event) => self.item(event),
+                Record::Lost(_) => None,
+            };
+            found.extend(still_there.rev().filter_map(flow).take((last - found.len() as u64) as usize));
+            self.records = records;
             end = if first > start { kept.start } else { start };
             tokio::task::yield_now().await;
         }
@@ -147,17 +149,20 @@ impl Stream {
             return None;
         }
         let limit = if self.query.follow { CHUNK } else { CHUNK.min((until - from) as usize) };
-        let first = self.recorder.copy(from, limit, &mut self.events);
+        let first = self.recorder.copy(from, limit, &mut self.records);
         self.missed += first - from;
         self.recorder.add_missed(first - from);
-        if self.events.is_empty() && self.query.follow {
+        if self.records.is_empty() && self.query.follow {
             return self.wait().await;
         }
-        let events = std::mem::take(&mut self.events);
-        self.state = State::Forward(first + events.len() as u64, until);
+        let records = std::mem::take(&mut self.records);
+        self.state = State::Forward(first + records.len() as u64, until);
         let mut items = self.losses();
-        items.extend(events.iter().filter_map(|event| self.item(event)));
-        self.events = events;
+        items.extend(records.iter().filter_map(|record| match record {
+            Record::Packet(event) => self.item(event),
+            Record::Lost(lost) => Some(lost_item(LostSource::PerfEventRingBuffer, *lost)),
+        }));
+        self.records = records;
         Some(items)
     }
 
@@ -194,21 +199,17 @@ impl Stream {
             && self.query.until.is_none_or(|until| time() <= until)
     }
 
-    /// What got lost since it was last told, one number for each place.
+    /// What this reader missed since it was last told.
     fn losses(&mut self) -> Vec<Item> {
-        let lost_in_kernel = self.recorder.lost_in_kernel();
-        let in_kernel = lost_in_kernel.saturating_sub(self.lost_in_kernel);
         let is_soon = self.loss_told.is_some_and(|told| told.elapsed() < LOSS_INTERVAL);
-        if self.missed == 0 && in_kernel == 0 || is_soon {
+        if self.missed == 0 || is_soon {
             return Vec::new();
         }
         self.loss_told = Some(Instant::now());
-        self.lost_in_kernel = lost_in_kernel;
-        let missed = std::mem::take(&mut self.missed);
-        [(LostSource::PerfEventRingBuffer, in_kernel), (LostSource::HubbleRingBuffer, missed)]
-            .into_iter()
-            .filter(|(_, lost)| *lost > 0)
-            .map(|(source, num_events_lost)| Item::LostEvents(Lost { source, num_events_lost }))
-            .collect()
+        vec![lost_item(LostSource::HubbleRingBuffer, std::mem::take(&mut self.missed))]
     }
+}
+
+fn lost_item(source: LostSource, num_events_lost: u64) -> Item {
+    Item::LostEvents(Lost { source, num_events_lost })
 }
