@@ -12,7 +12,7 @@ use weir::datapath::abi::{
 use weir::datapath::{Bytes, Changes, Datapath, MetricRow, types};
 use weir::flow::reader::{self, KernelEvents};
 use weir::flow::{NameSource, NameTables, Names, Recorder};
-use weir::model::{IdentityId, IdentityLabels, LocalIdentity, ObjectKey};
+use weir::model::{IdentityId, IdentityLabels, LocalIdentity};
 
 use super::{private, small_maps};
 use crate::lab::wait_for;
