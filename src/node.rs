@@ -34,6 +34,8 @@ pub struct Input<'a> {
     pub this_node: &'a str,
     /// This node's own addresses in the pod network.
     pub internal_addresses: &'a [IpAddr],
+    /// The addresses that this node's devices have, listed by its Node object or not: no service's.
+    pub device_addresses: &'a BTreeSet<IpAddr>,
     /// This node's pods whose identity is known; none of a pod that has ended.
     pub endpoints: &'a BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>,
     /// Every node.
@@ -92,6 +94,10 @@ pub fn addresses(input: &Input<'_>) -> Output {
         let entry = own(IdentityId::HOST, None, AddressKind::NodeInternal);
         claims.claim(*address, Rank::Own, &this_node, None, entry);
     }
+    for address in input.device_addresses {
+        let entry = own(IdentityId::HOST, None, AddressKind::Node);
+        claims.claim(*address, Rank::Own, &this_node, None, entry);
+    }
     for (id, (endpoint, identity)) in input.endpoints {
         claims.claim_own(&this_node, *id, endpoint, *identity);
     }
@@ -119,6 +125,7 @@ pub struct Addresses {
     /// Addresses with more than one claim, or with one that makes no sense.
     contested: BTreeSet<IpAddr>,
     internal_addresses: Vec<IpAddr>,
+    device_addresses: BTreeSet<IpAddr>,
     endpoints: BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>,
     nodes: Snapshot<Arc<str>, Arc<Node>>,
     node_endpoints: Snapshot<Arc<str>, Arc<NodeEndpoints>>,
@@ -136,6 +143,7 @@ impl Addresses {
             }
         }
         self.internal_addresses = input.internal_addresses.to_vec();
+        self.device_addresses.clone_from(input.device_addresses);
         self.endpoints.clone_from(input.endpoints);
         self.nodes = input.nodes.clone();
         self.node_endpoints = input.node_endpoints.clone();
@@ -145,7 +153,10 @@ impl Addresses {
     /// The addresses with what pods changed; `None` where more than pods did, or where an address
     /// that changed hands has, had or gets another claim: then all claims have to be weighed again.
     fn difference(&self, input: &Input<'_>) -> Option<Snapshot<IpAddr, BaseAddress>> {
-        if !self.nodes.ptr_eq(input.nodes) || self.internal_addresses != input.internal_addresses {
+        if !self.nodes.ptr_eq(input.nodes)
+            || self.internal_addresses != input.internal_addresses
+            || self.device_addresses != *input.device_addresses
+        {
             return None;
         }
         let (mut before, mut after) = (Claims::new(input), Claims::new(input));

@@ -161,9 +161,15 @@ impl Compute {
         }
         let mut desired = Desired::default();
         let endpoints = self.resolve(view, &mut desired);
+        let services = self.frontends.update(&view.services, &view.slices);
+        // A Service keeps its address, also where a device of the node has it.
+        let is_own = |address: &&IpAddr| !services.frontends.contains_key(&FrontendKey::rest_of(**address));
+        let own_addresses: Vec<IpAddr> = view.local_addresses.keys().filter(is_own).copied().collect();
+        let is_on_device = |address: &&IpAddr| !address.is_loopback();
         let owners = self.owners.update(&node::Input {
             this_node: &self.node_name,
             internal_addresses: &self.internal_addresses,
+            device_addresses: &own_addresses.iter().filter(is_on_device).copied().collect(),
             endpoints: &endpoints,
             nodes: &view.nodes,
             node_endpoints: &view.node_endpoints,
@@ -178,7 +184,6 @@ impl Compute {
             addresses: &owners.addresses,
             pod_cidrs: &pod_cidrs,
         })?;
-        let services = self.frontends.update(&view.services, &view.slices);
         desired.conflicts = conflicts(&owners.conflicts, &services.conflicts);
         desired.published = endpoints.values().map(publish).collect();
         desired.coming = coming(&self.node_name, view, &endpoints);
@@ -192,10 +197,7 @@ impl Compute {
         desired.selected_by = compiled.selected_by;
         desired.frontends = services.frontends.clone();
         let pods = endpoints.values().map(|(endpoint, _)| endpoint.as_ref());
-        // A Service keeps its address, also where a device of the node has it.
-        let is_own = |address: &&IpAddr| !services.frontends.contains_key(&FrontendKey::rest_of(**address));
-        let addresses: Vec<IpAddr> = view.local_addresses.keys().filter(is_own).copied().collect();
-        desired.frontends.extend(service::host_ports(&addresses, pods));
+        desired.frontends.extend(service::host_ports(&own_addresses, pods));
         desired.nodes = view.nodes.values().filter(|node| *node.name != *self.node_name).cloned().collect();
         Ok(desired)
     }

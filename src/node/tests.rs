@@ -8,6 +8,7 @@ struct World {
     endpoints: BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>,
     internal: Vec<IpAddr>,
     believes: bool,
+    devices: BTreeSet<IpAddr>,
 }
 
 impl World {
@@ -56,16 +57,22 @@ impl World {
         self
     }
 
-    /// `address identity kind @node #endpoint`, then the conflicts, seen from node "a".
-    fn shown(&self) -> (Vec<String>, Vec<String>) {
-        let output = addresses(&Input {
+    /// As node "a" sees it.
+    fn input(&self) -> Input<'_> {
+        Input {
             this_node: "a",
             internal_addresses: &self.internal,
+            device_addresses: &self.devices,
             endpoints: &self.endpoints,
             nodes: &self.nodes,
             node_endpoints: &self.node_endpoints,
             believes_any_address: self.believes,
-        });
+        }
+    }
+
+    /// `address identity kind @node #endpoint`, then the conflicts, seen from node "a".
+    fn shown(&self) -> (Vec<String>, Vec<String>) {
+        let output = addresses(&self.input());
         let show = |(address, entry): (&IpAddr, &BaseAddress)| {
             let node = entry.node.map(|node| format!(" @{node}")).unwrap_or_default();
             let endpoint = entry.endpoint.map(|id| format!(" #{id}")).unwrap_or_default();
@@ -107,6 +114,29 @@ fn own_pods_are_local_and_others_are_behind_their_node() {
         ]
     );
     assert_eq!(conflicts, [""; 0]);
+}
+
+#[test]
+fn every_address_of_this_nodes_devices_is_the_hosts() {
+    let mut world = World::default().node("a", &["192.168.0.1"], "10.0.0.0/24").node(
+        "b",
+        &["192.168.0.2"],
+        "10.0.1.0/24",
+    );
+    world.devices = ["172.17.0.1", "192.168.0.1", "192.168.0.200"].map(ip).into();
+    let expected = ["172.17.0.1 1 Node", "192.168.0.1 1 Node", "192.168.0.2 6 Node @192.168.0.2"];
+    let mut following = Addresses::default();
+    for has_virtual in [true, false] {
+        if !has_virtual {
+            world.devices.remove(&ip("192.168.0.200"));
+        }
+        let (addresses, conflicts) = world.shown();
+        let added = has_virtual.then_some("192.168.0.200 1 Node");
+        assert_eq!(addresses, expected.into_iter().chain(added).collect::<Vec<_>>());
+        assert_eq!(conflicts, [""; 0]);
+        let output = following.update(&world.input());
+        assert_eq!(output.addresses.len(), addresses.len());
+    }
 }
 
 #[test]
@@ -240,6 +270,7 @@ proptest::proptest! {
             let input = Input {
                 this_node: "a",
                 internal_addresses: &world.internal,
+                device_addresses: &world.devices,
                 endpoints: &world.endpoints,
                 nodes: &world.nodes,
                 node_endpoints: &world.node_endpoints,
@@ -261,6 +292,7 @@ fn a_pod_that_comes_and_goes_costs_its_own_addresses() {
         let input = Input {
             this_node: "a",
             internal_addresses: &[],
+            device_addresses: &BTreeSet::new(),
             endpoints: &world.endpoints,
             nodes: &world.nodes,
             node_endpoints: &world.node_endpoints,

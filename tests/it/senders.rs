@@ -314,3 +314,27 @@ fn the_nodes_own_node_ports_lead_to_local_and_remote_pods() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn the_nodes_every_address_is_the_host() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup::default())?;
+    let node = lab.node(1);
+    for address in VIRTUAL {
+        let nodad = if address.contains(':') { " nodad" } else { "" };
+        node.space().ip(&format!("address add {address} dev eth0{nodad}"))?;
+    }
+    let own = VIRTUAL.map(|address| address.parse().expect("an address"));
+    let _server = Server::start(node.space(), "node1", &own, &[8080])?;
+    let pod = lab.pod(1, "shop/client").create()?;
+    for (number, address) in own.into_iter().enumerate() {
+        wait_for("a flow to the host", || {
+            let outcome = pod.probe(Via::Tcp, SocketAddr::new(address, 8080));
+            ensure!(outcome.answered_by() == Some("node1"), "{outcome}");
+            let flows = observe(node, &["--from-pod", "shop/client"])?;
+            let to = |flow: &&Value| flow["destination"]["ip"] == *VIRTUAL[number];
+            Ok(flows.iter().rfind(to).is_some_and(|flow| flow["destination"]["identity"] == 1))
+        })?;
+    }
+    Ok(())
+}

@@ -418,9 +418,11 @@ fn is_in_pod_cidr(address: IpAddr) -> bool {
 fn check_delivered(cast: &Cast, program: &str, action: u32, read: &Read<'_>) -> Result<()> {
     let (source, destination) = (read.source, read.destination);
     let own_pods = [cast.a, cast.b];
+    // That pod is on another device than the frames come by.
+    let is_own_pods = own_pods.contains(&destination) || destination == cast.elsewhere;
     ensure!(!is_nobody(source, cast), "from {source}");
     ensure!(!read.is_control(), "neighbour discovery");
-    let to_pod = own_pods.contains(&destination) || destination == cast.remote;
+    let to_pod = is_own_pods || destination == cast.remote;
     match program {
         "from_pod" => {
             ensure!(own_pods.contains(&source), "from {source}");
@@ -440,7 +442,7 @@ fn check_delivered(cast: &Cast, program: &str, action: u32, read: &Read<'_>) -> 
             ensure!(source != cast.node && !own_pods.contains(&source), "from {source}");
         }
         "from_overlay" => {
-            ensure!(own_pods.contains(&destination), "to {destination}");
+            ensure!(is_own_pods, "to {destination}");
             let is_other_nodes = [cast.remote, cast.nobody, cast.other_node].contains(&source)
                 || match (source, cast.nobody) {
                     (IpAddr::V4(source), IpAddr::V4(other)) => source.octets()[..2] == other.octets()[..2],

@@ -136,6 +136,11 @@ fn arp_is_answered_with_the_host_side() -> Result<()> {
                 world.send_bytes("from_pod", &frame([0xff; 6], POD_MAC, announcement), Arrival::default())?;
             ensure!(outcome.action == SHOT && outcome.events.is_empty(), "{outcome:?}");
         }
+        // Who claims the address of a pod on another device learns nothing of that pod.
+        let question = arp(1, (POD_MAC, [10, 1, 0, 4]), ([0; 6], [169, 254, 1, 1]));
+        let outcome =
+            world.send_bytes("from_pod", &frame([0xff; 6], POD_MAC, question), Arrival::default())?;
+        ensure!(outcome.action == SHOT && outcome.events.is_empty(), "{outcome:?}");
         Ok(())
     })
 }

@@ -7,7 +7,9 @@ use weir::datapath::ip_of;
 use weir::datapath::types::connection_flags;
 
 use super::frame::{ACK, FIN, Layer4, Packet, RST, SYN, host_mac, tcp, udp, unreachable};
-use super::world::{A, ANSWER, B, EGRESS, INGRESS, REDIRECT, SHOT, World, in_both_families};
+use super::world::{
+    A, ANSWER, Arrival, B, EGRESS, INGRESS, Outcome, REDIRECT, SHOT, World, in_both_families,
+};
 use crate::require::require_lab;
 
 /// Sends through from_pod; what comes out must be `expected`, byte by byte.
@@ -240,7 +242,11 @@ fn nobody_there_is_said_at_once() -> Result<()> {
             let syn = tcp(client, service, SYN).by(1).payload(b"abc");
             let reset =
                 Layer4::Tcp { ports: (port, 40000), sequence: 0, acknowledgment: 1004, flags: RST | ACK };
-            answers(world, &syn, Packet::new(cast.service, cast.a, reset))?;
+            answers(world, &syn, Packet::new(cast.service, cast.a, reset.clone()))?;
+            // What pads the frame is no part of the segment.
+            let padded = [syn.bytes(), vec![0; 9]].concat();
+            let outcome = world.send_bytes("from_pod", &padded, Arrival::default())?;
+            check_answer(&outcome, &syn, Packet::new(cast.service, cast.a, reset))?;
 
             let mut late = tcp(client, service, ACK).by(1).payload(&[9; 1200]);
             late.layer4 = Layer4::Tcp { ports: (40000, port), sequence: 5, acknowledgment: 77, flags: ACK };
@@ -257,7 +263,10 @@ fn nobody_there_is_said_at_once() -> Result<()> {
 
 /// The packet is turned into this answer, and sent back with the MAC addresses swapped.
 fn answers(world: &mut World, packet: &Packet, answer: Packet) -> Result<()> {
-    let outcome = world.send("from_pod", packet)?;
+    check_answer(&world.send("from_pod", packet)?, packet, answer)
+}
+
+fn check_answer(outcome: &Outcome, packet: &Packet, answer: Packet) -> Result<()> {
     ensure!(outcome.action == REDIRECT && outcome.mark == ANSWER, "{outcome:?}");
     let answer = Packet { macs: (packet.macs.1, host_mac(1)), is_unfragmentable: true, ..answer };
     ensure!(
