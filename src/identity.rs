@@ -232,7 +232,11 @@ mod tests {
         let two = pod(&[("app", "web"), ("pod-template-hash", "99aa"), ("controller-uid", "1")]);
         assert_eq!(labels_of(&one, None, &NONE), labels_of(&two, None, &NONE));
         assert_eq!(
-            labels_of(&one, Some(&Namespace { labels: labels(&[("team", "red")]) }), &NONE),
+            labels_of(
+                &one,
+                Some(&Namespace { labels: labels(&[("team", "red")]), is_partial: false }),
+                &NONE
+            ),
             IdentityLabels {
                 namespace: "shop".to_owned(),
                 namespace_labels: labels(&[(NAMESPACE_NAME, "shop"), ("team", "red")]),
@@ -255,7 +259,7 @@ mod tests {
 
     #[test]
     fn the_namespace_name_cannot_be_claimed_by_a_label() {
-        let liar = Namespace { labels: labels(&[(NAMESPACE_NAME, "kube-system")]) };
+        let liar = Namespace { labels: labels(&[(NAMESPACE_NAME, "kube-system")]), is_partial: false };
         let pod = pod(&[(NAMESPACE_NAME, "kube-system")]);
         let labels_of_liar = labels_of(&pod, Some(&liar), &NONE);
         assert_eq!(labels_of_liar.namespace_labels, labels(&[(NAMESPACE_NAME, "shop")]));

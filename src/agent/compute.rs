@@ -259,6 +259,10 @@ impl Compute {
             let name = &endpoint.pod.namespace;
             return Err(format!("the namespace {name} is not known yet from the API: its labels count"));
         }
+        if namespace.is_some_and(|namespace| namespace.is_partial) {
+            let name = &endpoint.pod.namespace;
+            return Err(format!("the labels of the namespace {name} cannot be read"));
+        }
         let labels = self.rules.labels.labels_of(pod, namespace, &self.asked_labels);
         match self.numbers.get(&labels) {
             Some(number) => Ok(*number),
@@ -376,7 +380,11 @@ mod tests {
         // In a directory of manifests a namespace needs no document.
         assert_eq!(desired(false).unclaimed.len(), 1);
         let labels = BTreeMap::from([("team".to_owned(), "red".to_owned())]);
-        tables.namespaces.apply("shop".into(), Arc::new(Namespace { labels }));
+        tables
+            .namespaces
+            .apply("shop".into(), Arc::new(Namespace { labels: labels.clone(), is_partial: true }));
+        assert!(desired(false).unclaimed.is_empty(), "a namespace that cannot be read has labels that count");
+        tables.namespaces.apply("shop".into(), Arc::new(Namespace { labels, is_partial: false }));
         let unclaimed = desired(true).unclaimed;
         assert_eq!(unclaimed.len(), 1);
         assert_eq!(unclaimed[0].namespace_labels["team"], "red");

@@ -372,7 +372,10 @@ impl<K: ObjectKind> Watch<K> {
         self.reports.remove(&id);
         let row = match object.outcome {
             Ok(Converted { row, warnings, doubts }) => {
-                let said = warnings.iter().map(FieldError::to_string).chain(doubts.iter().map(closed));
+                let said = warnings
+                    .iter()
+                    .map(FieldError::to_string)
+                    .chain(doubts.iter().map(|doubt| closed(K::KIND, doubt)));
                 let said: Vec<String> = said.collect();
                 if !said.is_empty() {
                     self.reports.insert(id.clone(), said);

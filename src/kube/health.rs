@@ -38,9 +38,9 @@ pub struct Report {
     pub reason: String,
 }
 
-/// What is said of a doubt about a policy.
-pub(super) fn closed(doubt: &FieldError) -> String {
-    format!("{doubt}; closed: the policy isolates what it selects and allows only what can be read of it")
+/// What is said of a doubt about an object, and what becomes of that.
+pub(super) fn closed(kind: Kind, doubt: &FieldError) -> String {
+    format!("{doubt}; closed: {}", kind.meta().doubt)
 }
 
 /// The health of all sources, shared between them and whoever shows it.

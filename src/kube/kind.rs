@@ -35,6 +35,8 @@ pub struct Meta {
     pub is_reported: bool,
     /// A cluster may be without the kind: it has no such objects then.
     pub is_optional: bool,
+    /// What becomes of an object of which something cannot be read, and that is kept all the same.
+    pub doubt: &'static str,
 }
 
 impl Meta {
@@ -47,6 +49,7 @@ impl Meta {
         is_namespaced: true,
         is_reported: true,
         is_optional: false,
+        doubt: "what cannot be read counts for nothing",
     };
     /// A kind of Weir's own, of the cluster.
     pub const OWN: Self = Self { group: "weir.dev", version: "v1alpha1", is_namespaced: false, ..Self::CORE };

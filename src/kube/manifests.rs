@@ -309,7 +309,7 @@ impl Directory {
                 }
                 Content::Object(id, Converted { row: object, warnings, doubts }) => {
                     warnings.iter().for_each(|warning| report(Some(&id), warning.to_string()));
-                    doubts.iter().for_each(|doubt| report(Some(&id), closed(doubt)));
+                    doubts.iter().for_each(|doubt| report(Some(&id), closed(id.kind, doubt)));
                     objects.insert(id, object);
                 }
                 Content::BrokenObject(id, error) => {

@@ -70,6 +70,8 @@ impl fmt::Display for Protocol {
 pub struct Namespace {
     /// `metadata.labels`.
     pub labels: Labels,
+    /// The labels cannot be read.
+    pub is_partial: bool,
 }
 
 /// A pod, as far as networking cares.

@@ -163,13 +163,9 @@ fn is_absent<K: ObjectKind>(error: &watcher::Error) -> bool {
 fn complaint<K: ObjectKind>(object: &Watched<K>) -> Option<Event> {
     let (reason, text) = match &object.outcome {
         Err(error) => ("Malformed", format!("Weir keeps its last good state: {error}")),
-        Ok(converted) if !converted.doubts.is_empty() => (
-            "Malformed",
-            format!(
-                "Weir isolates what the policy selects and allows only what can be read of it: {}",
-                joined(&converted.doubts)
-            ),
-        ),
+        Ok(converted) if !converted.doubts.is_empty() => {
+            ("Malformed", format!("{}: {}", K::META.doubt, joined(&converted.doubts)))
+        }
         Ok(converted) => ("PartlyIgnored", joined(&converted.warnings)),
     };
     if text.is_empty() {

@@ -46,7 +46,7 @@ impl Facts {
             let namespace = &cluster.namespaces[&*pod.pod.key.namespace];
             let labels = LabelFilter::default().labels_of(
                 &pod.pod,
-                Some(&Namespace { labels: namespace.clone() }),
+                Some(&Namespace { labels: namespace.clone(), is_partial: false }),
                 &Default::default(),
             );
             let id = identity::number(&labels, 0);

@@ -243,7 +243,7 @@ fn ordered(mut rest: Vec<Box<dyn Sink>>) -> Result<Vec<Box<dyn Sink>>> {
     let mut ordered: Vec<Box<dyn Sink>> = Vec::with_capacity(rest.len());
     while !rest.is_empty() {
         let is_there = |need: &&str| ordered.iter().any(|before| before.name() == *need);
-        let Some(next) = rest.iter().position(|sink| sink.needs().iter().all(|need| is_there(need))) else {
+        let Some(next) = rest.iter().position(|sink| sink.needs().iter().all(&is_there)) else {
             let names: Vec<&str> = rest.iter().map(|sink| sink.name()).collect();
             bail!("the sinks {} need one another, or a sink that is not there", names.join(", "));
         };

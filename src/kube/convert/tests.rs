@@ -439,10 +439,20 @@ fn namespaces_have_their_name_as_a_label_whatever_they_say() {
         "{metadata: {name: shop, labels: {team: red}}}",
         "{metadata: {name: shop, labels: {team: red, kubernetes.io/metadata.name: kube-system}}}",
     ] {
-        let expected =
-            Namespace { labels: labels(&[("team", "red"), ("kubernetes.io/metadata.name", "shop")]) };
+        let expected = Namespace {
+            labels: labels(&[("team", "red"), ("kubernetes.io/metadata.name", "shop")]),
+            is_partial: false,
+        };
         assert_eq!(object::<kinds::Namespace>(yaml), expected, "{yaml}");
     }
+}
+
+#[test]
+fn a5_a_namespace_whose_labels_cannot_be_read_is_there_and_says_so() {
+    let read =
+        converted::<kinds::Namespace>("{metadata: {name: shop, labels: {team: 7}}}").expect("it is read");
+    assert!(read.row.is_some_and(|row| row.is_partial));
+    assert_eq!(read.doubts[0].to_string(), "metadata.labels.team: is a number, must be a string");
 }
 
 #[test]

@@ -21,6 +21,7 @@ impl ObjectKind for CiliumCIDRGroup {
         version: "v2",
         is_namespaced: false,
         is_optional: true,
+        doubt: "nothing is granted to what cannot be read, and whoever denies the group denies everything",
         ..Meta::CORE
     };
     type Row = CidrGroup;

@@ -20,14 +20,19 @@ impl ObjectKind for Namespace {
         plural: "namespaces",
         is_namespaced: false,
         is_reported: false,
+        doubt: "no pod of it gets an identity: its labels count",
         ..Meta::CORE
     };
     type Row = model::Namespace;
 
-    fn read(id: &ObjectId, document: &Field, _: &mut Notes) -> Result<Option<model::Namespace>> {
-        let mut labels = labels(document)?;
+    /// A namespace whose labels cannot be read is there all the same: without its labels a policy that asks
+    /// for their absence would let its pods in.
+    fn read(id: &ObjectId, document: &Field, notes: &mut Notes) -> Result<Option<model::Namespace>> {
+        let read = notes.read(labels(document));
+        let is_partial = read.is_none();
+        let mut labels = read.unwrap_or_default();
         labels.insert(NAMESPACE_NAME.to_owned(), id.key.name.to_string());
-        Ok(Some(model::Namespace { labels }))
+        Ok(Some(model::Namespace { labels, is_partial }))
     }
 
     fn rows(tables: &Arc<Tables>) -> Box<dyn Rows<model::Namespace>> {

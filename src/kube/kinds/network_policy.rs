@@ -27,6 +27,7 @@ impl ObjectKind for NetworkPolicy {
         name: "NetworkPolicy",
         plural: "networkpolicies",
         group: "networking.k8s.io",
+        doubt: "the policy isolates what it selects and allows only what can be read of it",
         ..Meta::CORE
     };
     type Row = Policy;
