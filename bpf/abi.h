@@ -46,8 +46,9 @@ enum reserved_identity {
 };
 
 /*
- * Why a packet was dropped; the numbers are Hubble's DropReason. Functions
- * return them negated. 0 is "forwarded" in metrics and events.
+ * Why a packet was dropped; the numbers are Hubble's DropReason, from 240 on our
+ * own, which Hubble does not use. Functions return them negated. 0 is
+ * "forwarded" in metrics and events.
  */
 enum drop_reason {
 	DROP_NONE = 0,
@@ -77,6 +78,7 @@ enum drop_reason {
 	DROP_POLICY_DENY_RULE = 181,
 	DROP_INVALID_VNI = 183,
 	DROP_TTL_EXCEEDED = 196,
+	DROP_QUOTA_CONNECTIONS = 198,
 	DROP_ENDPOINT_NOT_READY = 203,
 };
 
@@ -340,6 +342,7 @@ enum connection_flags {
 	CONNECTION_ENDED = 1 << 6,	    /* its end was reported, it may go */
 	CONNECTION_RESET = 1 << 7,	    /* RST, and nothing else since */
 	CONNECTION_REVERSED = 1 << 8,	    /* TRANSLATED, and the backend began it */
+	CONNECTION_OPENING = 1 << 9,	    /* unanswered; TCP: the handshake is not complete */
 	CONNECTION_LATE = 1 << 12,	    /* the highest four bits count packets after the end */
 };
 
@@ -379,6 +382,63 @@ struct fragment {
 	__u32 role; /* ICMP: PACKET_ASKS or PACKET_ANSWERS */
 };
 
+/* What pods share, and usage counts by endpoint. */
+enum quota_kind {
+	QUOTA_CONNECTIONS = 0, /* rows of connections; over the limit: refused */
+	QUOTA_OPENING = 1,     /* those of them that are unanswered; over the limit: the endpoint's oldest goes */
+	QUOTA_NAT_PORTS = 2,   /* mappings of nat; over the limit: refused */
+	QUOTA_FRAGMENTS = 3,   /* rows of fragments; over the limit: the endpoint's oldest goes */
+	QUOTA_KINDS = 4,
+};
+
+/*
+ * usage[endpoint id]: what an endpoint has of what pods share. Row 0: the node's
+ * own. The rows behind the endpoints' bound the records of drops that no
+ * endpoint answers for, by the device that they came from.
+ */
+struct usage {
+	__u32 in_use[QUOTA_KINDS];
+	__u32 taken[QUOTA_KINDS];   /* ever, whether it was given back or not */
+	__u64 refused[QUOTA_KINDS]; /* or made room for by the endpoint's oldest */
+	__u64 records_due;	    /* time of the next record of a drop, in 1/1024 jiffies */
+	__u64 records_suppressed;
+};
+_Static_assert(sizeof(struct usage) == 80, "usage");
+
+enum usage_size {
+	USAGE_ENDPOINTS = 4096,
+	USAGE_DEVICES = 64,
+	USAGE_ENTRIES = 4160,
+};
+
+/* quota_totals[kind]: what all endpoints have together; a few short of it per CPU. */
+struct quota_total {
+	__u64 enforced_until_jiffies; /* limits count while somebody collects what has expired */
+	__u32 in_use;
+	__u32 pad;
+};
+
+/*
+ * shares: places for an endpoint's own rows of a kind. Who comes after the last
+ * place gets the first one, and the row that had it goes.
+ */
+struct share_key {
+	__u32 endpoint;
+	__u16 kind; /* enum quota_kind */
+	__u16 pad;
+	__u32 place;
+};
+
+struct share {
+	__u64 key[5]; /* of connections, or of fragments */
+};
+
+/* What collect_usage is run with, before and after the rows are counted. */
+struct recount_request {
+	__u32 is_end;	     /* 0: begin */
+	__u32 lease_seconds; /* limits count for so long */
+};
+
 /* metrics[reason * 4 + direction], per CPU. */
 struct metric {
 	__u64 packets;
@@ -399,10 +459,11 @@ enum node_flags {
 	NODE_PAST_STACK = 1 << 0, /* packets may go past the node's stack: it has no IPsec policies to apply */
 };
 
-/* event_counts[0], per CPU: offered = delivered + lost, exactly. */
+/* event_counts[0], per CPU: offered = delivered + lost + suppressed, exactly. */
 struct event_count {
 	__u64 offered;
-	__u64 lost;
+	__u64 lost;	  /* there was no room */
+	__u64 suppressed; /* its endpoint had its share of records */
 };
 
 enum event_type {

@@ -26,6 +26,10 @@ struct settings {
 	__u32 tcp_closing_seconds;
 	__u32 other_timeout_seconds; /* UDP, ICMP, the rest */
 	__u32 mark_mask;	     /* Weir's bits of skb->mark, adjacent ones */
+	__u32 quota_limit[QUOTA_KINDS];    /* of one endpoint */
+	__u32 quota_capacity[QUOTA_KINDS]; /* of all together; 0: not bounded together */
+	__u32 drop_record_cost;	     /* of an endpoint, in 1/1024 jiffies between two; 0: not bounded */
+	__u32 event_buffer_half;     /* bytes of events: when so many wait, records of flows are bounded, too */
 	__u16 nat_port_min;	     /* host order, inclusive */
 	__u16 nat_port_max;
 	__u16 tunnel_port;	     /* host order: 8472 */
@@ -45,6 +49,7 @@ struct exported_types {
 	struct event event;
 	struct stale_socket stale_socket;
 	struct collect_request collect_request;
+	struct recount_request recount_request;
 	struct connection connection;
 	enum drop_reason drop_reason;
 	enum reserved_identity reserved_identity;
@@ -66,6 +71,8 @@ struct exported_types {
 	enum ip_protocol ip_protocol;
 	enum abi_version abi_version;
 	enum metric_size metric_size;
+	enum usage_size usage_size;
+	enum quota_kind quota_kind;
 	enum endpoint_mac endpoint_mac;
 };
 

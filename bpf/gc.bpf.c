@@ -61,12 +61,45 @@ static __always_inline bool rests_unreported(const struct connection *of,
 		       seconds_to_jiffies(settings.flow_report_seconds);
 }
 
+/* The entry stays, and counts as its owner's. */
+static __always_inline void recount_connection(__u32 owner, __u16 flags)
+{
+	struct recount *recount = bpf_map_lookup_elem(&recounts, &owner);
+
+	if (!recount)
+		return;
+	recount->found[QUOTA_CONNECTIONS]++;
+	if (flags & CONNECTION_OPENING)
+		recount->found[QUOTA_OPENING]++;
+}
+
+/*
+ * True if the pod whose share the entry is of is gone, and another one has its
+ * number: that one would pay for it. An empty row of endpoints says nothing: a
+ * new agent may not have written them yet.
+ */
+static __always_inline bool connection_is_orphan(const struct connection *of,
+						 const struct connection_key *key)
+{
+	__u32 owner = connection_owner(of);
+	struct endpoint *endpoint = endpoint_by_id(owner);
+
+	if (!owner || !endpoint || !endpoint->ifindex)
+		return false;
+	return !addr_equal(&key->addr[0], &endpoint->ipv4) &&
+	       !addr_equal(&key->addr[0], &endpoint->ipv6) &&
+	       !addr_equal(&key->addr[1], &endpoint->ipv4) &&
+	       !addr_equal(&key->addr[1], &endpoint->ipv6);
+}
+
 static long collect_connection(__u32 number, struct collection *of)
 {
 	struct connection_key key __attribute__((aligned(8)));
 	struct connection *connection;
 	__u64 now = bpf_jiffies64();
 	bool is_reported;
+	__u32 owner;
+	__u16 flags;
 
 	if (!collection_read(of, &key, sizeof(key), number))
 		return 1;
@@ -75,7 +108,11 @@ static long collect_connection(__u32 number, struct collection *of)
 		return 0;
 	is_reported = key.kind == CONNECTION_FLOW && settings.flow_events &&
 		      !(connection->flags & CONNECTION_ENDED);
-	if (!connection_is_expired(connection, key.protocol, now)) {
+	owner = connection_owner(connection);
+	flags = connection->flags;
+	if (!connection_is_expired(connection, key.protocol, now) &&
+	    !connection_is_orphan(connection, &key)) {
+		recount_connection(owner, flags);
 		if (is_reported &&
 		    rests_unreported(connection, key.protocol, now)) {
 			connection->last_report_jiffies = now;
@@ -87,7 +124,7 @@ static long collect_connection(__u32 number, struct collection *of)
 		report(connection, &key, EVENT_FLOW_END);
 	if (key.kind == CONNECTION_FLOW)
 		connection_release_backend(connection, &key);
-	if (!bpf_map_delete_elem(&connections, &key))
+	if (connection_delete(&key, owner, flags))
 		of->deleted++;
 	return 0;
 }
@@ -131,4 +168,90 @@ int collect_nat(struct collect_request *request)
 
 	bpf_loop(request->count, collect_mapping, &of, 0);
 	return collection_end(&of, request);
+}
+
+/* Notes what an endpoint has now. */
+static long recount_begin(__u32 endpoint, void *unused)
+{
+	struct recount *recount = bpf_map_lookup_elem(&recounts, &endpoint);
+	struct usage *of = bpf_map_lookup_elem(&usage, &endpoint);
+
+	if (!recount || !of)
+		return 1;
+	for (int kind = 0; kind < QUOTA_KINDS; kind++) {
+		recount->found[kind] = 0;
+		recount->in_use[kind] = of->in_use[kind];
+		recount->taken[kind] = of->taken[kind];
+	}
+	return 0;
+}
+
+/*
+ * What a counter is off by. Rows that came and went while they were counted may
+ * have been found or not; only what these do not explain is wrong.
+ */
+static __always_inline __s32 recount_drift(__s32 found, __s32 in_use,
+					   __s32 before, __s32 came)
+{
+	__s32 gone = came - (in_use - before);
+	__s32 unsure = came + (gone > 0 ? gone : -gone);
+	__s32 drift = found - in_use;
+
+	if (drift > unsure)
+		return drift - unsure;
+	if (drift < -unsure)
+		return drift + unsure;
+	return 0;
+}
+
+struct recount_end {
+	__u32 sum[QUOTA_KINDS];
+};
+
+/* Corrects what an endpoint has by what was found. */
+static long recount_endpoint(__u32 endpoint, struct recount_end *end)
+{
+	struct recount *recount = bpf_map_lookup_elem(&recounts, &endpoint);
+	struct usage *of = bpf_map_lookup_elem(&usage, &endpoint);
+
+	if (!recount || !of)
+		return 1;
+	for (int kind = 0; kind < QUOTA_KINDS; kind++) {
+		__s32 in_use = of->in_use[kind];
+		__s32 drift = recount_drift(
+			recount->found[kind], in_use, recount->in_use[kind],
+			of->taken[kind] - recount->taken[kind]);
+
+		if (drift)
+			__sync_fetch_and_add(&of->in_use[kind], drift);
+		end->sum[kind] += in_use + drift;
+	}
+	return 0;
+}
+
+/* Before and after the rows of connections and nat are collected. */
+SEC("syscall")
+int collect_usage(struct recount_request *request)
+{
+	struct recount_end end = {};
+	struct quota_total *total;
+
+	if (!request->is_end) {
+		bpf_loop(USAGE_ENDPOINTS, recount_begin, &end, 0);
+		return 0;
+	}
+	bpf_loop(USAGE_ENDPOINTS, recount_endpoint, &end, 0);
+	for (__u32 kind = 0; kind < QUOTA_KINDS; kind++) {
+		__u32 index = kind;
+
+		total = bpf_map_lookup_elem(&quota_totals, &index);
+		if (!total)
+			return 1;
+		__sync_fetch_and_add(&total->in_use,
+				     end.sum[kind] - total->in_use);
+		total->enforced_until_jiffies =
+			bpf_jiffies64() +
+			seconds_to_jiffies(request->lease_seconds);
+	}
+	return 0;
 }

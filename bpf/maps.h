@@ -191,6 +191,52 @@ struct {
 	__type(value, struct fragment);
 } fragments SEC(".maps") __weak;
 
+/* Written by the programs, corrected by collect_usage. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, USAGE_ENTRIES);
+	__type(key, __u32);
+	__type(value, struct usage);
+} usage SEC(".maps") __weak;
+
+/* Written by the programs, corrected by collect_usage. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, QUOTA_KINDS);
+	__type(key, __u32);
+	__type(value, struct quota_total);
+} quota_totals SEC(".maps") __weak;
+
+/* Written by the programs: what quota_totals has not got yet; never pinned. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, QUOTA_KINDS);
+	__type(key, __u32);
+	__type(value, __u32);
+} quota_pending SEC(".maps") __weak;
+
+/* Written by the programs; evicts the oldest; never pinned, never read outside. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 32768);
+	__type(key, struct share_key);
+	__type(value, struct share);
+} shares SEC(".maps") __weak;
+
+/* Written by the collecting programs while they count; never pinned, never read outside. */
+struct recount {
+	__u32 found[QUOTA_KINDS];
+	__u32 in_use[QUOTA_KINDS]; /* usage, when the count began */
+	__u32 taken[QUOTA_KINDS];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, USAGE_ENDPOINTS);
+	__type(key, __u32);
+	__type(value, struct recount);
+} recounts SEC(".maps") __weak;
+
 /* Written by the programs: packets and bytes by reason and direction. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -207,7 +253,7 @@ struct {
 	__type(value, struct node_state);
 } node_state SEC(".maps") __weak;
 
-/* Written by the programs: offered and lost events. */
+/* Written by the programs: offered, lost and suppressed events. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);

@@ -140,6 +140,28 @@ pub struct AgentArgs {
     #[arg(long, env = "WEIR_SOCKETS_MAX", value_name = "N", default_value_t = 65_536)]
     pub sockets_max: u32,
 
+    /// Connections that one pod may have; by default half of --connections-max. However many pods take
+    /// theirs, none gets more than is left for the others.
+    #[arg(long, env = "WEIR_ENDPOINT_CONNECTIONS_MAX", value_name = "N")]
+    pub endpoint_connections_max: Option<u32>,
+
+    /// Unanswered connections that one pod may have before its oldest one is forgotten for a new one; by
+    /// default a sixteenth of --connections-max, at least 1024.
+    #[arg(long, env = "WEIR_ENDPOINT_OPENING_MAX", value_name = "N")]
+    pub endpoint_opening_max: Option<u32>,
+
+    /// Ports for masquerading that one pod may have; by default half of them.
+    #[arg(long, env = "WEIR_ENDPOINT_NAT_PORTS_MAX", value_name = "N")]
+    pub endpoint_nat_ports_max: Option<u32>,
+
+    /// Datagrams in fragments that are remembered of one pod; by default a sixteenth of all.
+    #[arg(long, env = "WEIR_ENDPOINT_FRAGMENTS_MAX", value_name = "N")]
+    pub endpoint_fragments_max: Option<u32>,
+
+    /// Drops of one pod that are recorded in a second; the rest is only counted. 0: no limit.
+    #[arg(long, env = "WEIR_ENDPOINT_DROP_RECORDS", value_name = "N", default_value_t = 1000)]
+    pub endpoint_drop_records: u32,
+
     /// Rows that another map can hold, as `addresses=524288`; maps grow at the agent's next start.
     #[arg(long, env = "WEIR_MAP_SIZES", value_name = "MAP=N", value_delimiter = ',')]
     pub map_size: Vec<MapSize>,
@@ -337,6 +359,16 @@ impl TryFrom<AgentArgs> for Config {
         ] {
             if !(1024..=16_777_216).contains(&value) {
                 return refuse(setting, value.to_string(), "must be 1024 to 16777216");
+            }
+        }
+        for (setting, value) in [
+            ("endpoint-connections-max", args.endpoint_connections_max),
+            ("endpoint-opening-max", args.endpoint_opening_max),
+            ("endpoint-nat-ports-max", args.endpoint_nat_ports_max),
+            ("endpoint-fragments-max", args.endpoint_fragments_max),
+        ] {
+            if value.is_some_and(|value| !(16..=16_777_216).contains(&value)) {
+                return refuse(setting, value.unwrap_or_default().to_string(), "must be 16 to 16777216");
             }
         }
         if !(128..=4_194_304).contains(&args.flow_buffer) {

@@ -7,8 +7,8 @@
 #pragma once
 
 #include "event.h"
+#include "connection_share.h"
 #include "hash.h"
-#include "scratch.h"
 
 static __always_inline __u64 seconds_to_jiffies(__u32 seconds)
 {
@@ -37,7 +37,8 @@ static __always_inline bool connection_is_expired(const struct connection *of,
 		seconds = settings.other_timeout_seconds;
 	else if (of->flags & CONNECTION_OVER)
 		seconds = settings.tcp_closing_seconds;
-	else if (of->flags & CONNECTION_REPLIED)
+	else if (of->flags & CONNECTION_REPLIED &&
+		 !(of->flags & CONNECTION_OPENING))
 		seconds = settings.tcp_timeout_seconds;
 	else
 		seconds = settings.tcp_opening_seconds;
@@ -144,7 +145,8 @@ static __always_inline void connection_retire(const struct connection *of,
 	copy->check = sum + ended_sum_of_rest(&copy->connection);
 	barrier();
 	*slot = *copy;
-	bpf_map_delete_elem(&connections, &copy->key);
+	connection_delete(&copy->key, connection_owner(&copy->connection),
+			  copy->connection.flags);
 }
 
 /* What is written down of this name among the local ones, or the others. */
@@ -211,8 +213,11 @@ __weak __noinline int connection_recall(struct connection_key *key)
 	    connection_is_expired(&copy->connection, key->protocol,
 				  bpf_jiffies64()))
 		return 0;
-	return !bpf_map_update_elem(&connections, &copy->key, &copy->connection,
-				    BPF_NOEXIST);
+	if (bpf_map_update_elem(&connections, &copy->key, &copy->connection,
+				BPF_NOEXIST))
+		return 0;
+	quota_count(connection_owner(&copy->connection), QUOTA_CONNECTIONS);
+	return 1;
 }
 
 /*
@@ -286,6 +291,9 @@ static __always_inline __u8 connection_count(struct connection *connection,
 		if (fresh & connection->tcp_flags[side ^ 1] & TCP_FIN)
 			connection->flags |= CONNECTION_CLOSING;
 	}
+	if (connection->flags & CONNECTION_OPENING &&
+	    connection_is_answered(connection))
+		connection_answer(connection);
 	return fresh;
 }
 

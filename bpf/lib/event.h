@@ -7,6 +7,7 @@
 #pragma once
 
 #include "connection_key.h"
+#include "quota.h"
 
 static __always_inline void metric_count(__u32 reason, __u32 direction,
 					 __u32 bytes)
@@ -20,8 +21,12 @@ static __always_inline void metric_count(__u32 reason, __u32 direction,
 	}
 }
 
-/* Room for one record; counts it as offered, and as lost when there is none. */
-static __always_inline struct event *event_reserve(void)
+/*
+ * Room for one record at this endpoint's expense, or NULL. Counts the record as
+ * offered, and as lost or suppressed if it gets none. An endpoint's drops never
+ * get more than its share; the records of its flows do while there is room.
+ */
+static __always_inline struct event *event_reserve(__u32 endpoint, bool is_drop)
 {
 	struct event_count *count;
 	struct event *event;
@@ -32,6 +37,12 @@ static __always_inline struct event *event_reserve(void)
 		return NULL;
 	/* A program of another hook may interrupt this one on the same CPU. */
 	__sync_fetch_and_add(&count->offered, 1);
+	if ((is_drop || bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) >
+				settings.event_buffer_half) &&
+	    !quota_take_record(endpoint)) {
+		__sync_fetch_and_add(&count->suppressed, 1);
+		return NULL;
+	}
 	event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
 	if (!event)
 		__sync_fetch_and_add(&count->lost, 1);
@@ -79,6 +90,18 @@ event_from_connection(struct event *event, const struct connection *from,
 }
 
 /*
+ * The endpoint whose share a connection is of: the pod that began it. What
+ * begins elsewhere is the share of the pod that it goes to, what the node's own
+ * stack begins is the node's (0).
+ */
+static __always_inline __u32 connection_owner(const struct connection *of)
+{
+	if (of->endpoint[0] || of->identity[0] == IDENTITY_HOST)
+		return of->endpoint[0];
+	return of->endpoint[1];
+}
+
+/*
  * The record of a flow, which is to be submitted, or NULL. What its entry
  * cannot say: the device of its last packet (0: there was none), and enum
  * event_flags.
@@ -88,7 +111,8 @@ event_of_flow(const struct connection *connection,
 	      const struct connection_key *key, __u32 type, __u32 ifindex,
 	      __u32 flags)
 {
-	struct event *event = event_reserve();
+	struct event *event =
+		event_reserve(connection_owner(connection), false);
 
 	if (!event)
 		return NULL;
@@ -126,6 +150,18 @@ __weak __noinline int event_flow(struct __sk_buff *ctx, struct packet *packet,
 	return 0;
 }
 
+/* Who answers for a drop: the pod that sent the packet or was to get it, else
+ * the device. */
+static __always_inline __u32 event_drop_owner(struct __sk_buff *ctx,
+					      const struct packet *packet)
+{
+	if (packet->source_endpoint)
+		return packet->source_endpoint;
+	if (packet->destination_endpoint)
+		return packet->destination_endpoint;
+	return usage_of_device(ctx->ifindex);
+}
+
 /* A drop's record: source is the flow's initiator, for strangers the sender. */
 __weak __noinline int event_drop(struct __sk_buff *ctx, struct packet *packet,
 				 __u32 reason)
@@ -138,7 +174,7 @@ __weak __noinline int event_drop(struct __sk_buff *ctx, struct packet *packet,
 	metric_count(reason, packet->direction, packet->bytes);
 	if (!settings.flow_events)
 		return 0;
-	event = event_reserve();
+	event = event_reserve(event_drop_owner(ctx, packet), true);
 	if (!event)
 		return 0;
 	swap = packet->flags & PACKET_REPLY;

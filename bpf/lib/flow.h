@@ -544,17 +544,17 @@ static __always_inline void flow_end_replaced(struct __sk_buff *ctx,
 		bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 }
 
-/* The entry of a flow that begins with this packet, or NULL. */
-static __noinline struct connection *flow_insert(struct __sk_buff *ctx,
-						 const struct packet *packet,
-						 const struct flow *flow)
+/* The entry of a flow that begins with this packet: 0 or a drop. */
+static __noinline int flow_insert(struct __sk_buff *ctx,
+				  const struct packet *packet,
+				  struct flow *flow)
 {
 	struct scratch *room = scratch_get();
 	struct connection *fresh, *over;
 	__u64 now = bpf_jiffies64();
 
 	if (!room)
-		return NULL;
+		return -DROP_CONNECTION_INSERT;
 	fresh = &room->connection;
 	__builtin_memset(fresh, 0, sizeof(*fresh));
 	flow_keep_verdict(fresh, flow);
@@ -566,7 +566,9 @@ static __noinline struct connection *flow_insert(struct __sk_buff *ctx,
 	fresh->service_port = packet->service_port;
 	fresh->other_port = packet->own_port;
 	fresh->tcp_flags[0] = packet->tcp_flags;
-	fresh->flags = flow->high ? CONNECTION_INITIATOR_HIGH : 0;
+	fresh->flags = CONNECTION_OPENING;
+	if (flow->high)
+		fresh->flags |= CONNECTION_INITIATOR_HIGH;
 	if (packet->flags & PACKET_LOOPBACK)
 		fresh->flags |= CONNECTION_LOOPBACK;
 	if (packet->flags & PACKET_AT_SOCKET)
@@ -585,23 +587,21 @@ static __noinline struct connection *flow_insert(struct __sk_buff *ctx,
 			flow_reverse(over, packet, flow, fresh);
 		}
 	}
-	if (map_insert(&connections, &flow->key, fresh))
-		return NULL;
-	return fresh;
+	return connection_insert(&flow->key, fresh);
 }
 
 /* Begins a flow with this packet: 0 or a drop. */
 static __always_inline int flow_begin(struct __sk_buff *ctx,
-				      struct packet *packet,
-				      const struct flow *flow)
+				      struct packet *packet, struct flow *flow)
 {
-	struct connection *fresh = flow_insert(ctx, packet, flow);
+	struct scratch *room = scratch_get();
+	int ret = flow_insert(ctx, packet, flow);
 
-	if (!fresh)
-		return -DROP_CONNECTION_INSERT;
+	if (ret || !room)
+		return ret;
 	if (settings.flow_events)
-		event_flow(ctx, packet, fresh, EVENT_FLOW_NEW);
-	flow_restore_service(packet, fresh);
+		event_flow(ctx, packet, &room->connection, EVENT_FLOW_NEW);
+	flow_restore_service(packet, &room->connection);
 	return 0;
 }
 

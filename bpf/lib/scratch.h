@@ -13,6 +13,7 @@
 #pragma once
 
 #include "policy.h"
+#include "quota.h"
 
 /* A packet's flow while its verdict is looked for. `source` and `destination`
  * are the packet's, egress and ingress the flow's. */
@@ -42,6 +43,7 @@ struct scratch {
 	struct nat_mapping mapping;
 	struct connection_key service_key; /* of a CONNECTION_SERVICE row */
 	struct connection connection; /* to be inserted */
+	struct share_room share;      /* who comes and who goes of an endpoint's own */
 	struct ended ended;	      /* a connection on its way from or to `ended` */
 };
 

@@ -293,9 +293,7 @@ __weak __noinline int service_keep(struct packet *packet)
 		packet->service_port, packet->protocol, key);
 	key->kind = CONNECTION_SERVICE;
 	chosen->flags = high ? CONNECTION_INITIATOR_HIGH : 0;
-	if (map_insert(&connections, key, chosen))
-		return -DROP_CONNECTION_INSERT;
-	return 0;
+	return connection_insert(key, chosen);
 }
 
 /* To itself a pod speaks from the loopback address. */

@@ -19,7 +19,7 @@ use crate::api::answers::{
 };
 use crate::api::{Handler, Refusal, Reply, Request};
 use crate::config::{Config, Routing};
-use crate::datapath::{Datapath, MapFill, RuleOrigins};
+use crate::datapath::{Datapath, MapFill, RuleOrigins, Usage, UsageKind};
 use crate::endpoint::{Manager, Progress};
 use crate::flow::{NameSource, NameTables, Names, Query, Recorder, Stream};
 use crate::kube::{Health, Tables};
@@ -220,6 +220,7 @@ impl Known {
             let features = loaded.datapath.features();
             rows.push(("attach", format!("{:?}", features.attach).to_lowercase()));
             let ended_by = if features.has_socket_destroy { "iterator" } else { "sock_diag" };
+            rows.push(("limits of a pod", limits_text(&loaded.datapath)));
             rows.push(("stale UDP sockets ended by", ended_by.to_owned()));
             if args.routing == Routing::Tunnel {
                 let way = match loaded.datapath.allows_past_stack() {
@@ -246,6 +247,7 @@ impl Known {
     fn endpoint_rows(&self, names: &Names) -> Vec<EndpointRow> {
         let current = self.current.load();
         let progress = self.progress.borrow().clone();
+        let usage = self.usage();
         let row = |(id, endpoint): (&EndpointId, &Arc<Endpoint>)| {
             let entry = current.endpoints.get(id);
             let identity = entry.map(|entry| entry.identity);
@@ -265,9 +267,18 @@ impl Known {
                 host_interface: endpoint.host_interface.clone(),
                 host_ifindex: endpoint.host_ifindex,
                 container_id: endpoint.container_id.clone(),
+                usage: usage.get(id).copied().unwrap_or_default(),
             }
         };
         self.endpoints.snapshot().iter().map(row).collect()
+    }
+
+    fn usage(&self) -> BTreeMap<EndpointId, Usage> {
+        let Some(loaded) = self.loaded.get() else { return BTreeMap::new() };
+        loaded.datapath.usage().unwrap_or_else(|error| {
+            tracing::warn!(error = crate::error::chain(&error), "reading what pods have");
+            BTreeMap::new()
+        })
     }
 
     fn identity_rows(&self, names: &Names) -> Vec<IdentityRow> {
@@ -346,6 +357,14 @@ impl Known {
         };
         current.frontends.iter().filter_map(row).collect()
     }
+}
+
+/// What a pod may have.
+fn limits_text(datapath: &Datapath) -> String {
+    let limits = UsageKind::ALL.into_iter().zip(datapath.limits().of_one);
+    let limits: Vec<_> =
+        limits.map(|(kind, limit)| format!("{limit} {}", kind.name().replace('_', " "))).collect();
+    limits.join(", ")
 }
 
 fn labels(names: &Names, identity: IdentityId) -> Vec<String> {

@@ -36,7 +36,7 @@ pub use node::Devices;
 use crate::api;
 use crate::cni::install;
 use crate::config::{AgentArgs, Attach, Config, MapSize};
-use crate::datapath::{AttachMode, Datapath, MapSizes, Options, Settings};
+use crate::datapath::{AttachMode, Datapath, MapSizes, Options, Quotas, Settings};
 use crate::endpoint::{self, Enforced};
 use crate::flow::reader::KernelEvents;
 use crate::flow::{self, Names};
@@ -306,6 +306,13 @@ fn options(config: &Config, node: &Node, devices: &Devices, ports: &Ports, secre
             socket_lb: args.socket_lb,
             tunnel_direct: args.tunnel_direct,
             mark_mask: args.mark_mask.0,
+            quotas: Quotas {
+                connections: args.endpoint_connections_max,
+                opening: args.endpoint_opening_max,
+                nat_ports: args.endpoint_nat_ports_max,
+                fragments: args.endpoint_fragments_max,
+                drop_records_per_second: args.endpoint_drop_records,
+            },
             ..Settings::default()
         },
     }

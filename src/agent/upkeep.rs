@@ -5,7 +5,7 @@ use std::fs::File;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::sync::mpsc;
@@ -15,10 +15,8 @@ use crate::model::{Endpoint, EndpointId};
 use crate::netlink;
 use crate::tables::Table;
 
-/// Between two passes that delete expired connections, at least.
-const GARBAGE_INTERVAL: Duration = Duration::from_secs(15);
-/// And as many times as long as the last pass took: over full maps it takes long.
-const GARBAGE_REST: u32 = 100;
+/// Between two attempts to delete expired connections when one failed.
+const GARBAGE_RETRY: Duration = Duration::from_secs(15);
 
 /// How often it is asked whether the programs of new pods can move to links.
 const SETTLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -41,16 +39,19 @@ pub async fn settle_pods(datapath: Arc<Datapath>) {
 /// Deletes expired connections for ever.
 pub async fn collect_garbage(datapath: Arc<Datapath>) {
     loop {
-        let began = Instant::now();
+        let mut rest = GARBAGE_RETRY;
         let datapath = datapath.clone();
         match tokio::task::spawn_blocking(move || datapath.collect_garbage()).await {
-            Ok(Ok(report)) => tracing::debug!(?report, "collected expired connections"),
+            Ok(Ok(report)) => {
+                tracing::debug!(?report, "collected expired connections");
+                rest = report.rest();
+            }
             Ok(Err(error)) => {
                 tracing::warn!(error = crate::error::chain(&error), "collecting expired connections")
             }
             Err(error) => tracing::error!(%error, "collecting expired connections"),
         }
-        tokio::time::sleep(GARBAGE_INTERVAL.max(began.elapsed() * GARBAGE_REST)).await;
+        tokio::time::sleep(rest).await;
     }
 }
 

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::datapath::MapFill;
+use crate::datapath::{MapFill, Usage};
 use crate::flow::RecorderCounts;
 use crate::model::{EndpointId, IdentityId, ObjectKey, PolicyRef};
 use crate::telemetry::{ObjectCounts, PartRow};
@@ -147,6 +147,9 @@ pub struct EndpointRow {
     pub host_ifindex: u32,
     /// `CNI_CONTAINERID`.
     pub container_id: String,
+    /// What it has of what all pods share.
+    #[serde(default)]
+    pub usage: Usage,
 }
 
 /// An identity that this node knows: a row of the answer to `Identities`.

@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use super::{Connection, Failure, Format, output, table};
 use crate::api::Request;
 use crate::api::answers::{EndpointRow, IdentityRow, NodeRow, PolicyRow, ServiceRow};
+use crate::datapath::UsageKind;
 use crate::model::{EndpointId, ObjectKey, PolicyRef};
 
 /// The agent answers from memory.
@@ -82,7 +83,7 @@ pub fn endpoint(command: EndpointCommand) -> Result<(), Failure> {
     match command {
         EndpointCommand::List(args) => args.list(
             &Request::Endpoints,
-            ["ID", "POD", "IPV4", "IPV6", "IDENTITY", "INGRESS", "EGRESS", "STATE"],
+            ["ID", "POD", "IPV4", "IPV6", "IDENTITY", "INGRESS", "EGRESS", "CONNECTIONS", "REFUSED", "STATE"],
             endpoint_line,
         ),
         EndpointCommand::Get(args) => args.get(),
@@ -244,7 +245,7 @@ fn is_wanted(row: &EndpointRow, wanted: &str) -> bool {
     is_pod || is_id || is_address
 }
 
-fn endpoint_line(row: &EndpointRow) -> [String; 8] {
+fn endpoint_line(row: &EndpointRow) -> [String; 10] {
     let enforced = |enforces| if enforces { "enforced" } else { "" }.to_owned();
     let state = match (&row.waiting_for, row.is_enforced) {
         (Some(reason), _) => format!("waiting: {reason}"),
@@ -259,6 +260,8 @@ fn endpoint_line(row: &EndpointRow) -> [String; 8] {
         row.identity.map(|identity| identity.to_string()).unwrap_or_default(),
         enforced(row.enforces_ingress),
         enforced(row.enforces_egress),
+        format!("{}/{}", row.usage.connections, row.usage.limits[UsageKind::Connections as usize]),
+        row.usage.refused_total().to_string(),
         state,
     ]
 }

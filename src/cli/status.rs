@@ -128,8 +128,13 @@ fn write(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
     lines.push((
         "flows",
         format!(
-            "{} seen, {} of {} kept, {} lost in the kernel, {} missed by observers",
-            flows.seen, flows.held, flows.capacity, flows.lost_in_kernel, flows.missed_by_readers
+            "{} seen, {} of {} kept, {} lost in the kernel, {} suppressed, {} missed by observers",
+            flows.seen,
+            flows.held,
+            flows.capacity,
+            flows.lost_in_kernel,
+            flows.suppressed,
+            flows.missed_by_readers
         ),
     ));
     lines.push(("dropped", format!("{} packets", status.dropped_packets)));
@@ -290,7 +295,7 @@ policies:    3, 0 compiled
 services:    0
 identities:  0 of the cluster, 0 of this node
 nodes:       0
-flows:       5 seen, 5 of 16384 kept, 0 lost in the kernel, 0 missed by observers
+flows:       5 seen, 5 of 16384 kept, 0 lost in the kernel, 0 suppressed, 0 missed by observers
 dropped:     9 packets
 attach:      tcx
 source:      /etc/manifests

@@ -10,9 +10,9 @@ pub use super::types::{
     ended as Ended, endpoint as Endpoint, event as Event, event_count as EventCount, fragment as Fragment,
     fragment_key as FragmentKey, metric as Metric, nat as Nat, nat_key as NatKey, node_state as NodeState,
     policy_peer as PolicyPeer, policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule,
-    policy_rule_key as PolicyRuleKey, prefix as Prefix, prefix_key as PrefixKey, service as Service,
-    service_key as ServiceKey, settings as Settings, socket_key as SocketKey, socket_origin as SocketOrigin,
-    stale_socket as StaleSocket,
+    policy_rule_key as PolicyRuleKey, prefix as Prefix, prefix_key as PrefixKey,
+    recount_request as RecountRequest, service as Service, service_key as ServiceKey, settings as Settings,
+    socket_key as SocketKey, socket_origin as SocketOrigin, stale_socket as StaleSocket, usage as Usage,
 };
 
 /// Types that are nothing but their bytes: every bit pattern is a value, and
@@ -88,7 +88,9 @@ plain! {
     Fragment { source_port, destination_port, role }
     Metric { packets, bytes }
     NodeState { address_epoch, flags }
-    EventCount { offered, lost }
+    EventCount { offered, lost, suppressed }
+    Usage { in_use, taken, refused, records_due, records_suppressed }
+    RecountRequest { is_end, lease_seconds }
     Event {
         timestamp_ns, packets, bytes, source, destination, service, source_identity,
         destination_identity, rule_id, ingress_rule_id, ifindex, source_port, destination_port, service_port,
@@ -100,7 +102,8 @@ plain! {
     Settings {
         node_ipv4, node_ipv6, loopback_ipv4, loopback_ipv6, secret, netns_cookie, jiffies_per_second,
         tunnel_ifindex, network_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,
-        other_timeout_seconds, mark_mask, nat_port_min, nat_port_max, tunnel_port, masquerade_ipv4,
+        other_timeout_seconds, mark_mask, quota_limit, quota_capacity, drop_record_cost, event_buffer_half,
+        nat_port_min, nat_port_max, tunnel_port, masquerade_ipv4,
         masquerade_ipv6, flow_events, socket_lb, tunnel_direct, pad,
     }
 }

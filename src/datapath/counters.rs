@@ -28,6 +28,17 @@ pub struct MetricRow {
     pub bytes: u64,
 }
 
+/// What became of events: `offered` less the other two were delivered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EventCounts {
+    /// Events that the programs had to report.
+    pub offered: u64,
+    /// The ring buffer was full.
+    pub lost: u64,
+    /// The pod had its share of records.
+    pub suppressed: u64,
+}
+
 /// How full a map is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MapFill {
@@ -94,14 +105,17 @@ impl Datapath {
         Ok(rows)
     }
 
-    /// Events offered, and how many of them were lost because the ring buffer was full.
-    pub fn event_counts(&self) -> Result<(u64, u64)> {
-        let (mut offered, mut lost) = (0, 0);
+    /// What became of the events that the programs offered.
+    pub fn event_counts(&self) -> Result<EventCounts> {
+        let mut counts = EventCounts::default();
         per_cpu(&self.map("event_counts")?, |_, values: Vec<EventCount>| {
-            offered += values.iter().map(|value| value.offered).sum::<u64>();
-            lost += values.iter().map(|value| value.lost).sum::<u64>();
+            for value in values {
+                counts.offered += value.offered;
+                counts.lost += value.lost;
+                counts.suppressed += value.suppressed;
+            }
         })?;
-        Ok((offered, lost))
+        Ok(counts)
     }
 
     /// How full the maps are. Counts of maps that the programs write may be 10 s old.

@@ -278,6 +278,7 @@ fn connection_row(key: abi::ConnectionKey, row: abi::Connection) -> Row {
             (connection_flags::CONNECTION_ENDED.0, "ended"),
             (connection_flags::CONNECTION_RESET.0, "reset"),
             (connection_flags::CONNECTION_REVERSED.0, "reversed"),
+            (connection_flags::CONNECTION_OPENING.0, "opening"),
         ]),
     });
     Some((key.as_bytes().to_vec(), value))
@@ -337,7 +338,8 @@ fn event_counts(handle: &MapHandle) -> Result<Vec<Value>> {
     per_cpu(handle, |_, values: Vec<abi::EventCount>| {
         let offered: u64 = values.iter().map(|value| value.offered).sum();
         let lost: u64 = values.iter().map(|value| value.lost).sum();
-        rows.push(json!({ "offered": offered, "lost": lost }));
+        let suppressed: u64 = values.iter().map(|value| value.suppressed).sum();
+        rows.push(json!({ "offered": offered, "lost": lost, "suppressed": suppressed }));
     })?;
     Ok(rows)
 }

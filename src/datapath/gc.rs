@@ -11,12 +11,21 @@ use nix::sched::{CloneFlags, setns};
 use serde::Serialize;
 
 use super::Datapath;
-use super::abi::{CollectRequest, Connection, ConnectionKey, Nat, NatKey, Plain, StaleSocket};
+use super::abi::{
+    CollectRequest, Connection, ConnectionKey, Nat, NatKey, Plain, RecountRequest, StaleSocket,
+};
 use super::map::TypedMap;
 use super::messages::with_messages;
 
 /// Keys that a program looks at in one call; it keeps the processor meanwhile, for less than a millisecond.
 const KEYS_PER_CALL: usize = 1024;
+
+/// Between two rounds, at least.
+const INTERVAL: Duration = Duration::from_secs(15);
+/// And as many times as long as the last round took: over full maps it takes long.
+const REST: u32 = 100;
+/// Rounds that may be missing before limits are not in force any more.
+const LEASE: u32 = 8;
 
 /// What a round of garbage collection did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -29,15 +38,39 @@ pub struct GarbageReport {
     pub duration: Duration,
 }
 
+impl GarbageReport {
+    /// How long to rest before the next round.
+    pub fn rest(&self) -> Duration {
+        INTERVAL.max(self.duration * REST)
+    }
+
+    /// Limits of what pods may have are in force for so long: a few rounds may fail.
+    fn lease_seconds(&self) -> u32 {
+        u32::try_from((self.rest() * LEASE).as_secs()).unwrap_or(u32::MAX)
+    }
+}
+
 impl Datapath {
-    /// Walks `connections` and `nat` and deletes what has expired. Takes a quarter of a
-    /// second on full maps of the default size: run it where blocking is allowed.
+    /// Walks `connections` and `nat`, deletes what has expired and corrects the counts of what
+    /// pods have. Takes a quarter of a second on full maps of the default size: run it where
+    /// blocking is allowed.
     pub fn collect_garbage(&self) -> Result<GarbageReport> {
         let start = Instant::now();
+        self.recount(&RecountRequest::default())?;
         let connections =
             self.collect("collect_connections", &self.typed::<ConnectionKey, Connection>("connections")?)?;
         let nat = self.collect("collect_nat", &self.typed::<NatKey, Nat>("nat")?)?;
-        Ok(GarbageReport { connections, nat, duration: start.elapsed() })
+        let report = GarbageReport { connections, nat, duration: start.elapsed() };
+        self.recount(&RecountRequest { is_end: 1, lease_seconds: report.lease_seconds() })?;
+        Ok(report)
+    }
+
+    fn recount(&self, request: &RecountRequest) -> Result<()> {
+        let mut context = request.as_bytes().to_vec();
+        let input = ProgramInput { context_in: Some(&mut context), ..ProgramInput::default() };
+        let output = self.program("collect_usage")?.test_run(input).context("running collect_usage")?;
+        ensure!(output.return_value == 0, "collect_usage found no row of a kind");
+        Ok(())
     }
 
     /// Ends UDP sockets that are connected to backends which are gone, in each of the

@@ -1,6 +1,7 @@
 //! Loads the object once per agent start: pinned maps are taken over with their
 //! content, settings go into `.rodata` before the verifier sees the programs.
 
+use std::collections::BTreeMap;
 use std::mem::size_of;
 
 use anyhow::{Context, Result, bail};
@@ -12,6 +13,7 @@ use super::attach::TC_PROGRAMS;
 use super::messages::{collect_libbpf_messages, with_messages};
 use super::pins::Pins;
 use super::probe::{self, Features};
+use super::quota::Limits;
 use super::reuse::{Origin, pin_new_maps, take_over};
 use super::settings::{AttachMode, MapSizes, Settings};
 
@@ -19,6 +21,7 @@ use super::settings::{AttachMode, MapSizes, Settings};
 pub(super) struct Loaded {
     pub(super) object: Object,
     pub(super) features: Features,
+    pub(super) limits: Limits,
 }
 
 /// Opens, sizes, fills in and loads the object; takes over and makes pins where there are any.
@@ -30,6 +33,7 @@ pub(super) fn load(
 ) -> Result<Loaded> {
     let mut features = probe::probe(attach)?;
     let opened = prepare(settings, sizes, pins, &features)?;
+    let limits = opened.limits;
     let (mut object, origins) = match load_object(opened.object) {
         Ok(object) => (object, opened.origins),
         Err(error) if features.not_loaded.is_empty() => {
@@ -46,7 +50,7 @@ pub(super) fn load(
     if let Some(pins) = pins {
         pin_new_maps(&mut object, pins, &origins)?;
     }
-    Ok(Loaded { object, features })
+    Ok(Loaded { object, features, limits })
 }
 
 fn explain(error: anyhow::Error, kernel: &str) -> anyhow::Error {
@@ -62,6 +66,7 @@ pub(super) struct Opened {
     pub(super) object: OpenObject,
     /// What becomes of pinned maps, by name.
     origins: Vec<(String, Origin)>,
+    limits: Limits,
 }
 
 /// Opens the object, without touching the kernel.
@@ -86,11 +91,9 @@ pub(super) fn prepare(
         bail!("there is no map {unknown} to set the size of");
     }
     let mut origins = Vec::new();
+    let mut rows = BTreeMap::new();
     for mut map in object.maps_mut() {
         let name = map.name().to_string_lossy().into_owned();
-        if name.ends_with(".rodata") {
-            fill_settings(&mut map, settings.encode(features.jiffies_per_second))?;
-        }
         if is_private(&name) {
             continue;
         }
@@ -99,9 +102,14 @@ pub(super) fn prepare(
         }
         if let Some(pins) = pins {
             let origin = take_over(&mut map, &name, pins)?;
-            origins.push((name, origin));
+            origins.push((name.clone(), origin));
         }
+        rows.insert(name, map.max_entries());
     }
+    let limits = Limits::new(&settings.quotas, &settings.nat_ports, &rows);
+    let section = object.maps_mut().find(|map| map.name().to_string_lossy().ends_with(".rodata"));
+    let mut section = section.context("the object has no .rodata")?;
+    fill_settings(&mut section, settings.encode(features.jiffies_per_second, &limits))?;
     for mut program in object.progs_mut() {
         let name = program.name().to_string_lossy().into_owned();
         if features.not_loaded.iter().any(|(left_out, _)| *left_out == name) {
@@ -112,12 +120,12 @@ pub(super) fn prepare(
             program.set_attach_type(ProgramAttachType::CgroupInetIngress);
         }
     }
-    Ok(Opened { object, origins })
+    Ok(Opened { object, origins, limits })
 }
 
 /// Sections of the object (`.rodata`, `.bss`) and the programs' work space belong to one load.
 fn is_private(map: &str) -> bool {
-    map.contains('.') || ["ended", "routes", "scratch"].contains(&map)
+    map.contains('.') || ["ended", "quota_pending", "recounts", "routes", "scratch", "shares"].contains(&map)
 }
 
 fn fill_settings(map: &mut OpenMapMut<'_>, settings: abi::Settings) -> Result<()> {

@@ -28,6 +28,7 @@ mod mirror;
 mod pins;
 mod policies;
 mod probe;
+mod quota;
 mod refused;
 mod reuse;
 mod services;
@@ -45,7 +46,7 @@ use libbpf_rs::{MapCore, MapHandle, Object, ProgramMut};
 pub use abi::{addr_of, ip_of};
 pub use addresses::{AddressWriter, StackWriter};
 pub use attach::{attach_tcx, detach_all};
-pub use counters::{MapFill, MetricRow};
+pub use counters::{EventCounts, MapFill, MetricRow};
 pub use dump::{MAP_NAMES, dump};
 pub use endpoints::EndpointWriter;
 pub use events::EventReader;
@@ -54,6 +55,7 @@ pub use map::{Bytes, Changes, MapError, Rows, TypedMap};
 pub use pins::mount_bpffs;
 pub use policies::{PolicyWriter, RuleOrigins};
 pub use probe::{Features, cgroup_root_below, find_cgroup_root, mount_cgroup};
+pub use quota::{Limits, Quotas, Usage, UsageKind};
 pub use services::ServiceWriter;
 pub use settings::{AttachMode, MARK_MASK, MapSizes, Options, Settings};
 pub use skeleton::types;
@@ -73,6 +75,7 @@ pub static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/datapath.bp
 pub struct Datapath {
     object: Object,
     features: Features,
+    limits: Limits,
     fills: Fills,
     cgroup_root: Option<PathBuf>,
     unsettled: Unsettled,
@@ -113,6 +116,7 @@ impl Datapath {
         Ok(Self {
             object: loaded.object,
             features: loaded.features,
+            limits: loaded.limits,
             fills: Fills::default(),
             cgroup_root: options.cgroup_root.clone(),
             unsettled: Unsettled::default(),
@@ -128,6 +132,7 @@ impl Datapath {
         Ok(Self {
             object: loaded.object,
             features: loaded.features,
+            limits: loaded.limits,
             fills: Fills::default(),
             cgroup_root: None,
             unsettled: Unsettled::default(),

@@ -11,6 +11,7 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 
 use super::abi::{self, addr_of};
+use super::quota::{Limits, Quotas};
 
 /// How to load the datapath.
 #[derive(Clone, Debug)]
@@ -110,6 +111,8 @@ pub struct Settings {
     pub tunnel_direct: bool,
     /// The bits of `skb->mark` that are Weir's: adjacent, at least three.
     pub mark_mask: u32,
+    /// What one pod may have of what all share.
+    pub quotas: Quotas,
 }
 
 /// Weir's bits of `skb->mark` by default; docs/decisions/002-packet-mark.md has those of others.
@@ -139,13 +142,14 @@ impl Default for Settings {
             socket_lb: true,
             tunnel_direct: true,
             mark_mask: MARK_MASK,
+            quotas: Quotas::default(),
         }
     }
 }
 
 impl Settings {
-    /// As the programs read it.
-    pub(super) fn encode(&self, jiffies_per_second: u32) -> abi::Settings {
+    /// As the programs read it, with these limits.
+    pub(super) fn encode(&self, jiffies_per_second: u32, limits: &Limits) -> abi::Settings {
         let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
         let address = |ip: Option<IpAddr>| ip.map(addr_of).unwrap_or_default();
         let mut settings = abi::Settings {
@@ -164,6 +168,10 @@ impl Settings {
             tcp_closing_seconds: seconds(self.tcp_closing),
             other_timeout_seconds: seconds(self.other_timeout),
             mark_mask: self.mark_mask,
+            quota_limit: limits.of_one,
+            quota_capacity: limits.of_all,
+            drop_record_cost: self.quotas.drop_record_cost(jiffies_per_second),
+            event_buffer_half: limits.event_buffer_bytes / 2,
             nat_port_min: *self.nat_ports.start(),
             nat_port_max: *self.nat_ports.end(),
             tunnel_port: self.tunnel_port,

@@ -33,8 +33,8 @@ const BATCH: usize = 256;
 pub trait EventSource: Send {
     /// Calls `each` for every event that is there, and returns how many; never blocks.
     fn consume(&mut self, each: &mut dyn FnMut(&Event)) -> Result<usize>;
-    /// How many events did not fit so far.
-    fn lost(&self) -> Result<u64>;
+    /// How many events did not fit so far, and how many were only counted as their pod had its share.
+    fn undelivered(&self) -> Result<(u64, u64)>;
 }
 
 /// The ring buffer of a loaded datapath.
@@ -55,9 +55,9 @@ impl EventSource for KernelEvents {
         self.reader.consume(each)
     }
 
-    fn lost(&self) -> Result<u64> {
-        let (_offered, lost) = self.datapath.event_counts()?;
-        Ok(lost)
+    fn undelivered(&self) -> Result<(u64, u64)> {
+        let counts = self.datapath.event_counts()?;
+        Ok((counts.lost, counts.suppressed))
     }
 }
 
@@ -101,8 +101,8 @@ fn run(mut source: impl EventSource, recorder: &Recorder, names: &Names, shutdow
         if slow_at.elapsed() >= SLOW {
             slow_at = Instant::now();
             names.refresh();
-            match source.lost() {
-                Ok(lost) => recorder.set_lost_in_kernel(lost),
+            match source.undelivered() {
+                Ok((lost, suppressed)) => recorder.set_undelivered(lost, suppressed),
                 Err(error) => warn!(error = crate::error::chain(&error), "reading the count of lost events"),
             }
         }

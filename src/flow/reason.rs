@@ -33,6 +33,7 @@ const REASONS: &[(u8, &str, &str)] = &[
     (181, "POLICY_DENY", "Denied by a deny rule"),
     (183, "INVALID_VNI", "Tunnel packet with an invalid VNI"),
     (196, "TTL_EXCEEDED", "Time to live exceeded"),
+    (198, "DROP_RATE_LIMITED", "Pod has its share of connections"),
     (203, "DROP_EP_NOT_READY", "Policy of the pod is not in force yet"),
 ];
 

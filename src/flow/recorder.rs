@@ -28,6 +28,7 @@ pub struct Recorder {
     capacity: usize,
     next: watch::Sender<u64>,
     lost_in_kernel: AtomicU64,
+    suppressed: AtomicU64,
     missed_by_readers: AtomicU64,
 }
 
@@ -53,6 +54,9 @@ pub struct RecorderCounts {
     pub overwritten: u64,
     /// Did not fit the kernel's ring buffer.
     pub lost_in_kernel: u64,
+    /// Drops that were only counted, as their pod had its share of records.
+    #[serde(default)]
+    pub suppressed: u64,
     /// Overwritten before a follower had read them, summed over all followers.
     pub missed_by_readers: u64,
 }
@@ -65,6 +69,7 @@ impl Recorder {
             capacity: capacity.max(1),
             next: watch::Sender::new(0),
             lost_in_kernel: AtomicU64::new(0),
+            suppressed: AtomicU64::new(0),
             missed_by_readers: AtomicU64::new(0),
         }
     }
@@ -113,17 +118,14 @@ impl Recorder {
         self.next.subscribe()
     }
 
-    /// Says how many events the kernel has dropped so far; what is new is recorded.
-    pub fn set_lost_in_kernel(&self, lost: u64) {
-        let before = self.lost_in_kernel.swap(lost, Ordering::Relaxed);
-        if lost > before {
-            self.add(std::iter::once(Record::Lost(lost - before)));
+    /// Says how many events did not fit the kernel's ring buffer so far, and how many were
+    /// suppressed; what is new is recorded.
+    pub fn set_undelivered(&self, lost: u64, suppressed: u64) {
+        let before = self.lost_in_kernel.swap(lost, Ordering::Relaxed)
+            + self.suppressed.swap(suppressed, Ordering::Relaxed);
+        if lost + suppressed > before {
+            self.add(std::iter::once(Record::Lost(lost + suppressed - before)));
         }
-    }
-
-    /// How many events the kernel has dropped so far.
-    pub fn lost_in_kernel(&self) -> u64 {
-        self.lost_in_kernel.load(Ordering::Relaxed)
     }
 
     /// A follower was overtaken and missed `events`.
@@ -140,7 +142,8 @@ impl Recorder {
             held: held.end - held.start,
             capacity: self.capacity as u64,
             overwritten: held.start,
-            lost_in_kernel: self.lost_in_kernel(),
+            lost_in_kernel: self.lost_in_kernel.load(Ordering::Relaxed),
+            suppressed: self.suppressed.load(Ordering::Relaxed),
             missed_by_readers: self.missed_by_readers.load(Ordering::Relaxed),
         }
     }
@@ -206,7 +209,7 @@ mod tests {
     fn every_event_is_accounted_for() {
         let recorder = Recorder::new(4);
         recorder.append(&events(0..10));
-        recorder.set_lost_in_kernel(3);
+        recorder.set_undelivered(3, 5);
         recorder.add_missed(2);
         assert_eq!(
             recorder.counts(),
@@ -216,6 +219,7 @@ mod tests {
                 capacity: 4,
                 overwritten: 7,
                 lost_in_kernel: 3,
+                suppressed: 5,
                 missed_by_readers: 2
             }
         );
@@ -225,10 +229,10 @@ mod tests {
     fn losses_are_records_among_the_events() {
         let recorder = Recorder::new(4);
         recorder.append(&events(0..1));
-        recorder.set_lost_in_kernel(5);
-        recorder.set_lost_in_kernel(5);
+        recorder.set_undelivered(5, 0);
+        recorder.set_undelivered(5, 0);
         recorder.append(&events(1..2));
-        recorder.set_lost_in_kernel(7);
+        recorder.set_undelivered(5, 2);
         assert_eq!(copied(&recorder, 0, 10), (0, vec![0, 1005, 1, 1002]));
     }
 

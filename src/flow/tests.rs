@@ -459,7 +459,7 @@ async fn a_follower_sees_each_once_and_learns_what_it_missed() {
     record(&recorder, 6..8);
     assert_eq!(ports(stream.next().await.expect("what came")), [6, 7]);
     record(&recorder, 8..20);
-    recorder.set_lost_in_kernel(3);
+    recorder.set_undelivered(1, 2);
     // The loss in the kernel is a record, too, and took the place of one.
     let expected: Vec<i64> = [-5].into_iter().chain(13..20).chain([-3]).collect();
     assert_eq!(ports(stream.next().await.expect("after a gap")), expected);

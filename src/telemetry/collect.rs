@@ -13,7 +13,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use crate::datapath::{Datapath, MapFill, MetricRow};
+use crate::datapath::{Datapath, MapFill, MetricRow, UsageKind};
 use crate::flow::{Direction, DropReason, Recorder};
 
 /// What the programs count, and how full the maps are.
@@ -22,6 +22,8 @@ pub trait KernelCounters: Send + Sync + 'static {
     fn packets(&self) -> Result<Vec<MetricRow>>;
     /// Every map with the number of its entries, as far as that can be told.
     fn maps(&self) -> Result<Vec<MapFill>>;
+    /// What pods did not get of each kind, or lost their oldest for.
+    fn refused(&self) -> Result<Vec<(UsageKind, u64)>>;
 }
 
 impl KernelCounters for Datapath {
@@ -31,6 +33,10 @@ impl KernelCounters for Datapath {
 
     fn maps(&self) -> Result<Vec<MapFill>> {
         self.map_fill()
+    }
+
+    fn refused(&self) -> Result<Vec<(UsageKind, u64)>> {
+        Ok(UsageKind::ALL.into_iter().zip(Datapath::refused(self)?).collect())
     }
 }
 
@@ -122,6 +128,15 @@ impl Collector for Kernel {
             Ok(packets) => encode_packets(&mut encoder, &packets)?,
             Err(error) => warn!(error = crate::error::chain(&error), "reading the kernel's packet counters"),
         }
+        match self.0.refused() {
+            Ok(refused) => counters(
+                &mut encoder,
+                "endpoint_quota_exceeded",
+                "What pods did not get as they had their share, or gave their oldest one for",
+                refused.into_iter().map(|(kind, count)| ([("kind", kind.name().to_owned())], count)),
+            )?,
+            Err(error) => warn!(error = crate::error::chain(&error), "reading what pods were refused"),
+        }
         let maps = match self.0.maps() {
             Ok(maps) => maps,
             Err(error) => {
@@ -159,11 +174,15 @@ impl Collector for Flows {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Encoded {
         let counts = self.0.counts();
         counter(&mut encoder, "flow_events_seen", "Flow records that arrived from the kernel", counts.seen)?;
-        let lost = [("kernel", counts.lost_in_kernel), ("observer", counts.missed_by_readers)];
+        let lost = [
+            ("kernel", counts.lost_in_kernel),
+            ("quota", counts.suppressed),
+            ("observer", counts.missed_by_readers),
+        ];
         counters(
             &mut encoder,
             "flow_events_lost",
-            "Flow records that did not fit the kernel's buffer, or that a slow observer missed",
+            "Flow records that did not fit the kernel's buffer, that were more than their pod's share, or that a slow observer missed",
             lost.map(|(place, lost)| ([("where", place.to_owned())], lost)),
         )?;
         gauge(&mut encoder, "flow_events_held", "Flow records in memory", counts.held as f64)?;

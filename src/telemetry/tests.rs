@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 use super::*;
-use crate::datapath::{MapFill, MetricRow};
+use crate::datapath::{MapFill, MetricRow, UsageKind};
 
 struct Counters;
 
@@ -22,6 +22,10 @@ impl KernelCounters for Counters {
 
     fn maps(&self) -> Result<Vec<MapFill>> {
         Ok(vec![MapFill { map: "connections".into(), used: 3, capacity: 262_144 }])
+    }
+
+    fn refused(&self) -> Result<Vec<(UsageKind, u64)>> {
+        Ok(UsageKind::ALL.into_iter().zip([3, 0, 1, 0]).collect())
     }
 }
 
@@ -64,6 +68,8 @@ fn metrics_are_classic_text() {
         "weir_dropped_bytes_total{reason=\"POLICY_DENIED\",direction=\"INGRESS\"} 200",
         "weir_map_entries{map=\"connections\"} 3.0",
         "weir_map_max_entries{map=\"connections\"} 262144.0",
+        "weir_endpoint_quota_exceeded_total{kind=\"connections\"} 3",
+        "weir_flow_events_lost_total{where=\"quota\"} 0",
         "weir_endpoints 2.0",
         "weir_endpoints_enforced 1.0",
         "weir_flow_events_seen_total 0",

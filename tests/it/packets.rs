@@ -4,6 +4,7 @@
 mod backends;
 mod drops;
 mod ends;
+mod fairness;
 mod flows;
 pub mod frame;
 mod frontends;

@@ -561,6 +561,25 @@ impl World {
         })
     }
 
+    /// Runs a program on a frame many times.
+    pub fn repeat(&self, program: &str, bytes: &[u8], repeat: u32) -> Result<()> {
+        let mut context = [0; 192];
+        context[36..40].copy_from_slice(&1_u32.to_ne_bytes());
+        self.datapath.program(program)?.test_run(ProgramInput {
+            context_in: Some(&mut context),
+            data_in: Some(bytes),
+            repeat,
+            ..ProgramInput::default()
+        })?;
+        Ok(())
+    }
+
+    /// Calls `each` for everything that was reported.
+    pub fn read_events(&mut self, each: impl FnMut(&Event)) -> Result<()> {
+        self.events.consume(each)?;
+        Ok(())
+    }
+
     /// Reads what was reported and forgets it.
     pub fn forget_events(&mut self) -> Result<()> {
         self.events.consume(|_| {})?;
