@@ -80,6 +80,7 @@ enum drop_reason {
 	DROP_TTL_EXCEEDED = 196,
 	DROP_QUOTA_CONNECTIONS = 198,
 	DROP_ENDPOINT_NOT_READY = 203,
+	DROP_QUOTA_NAT_PORTS = 240,
 };
 
 /*
@@ -386,9 +387,8 @@ struct fragment {
 enum quota_kind {
 	QUOTA_CONNECTIONS = 0, /* rows of connections; over the limit: refused */
 	QUOTA_OPENING = 1,     /* those of them that are unanswered; over the limit: the endpoint's oldest goes */
-	QUOTA_NAT_PORTS = 2,   /* mappings of nat; over the limit: refused */
-	QUOTA_FRAGMENTS = 3,   /* rows of fragments; over the limit: the endpoint's oldest goes */
-	QUOTA_KINDS = 4,
+	QUOTA_NAT_PORTS = 2,   /* pods' rows of nat for the way back; over the limit: refused */
+	QUOTA_KINDS = 3,
 };
 
 /*
@@ -403,7 +403,7 @@ struct usage {
 	__u64 records_due;	    /* time of the next record of a drop, in 1/1024 jiffies */
 	__u64 records_suppressed;
 };
-_Static_assert(sizeof(struct usage) == 80, "usage");
+_Static_assert(sizeof(struct usage) == 64, "usage");
 
 enum usage_size {
 	USAGE_ENDPOINTS = 4096,
@@ -419,18 +419,16 @@ struct quota_total {
 };
 
 /*
- * shares: places for an endpoint's own rows of a kind. Who comes after the last
+ * shares: places for an endpoint's own unanswered connections. Who comes after the last
  * place gets the first one, and the row that had it goes.
  */
 struct share_key {
 	__u32 endpoint;
-	__u16 kind; /* enum quota_kind */
-	__u16 pad;
 	__u32 place;
 };
 
 struct share {
-	__u64 key[5]; /* of connections, or of fragments */
+	__u64 key[5]; /* of connections */
 };
 
 /* What collect_usage is run with, before and after the rows are counted. */

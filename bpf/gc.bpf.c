@@ -138,6 +138,33 @@ int collect_connections(struct collect_request *request)
 	return collection_end(&of, request);
 }
 
+/* The mapping stays, and counts as its pod's. */
+static __always_inline void recount_mapping(const struct nat_key *key,
+					    const struct nat *row)
+{
+	__u32 owner;
+	struct recount *recount;
+
+	if (key->direction != DIRECTION_INGRESS || nat_is_nodes(row, key))
+		return;
+	owner = nat_owner(&row->addr);
+	recount = bpf_map_lookup_elem(&recounts, &owner);
+	if (owner && recount)
+		recount->found[QUOTA_NAT_PORTS]++;
+}
+
+/* Deletes a row; `pod` is whose it is. */
+static __always_inline void delete_mapping(const struct nat_key *key,
+					   const struct addr *pod,
+					   struct collection *of)
+{
+	if (bpf_map_delete_elem(&nat, key))
+		return;
+	of->deleted++;
+	if (key->direction == DIRECTION_INGRESS)
+		nat_give_port(pod);
+}
+
 /* Both rows go at once: one alone would be taken for a half that was lost. */
 static long collect_mapping(__u32 number, struct collection *of)
 {
@@ -148,16 +175,18 @@ static long collect_mapping(__u32 number, struct collection *of)
 	if (!collection_read(of, &key, sizeof(key), number))
 		return 1;
 	mapping = bpf_map_lookup_elem(&nat, &key);
-	if (!mapping || !nat_is_over(&key, mapping, bpf_jiffies64(),
-				     settings.tcp_closing_seconds))
+	if (!mapping)
 		return 0;
+	if (!nat_is_over(&key, mapping, bpf_jiffies64(),
+			 settings.tcp_closing_seconds)) {
+		recount_mapping(&key, mapping);
+		return 0;
+	}
 	nat_key_turn(&key, mapping, &turned);
 	other = bpf_map_lookup_elem(&nat, &turned);
-	if (other && nat_row_is(other, &key.local, key.local_port) &&
-	    !bpf_map_delete_elem(&nat, &turned))
-		of->deleted++;
-	if (!bpf_map_delete_elem(&nat, &key))
-		of->deleted++;
+	if (other && nat_row_is(other, &key.local, key.local_port))
+		delete_mapping(&turned, &key.local, of);
+	delete_mapping(&key, &turned.local, of);
 	return 0;
 }
 

@@ -154,10 +154,6 @@ pub struct AgentArgs {
     #[arg(long, env = "WEIR_ENDPOINT_NAT_PORTS_MAX", value_name = "N")]
     pub endpoint_nat_ports_max: Option<u32>,
 
-    /// Datagrams in fragments that are remembered of one pod; by default a sixteenth of all.
-    #[arg(long, env = "WEIR_ENDPOINT_FRAGMENTS_MAX", value_name = "N")]
-    pub endpoint_fragments_max: Option<u32>,
-
     /// Drops of one pod that are recorded in a second; the rest is only counted. 0: no limit.
     #[arg(long, env = "WEIR_ENDPOINT_DROP_RECORDS", value_name = "N", default_value_t = 1000)]
     pub endpoint_drop_records: u32,
@@ -365,7 +361,6 @@ impl TryFrom<AgentArgs> for Config {
             ("endpoint-connections-max", args.endpoint_connections_max),
             ("endpoint-opening-max", args.endpoint_opening_max),
             ("endpoint-nat-ports-max", args.endpoint_nat_ports_max),
-            ("endpoint-fragments-max", args.endpoint_fragments_max),
         ] {
             if value.is_some_and(|value| !(16..=16_777_216).contains(&value)) {
                 return refuse(setting, value.unwrap_or_default().to_string(), "must be 16 to 16777216");

@@ -77,7 +77,7 @@ __weak __noinline int connection_replace_oldest(__u32 owner, __u32 number,
 		return 0;
 	room = &scratch->share;
 	__builtin_memcpy(&room->newcomer, key, sizeof(room->newcomer));
-	if (!share_replace(room, owner, QUOTA_OPENING, number, places))
+	if (!share_replace(room, owner, number, places))
 		return 0;
 	oldest = bpf_map_lookup_elem(&connections, &room->former);
 	if (!oldest)

@@ -113,9 +113,13 @@ __weak __noinline int nat_masquerade(struct __sk_buff *ctx,
 		nat_note(known, packet->tcp_flags);
 		to->node.port = known->port;
 	} else {
+		if (!quota_take(packet->source_endpoint, QUOTA_NAT_PORTS))
+			return -DROP_QUOTA_NAT_PORTS;
 		ret = nat_allocate(ctx, to);
-		if (ret)
+		if (ret) {
+			quota_give(packet->source_endpoint, QUOTA_NAT_PORTS);
 			return ret;
+		}
 	}
 	packet->source = to->node.addr;
 	packet->source_port = to->node.port;

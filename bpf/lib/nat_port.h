@@ -123,6 +123,23 @@ static __always_inline void nat_note(struct nat *row, __u8 tcp_flags)
 		row->tcp_flags = seen;
 }
 
+/* The endpoint that has a mapping, by its pod's address; 0: none of this node. */
+static __always_inline __u32 nat_owner(const struct addr *pod)
+{
+	struct address *address = address_find(pod);
+
+	return address ? address->endpoint_id : 0;
+}
+
+/* A row for the way back is gone: its pod may have another port. */
+static __always_inline void nat_give_port(const struct addr *pod)
+{
+	__u32 owner = nat_owner(pod);
+
+	if (owner)
+		quota_give(owner, QUOTA_NAT_PORTS);
+}
+
 /*
  * Takes a port for the flow of the mapping in `scratch`: 1 if the flow has that
  * port now. The port of a flow that is over changes hands.
@@ -152,6 +169,7 @@ __weak __noinline int nat_take_port(struct __sk_buff *ctx, __u32 port)
 		/* One processor alone takes it away, and may put its own. */
 		if (bpf_map_delete_elem(&nat, &to->back))
 			return 0;
+		nat_give_port(&old.local);
 		bpf_map_delete_elem(&nat, &old);
 	}
 	return !bpf_map_update_elem(&nat, &to->back, &to->pod, BPF_NOEXIST);

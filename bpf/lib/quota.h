@@ -7,8 +7,9 @@
  * Two rules bound an endpoint. Of connections and NAT ports it may have
  * settings.quota_limit, and never more than there is left for all: so the last
  * rows of a table are never one pod's, however many pods take what they can.
- * Of unanswered connections and fragments the newest count: over the limit the
- * endpoint's own oldest row goes (struct share).
+ * Of unanswered connections the newest count: over the limit the endpoint's own
+ * oldest one goes (struct share), so that a flood of requests does not keep a
+ * pod from being asked.
  *
  * Rows go without a word when a full table evicts them, so counters drift. The
  * collector counts the rows, and corrects. While nobody collects, limits do not
@@ -28,7 +29,6 @@
  * connections for the caller. */
 struct share_room {
 	struct share_key place;
-	__u32 pad;
 	struct share newcomer;
 	struct share former;
 	struct connection_key key;
@@ -63,7 +63,9 @@ static __always_inline void quota_total_add(__u32 kind, __s32 change)
 /* Rows of a table that nobody has. */
 static __always_inline __s32 quota_left(__u32 kind)
 {
-	struct quota_total *total = bpf_map_lookup_elem(&quota_totals, &kind);
+	/* A variable of its own: what a helper has seen is no constant after. */
+	__u32 index = kind;
+	struct quota_total *total = bpf_map_lookup_elem(&quota_totals, &index);
 	__s32 left;
 
 	if (!total)
@@ -136,14 +138,12 @@ static __always_inline void quota_give(__u32 endpoint, __u32 kind)
  * them. What had the place is in `former` then: true if there was one.
  */
 static __always_inline bool share_replace(struct share_room *room,
-					  __u32 endpoint, __u32 kind,
-					  __u32 number, __u32 places)
+					  __u32 endpoint, __u32 number,
+					  __u32 places)
 {
 	struct share *share;
 
 	room->place.endpoint = endpoint;
-	room->place.kind = kind;
-	room->place.pad = 0;
 	room->place.place = places ? number % places : 0;
 	share = bpf_map_lookup_elem(&shares, &room->place);
 	if (!share) {

@@ -310,7 +310,6 @@ fn options(config: &Config, node: &Node, devices: &Devices, ports: &Ports, secre
                 connections: args.endpoint_connections_max,
                 opening: args.endpoint_opening_max,
                 nat_ports: args.endpoint_nat_ports_max,
-                fragments: args.endpoint_fragments_max,
                 drop_records_per_second: args.endpoint_drop_records,
             },
             ..Settings::default()

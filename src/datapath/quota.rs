@@ -26,21 +26,13 @@ pub struct Quotas {
     pub opening: Option<u32>,
     /// Ports for masquerading; by default half of the range, and of those that the map holds.
     pub nat_ports: Option<u32>,
-    /// Datagrams in fragments; by default a sixteenth of those that the map holds.
-    pub fragments: Option<u32>,
     /// Records of drops in a second; 0: any number.
     pub drop_records_per_second: u32,
 }
 
 impl Default for Quotas {
     fn default() -> Self {
-        Self {
-            connections: None,
-            opening: None,
-            nat_ports: None,
-            fragments: None,
-            drop_records_per_second: 1000,
-        }
+        Self { connections: None, opening: None, nat_ports: None, drop_records_per_second: 1000 }
     }
 }
 
@@ -73,7 +65,7 @@ impl Limits {
         rows: &BTreeMap<String, u32>,
     ) -> Self {
         let rows = |map: &str| rows.get(map).copied().unwrap_or(0);
-        let (connections, nat, fragments) = (rows("connections"), rows("nat") / 2, rows("fragments"));
+        let (connections, nat) = (rows("connections"), rows("nat") / 2);
         let ports = u32::from(*nat_ports.end()).saturating_sub((*nat_ports.start()).into()) + 1;
         let mut limits = Self { event_buffer_bytes: rows("events"), ..Self::default() };
         let mut set = |kind: quota_kind, of_one: Option<u32>, default: u32, of_all: u32| {
@@ -83,7 +75,6 @@ impl Limits {
         set(quota_kind::QUOTA_CONNECTIONS, quotas.connections, connections / 2, usable(connections));
         set(quota_kind::QUOTA_OPENING, quotas.opening, (connections / 16).max(1024), 0);
         set(quota_kind::QUOTA_NAT_PORTS, quotas.nat_ports, (nat.min(ports) / 2).max(1), usable(nat * 2) / 2);
-        set(quota_kind::QUOTA_FRAGMENTS, quotas.fragments, (fragments / 16).max(1), 0);
         limits
     }
 }
@@ -104,13 +95,11 @@ pub enum UsageKind {
     Opening,
     /// Ports for masquerading.
     NatPorts,
-    /// Datagrams in fragments.
-    Fragments,
 }
 
 impl UsageKind {
     /// Every kind, in the order of `enum quota_kind`.
-    pub const ALL: [Self; KINDS] = [Self::Connections, Self::Opening, Self::NatPorts, Self::Fragments];
+    pub const ALL: [Self; KINDS] = [Self::Connections, Self::Opening, Self::NatPorts];
 
     /// Its name in metrics.
     pub fn name(self) -> &'static str {
@@ -118,13 +107,12 @@ impl UsageKind {
             Self::Connections => "connections",
             Self::Opening => "unanswered_connections",
             Self::NatPorts => "nat_ports",
-            Self::Fragments => "fragments",
         }
     }
 }
 
-/// What a pod has, and was refused. Of unanswered connections and fragments nothing is refused:
-/// the pod's oldest one is forgotten instead.
+/// What a pod has, and was refused. Of unanswered connections nothing is refused: the pod's
+/// oldest one is forgotten instead.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Usage {
@@ -134,9 +122,9 @@ pub struct Usage {
     pub opening: u32,
     /// Ports for masquerading that it has.
     pub nat_ports: u32,
-    /// What it may have: connections, unanswered ones, ports for masquerading, fragments.
+    /// What it may have: connections, unanswered ones, ports for masquerading.
     pub limits: [u32; KINDS],
-    /// Refused, or forgotten for a newer one: connections, unanswered ones, ports, fragments.
+    /// Refused, or forgotten for a newer one: connections, unanswered ones, ports.
     pub refused: [u64; KINDS],
     /// Records of its drops that were only counted.
     pub records_suppressed: u64,
@@ -196,17 +184,17 @@ mod tests {
     use super::*;
 
     fn limits(quotas: &Quotas, connections: u32) -> Limits {
-        let rows = [("connections", connections), ("nat", 131_072), ("fragments", 8192)];
+        let rows = [("connections", connections), ("nat", 131_072)];
         let rows = rows.map(|(map, rows)| (map.to_owned(), rows)).into();
         Limits::new(quotas, &(10_240..=29_999), &rows)
     }
 
     #[test]
     fn limits_come_from_the_maps_sizes_unless_they_are_set() {
-        assert_eq!(limits(&Quotas::default(), 262_144).of_one, [131_072, 16_384, 9880, 512]);
-        assert_eq!(limits(&Quotas::default(), 4096).of_one, [2048, 1024, 9880, 512]);
+        assert_eq!(limits(&Quotas::default(), 262_144).of_one, [131_072, 16_384, 9880]);
+        assert_eq!(limits(&Quotas::default(), 4096).of_one, [2048, 1024, 9880]);
         let set = Quotas { connections: Some(7), opening: Some(5), nat_ports: Some(3), ..Quotas::default() };
-        assert_eq!(limits(&set, 4096).of_one, [7, 5, 3, 512]);
+        assert_eq!(limits(&set, 4096).of_one, [7, 5, 3]);
     }
 
     #[test]

@@ -35,6 +35,8 @@ const REASONS: &[(u8, &str, &str)] = &[
     (196, "TTL_EXCEEDED", "Time to live exceeded"),
     (198, "DROP_RATE_LIMITED", "Pod has its share of connections"),
     (203, "DROP_EP_NOT_READY", "Policy of the pod is not in force yet"),
+    // Not Hubble's: its clients show the number.
+    (240, "NAT_PORT_QUOTA_EXCEEDED", "Pod has its share of ports for masquerading"),
 ];
 
 /// A drop reason by its number; numbers that this version does not know are kept.

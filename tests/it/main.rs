@@ -7,6 +7,7 @@ mod cni;
 mod control_plane;
 mod datapath;
 mod demo;
+mod floods;
 mod flows;
 mod golden;
 mod host_ports;

@@ -351,10 +351,11 @@ fn rows() -> Vec<Row> {
 }
 
 /// Reasons that other tests cause, or that only a kernel out of memory does.
-const ELSEWHERE: [(u8, &str); 4] = [
+const ELSEWHERE: [(u8, &str); 5] = [
     (141, "rewriting a header that was just read fails only without memory"),
     (155, "an LRU map takes every entry as long as there is memory"),
     (198, "fairness::who_has_his_share_of_connections_gets_no_more"),
+    (240, "fairness::who_has_his_share_of_ports_gets_no_more"),
     (169, "network::native_routing_needs_a_route"),
 ];
 

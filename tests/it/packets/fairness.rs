@@ -8,8 +8,8 @@ use weir::model::EndpointId;
 use super::flows::expect;
 use super::frame::{ACK, FIN, Packet, SYN, tcp, udp};
 use super::world::{
-    Arrival, Cast, EGRESS, INGRESS, R, REDIRECT, SHOT, World, casts, in_both_families, in_both_families_with,
-    settings, within,
+    Arrival, Cast, EGRESS, INGRESS, PASS, R, REDIRECT, SHOT, World, casts, in_both_families,
+    in_both_families_with, settings, within,
 };
 use crate::require::require_lab;
 
@@ -218,11 +218,43 @@ fn who_has_his_share_of_connections_gets_no_more() -> Result<()> {
         assert_eq!(outcome.counted, [(198, EGRESS as u8)]);
         assert_eq!(outcome.events.iter().map(|event| event.reason).collect::<Vec<_>>(), [198]);
         assert_eq!(usage(world, 1)?.refused_total(), 1);
-        assert_eq!(world.datapath.refused()?, [1, 0, 0, 0]);
+        assert_eq!(world.datapath.refused()?, [1, 0, 0]);
         // What runs goes on, and others begin.
         expect(world, &ask(1000), REDIRECT)?;
         expect(world, &udp((cast.b, 1000), (cast.remote, 53)).by(2), REDIRECT)?;
         expect(world, &udp((cast.b, 1000), (cast.a, 53)).by(2), REDIRECT)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn who_has_his_share_of_ports_gets_no_more() -> Result<()> {
+    require_lab!();
+    let quotas = Quotas { nat_ports: Some(20), ..Quotas::default() };
+    let settings = Settings { quotas, nat_ports: 20_000..=20_099, ..settings() };
+    in_both_families_with(settings, |world, cast| {
+        world.collect_garbage()?;
+        let ask = |pod, port| udp((pod, port), (cast.world, 53));
+        for port in 1000..1020 {
+            let outcome = world.send("to_network", &ask(cast.a, port))?;
+            ensure!(outcome.action == PASS, "{outcome:?}");
+        }
+        let outcome = world.send("to_network", &ask(cast.a, 1020))?;
+        assert_eq!((outcome.action, outcome.counted), (SHOT, vec![(240, EGRESS as u8)]));
+        assert_eq!(outcome.events.iter().map(|event| event.reason).collect::<Vec<_>>(), [240]);
+        let row = usage(world, 1)?;
+        assert_eq!((row.nat_ports, row.refused_total()), (20, 1));
+        // What runs goes on, and others get ports.
+        for (pod, port) in [(cast.a, 1000), (cast.b, 1000)] {
+            ensure!(world.send("to_network", &ask(pod, port))?.action == PASS, "{pod}");
+        }
+        world.collect_garbage()?;
+        assert_eq!((usage(world, 1)?.nat_ports, usage(world, 2)?.nat_ports), (20, 1));
+        world.change_mappings(|row| row.last_seen_jiffies = 1)?;
+        world.collect_garbage()?;
+        assert_eq!((usage(world, 1)?.nat_ports, usage(world, 2)?.nat_ports), (0, 0));
+        let outcome = world.send("to_network", &ask(cast.a, 1020))?;
+        ensure!(outcome.action == PASS, "{outcome:?}");
         Ok(())
     })
 }
