@@ -109,32 +109,36 @@ static __always_inline void connection_open(__u32 owner,
 		connection_replace_oldest(owner, number, places, key);
 }
 
+/* Writes an entry in the place of one that is over, which is given back: 0 or an
+ * error. */
+static __always_inline long connection_replace(struct connection_key *key,
+					       const struct connection *fresh)
+{
+	struct connection *former = bpf_map_lookup_elem(&connections, key);
+
+	if (former)
+		connection_give(connection_owner(former), former->flags);
+	return map_insert(&connections, key, fresh);
+}
+
 /*
- * Adds an entry at its owner's expense: 0 or a drop. What has this key yet is
- * over.
+ * Adds an entry at its owner's expense: 0 or a drop. `replaces`: an entry that
+ * is over has this key; one may have it anyway, by another CPU.
  */
 static __always_inline int connection_insert(struct connection_key *key,
-					     const struct connection *fresh)
+					     const struct connection *fresh,
+					     bool replaces)
 {
 	__u32 owner = connection_owner(fresh);
-	struct connection *former;
 	int ret = -DROP_QUOTA_CONNECTIONS;
-	long error;
 
 	if (fresh->flags & CONNECTION_OPENING)
 		connection_open(owner, key);
 	if (quota_take(owner, QUOTA_CONNECTIONS)) {
-		error = bpf_map_update_elem(&connections, key, fresh,
-					    BPF_NOEXIST);
-		if (!error)
+		if (!replaces && !bpf_map_update_elem(&connections, key, fresh,
+						      BPF_NOEXIST))
 			return 0;
-		former = bpf_map_lookup_elem(&connections, key);
-		if (former)
-			connection_give(connection_owner(former),
-					former->flags);
-		/* Kernels before 6.15 may find every free entry busy: not full,
-		 * ask again. */
-		if (!bpf_map_update_elem(&connections, key, fresh, BPF_ANY))
+		if (!connection_replace(key, fresh))
 			return 0;
 		quota_give(owner, QUOTA_CONNECTIONS);
 		ret = -DROP_CONNECTION_INSERT;

@@ -587,7 +587,8 @@ static __noinline int flow_insert(struct __sk_buff *ctx,
 			flow_reverse(over, packet, flow, fresh);
 		}
 	}
-	return connection_insert(&flow->key, fresh);
+	return connection_insert(&flow->key, fresh,
+				 packet->flags & PACKET_REPLACES);
 }
 
 /* Begins a flow with this packet: 0 or a drop. */

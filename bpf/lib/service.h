@@ -293,7 +293,7 @@ __weak __noinline int service_keep(struct packet *packet)
 		packet->service_port, packet->protocol, key);
 	key->kind = CONNECTION_SERVICE;
 	chosen->flags = high ? CONNECTION_INITIATOR_HIGH : 0;
-	return connection_insert(key, chosen);
+	return connection_insert(key, chosen, false);
 }
 
 /* To itself a pod speaks from the loopback address. */
