@@ -17,6 +17,9 @@ const KINDS: usize = quota_kind::QUOTA_KINDS.0 as usize;
 /// Rows that a CPU keeps for itself in maps that evict (`LOCAL_FREE_TARGET` of the kernel).
 const ROWS_OF_A_CPU: u32 = 128;
 
+/// Ports that a pod may have however few there are.
+const FEW_PORTS: u32 = 16;
+
 /// What one pod may have; `None`: as much as the sizes of the maps suggest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quotas {
@@ -74,7 +77,12 @@ impl Limits {
         };
         set(quota_kind::QUOTA_CONNECTIONS, quotas.connections, connections / 2, usable(connections));
         set(quota_kind::QUOTA_OPENING, quotas.opening, (connections / 16).max(1024), 0);
-        set(quota_kind::QUOTA_NAT_PORTS, quotas.nat_ports, (nat.min(ports) / 2).max(1), usable(nat * 2) / 2);
+        set(
+            quota_kind::QUOTA_NAT_PORTS,
+            quotas.nat_ports,
+            (nat.min(ports) / 2).max(FEW_PORTS),
+            usable(nat * 2) / 2,
+        );
         limits
     }
 }

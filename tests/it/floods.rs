@@ -105,13 +105,15 @@ fn floods_of_one_pod_cost_no_other_a_connection_a_datagram_or_a_record() -> Resu
     let calm = lab.pod(1, "shop/calm").label("app", "calm").create()?;
     let near = lab.pod(1, "shop/near").label("app", "peer").create()?;
     let far = lab.pod(2, "shop/far").label("app", "peer").create()?;
+    // What gets the floods has its own to do with them.
+    let target = lab.pod(2, "shop/target").create()?;
     lab.manifests().apply(POLICY)?;
     let at = |pod: &Pod, is_ipv4, port| SocketAddr::new(pod.address(is_ipv4), port);
     expect_all(&[
         Row::new(&calm, Via::Tcp, at(&far, true, 80), Expected::Denied),
         Row::new(&calm, Via::Udp, at(&far, true, 81), Expected::Answered),
         Row::new(&far, Via::Udp, at(&calm, false, 81), Expected::Answered),
-        Row::new(&evil, Via::Udp, at(&far, true, 81), Expected::Answered),
+        Row::new(&evil, Via::Udp, at(&target, true, 81), Expected::Answered),
     ])?;
     let mut pairs = Vec::new();
     for (client, server) in [(&calm, &far), (&far, &calm), (&calm, &near), (&near, &calm)] {
@@ -123,7 +125,7 @@ fn floods_of_one_pod_cost_no_other_a_connection_a_datagram_or_a_record() -> Resu
     let id = u16::try_from(row(node, &evil)?["id"].as_u64().context("a number")?)?;
 
     for is_ipv4 in [true, false] {
-        let (own, to, victim) = (evil.address(is_ipv4), far.address(is_ipv4), calm.address(is_ipv4));
+        let (own, to, victim) = (evil.address(is_ipv4), target.address(is_ipv4), calm.address(is_ipv4));
         let ports = 1024..1024 + FLOOD;
         send(&evil, ports.clone().map(move |port| tcp((own, port), (to, 9999), SYN).by(id)))?;
         send(&evil, ports.clone().map(move |port| udp((own, port), (to, 9998)).by(id)))?;
