@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
@@ -11,13 +12,17 @@ use crate::config::{Config, Routing};
 use crate::kube::Publisher;
 use crate::kube::crd::{Tunnel, WeirNodeStatus};
 use crate::model::Node;
-use crate::telemetry::Telemetry;
+use crate::telemetry::{PartRow, Telemetry};
 
 /// An agent that is started again is ready sooner than this: until then the node is what
 /// it was before.
 const QUIET_START: Duration = Duration::from_secs(10);
 /// How often it is looked at what is awaited.
 const LOOK: Duration = Duration::from_secs(1);
+/// The condition of a WeirNode that says whether parts of its agent fail.
+const DEGRADED: &str = "Degraded";
+/// Characters of a condition's message, at most.
+const MESSAGE_MAX: usize = 1000;
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(10);
 
@@ -54,12 +59,14 @@ async fn announce(
     let _ = timeout(QUIET_START, telemetry.ready().wait()).await;
     let mut said = None;
     let mut retry = FIRST_RETRY;
+    let mut degraded = Degraded::default();
     loop {
-        let status = status(config, &facts.borrow(), &telemetry.pending());
+        let mut status = status(config, &facts.borrow(), &telemetry.pending());
+        status.conditions = vec![degraded.condition(&telemetry.parts().faults())];
         if said.as_ref() == Some(&status) && !publisher.is_node_missing() {
             let ready = telemetry.ready();
             // Readiness is told at once, other changes with the next look.
-            match status.ready {
+            match status.ready || ready.is_ready() {
                 true => sleep(LOOK).await,
                 false => drop(timeout(LOOK, ready.wait()).await),
             }
@@ -104,6 +111,33 @@ fn status(config: &Config, facts: &Facts, pending: &[String]) -> WeirNodeStatus 
     }
 }
 
+/// The condition that says whether parts of the agent fail.
+#[derive(Default)]
+struct Degraded {
+    /// As it was last, and since when.
+    last: Option<(bool, Time)>,
+}
+
+impl Degraded {
+    fn condition(&mut self, faults: &[PartRow]) -> Condition {
+        let is_degraded = !faults.is_empty();
+        let since = match self.last.take() {
+            Some((last, since)) if last == is_degraded => since,
+            _ => Time(jiff::Timestamp::now()),
+        };
+        self.last = Some((is_degraded, since.clone()));
+        let texts: Vec<String> = faults.iter().map(PartRow::text).collect();
+        Condition {
+            type_: DEGRADED.to_owned(),
+            status: if is_degraded { "True" } else { "False" }.to_owned(),
+            reason: if is_degraded { "PartsFail" } else { "AllPartsWork" }.to_owned(),
+            message: texts.join("; ").chars().take(MESSAGE_MAX).collect(),
+            last_transition_time: since,
+            observed_generation: None,
+        }
+    }
+}
+
 /// A main loop that is stuck is no life.
 async fn beat(publisher: &Publisher, telemetry: &Telemetry, every: Duration) {
     let mut ticks = interval(every);
@@ -128,5 +162,28 @@ async fn beat(publisher: &Publisher, telemetry: &Telemetry, every: Duration) {
                 tracing::debug!(error = crate::error::chain(&error), "saying that this node's agent lives")
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_condition_says_what_fails_and_since_when() {
+        let mut degraded = Degraded::default();
+        let fault = |part: &str| PartRow {
+            part: part.to_owned(),
+            failing_seconds: Some(5),
+            causes: vec!["full".to_owned()],
+            ..PartRow::default()
+        };
+        let well = degraded.condition(&[]);
+        assert_eq!((well.status.as_str(), well.message.as_str()), ("False", ""));
+        let one = degraded.condition(&[fault("policies")]);
+        assert_eq!((one.status.as_str(), one.message.as_str()), ("True", "policies: full"));
+        let two = degraded.condition(&[fault("policies"), fault("routes")]);
+        assert_eq!(two.message, "policies: full; routes: full");
+        assert_eq!(two.last_transition_time, one.last_transition_time);
     }
 }

@@ -14,10 +14,12 @@
 mod announce;
 mod answers;
 mod compute;
+mod follow;
 mod local;
 mod node;
 mod ports;
 mod publish;
+mod restart;
 mod rounds;
 mod secret;
 mod sinks;
@@ -50,7 +52,9 @@ use crate::telemetry::{self, ReadyGuard, Telemetry};
 use answers::{Answers, Known};
 use node::OVERLAY_DEVICE;
 use ports::Ports;
+use restart::Restart;
 use rounds::Rounds;
+use sinks::DeviceSink;
 
 /// An ADD that is not enforced within this time gives up; kubelet tries again.
 const ENFORCED_WITHIN: Duration = Duration::from_secs(10);
@@ -172,7 +176,13 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     flow::reader::start(events, known.recorder.clone(), names, stopping.clone())
         .context("starting the reader of events")?;
     let (published, to_publish) = watch::channel(None);
-    tokio::spawn(publish::publish_endpoints(publisher.clone(), to_publish));
+    let telling = publish::publish_endpoints(
+        publisher.clone(),
+        to_publish,
+        tables.clone(),
+        known.telemetry.parts().clone(),
+    );
+    tokio::spawn(telling);
     let (removed_backends, ended_backends) = mpsc::unbounded_channel();
     tokio::spawn(upkeep::end_stale_sockets(datapath.clone(), known.endpoints.clone(), ended_backends));
     tokio::spawn(upkeep::collect_garbage(datapath.clone()));
@@ -180,20 +190,38 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
 
     manager.work_off_deletes().await;
     manager.configure(&node.pod_cidrs, devices.mtu);
+    let parts = known.telemetry.parts().clone();
+    let restart = Restart::default();
+    tokio::spawn(follow::follow(
+        node.clone(),
+        tables.clone(),
+        known.endpoints.clone(),
+        manager.clone(),
+        parts.clone(),
+        restart.clone(),
+    ));
     tokio::spawn(async move {
         if let Err(error) = manager.watch_deletes(stopping).await {
             tracing::error!(error = crate::error::chain(&error), "queued deletions wait for the next start");
         }
     });
     let limits = sinks::Limits { policy_rows: config.args.policy_rows_max };
+    let device_sink = DeviceSink::new(
+        datapath.clone(),
+        devices.clone(),
+        config.args.tunnel_port,
+        config.args.socket_lb,
+        restart.clone(),
+    );
     let rounds = Rounds {
         tables,
         endpoints: known.endpoints.clone(),
         local_addresses,
         compute,
-        sinks: sinks::all(&datapath, writers, &devices, limits, known.telemetry.parts().clone())
-            .context("ordering the sinks")?,
+        sinks: sinks::all(&datapath, writers, device_sink, limits, parts).context("ordering the sinks")?,
         datapath,
+        kernel_news: netlink::kernel_news(endpoint::is_host_interface_name)?,
+        heard: netlink::Heard::default(),
         compiling: sinks::Retry::default(),
         claims: publish::Claims::new(publisher),
         enforced,
@@ -217,6 +245,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     tokio::select! {
         () = rounds.run(programmed) => Ok(()),
         failed = offering => failed.context("offering the node's network to the runtime"),
+        error = restart.serve() => Err(error),
     }
 }
 

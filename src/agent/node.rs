@@ -27,12 +27,16 @@ const FACTS_FILE: &str = "node.json";
 pub struct Devices {
     /// Leads to other nodes and the world.
     pub network: Vec<u32>,
+    /// The names of these.
+    pub network_names: Vec<String>,
     /// The tunnel's device; `None` with native routing.
     pub overlay: Option<u32>,
     /// MTU of the pods' devices, bytes.
     pub mtu: u32,
     /// The node's own addresses in the pod network: the first of each pod CIDR.
     pub internal_addresses: Vec<IpAddr>,
+    /// Kernel settings that pods' packets need, below /proc/sys, with their values.
+    pub settings: Vec<(String, String)>,
 }
 
 /// The Node object of this node: from the tables once they have it, or as it was
@@ -70,7 +74,8 @@ pub async fn discover(config: &Config, tables: &Tables) -> Result<Arc<Node>> {
     }
 }
 
-fn missing(node: &Node) -> Option<&'static str> {
+/// What the Node lacks that an agent cannot do without.
+pub fn missing(node: &Node) -> Option<&'static str> {
     if node.addresses.is_empty() {
         Some("status.addresses has no InternalIP")
     } else if node.pod_cidrs.is_empty() {
@@ -107,7 +112,10 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
     let network = network_devices(config, node)?;
     let device_mtu =
         network.iter().map(|device| device.mtu).min().context("finding the MTU of the node's devices")?;
-    enable_forwarding(node, &network)?;
+    let settings = forwarding(node, &network)?;
+    for (name, value) in &settings {
+        netlink::set_sysctl(name, value)?;
+    }
     let ipv6_underlay = node.addresses.iter().all(IpAddr::is_ipv6);
     let overhead = if ipv6_underlay { TUNNEL_OVERHEAD_IPV6 } else { TUNNEL_OVERHEAD_IPV4 };
     let mtu = match (config.args.mtu, config.args.routing) {
@@ -119,17 +127,31 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
     let overlay = match config.args.routing {
         Routing::Native => None,
         Routing::Tunnel => {
-            let ifindex = netlink::ensure_vxlan(OVERLAY_DEVICE, config.args.tunnel_port, mtu)
+            let ifindex = netlink::ensure_vxlan(OVERLAY_DEVICE, config.args.tunnel_port, mtu, None)
                 .context("making the tunnel device")?;
-            for address in &internal_addresses {
-                netlink::add_address(ifindex, IpNet::from(*address))
-                    .with_context(|| format!("giving {address} to {OVERLAY_DEVICE}"))?;
-            }
+            give_addresses(ifindex, &internal_addresses)?;
             Some(ifindex)
         }
     };
+    let network_names = network.iter().map(|device| device.name.clone()).collect();
     let network = network.iter().map(|device| device.index).collect();
-    Ok(Devices { network, overlay, mtu, internal_addresses })
+    Ok(Devices { network, network_names, overlay, mtu, internal_addresses, settings })
+}
+
+/// Those of former pod CIDRs go: they are other nodes' now.
+fn give_addresses(overlay: u32, addresses: &[IpAddr]) -> Result<()> {
+    for address in addresses {
+        netlink::add_address(overlay, IpNet::from(*address))
+            .with_context(|| format!("giving {address} to {OVERLAY_DEVICE}"))?;
+    }
+    for stale in netlink::addresses_of(overlay)? {
+        let is_ours = stale.prefix_len() == stale.max_prefix_len();
+        if is_ours && !addresses.contains(&stale.addr()) {
+            netlink::delete_address(overlay, stale)
+                .with_context(|| format!("taking {stale} from {OVERLAY_DEVICE}"))?;
+        }
+    }
+    Ok(())
 }
 
 fn network_devices(config: &Config, node: &Node) -> Result<Vec<netlink::Link>> {
@@ -151,20 +173,21 @@ fn network_devices(config: &Config, node: &Node) -> Result<Vec<netlink::Link>> {
 
 /// Pods' packets pass the stack on their way out. A device that takes its IPv6
 /// routes from router advertisements keeps doing so although it now forwards.
-fn enable_forwarding(node: &Node, network: &[netlink::Link]) -> Result<()> {
+fn forwarding(node: &Node, network: &[netlink::Link]) -> Result<Vec<(String, String)>> {
+    let mut settings = Vec::new();
     if node.pod_cidrs.iter().any(|prefix| prefix.addr().is_ipv4()) {
-        netlink::set_sysctl("net/ipv4/ip_forward", "1")?;
+        settings.push(("net/ipv4/ip_forward".to_owned(), "1".to_owned()));
     }
     if node.pod_cidrs.iter().any(|prefix| prefix.addr().is_ipv6()) {
         for device in network {
             let accept = format!("net/ipv6/conf/{}/accept_ra", device.name);
-            if netlink::get_sysctl(&accept)?.as_deref() == Some("1") {
-                netlink::set_sysctl(&accept, "2")?;
+            if netlink::get_sysctl(&accept)?.is_some_and(|value| value == "1" || value == "2") {
+                settings.push((accept, "2".to_owned()));
             }
         }
-        netlink::set_sysctl("net/ipv6/conf/all/forwarding", "1")?;
+        settings.push(("net/ipv6/conf/all/forwarding".to_owned(), "1".to_owned()));
     }
-    Ok(())
+    Ok(settings)
 }
 
 /// The first address of a pod CIDR; address allocation leaves it to the node.

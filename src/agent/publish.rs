@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::time::timeout_at;
 
-use crate::kube::Publisher;
+use crate::kube::{Publisher, Tables};
 use crate::model::{IdentityLabels, NodeEndpoints};
+use crate::telemetry::Parts;
 
 /// Changes of pods within this time are one write.
 const BATCH: Duration = Duration::from_millis(20);
@@ -24,6 +25,11 @@ const PART: usize = 6;
 /// judge packets meanwhile by the identity in the tunnel header. Native routing has none: there a
 /// pod that is not published yet is a stranger to the others, and a policy that names it denies.
 const LAST_PART: Duration = Duration::from_secs(2);
+/// What was published is shown by the source within this time. Whoever deletes it again and again is
+/// answered this often.
+const SHOWN_WITHIN: Duration = Duration::from_secs(2);
+/// The part of the agent that tells the other nodes of its pods.
+const PUBLISHING: &str = "publishing";
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
 
@@ -98,12 +104,28 @@ pub struct News {
     pub coming: usize,
 }
 
-/// Publishes the newest set of pods, batched, again and again until it is out.
-pub async fn publish_endpoints(publisher: Arc<Publisher>, mut newest: watch::Receiver<Option<News>>) {
+/// Publishes the newest set of pods, batched, again and again until it is out; and again when somebody
+/// else has changed or deleted what was published.
+pub async fn publish_endpoints(
+    publisher: Arc<Publisher>,
+    mut newest: watch::Receiver<Option<News>>,
+    tables: Arc<Tables>,
+    parts: Parts,
+) {
+    parts.add(PUBLISHING);
     let mut pause = FIRST_RETRY;
     let mut pace = Pace::default();
     let mut written = None;
-    while newest.changed().await.is_ok() {
+    loop {
+        tokio::select! {
+            changed = newest.changed() => if changed.is_err() { return },
+            () = lost(&publisher, &tables, written.as_ref()) => {
+                tracing::warn!("this node's endpoints are not shown as they were published: publishing them again");
+                parts.repaired(PUBLISHING, [("NodeEndpoints of this node".to_owned(), 1)]);
+                publisher.forget_sent().await;
+                written = None;
+            }
+        }
         pace.wait(&mut newest, written.as_ref()).await;
         loop {
             let Some(News { endpoints, .. }) = newest.borrow_and_update().clone() else { break };
@@ -114,14 +136,37 @@ pub async fn publish_endpoints(publisher: Arc<Publisher>, mut newest: watch::Rec
                 Ok(()) => {
                     pause = FIRST_RETRY;
                     written = Some(endpoints);
+                    parts.works(PUBLISHING);
                     break;
                 }
                 Err(error) => {
-                    tracing::warn!(error = crate::error::chain(&error), "publishing this node's endpoints");
+                    let cause = crate::error::chain(&error);
+                    if parts.fails(PUBLISHING, vec![cause.clone()], false, true) {
+                        tracing::warn!(error = cause, "publishing this node's endpoints");
+                    }
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(LAST_RETRY);
                 }
             }
+        }
+    }
+}
+
+/// Returns when the source shows something else than what was published, for longer than it takes to show
+/// what is new. A source that is away shows what it last said.
+async fn lost(publisher: &Publisher, tables: &Tables, written: Option<&NodeEndpoints>) {
+    let Some(written) = written else { return std::future::pending().await };
+    let mut changes = tables.node_endpoints.subscribe();
+    loop {
+        let is_synced = changes.borrow_and_update().is_synced;
+        if is_synced && !publisher.is_shown(written) {
+            tokio::time::sleep(SHOWN_WITHIN).await;
+            if !publisher.is_shown(written) {
+                return;
+            }
+        }
+        if changes.changed().await.is_err() {
+            return std::future::pending().await;
         }
     }
 }

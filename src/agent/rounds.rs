@@ -17,9 +17,10 @@ use super::local::LocalAddresses;
 use super::publish::{Claims, News};
 use super::sinks::{Applied, Retry, Sinks};
 use crate::datapath::Datapath;
-use crate::endpoint::Enforced;
+use crate::endpoint::{Enforced, is_host_interface_name};
 use crate::kube::Tables;
 use crate::model::{Endpoint, EndpointId, NodeEndpoints};
+use crate::netlink::{self, ALL_NEWS, Heard};
 use crate::tables::Table;
 use crate::telemetry::{ReadyGuard, Telemetry};
 
@@ -48,6 +49,10 @@ pub struct Rounds {
     pub sinks: Sinks,
     /// The programs.
     pub datapath: Arc<Datapath>,
+    /// That something changed in the kernel.
+    pub kernel_news: watch::Receiver<Heard>,
+    /// What it has said so far.
+    pub heard: Heard,
     /// When compiling is tried again.
     pub compiling: Retry,
     /// Identity numbers that are wanted.
@@ -77,9 +82,10 @@ impl Rounds {
         let mut has_other_versions = true;
         let mut endpoint_changes = self.endpoints.subscribe();
         let mut address_changes = self.local_addresses.subscribe();
-        self.tables.wait_synced().await;
+        let tables = self.tables.clone();
+        tables.wait_synced().await;
         loop {
-            let changes = self.tables.changed();
+            let mut changes = std::pin::pin!(tables.changed());
             endpoint_changes.mark_unchanged();
             address_changes.mark_unchanged();
             let applied = tokio::task::block_in_place(|| self.round());
@@ -92,13 +98,39 @@ impl Rounds {
                 self.remove_other_versions();
                 has_other_versions = false;
             }
-            let pause = self.pause(applied.is_some());
-            tokio::select! {
-                () = changes => {}
-                () = tokio::time::sleep(pause) => {}
-                changed = endpoint_changes.changed() => if changed.is_err() { return },
-                changed = address_changes.changed() => if changed.is_err() { return },
+            loop {
+                let pause = self.pause(applied.is_some());
+                tokio::select! {
+                    () = &mut changes => break,
+                    () = tokio::time::sleep(pause) => break,
+                    changed = endpoint_changes.changed() => if changed.is_err() { return } else { break },
+                    changed = address_changes.changed() => if changed.is_err() { return } else { break },
+                    // This alone is no reason for a round: the sinks say when they want one.
+                    () = self.wait_for_kernel() => self.hear(),
+                }
             }
+        }
+    }
+
+    /// Tells the sinks what the kernel said. When it can no longer be heard, it is asked again.
+    fn hear(&mut self) {
+        let now = *self.kernel_news.borrow_and_update();
+        let before = std::mem::replace(&mut self.heard, now);
+        let is_new = |kind: &netlink::News| now[*kind as usize] != before[*kind as usize];
+        self.sinks.heard(&ALL_NEWS.into_iter().filter(is_new).collect::<Vec<_>>());
+        if self.kernel_news.has_changed().is_err() {
+            match netlink::kernel_news(is_host_interface_name) {
+                Ok(again) => (self.kernel_news, self.heard) = (again, Heard::default()),
+                Err(error) => tracing::warn!(%error, "following the kernel's network"),
+            }
+            self.sinks.heard(&ALL_NEWS);
+        }
+    }
+
+    /// Returns with the next news of the kernel.
+    async fn wait_for_kernel(&mut self) {
+        if self.kernel_news.changed().await.is_err() {
+            tokio::time::sleep(IDLE_ROUND).await;
         }
     }
 

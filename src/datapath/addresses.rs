@@ -89,6 +89,19 @@ impl AddressWriter {
         self.raise_epoch_if_due().and(pruned)
     }
 
+    /// Reads the maps again: by map, how many rows somebody else changed. The next write and prune
+    /// mend them.
+    pub fn compare(&mut self) -> Result<[(&'static str, u64); 2]> {
+        let changed =
+            [("map addresses", self.addresses.refresh()?), ("map prefixes", self.prefixes.refresh()?)];
+        if changed.iter().any(|(_, rows)| *rows > 0) {
+            self.settled = Settled::Unknown;
+            self.settled_prefixes = None;
+            self.is_epoch_due = true;
+        }
+        Ok(changed)
+    }
+
     /// Tries again, with the next write, what could not be written.
     pub fn retry_refused(&mut self) {
         self.refused.clear();

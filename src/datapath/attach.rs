@@ -25,6 +25,11 @@ use super::settings::AttachMode;
 pub(super) const TC_PROGRAMS: [&str; 6] =
     ["from_pod", "to_pod", "from_network", "to_network", "from_overlay", "to_overlay"];
 
+/// The programs of a device that leads to the network.
+const NETWORK_PROGRAMS: [&str; 2] = ["from_network", "to_network"];
+/// The programs of the tunnel device.
+const OVERLAY_PROGRAMS: [&str; 2] = ["from_overlay", "to_overlay"];
+
 /// Programs of sockets.
 const SOCKET_PROGRAMS: [&str; 8] =
     ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
@@ -36,12 +41,40 @@ const CLSACT_PRIORITY: u32 = 1;
 impl Datapath {
     /// Puts a device that leads to the network under `from_network` and `to_network`.
     pub fn attach_network(&self, ifindex: u32) -> Result<()> {
-        self.attach_device(ifindex, &["from_network", "to_network"]).context("attaching to a network device")
+        self.attach_device(ifindex, &NETWORK_PROGRAMS).context("attaching to a network device")
     }
 
     /// Puts the tunnel device under `from_overlay` and `to_overlay`.
     pub fn attach_overlay(&self, ifindex: u32) -> Result<()> {
-        self.attach_device(ifindex, &["from_overlay", "to_overlay"]).context("attaching to the tunnel device")
+        self.attach_device(ifindex, &OVERLAY_PROGRAMS).context("attaching to the tunnel device")
+    }
+
+    /// Verifies that a device that leads to the network is under its programs; the error names what is not.
+    pub fn verify_network(&self, ifindex: u32) -> Result<()> {
+        self.verify_device(ifindex, &NETWORK_PROGRAMS)
+    }
+
+    /// Verifies that the tunnel device is under its programs; the error names what is not.
+    pub fn verify_overlay(&self, ifindex: u32) -> Result<()> {
+        self.verify_device(ifindex, &OVERLAY_PROGRAMS)
+    }
+
+    pub(super) fn verify_device(&self, ifindex: u32, names: &[&str]) -> Result<()> {
+        let is_attached =
+            |name: &&str| self.verify_link(ifindex, name).or_else(|_| self.verify_filter(ifindex, name));
+        names.iter().try_for_each(is_attached)
+    }
+
+    /// Verifies that the programs of sockets are attached to a cgroup; the error names what is not.
+    pub fn verify_sockets(&self) -> Result<()> {
+        for name in SOCKET_PROGRAMS {
+            let path = self.link_pin(&format!("cgroup-{name}"))?;
+            let link = Link::open(&path).with_context(|| format!("opening the link {}", path.display()))?;
+            if is_zombie(&link.info().context("reading a link")?.info) {
+                bail!("{name} is not attached to a cgroup");
+            }
+        }
+        Ok(())
     }
 
     /// Puts every socket of the node under the programs that translate services.

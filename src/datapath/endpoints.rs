@@ -42,6 +42,11 @@ impl EndpointWriter {
         rows.map(|row| PolicyId(row.policy & policy_bits::POLICY_ID_MASK.0)).collect()
     }
 
+    /// Reads the map again: how many rows somebody else changed. The next write and prune mend them.
+    pub fn compare(&mut self) -> Result<[(&'static str, u64); 1]> {
+        Ok([("map endpoints", self.endpoints.refresh()?)])
+    }
+
     /// Writes rows that differ; removes none.
     pub fn write(&mut self, endpoints: &BTreeMap<EndpointId, EndpointEntry>) -> Result<()> {
         for (id, entry) in endpoints {

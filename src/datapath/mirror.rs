@@ -54,6 +54,19 @@ impl<K: Plain, V: Plain> Mirror<K, V> {
         Ok(old.map_or(Put::Inserted, Put::Replaced))
     }
 
+    /// Reads the map again: how many rows somebody else changed.
+    pub(super) fn refresh(&mut self) -> Result<u64, MapError> {
+        let rows = self.map.rows()?;
+        let is_same = |key: &Bytes<K>, row: &V, others: &Rows<K, V>| {
+            others.get(key).is_some_and(|other| other.as_bytes() == row.as_bytes())
+        };
+        let lost = self.rows.iter().filter(|(key, row)| !is_same(key, row, &rows)).count();
+        let strange = rows.keys().filter(|key| !self.rows.contains_key(key)).count();
+        self.rows = rows;
+        self.fill.store(self.rows.len(), Ordering::Relaxed);
+        Ok((lost + strange) as u64)
+    }
+
     /// Deletes a row; what it was.
     pub(super) fn take(&mut self, key: K) -> Result<Option<V>, MapError> {
         if !self.rows.contains_key(&Bytes(key)) {

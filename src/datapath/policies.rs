@@ -10,8 +10,8 @@ use std::sync::{Arc, RwLock};
 
 use anyhow::Result;
 
-use super::abi::{PolicyPeer, PolicyPeerKey, PolicyRule, PolicyRuleKey};
-use super::map::{MapError, TypedMap, first_free};
+use super::abi::{Plain, PolicyPeer, PolicyPeerKey, PolicyRule, PolicyRuleKey};
+use super::map::{Bytes, MapError, TypedMap, first_free};
 use super::mirror::Fill;
 use super::types::{direction, policy_rule_prefix, policy_verdict};
 use crate::model::{
@@ -117,6 +117,90 @@ impl PolicyWriter {
             }
         }
         refused
+    }
+
+    /// Walks the maps: by map, how many rows somebody else changed. Strange rows go at once, the next
+    /// write puts the others back.
+    pub fn compare(&mut self) -> Result<[(&'static str, u64); 2], MapError> {
+        let (strange_rules, strange_peers) = (self.strange_rules()?, self.strange_peers()?);
+        for key in &strange_peers {
+            self.peers.remove(key)?;
+        }
+        for key in &strange_rules {
+            self.rules.remove(key)?;
+        }
+        let ids: Vec<PolicyId> = self.held.keys().copied().collect();
+        let (mut rules, mut peers) = (strange_rules.len() as u64, strange_peers.len() as u64);
+        for id in ids {
+            let Some(complete) = self.held.get(&id).and_then(|held| held.complete.clone()) else { continue };
+            let (lost_rules, lost_peers) = self.lost(id, &complete)?;
+            if lost_rules + lost_peers > 0 {
+                let held = self.held.entry(id).or_default();
+                held.partial.extend(held.complete.take());
+            }
+            rules += lost_rules;
+            peers += lost_peers;
+        }
+        Ok([("map policy_rules", rules), ("map policy_peers", peers)])
+    }
+
+    fn strange_rules(&self) -> Result<Vec<PolicyRuleKey>, MapError> {
+        let inherited: BTreeSet<_> = self.inherited.rules.iter().map(|key| Bytes(*key)).collect();
+        let (mut strange, mut count) = (Vec::new(), 0);
+        self.rules.map.for_each(|key, _| {
+            count += 1;
+            let id = PolicyId(u32::from_be(key.policy_id));
+            let is_ours = self.versions(id).any(|policy| {
+                let side = direction_of(policy, key.direction);
+                side.is_some_and(|side| side.rules.contains_key(&compiled_key(&key)))
+            });
+            if !is_ours && !inherited.contains(&Bytes(key)) {
+                strange.push(key);
+            }
+        })?;
+        self.rules.set(count);
+        Ok(strange)
+    }
+
+    fn strange_peers(&self) -> Result<Vec<PolicyPeerKey>, MapError> {
+        let inherited: BTreeSet<_> = self.inherited.peers.iter().map(|key| Bytes(*key)).collect();
+        let (mut strange, mut count) = (Vec::new(), 0);
+        self.peers.map.for_each(|key, _| {
+            count += 1;
+            let is_ours = self.versions(PolicyId(key.policy_id)).any(|policy| {
+                let side = direction_of(policy, key.direction as u8);
+                side.is_some_and(|side| side.peers.contains_key(&IdentityId(key.identity)))
+            });
+            if !is_ours && !inherited.contains(&Bytes(key)) {
+                strange.push(key);
+            }
+        })?;
+        self.peers.set(count);
+        Ok(strange)
+    }
+
+    fn versions(&self, id: PolicyId) -> impl Iterator<Item = &CompiledPolicy> {
+        let held = self.held.get(&id);
+        held.into_iter().flat_map(|held| held.complete.iter().chain(&held.partial)).map(AsRef::as_ref)
+    }
+
+    /// How many rows of a policy are not in the maps as they were written.
+    fn lost(&self, id: PolicyId, policy: &CompiledPolicy) -> Result<(u64, u64), MapError> {
+        let (mut rules, mut peers) = (0, 0);
+        for (side, rows) in directions(policy) {
+            for (key, rule) in &rows.rules {
+                let found = self.rules.map.get(&rule_key(id, side, key))?;
+                // Who says so may have another number by now.
+                let row = found.map(|found| rule_row(rule, found.rule_id));
+                let is_same = found.zip(row).is_some_and(|(found, row)| found.as_bytes() == row.as_bytes());
+                rules += u64::from(!is_same);
+            }
+            for (&identity, &class) in &rows.peers {
+                let found = self.peers.map.get(&peer_key(id, side, identity))?;
+                peers += u64::from(found.is_none_or(|found| found.class != class));
+            }
+        }
+        Ok((rules, peers))
     }
 
     fn write_if_new(&mut self, id: PolicyId, policy: &Arc<CompiledPolicy>) -> Result<(), MapError> {

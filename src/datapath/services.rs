@@ -33,15 +33,8 @@ pub struct ServiceWriter {
 impl ServiceWriter {
     pub(super) fn new(services: Mirror<ServiceKey, Service>, backends: Mirror<BackendKey, Backend>) -> Self {
         let next_id = services.rows().values().map(|row| row.service_id).max().unwrap_or(0) + 1;
-        let in_force: BTreeMap<u32, Service> =
-            services.rows().values().map(|row| (row.service_id, *row)).collect();
-        let is_reached = |key: &BackendKey| {
-            in_force.get(&key.service_id).is_some_and(|service| {
-                key.generation == service.generation && key.slot < service.backend_count
-            })
-        };
         // Left by a process that died between two steps.
-        let retired = backends.rows().keys().map(|key| key.0).filter(|key| !is_reached(key)).collect();
+        let retired = unreached(&services, &backends);
         Self { services, backends, next_id, settled: Settled::Unknown, refused: Refused::default(), retired }
     }
 
@@ -85,6 +78,18 @@ impl ServiceWriter {
     /// The frontends that could not be written, and why.
     pub fn refused(&self) -> impl Iterator<Item = (&FrontendKey, &str)> {
         self.refused.causes()
+    }
+
+    /// Reads the maps again: by map, how many rows somebody else changed. The next write and prune
+    /// mend them.
+    pub fn compare(&mut self) -> Result<[(&'static str, u64); 2]> {
+        let changed =
+            [("map services", self.services.refresh()?), ("map backends", self.backends.refresh()?)];
+        if changed.iter().any(|(_, rows)| *rows > 0) {
+            self.settled = Settled::Unknown;
+            self.retired = unreached(&self.services, &self.backends);
+        }
+        Ok(changed)
     }
 
     /// Tries again, with the next write, what could not be written.
@@ -188,6 +193,21 @@ impl ServiceWriter {
         }
         Ok(())
     }
+}
+
+/// The rows of backends that no frontend leads to.
+fn unreached(
+    services: &Mirror<ServiceKey, Service>,
+    backends: &Mirror<BackendKey, Backend>,
+) -> Vec<BackendKey> {
+    let in_force: BTreeMap<u32, Service> =
+        services.rows().values().map(|row| (row.service_id, *row)).collect();
+    let is_reached = |key: &BackendKey| {
+        in_force
+            .get(&key.service_id)
+            .is_some_and(|service| key.generation == service.generation && key.slot < service.backend_count)
+    };
+    backends.rows().keys().map(|key| key.0).filter(|key| !is_reached(key)).collect()
 }
 
 fn service_key(key: &FrontendKey) -> ServiceKey {

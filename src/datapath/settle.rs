@@ -65,10 +65,8 @@ impl Datapath {
 
     /// Verifies that a pod's device is under `from_pod` and `to_pod`; the error names what is not.
     pub fn verify_pod(&self, ifindex: u32) -> Result<()> {
-        // Between the two of them a link comes before its filter goes.
-        let is_in_force =
-            |name: &&str| self.verify_link(ifindex, name).or_else(|_| self.verify_filter(ifindex, name));
-        POD_PROGRAMS.iter().try_for_each(is_in_force)
+        // While programs move from filters to links, a link comes before its filter goes.
+        self.verify_device(ifindex, &POD_PROGRAMS)
     }
 
     /// Moves the programs of one pod's device from filters to links, if no pod has come for `quiet`; true if

@@ -127,6 +127,11 @@ impl Manager {
         allocations.mtu = mtu;
     }
 
+    /// Pods get addresses of these from now on; those of others keep theirs.
+    pub fn set_pod_cidrs(&self, pod_cidrs: &[IpNet]) {
+        self.allocations().ipam.set_pod_cidrs(pod_cidrs);
+    }
+
     /// Connects a pod; answers when its policy is enforced. Goes on when the caller does not wait for it.
     pub async fn add(self: &Arc<Self>, request: Request) -> Result<AddResult, Error> {
         request.validate()?;

@@ -175,8 +175,13 @@ impl Publisher {
         Ok(())
     }
 
-    /// The source shows what was published.
-    fn is_shown(&self, all: &NodeEndpoints) -> bool {
+    /// Sends everything again with the next `publish_endpoints`.
+    pub async fn forget_sent(&self) {
+        self.packing.lock().await.sent.clear();
+    }
+
+    /// Whether the source shows what was published.
+    pub fn is_shown(&self, all: &NodeEndpoints) -> bool {
         let shown = self.tables.node_endpoints.get(&Arc::from(self.node.as_str()));
         let sorted = |all: &NodeEndpoints| {
             let endpoints: BTreeMap<_, _> =

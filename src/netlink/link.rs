@@ -95,9 +95,36 @@ pub fn devices_with(addresses: &[IpAddr]) -> Result<Vec<Link>> {
     Ok(devices)
 }
 
+/// Takes the address from the device; one that is not there is no error.
+pub fn delete_address(device_ifindex: u32, address: IpNet) -> Result<()> {
+    let mut message = AddressMessage::default();
+    message.header.index = device_ifindex;
+    message.header.prefix_len = address.prefix_len();
+    message.header.family = family_of(address.addr());
+    message.attributes =
+        vec![AddressAttribute::Local(address.addr()), AddressAttribute::Address(address.addr())];
+    let request =
+        Request::new(format!("removing address {address}"), RouteNetlinkMessage::DelAddress(message));
+    Connection::open()?.execute(vec![request.tolerate(&[libc::EADDRNOTAVAIL])])
+}
+
+/// The addresses of one device, with the lengths of their prefixes.
+pub fn addresses_of(device_ifindex: u32) -> Result<BTreeSet<IpNet>> {
+    let rows = Connection::open()?
+        .dump("listing addresses", RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
+    let addresses = rows.iter().filter_map(|row| match row {
+        RouteNetlinkMessage::NewAddress(message) if message.header.index == device_ifindex => {
+            IpNet::new(address_of(message)?, message.header.prefix_len).ok()
+        }
+        _ => None,
+    });
+    Ok(addresses.collect())
+}
+
 /// Makes the VXLAN device whose tunnel keys BPF programs set per packet, and sets it up; its index.
-/// One that exists with the same port is kept, so that a restart interrupts nothing.
-pub fn ensure_vxlan(name: &str, port: u16, mtu: u32) -> Result<u32> {
+/// One that exists with the same port is kept, so that a restart interrupts nothing. A new one gets the
+/// index `wanted`, where that is given: loaded programs know the device by it.
+pub fn ensure_vxlan(name: &str, port: u16, mtu: u32, wanted: Option<u32>) -> Result<u32> {
     // Nobody answers ARP in a tunnel: the inner frame's address means nothing.
     let up = LinkFlags::Up | LinkFlags::Noarp;
     let mut connection = Connection::open()?;
@@ -117,6 +144,7 @@ pub fn ensure_vxlan(name: &str, port: u16, mtu: u32) -> Result<u32> {
         delete_link(name)?;
     }
     let mut message = LinkMessage::default();
+    message.header.index = wanted.unwrap_or(0);
     message.header.flags = LinkFlags::Noarp;
     message.header.change_mask = LinkFlags::Noarp;
     message.attributes = vec![

@@ -12,6 +12,7 @@
 //! namespace    a thread that enters a pod's namespace
 //! ipsec        whether the node has policies of its own
 //! link         devices: find, delete, raise, VXLAN
+//! news         that something changed
 //! pod          the link between a pod and its node
 //! route        routes and neighbours that are ours
 //! socket       ending sockets, through sock_diag
@@ -24,6 +25,7 @@ mod ipsec;
 mod link;
 mod namespace;
 mod netfilter;
+mod news;
 mod pod;
 mod route;
 mod socket;
@@ -35,10 +37,12 @@ use std::path::PathBuf;
 pub use address::{address_news, local_addresses};
 pub use ipsec::ipsec_policies;
 pub use link::{
-    Link, add_address, delete_link, devices_with, ensure_vxlan, link, link_index, links, raise_link,
+    Link, add_address, addresses_of, delete_address, delete_link, devices_with, ensure_vxlan, link,
+    link_index, links, raise_link,
 };
 pub use namespace::{namespace_cookie, open_namespace, within};
 pub use netfilter::forward_drops;
+pub use news::{ALL_NEWS, Heard, News, kernel_news};
 pub use pod::{
     GATEWAY_IPV4, GATEWAY_IPV6, POD_ROUTE_PROTOCOL, PodLink, PodLinkSpec, create_pod_link, raise_pod_link,
     verify_pod_link,

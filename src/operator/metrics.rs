@@ -33,6 +33,8 @@ pub struct Metrics {
     pub taints_set: Counter,
     /// Taints that were taken away.
     pub taints_removed: Counter,
+    /// 1 while no further node is tainted, because too many would be.
+    pub taint_brake: Gauge,
     /// Nodes whose objects were cleaned away.
     pub nodes_forgotten: Counter,
     /// Objects that Weir cannot take as they are, by kind.
@@ -86,6 +88,11 @@ impl Metrics {
         registry.register("identities_unused", "Identities marked as unused", self.identities_unused.clone());
         registry.register("identities_deleted", "Unused identities deleted", self.identities_deleted.clone());
         registry.register("taints_set", "Nodes tainted for want of an agent", self.taints_set.clone());
+        registry.register(
+            "taint_brake",
+            "1 while no further node is tainted, because more than a third of all would be",
+            self.taint_brake.clone(),
+        );
         registry.register("taints_removed", "Nodes whose taint was taken away", self.taints_removed.clone());
         registry.register(
             "objects_reported",

@@ -156,7 +156,13 @@ async fn work(
         stores.wait().await?;
         let heard = nodes::Heartbeats::new(&stores.view(), seconds(args.node_stale_seconds));
         let mut cidrs = cidrs::Cidrs::new(client, &args.operator_name, &args.pod_cidr_pools, metrics.clone());
-        let mut keeper = life::Keeper::new(client, heard, seconds(args.node_forget_seconds), metrics.clone());
+        let mut keeper = life::Keeper::new(
+            client,
+            recorder(client, &args.operator_name),
+            heard,
+            seconds(args.node_forget_seconds),
+            metrics.clone(),
+        );
         info!(nodes = stores.view().nodes.len(), "looking after nodes");
         while !*resigning.borrow() {
             if let Err(error) = round(&stores, &mut cidrs, &mut keeper).await {

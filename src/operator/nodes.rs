@@ -149,6 +149,12 @@ impl View {
         status.map_or_else(Vec::new, |status| parsed(&status.pod_cidrs))
     }
 
+    /// What the agent says it waits for.
+    pub fn message(&self, name: &str) -> String {
+        let status = self.weir_nodes.get(name).and_then(|node| node.status.as_ref());
+        status.map(|status| status.message.clone()).unwrap_or_default()
+    }
+
     /// The version of the heartbeat.
     fn heartbeat(&self, name: &str) -> Option<String> {
         self.heartbeats.get(&heartbeat_name(name))?.resource_version()
@@ -199,6 +205,11 @@ impl Heartbeats {
             (_, _, true) => Life::Alive,
             _ => Life::Unknown,
         }
+    }
+
+    /// The version of the last heartbeat.
+    pub fn version(&self, name: &str) -> Option<String> {
+        self.heard.get(name).and_then(|(version, _, _)| version.clone())
     }
 
     /// Forgets a node.

@@ -13,6 +13,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
+use super::{PartRow, Parts};
 use crate::datapath::{Datapath, MapFill, MetricRow, UsageKind};
 use crate::flow::{Direction, DropReason, Recorder};
 
@@ -253,6 +254,34 @@ impl Collector for Watches {
     }
 }
 
+pub(super) struct AllParts(pub(super) Parts);
+
+impl Collector for AllParts {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Encoded {
+        let rows = self.0.rows();
+        let part = |row: &PartRow| [("part", row.part.clone())];
+        gauges(
+            &mut encoder,
+            "part_failing_seconds",
+            "For how long a part of the agent has failed; 0 while it works",
+            rows.iter()
+                .map(|row| (part(row), row.failing_seconds.map_or(0, |seconds| seconds.max(1)) as f64)),
+        )?;
+        counters(
+            &mut encoder,
+            "part_errors",
+            "How often a part of the agent tried in vain",
+            rows.iter().map(|row| (part(row), row.errors_total)),
+        )?;
+        counters(
+            &mut encoder,
+            "repairs",
+            "How often something was put back that somebody else had changed",
+            rows.iter().map(|row| ([("target", row.part.clone())], row.repairs_total)),
+        )
+    }
+}
+
 /// The process itself, under the names that every Prometheus client uses.
 pub(super) struct Process;
 
@@ -313,4 +342,4 @@ macro_rules! debug {
         }
     )* };
 }
-debug! { Kernel Flows Objects Watches Process }
+debug! { AllParts Kernel Flows Objects Watches Process }

@@ -109,6 +109,7 @@ impl Telemetry {
         self.register_process();
         let mut registry = self.registry();
         let weir = registry.sub_registry_with_prefix("weir");
+        weir.register_collector(Box::new(collect::AllParts(self.parts.clone())));
         weir.register(
             "policy_computations",
             "How often policies, addresses and services were compiled",

@@ -90,6 +90,13 @@ impl Parts {
         part.forget(now);
     }
 
+    /// Somebody keeps changing what the part puts back.
+    pub fn is_fought_over(&self, part: &str) -> bool {
+        self.lock()
+            .get(part)
+            .is_some_and(|part| part.repairs.values().any(|times| times.len() as u64 >= OFTEN))
+    }
+
     /// Every part, by name.
     pub fn rows(&self) -> Vec<PartRow> {
         let now = Instant::now();

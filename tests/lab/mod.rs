@@ -165,6 +165,12 @@ impl Lab {
         self.nodes.iter().find(|node| node.name() == pod.node()).expect("a pod is on a node of its lab")
     }
 
+    /// Deletes the device of node `number` and makes another one under its name.
+    pub fn renew_wire(&self, number: usize) -> Result<()> {
+        let node = self.node(number);
+        self.wire.renew(node.space(), node.name(), node.addresses())
+    }
+
     /// The host on the wire that is not a node.
     pub fn outside(&self) -> &Space {
         self.wire.outside()

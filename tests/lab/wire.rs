@@ -47,11 +47,15 @@ impl Wire {
         host.set_sysctls(&[("ipv6/conf/all/accept_dad", "0"), ("ipv6/conf/default/accept_dad", "0")])?;
         let addresses: Vec<String> = addresses.iter().map(IpAddr::to_string).collect();
         self.plug_in(&host, name, &[&addresses[0], &addresses[1]])?;
-        host.configure(&[
-            &format!("route add default via {}", OUTSIDE[0]),
-            &format!("route add default via {}", OUTSIDE[1]),
-        ])?;
+        default_routes(&host)?;
         Ok(host)
+    }
+
+    /// Deletes a host's device and makes another one under its name.
+    pub fn renew(&self, host: &Space, name: &str, addresses: &[IpAddr]) -> Result<()> {
+        self.unplug(name)?;
+        self.plug_in(host, name, &[&addresses[0].to_string(), &addresses[1].to_string()])?;
+        default_routes(host)
     }
 
     /// Takes a host off the wire. Its namespace may still be there: threads and processes hold it.
@@ -98,6 +102,13 @@ impl Wire {
         }
         Ok(())
     }
+}
+
+fn default_routes(host: &Space) -> Result<()> {
+    host.configure(&[
+        &format!("route add default via {}", OUTSIDE[0]),
+        &format!("route add default via {}", OUTSIDE[1]),
+    ])
 }
 
 /// The addresses of node `number`, IPv4 first.

@@ -6,7 +6,7 @@ use anyhow::Result;
 use ipnet::IpNet;
 
 use super::policies::few;
-use super::{Problem, Refusal, Round, Sink};
+use super::{Drift, Problem, Refusal, Round, Sink};
 use crate::agent::compute::Desired;
 use crate::datapath::AddressWriter;
 use crate::model::{CompiledDirection, CompiledPolicy, IdentityId, PolicyId};
@@ -57,6 +57,10 @@ impl Sink for Addresses {
 
     fn is_for_pods(&self) -> bool {
         true
+    }
+
+    fn compare(&mut self) -> Result<Vec<Drift>> {
+        Ok(Drift::rows(&self.writer.compare()?))
     }
 
     fn write(&mut self, round: &mut Round<'_>) -> Result<Vec<Problem>> {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 
-use super::{Problem, Refusal, Round, Sink};
+use super::{Drift, Problem, Refusal, Round, Sink};
 use crate::datapath::EndpointWriter;
 use crate::model::{EndpointEntry, EndpointId, PolicyId};
 
@@ -35,6 +35,10 @@ impl Sink for Endpoints {
 
     fn is_for_pods(&self) -> bool {
         true
+    }
+
+    fn compare(&mut self) -> Result<Vec<Drift>> {
+        Ok(Drift::rows(&self.writer.compare()?))
     }
 
     fn write(&mut self, round: &mut Round<'_>) -> Result<Vec<Problem>> {

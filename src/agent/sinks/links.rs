@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
-use super::{Problem, Round, Sink};
+use super::{Drift, Problem, Round, Sink};
 use crate::datapath::Datapath;
 use crate::model::EndpointId;
+use crate::netlink::{self, News};
 
 /// Attaches each endpoint by itself. One whose device has gone is held back: its DEL is on the way.
 pub struct Links {
@@ -35,6 +36,26 @@ impl Sink for Links {
 
     fn is_for_pods(&self) -> bool {
         true
+    }
+
+    fn hears(&self) -> &'static [News] {
+        &[News::Filters]
+    }
+
+    fn compare(&mut self) -> Result<Vec<Drift>> {
+        let devices: BTreeMap<u32, String> =
+            netlink::links()?.into_iter().map(|link| (link.index, link.name)).collect();
+        let mut drifts = Vec::new();
+        self.attached.retain(|_, ifindex| {
+            // A device that has gone takes its programs along: its DEL is on the way.
+            let Some(name) = devices.get(ifindex) else { return true };
+            let is_attached = self.datapath.verify_pod(*ifindex).is_ok();
+            if !is_attached {
+                drifts.push(Drift::one(format!("programs on {name}")));
+            }
+            is_attached
+        });
+        Ok(drifts)
     }
 
     fn write(&mut self, round: &mut Round<'_>) -> Result<Vec<Problem>> {

@@ -15,6 +15,7 @@
 //! A new target is one file that implements `Sink`, and one line in `all`.
 
 mod addresses;
+mod devices;
 mod endpoints;
 mod links;
 mod policies;
@@ -31,11 +32,13 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::compute::Desired;
-use super::node::Devices;
 use crate::datapath::{Datapath, Writers};
 use crate::model::{EndpointId, PolicyId};
+use crate::netlink::News;
 use crate::telemetry::Parts;
 
+pub use devices::DeviceSink;
+pub use policies::few;
 pub use retry::Retry;
 pub use run::{Applied, Sinks};
 
@@ -57,6 +60,11 @@ pub trait Sink: Send {
     /// Whether no new pod can be connected while this sink fails as a whole.
     fn is_for_pods(&self) -> bool {
         false
+    }
+
+    /// The news of the kernel after which this sink is compared at once, and not only once a minute.
+    fn hears(&self) -> &'static [News] {
+        &[]
     }
 
     /// Compares the target with the kernel as it is, and returns what somebody else changed. This
@@ -88,6 +96,12 @@ impl Drift {
     /// One thing.
     pub fn one(what: impl Into<String>) -> Self {
         Self { what: what.into(), count: 1 }
+    }
+
+    /// Rows of maps, where there are any.
+    fn rows(changed: &[(&str, u64)]) -> Vec<Self> {
+        let changed = changed.iter().filter(|(_, count)| *count > 0);
+        changed.map(|(map, count)| Self { what: (*map).to_owned(), count: *count }).collect()
     }
 }
 
@@ -134,10 +148,11 @@ pub struct Refusal {
 pub fn all(
     datapath: &Arc<Datapath>,
     writers: Writers,
-    devices: &Devices,
+    devices: DeviceSink,
     limits: Limits,
     parts: Parts,
 ) -> Result<Sinks> {
+    let plan = devices.devices().clone();
     let in_force = writers.endpoints.policies_in_force();
     let sinks: Vec<Box<dyn Sink>> = vec![
         Box::new(stack::Stack::new(writers.stack)),
@@ -145,7 +160,8 @@ pub fn all(
         Box::new(addresses::Addresses::new(writers.addresses)),
         Box::new(endpoints::Endpoints::new(writers.endpoints)),
         Box::new(services::Services::new(writers.services)),
-        Box::new(routes::Routes::new(devices.clone())),
+        Box::new(devices),
+        Box::new(routes::Routes::new(plan)),
         Box::new(links::Links::new(datapath.clone())),
     ];
     Sinks::new(sinks, in_force, parts)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::{Limits, Problem, Refusal, Round, Sink};
+use super::{Drift, Limits, Problem, Refusal, Round, Sink};
 use crate::agent::compute::Desired;
 use crate::datapath::PolicyWriter;
 use crate::model::{CompiledPolicy, PolicyId};
@@ -43,6 +43,10 @@ impl Sink for Policies {
 
     fn is_for_pods(&self) -> bool {
         true
+    }
+
+    fn compare(&mut self) -> Result<Vec<Drift>> {
+        Ok(Drift::rows(&self.writer.compare()?))
     }
 
     fn write(&mut self, round: &mut Round<'_>) -> Result<Vec<Problem>> {

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use super::{Drift, Problem, Round, Sink};
 use crate::agent::node::Devices;
 use crate::model::Node;
-use crate::netlink::{self, Route};
+use crate::netlink::{self, News, Route};
 
 /// Makes each route by itself: one that cannot be made costs the way to its node only.
 pub struct Routes {
@@ -93,6 +93,15 @@ fn cause(prefix: &IpNet, node: Option<&Node>, error: &std::io::Error) -> String 
 impl Sink for Routes {
     fn name(&self) -> &'static str {
         "routes"
+    }
+
+    fn needs(&self) -> &'static [&'static str] {
+        &["devices"]
+    }
+
+    /// The kernel drops a device's routes with the device, or with its address, and does not say so.
+    fn hears(&self) -> &'static [News] {
+        &[News::Routes, News::Links]
     }
 
     fn compare(&mut self) -> Result<Vec<Drift>> {

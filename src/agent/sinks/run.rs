@@ -10,10 +10,16 @@ use super::retry::Retry;
 use super::{Problem, Round, Sink};
 use crate::agent::compute::Desired;
 use crate::model::{EndpointId, PolicyId};
+use crate::netlink::News;
 use crate::telemetry::Parts;
 
 /// Each sink is compared with the kernel at least this often.
 const COMPARE_EVERY: Duration = Duration::from_secs(60);
+
+/// After news of the kernel: most changes are several, and many are our own.
+const SETTLE: Duration = Duration::from_millis(200);
+/// After news, where somebody keeps taking away what the sink puts back.
+const FOUGHT_OVER: Duration = Duration::from_secs(1);
 
 /// What one round did.
 #[derive(Debug, Default)]
@@ -80,20 +86,23 @@ impl Sinks {
             is_try: false,
             failure: None,
             problems: Vec::new(),
-            // At start the sinks have just read the kernel. Later each is compared at a time of its own.
-            compare_at: now + COMPARE_EVERY + COMPARE_EVERY * number / count,
+            // At start the sinks have just read the kernel. Each is compared at a time of its own.
+            compare_at: now + COMPARE_EVERY * number / count,
         });
         let rows: Vec<Row> = rows.collect();
         rows.iter().for_each(|row| parts.add(row.sink.name()));
         Ok(Self { rows, in_force, enforced: BTreeSet::new(), parts })
     }
 
-    /// Compares these sinks with the kernel in the next round.
-    #[cfg(test)]
-    pub fn compare(&mut self, names: &[&str]) {
+    /// There was this news of the kernel: the sinks that hear it are compared soon.
+    pub fn heard(&mut self, news: &[News]) {
         let now = Instant::now();
-        let named = self.rows.iter_mut().filter(|row| names.contains(&row.sink.name()));
-        named.for_each(|row| row.compare_at = now);
+        for row in &mut self.rows {
+            if row.sink.hears().iter().any(|kind| news.contains(kind)) {
+                let pause = if self.parts.is_fought_over(row.sink.name()) { FOUGHT_OVER } else { SETTLE };
+                row.compare_at = row.compare_at.min(now + pause);
+            }
+        }
     }
 
     /// When the next round is due although nothing changes.
@@ -163,9 +172,11 @@ impl Row {
         self.is_try = self.retry.is_due(now);
         if let Some(missing) = self.sink.needs().iter().find(|need| !succeeded.contains(*need)) {
             self.failure = Some(Failure::Waits(missing));
+            self.compare_at = self.compare_at.max(now + FOUGHT_OVER);
             return false;
         }
         if matches!(self.failure, Some(Failure::Error(_))) && !self.is_try {
+            self.compare_at = self.compare_at.max(now + FOUGHT_OVER);
             return false;
         }
         let compared = if self.compare_at <= now { self.compare(now, parts) } else { Ok(()) };

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::policies::few;
-use super::{Problem, Round, Sink};
+use super::{Drift, Problem, Round, Sink};
 use crate::datapath::ServiceWriter;
 
 /// Needs no other sink. A frontend that does not fit keeps the backends that it had.
@@ -30,6 +30,10 @@ impl Services {
 impl Sink for Services {
     fn name(&self) -> &'static str {
         "services"
+    }
+
+    fn compare(&mut self) -> Result<Vec<Drift>> {
+        Ok(Drift::rows(&self.writer.compare()?))
     }
 
     fn write(&mut self, round: &mut Round<'_>) -> Result<Vec<Problem>> {

@@ -9,6 +9,7 @@ use anyhow::{Result, anyhow};
 
 use super::{Drift, Problem, Round, Sink, Sinks};
 use crate::agent::compute::Desired;
+use crate::netlink::News;
 use crate::telemetry::Parts;
 
 /// What a sink does and is to do.
@@ -53,6 +54,10 @@ impl Sink for Scripted {
 
     fn is_for_pods(&self) -> bool {
         self.name != "routes"
+    }
+
+    fn hears(&self) -> &'static [News] {
+        if self.name == "routes" { &[News::Routes] } else { &[] }
     }
 
     fn compare(&mut self) -> Result<Vec<Drift>> {
@@ -187,7 +192,8 @@ fn a7_a_sink_is_compared_when_the_kernel_says_that_something_changed() {
     let compared = |name| script(&scripts, name, |script| script.compared);
     assert_eq!(compared("routes"), 0, "at start it has just read the kernel");
     script(&scripts, "routes", |script| script.drifts = vec![Drift::one("route 10.1.2.0/24")]);
-    sinks.compare(&["routes"]);
+    sinks.heard(&[News::Routes]);
+    std::thread::sleep(sinks.due().expect("it is to be compared").saturating_duration_since(Instant::now()));
     sinks.apply(&Desired::default());
     assert_eq!((compared("routes"), compared("links")), (1, 0));
     let rows = parts.rows();

@@ -98,11 +98,11 @@ fn root_routes_and_neighbours_become_what_is_wanted() {
         return;
     }
     on_a_node(|| {
-        let device = netlink::ensure_vxlan("weir_vxlan", 8472, 1400).expect("a VXLAN device");
-        assert_eq!(netlink::ensure_vxlan("weir_vxlan", 8472, 1350).expect("the same"), device);
+        let device = netlink::ensure_vxlan("weir_vxlan", 8472, 1400, None).expect("a VXLAN device");
+        assert_eq!(netlink::ensure_vxlan("weir_vxlan", 8472, 1350, None).expect("the same"), device);
         let link = netlink::link("weir_vxlan").expect("looking").expect("the device");
         assert_eq!((link.mtu, link.is_up, link.kind.as_str()), (1350, true, "vxlan"));
-        assert_ne!(netlink::ensure_vxlan("weir_vxlan", 8473, 1350).expect("another port"), device);
+        assert_ne!(netlink::ensure_vxlan("weir_vxlan", 8473, 1350, None).expect("another port"), device);
         let device = netlink::link_index("weir_vxlan").expect("looking").expect("the device");
 
         let prefix = |text: &str| text.parse::<IpNet>().expect("a prefix");

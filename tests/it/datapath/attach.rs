@@ -35,7 +35,7 @@ fn a_link_whose_device_is_gone_is_collected_and_its_pin_used_again() -> Result<(
     isolated(|pins| {
         let datapath = Datapath::load(&options(pins))?;
         require_tcx!(datapath);
-        let device = netlink::ensure_vxlan("weirtest0", 8472, 1400)?;
+        let device = netlink::ensure_vxlan("weirtest0", 8472, 1400, None)?;
         datapath.attach_overlay(device)?;
         assert_eq!(datapath.collect_zombie_links()?, 0);
         ensure!(netlink::delete_link("weirtest0")?, "the device was not there");
