@@ -15,6 +15,7 @@ mod announce;
 mod answers;
 mod compute;
 mod follow;
+mod ipsec;
 mod local;
 mod node;
 mod ports;
@@ -170,6 +171,8 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     );
     let local_addresses = local::follow(node.clone(), devices.internal_addresses.clone())
         .context("listing the node's addresses")?;
+    // Before policies are counted for the first time, or one that comes in between would be missed.
+    let ipsec = ipsec::follow();
     known.loaded(datapath.clone(), writers.policies.rule_origins(), ports);
 
     let events = KernelEvents::open(datapath.clone()).context("opening the ring buffer of events")?;
@@ -217,8 +220,10 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         tables,
         endpoints: known.endpoints.clone(),
         local_addresses,
+        ipsec: ipsec.clone(),
         compute,
-        sinks: sinks::all(&datapath, writers, device_sink, limits, parts).context("ordering the sinks")?,
+        sinks: sinks::all(&datapath, writers, device_sink, limits, ipsec, parts)
+            .context("ordering the sinks")?,
         datapath,
         kernel_news: netlink::kernel_news(endpoint::is_host_interface_name)?,
         heard: netlink::Heard::default(),

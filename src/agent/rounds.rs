@@ -13,6 +13,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, watch};
 
 use super::compute::{Compute, Desired, View};
+use super::ipsec;
 use super::local::LocalAddresses;
 use super::publish::{Claims, News};
 use super::sinks::{Applied, Retry, Sinks};
@@ -43,6 +44,8 @@ pub struct Rounds {
     pub endpoints: Arc<Table<EndpointId, Arc<Endpoint>>>,
     /// From the kernel.
     pub local_addresses: Arc<LocalAddresses>,
+    /// From the kernel.
+    pub ipsec: ipsec::News,
     /// Numbers and their memory.
     pub compute: Compute,
     /// The kernel.
@@ -82,12 +85,14 @@ impl Rounds {
         let mut has_other_versions = true;
         let mut endpoint_changes = self.endpoints.subscribe();
         let mut address_changes = self.local_addresses.subscribe();
+        self.write_early_until_synced().await;
         let tables = self.tables.clone();
-        tables.wait_synced().await;
+        let mut ipsec = self.ipsec.clone();
         loop {
             let mut changes = std::pin::pin!(tables.changed());
             endpoint_changes.mark_unchanged();
             address_changes.mark_unchanged();
+            ipsec.mark_unchanged();
             let applied = tokio::task::block_in_place(|| self.round());
             self.telemetry.main_loop_alive();
             if applied.as_ref().is_some_and(|applied| applied.serves_pods) {
@@ -105,9 +110,26 @@ impl Rounds {
                     () = tokio::time::sleep(pause) => break,
                     changed = endpoint_changes.changed() => if changed.is_err() { return } else { break },
                     changed = address_changes.changed() => if changed.is_err() { return } else { break },
+                    changed = ipsec.changed() => if changed.is_err() { return } else { break },
                     // This alone is no reason for a round: the sinks say when they want one.
                     () = self.wait_for_kernel() => self.hear(),
                 }
+            }
+        }
+    }
+
+    /// What the agent before left may be wrong by now, and IPsec policies do not wait for the sources.
+    async fn write_early_until_synced(&mut self) {
+        let tables = self.tables.clone();
+        let synced = tables.wait_synced();
+        tokio::pin!(synced);
+        loop {
+            self.ipsec.mark_unchanged();
+            tokio::task::block_in_place(|| self.sinks.write_early());
+            tokio::select! {
+                () = &mut synced => return,
+                _ = self.ipsec.changed() => {}
+                () = tokio::time::sleep(IDLE_ROUND) => {}
             }
         }
     }
@@ -158,6 +180,7 @@ impl Rounds {
     /// Works out what is desired and writes it; `None`: not yet, or it could not be worked out.
     fn round(&mut self) -> Option<Done> {
         let start = Instant::now();
+        self.sinks.write_early();
         let view = View::of(&self.tables, &self.endpoints, &self.local_addresses);
         let parts = self.telemetry.parts();
         let desired = match self.compute.desired(&view) {

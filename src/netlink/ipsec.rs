@@ -4,13 +4,17 @@ use std::io;
 
 use netlink_packet_core::NLM_F_REQUEST;
 use netlink_sys::{Socket, protocols::NETLINK_XFRM};
+use tokio::sync::watch;
 
+use super::listen::listen;
 use super::{Error, Result};
 
 /// Of linux/xfrm.h: what the policies are all in all, and the answer's attribute with their counts.
 const XFRM_MSG_GETSPDINFO: u16 = 0x25;
 const XFRM_MSG_NEWSPDINFO: u16 = 0x24;
 const XFRMA_SPD_INFO: u16 = 1;
+/// XFRMNLGRP_POLICY.
+const GROUPS: [u32; 1] = [4];
 /// NLMSG_ERROR of linux/netlink.h.
 const NLMSG_ERROR: u16 = 2;
 const HEADER_BYTES: usize = 16;
@@ -37,6 +41,16 @@ pub fn ipsec_policies() -> Result<u32> {
         count(&socket.recv_from_full()?.0)
     };
     ask().map_err(|error| Error::kernel("counting IPsec policies", error))
+}
+
+/// Changes whenever an IPsec policy of the calling thread's network namespace comes, changes or goes; `None` on
+/// a kernel without IPsec. The channel closes when the kernel can no longer be heard. Needs CAP_NET_ADMIN.
+pub fn ipsec_news() -> Result<Option<watch::Receiver<()>>> {
+    match listen(NETLINK_XFRM, &GROUPS, "ipsec") {
+        Ok(news) => Ok(Some(news)),
+        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => Ok(None),
+        Err(error) => Err(Error::kernel("listening for IPsec policies", error)),
+    }
 }
 
 /// The sum of `struct xfrmu_spdinfo`'s first three numbers: in, out, forward.

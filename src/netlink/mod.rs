@@ -9,8 +9,9 @@
 //! address      the node's addresses, and news of them
 //! connection   the socket: batches of requests, dumps
 //! netfilter    whether the node has rules that drop what is forwarded
+//! news         messages to groups of listeners
 //! namespace    a thread that enters a pod's namespace
-//! ipsec        whether the node has policies of its own
+//! ipsec        whether the node has policies of its own, and news of them
 //! link         devices: find, delete, raise, VXLAN
 //! news         that something changed
 //! pod          the link between a pod and its node
@@ -23,6 +24,7 @@ mod address;
 mod connection;
 mod ipsec;
 mod link;
+mod listen;
 mod namespace;
 mod netfilter;
 mod news;
@@ -35,7 +37,7 @@ use std::io;
 use std::path::PathBuf;
 
 pub use address::{address_news, local_addresses};
-pub use ipsec::ipsec_policies;
+pub use ipsec::{ipsec_news, ipsec_policies};
 pub use link::{
     Link, add_address, addresses_of, delete_address, delete_link, devices_with, ensure_vxlan, link,
     link_index, links, raise_link,

@@ -32,6 +32,7 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::compute::Desired;
+use super::ipsec;
 use crate::datapath::{Datapath, Writers};
 use crate::model::{EndpointId, PolicyId};
 use crate::netlink::News;
@@ -71,6 +72,11 @@ pub trait Sink: Send {
     /// sink's next `write` and `delete` mend it.
     fn compare(&mut self) -> Result<Vec<Drift>> {
         Ok(Vec::new())
+    }
+
+    /// Writes what depends on the kernel alone. It does not wait for the sources, nor for what is compiled.
+    fn write_early(&mut self) -> Result<()> {
+        Ok(())
     }
 
     /// Writes what is missing or different, and deletes nothing. A problem costs the object that it
@@ -150,12 +156,13 @@ pub fn all(
     writers: Writers,
     devices: DeviceSink,
     limits: Limits,
+    ipsec: ipsec::News,
     parts: Parts,
 ) -> Result<Sinks> {
     let plan = devices.devices().clone();
     let in_force = writers.endpoints.policies_in_force();
     let sinks: Vec<Box<dyn Sink>> = vec![
-        Box::new(stack::Stack::new(writers.stack)),
+        Box::new(stack::Stack::new(writers.stack, ipsec)),
         Box::new(policies::Policies::new(writers.policies, limits)),
         Box::new(addresses::Addresses::new(writers.addresses)),
         Box::new(endpoints::Endpoints::new(writers.endpoints)),

@@ -110,6 +110,15 @@ impl Sinks {
         self.rows.iter().flat_map(|row| [row.retry.due(), Some(row.compare_at)]).flatten().min()
     }
 
+    /// Lets each sink write what depends on the kernel alone. An error is tried again by the sink's `write`.
+    pub fn write_early(&mut self) {
+        for row in &mut self.rows {
+            if let Err(error) = row.sink.write_early() {
+                tracing::error!(sink = row.sink.name(), error = format!("{error:#}"), "writing early");
+            }
+        }
+    }
+
     /// Writes the difference between `desired` and the kernel, then deletes what is not desired.
     pub fn apply(&mut self, desired: &Desired) -> Applied {
         let mut round = Round {
