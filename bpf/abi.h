@@ -279,13 +279,14 @@ enum route {
 
 /*
  * Values of Weir's field in skb->mark (lib/mark.h), which packets carry from one
- * of our programs to the next. The field has room for 1 to 7; 3 to 7 are kept
+ * of our programs to the next. The field has room for 1 to 7; 4 to 7 are kept
  * for the proxy and for encryption.
  */
 enum packet_mark {
 	MARK_NONE = 0,
 	MARK_LEAVE = 1,	 /* has its verdict and its final addresses: it leaves */
 	MARK_ANSWER = 2, /* our own answer to the pod that sent the packet */
+	MARK_WAITS = 3,	 /* a fragment that waits for its packet's first one, or has waited */
 };
 
 /*
@@ -369,19 +370,25 @@ struct nat {
 	__u8 pad[5];
 };
 
-struct fragment_key {
+/*
+ * fragments: the first fragment of a packet, for those that follow it. Addresses
+ * and ports are those in the frame.
+ */
+struct fragment {
 	struct addr source;
 	struct addr destination;
+	__u64 seen_jiffies;
 	__u32 id;
-	__u8 protocol;
-	__u8 pad[3];
-};
-
-struct fragment {
+	__u32 way; /* 2 * device, 0 for the node's network devices; + 1 if they send it */
 	__be16 source_port;
 	__be16 destination_port;
-	__u32 role; /* ICMP: PACKET_ASKS or PACKET_ANSWERS */
+	__u8 protocol;
+	__u8 asks;    /* ICMP: it has PACKET_ASKS */
+	__u8 answers; /* ICMP: it has PACKET_ANSWERS */
+	__u8 pad;
+	__u64 check; /* of all before it: two CPUs may write a row at once; 0: empty */
 };
+_Static_assert(sizeof(struct fragment) == 64, "fragment");
 
 /* What pods share, and usage counts by endpoint. */
 enum quota_kind {

@@ -26,6 +26,7 @@ struct settings {
 	__u32 tcp_closing_seconds;
 	__u32 other_timeout_seconds; /* UDP, ICMP, the rest */
 	__u32 mark_mask;	     /* Weir's bits of skb->mark, adjacent ones */
+	__u32 wait_ifindex;	     /* where fragments wait for their packet's first one; 0: they do not */
 	__u32 quota_limit[QUOTA_KINDS];    /* of one endpoint */
 	__u32 quota_capacity[QUOTA_KINDS]; /* of all together; 0: not bounded together */
 	__u32 drop_record_cost;	     /* of an endpoint, in 1/1024 jiffies between two; 0: not bounded */
@@ -38,7 +39,7 @@ struct settings {
 	__u8 flow_events;	     /* 0: only counters */
 	__u8 socket_lb;
 	__u8 tunnel_direct;	     /* put on and take off the tunnel's headers, past the VXLAN device */
-	__u8 pad[5];
+	__u8 pad[1];
 };
 
 extern const volatile struct settings settings;

@@ -77,6 +77,7 @@ enum {
 	TC_ACT_OK = 0,
 	TC_ACT_SHOT = 2,
 	TC_ACT_REDIRECT = 7,
+	BPF_F_INGRESS = 1, /* a flag of bpf_redirect */
 	PACKET_HOST = 0,
 	PACKET_OTHERHOST = 3,
 };

@@ -134,7 +134,7 @@ struct known_route {
 	__u32 ifindex;
 	__u32 family;	    /* of the next hop */
 	__u32 next_hop[4];
-	__u32 pad;
+	__u32 mtu;
 };
 
 struct {
@@ -183,13 +183,37 @@ struct {
 	__type(value, struct nat);
 } nat SEC(".maps") __weak;
 
-/* Written by the programs: ports of the first fragment for those that follow. */
+/*
+ * Written by the programs: first fragments. A packet has one row, which its
+ * share, addresses and id say, until another packet of that share takes it. A
+ * share is one pod's (as many pods as half the shares have one to themselves),
+ * or of senders elsewhere with one hash of their address.
+ */
+#define FRAGMENT_SHARES 512
+#define FRAGMENT_SLOTS 32
+
 struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 8192);
-	__type(key, struct fragment_key);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, FRAGMENT_SHARES * FRAGMENT_SLOTS);
+	__type(key, __u32);
 	__type(value, struct fragment);
 } fragments SEC(".maps") __weak;
+
+/*
+ * Written by the programs: how many fragments of a share have begun to wait for
+ * their first one lately. Never pinned, never read outside.
+ */
+struct waiting {
+	__u32 since_jiffies; /* low bits */
+	__u32 count;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, FRAGMENT_SHARES);
+	__type(key, __u32);
+	__type(value, struct waiting);
+} waiting SEC(".maps") __weak;
 
 /* Written by the programs, corrected by collect_usage. */
 struct {

@@ -8,6 +8,7 @@
  */
 #include "lib/flow.h"
 #include "lib/forward.h"
+#include "lib/fragment.h"
 #include "lib/icmp.h"
 #include "lib/nat.h"
 #include "lib/node_socket.h"
@@ -184,14 +185,33 @@ __weak __noinline int network_receive(struct __sk_buff *ctx)
 	return bpf_redirect_peer(destination->ifindex, 0);
 }
 
+/* What is for this node or a pod of its may wait; the rest is forwarded by the
+ * stack, which needs no ports. As fragment_find_or_wait. */
+static __always_inline int network_find_fragment(struct __sk_buff *ctx,
+						 struct packet *packet,
+						 __u32 share)
+{
+	struct address *address;
+
+	if (!(packet->flags & PACKET_LATER_FRAGMENT))
+		return fragment_find(packet, FRAGMENT_FROM_NETWORK, share);
+	address = address_find(&packet->destination);
+	if (!address || !(address->flags & ADDRESS_LOCAL))
+		return fragment_find(packet, FRAGMENT_FROM_NETWORK, share);
+	return fragment_find_or_wait(ctx, packet, FRAGMENT_FROM_NETWORK, share);
+}
+
 SEC("tcx/ingress")
 int from_network(struct __sk_buff *ctx)
 {
 	struct packet *packet;
 	int parsed, ret;
+	__u32 share;
 
-	/* The stack decides on tags, and drops what others are sent. */
-	if (ctx->vlan_present || ctx->pkt_type == PACKET_OTHERHOST)
+	/* The stack decides on tags, and drops what others are sent. What has
+	 * waited is addressed to nobody. */
+	if (ctx->vlan_present ||
+	    (ctx->pkt_type == PACKET_OTHERHOST && !wait_is_back(ctx)))
 		return TC_ACT_OK;
 	if (settings.tunnel_ifindex) {
 		ret = tunnel_receive(ctx);
@@ -208,19 +228,32 @@ int from_network(struct __sk_buff *ctx)
 	parsed = packet_parse(ctx, packet);
 	if (!(packet->flags & PACKET_HAS_ADDRESSES))
 		return TC_ACT_OK;
+	share = fragment_share_of_sender(packet);
+	if (!parsed)
+		parsed = network_find_fragment(ctx, packet, share);
+	if (parsed > 0)
+		return parsed;
 	ret = network_is_for_pod(ctx, packet);
-	if (!ret)
+	if (!ret) {
+		/* Of what is the stack's later fragments are, too. */
+		if (!parsed)
+			fragment_keep(packet, share);
+		wait_end(ctx);
 		return TC_ACT_OK;
+	}
 	if (ret > 0)
 		ret = parsed;
 	if (!ret)
 		ret = network_judge(ctx, packet);
-	if (ret > 0)
+	if (ret > 0) {
+		fragment_keep(packet, share);
 		return TC_ACT_OK;
+	}
 	if (ret)
 		return finish(ctx, packet, ret);
 	if (packet->route != ROUTE_ENDPOINT)
 		return finish(ctx, packet, -DROP_UNROUTABLE_IP);
+	fragment_keep(packet, share);
 	/* to_pod gives its verdict once more: no mark survives netfilter that
 	 * it could trust. */
 	if (packet->source_route == ROUTE_GUARDED) {
@@ -270,6 +303,7 @@ int to_network(struct __sk_buff *ctx)
 	struct address *address;
 	struct packet *packet;
 	int parsed, ret;
+	__u32 share;
 
 	if (mark_is(ctx, MARK_LEAVE))
 		return TC_ACT_OK;
@@ -292,6 +326,9 @@ int to_network(struct __sk_buff *ctx)
 		return TC_ACT_OK;
 	packet->source_endpoint = address->endpoint_id;
 	packet->source_identity = address->identity;
+	share = fragment_share_of_endpoint(packet->source_endpoint);
+	if (!parsed)
+		parsed = fragment_find(packet, FRAGMENT_TO_NETWORK, share);
 	ret = parsed ? parsed : network_must_masquerade(packet);
 	if (ret > 0 && packet->flags & PACKET_ICMP_ERROR) {
 		ret = icmp_translate(ctx, packet, DIRECTION_EGRESS);
@@ -301,5 +338,7 @@ int to_network(struct __sk_buff *ctx)
 	} else if (ret > 0) {
 		ret = nat_masquerade(ctx, packet);
 	}
+	if (ret >= 0)
+		fragment_keep(packet, share);
 	return finish(ctx, packet, ret < 0 ? ret : TC_ACT_OK);
 }

@@ -6,6 +6,7 @@
  */
 #include "lib/flow.h"
 #include "lib/forward.h"
+#include "lib/fragment.h"
 #include "lib/icmp.h"
 #include "lib/tunnel.h"
 
@@ -44,6 +45,11 @@ static __always_inline int overlay_check_sender(struct __sk_buff *ctx,
 	int ret;
 
 	ret = overlay_find_node(ctx, &key, &node);
+	/* It has no tunnel key: a fragment that has waited, whose sender was
+	 * checked before. */
+	if (ret == -DROP_UNKNOWN_SENDER &&
+	    wait_identity(ctx, &packet->source_identity))
+		return 0;
 	if (!ret)
 		ret = tunnel_check_identity(&key.tunnel_id);
 	if (!ret)
@@ -100,6 +106,7 @@ SEC("tcx/ingress")
 int from_overlay(struct __sk_buff *ctx)
 {
 	struct packet *packet;
+	__u32 share;
 	int ret;
 
 	packet = packet_begin(DIRECTION_INGRESS);
@@ -111,10 +118,17 @@ int from_overlay(struct __sk_buff *ctx)
 		ret = overlay_check_sender(ctx, packet);
 	if (!ret && packet->flags & PACKET_CONTROL)
 		ret = -DROP_FORBIDDEN_ICMPV6;
+	share = fragment_share_of_sender(packet);
+	if (!ret)
+		ret = fragment_find_or_wait(ctx, packet, ctx->ifindex * 2,
+					    share);
+	if (ret > 0)
+		return ret;
 	if (!ret)
 		ret = overlay_judge(ctx, packet);
 	if (ret)
 		return finish(ctx, packet, ret);
+	fragment_keep(packet, share);
 
 	/* The inner frame is addressed to nobody here. */
 	if (bpf_skb_change_type(ctx, PACKET_HOST))

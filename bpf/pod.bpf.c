@@ -9,6 +9,7 @@
 #include "lib/fast.h"
 #include "lib/flow.h"
 #include "lib/forward.h"
+#include "lib/fragment.h"
 #include "lib/icmp.h"
 #include "lib/neighbour.h"
 #include "lib/refuse.h"
@@ -107,6 +108,7 @@ int from_pod(struct __sk_buff *ctx)
 	struct endpoint *endpoint;
 	struct packet *packet;
 	struct fast fast;
+	__u32 share;
 	int ret;
 
 	ret = fast_from_pod(ctx, &fast);
@@ -128,6 +130,10 @@ int from_pod(struct __sk_buff *ctx)
 	if (!(endpoint->flags & ENDPOINT_READY))
 		return finish(ctx, packet, -DROP_ENDPOINT_NOT_READY);
 	packet->flags |= PACKET_FROM_POD;
+	share = fragment_share_of_endpoint(packet->source_endpoint);
+	ret = fragment_find_or_wait(ctx, packet, ctx->ifindex * 2, share);
+	if (ret)
+		return ret < 0 ? finish(ctx, packet, ret) : ret;
 
 	if (packet->flags & PACKET_ICMP_ERROR) {
 		ret = icmp_judge(ctx, packet);
@@ -142,12 +148,13 @@ int from_pod(struct __sk_buff *ctx)
 		if (ret < 0)
 			return refuse(ctx, packet, ret);
 	}
+	fragment_keep(packet, share);
 	return finish(ctx, packet, forward(ctx, packet));
 }
 
 /* Of a packet that the stack sends by this device: whose pod it is for. */
 static __always_inline bool to_pod_is_addressee(struct __sk_buff *ctx,
-						const struct packet *packet)
+						struct packet *packet)
 {
 	struct address *address;
 	struct endpoint *endpoint;
@@ -155,6 +162,7 @@ static __always_inline bool to_pod_is_addressee(struct __sk_buff *ctx,
 	address = address_find(&packet->destination);
 	if (!address || !address->endpoint_id)
 		return false;
+	packet->destination_endpoint = address->endpoint_id;
 	endpoint = endpoint_by_id(address->endpoint_id);
 	return endpoint && endpoint->ifindex == ctx->ifindex;
 }
@@ -187,6 +195,7 @@ int to_pod(struct __sk_buff *ctx)
 {
 	__u32 device = ctx->ingress_ifindex;
 	struct packet *packet;
+	__u32 share;
 	int ret;
 
 	packet = packet_begin(DIRECTION_INGRESS);
@@ -208,10 +217,14 @@ int to_pod(struct __sk_buff *ctx)
 
 	if (!ret && !to_pod_is_addressee(ctx, packet))
 		ret = -DROP_UNROUTABLE_IP;
+	share = fragment_share_of_endpoint(packet->destination_endpoint);
+	if (!ret)
+		ret = fragment_find(packet, ctx->ifindex * 2 + 1, share);
 	if (!ret)
 		ret = judge(ctx, packet);
 	if (ret)
 		return finish(ctx, packet, ret);
+	fragment_keep(packet, share);
 	if (packet->flags & (PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION))
 		ret = rewrite_apply(ctx, packet);
 	return finish(ctx, packet, ret ? ret : TC_ACT_OK);

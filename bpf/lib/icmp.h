@@ -13,54 +13,25 @@
 
 #define ICMP_HEADER_LENGTH ((__u32)sizeof(struct icmphdr))
 
-/* Parses the quoted packet; `inner` is zeroed. 0 or a drop. */
+/*
+ * Parses the quoted packet with the parser of every other packet; `inner` is
+ * zeroed. 0 or a drop. Errors quote no errors, and only the first fragment of a
+ * packet says which flow it belongs to.
+ */
 static __always_inline int icmp_parse_inner(struct __sk_buff *ctx,
 					    const struct packet *packet,
 					    struct packet *inner)
 {
-	__u32 offset = packet->l4_offset + ICMP_HEADER_LENGTH;
-	struct icmphdr l4;
-
-	if (packet->flags & PACKET_IPV6) {
-		struct ipv6hdr ip;
-
-		if (bpf_skb_load_bytes(ctx, offset, &ip, sizeof(ip)))
-			return -DROP_UNSUPPORTED_ICMP;
-		addr_from_ipv6(&inner->source, ip.source);
-		addr_from_ipv6(&inner->destination, ip.destination);
-		inner->protocol = ip.next_header;
-		inner->flags = PACKET_IPV6;
-		offset += sizeof(ip);
-	} else {
-		struct iphdr ip;
-
-		if (bpf_skb_load_bytes(ctx, offset, &ip, sizeof(ip)) ||
-		    ip.version_length >> 4 != 4 ||
-		    (ip.version_length & 15) < 5 ||
-		    ip.fragment & bpf_htons(IP_FRAGMENT_OFFSET))
-			return -DROP_UNSUPPORTED_ICMP;
-		addr_from_ipv4(&inner->source, ip.source);
-		addr_from_ipv4(&inner->destination, ip.destination);
-		inner->protocol = ip.protocol;
-		offset += (ip.version_length & 15) * 4;
-	}
-	inner->l4_offset = offset;
-	if (bpf_skb_load_bytes(ctx, offset, &l4, sizeof(l4)))
+	inner->flags = PACKET_QUOTED;
+	inner->l3_offset = packet->l4_offset + ICMP_HEADER_LENGTH;
+	if (packet_parse_slow(ctx, inner) ||
+	    inner->flags &
+		    (PACKET_LATER_FRAGMENT | PACKET_ICMP_ERROR | PACKET_CONTROL))
 		return -DROP_UNSUPPORTED_ICMP;
-
-	switch (inner->protocol) {
-	case IPPROTO_TCP:
-	case IPPROTO_UDP:
-	case IPPROTO_SCTP:
-		__builtin_memcpy(&inner->source_port, &l4, 2);
-		__builtin_memcpy(&inner->destination_port, (void *)&l4 + 2, 2);
-		return 0;
-	case IPPROTO_ICMP:
-	case IPPROTO_ICMPV6:
-		packet_note_icmp(inner, l4.type, l4.id);
-		if (!icmp_role(inner->protocol, l4.type))
-			return -DROP_UNSUPPORTED_ICMP;
-	}
+	if ((inner->protocol == IPPROTO_ICMP ||
+	     inner->protocol == IPPROTO_ICMPV6) &&
+	    !icmp_role(inner->protocol, inner->icmp_type))
+		return -DROP_UNSUPPORTED_ICMP;
 	return 0;
 }
 
@@ -77,7 +48,7 @@ static __always_inline int icmp_rewrite_inner(struct __sk_buff *ctx,
 {
 	const struct addr *to = end ? &inner->destination : &inner->source;
 	__be16 port = end ? inner->destination_port : inner->source_port;
-	__u32 l3 = packet->l4_offset + ICMP_HEADER_LENGTH;
+	__u32 l3 = inner->l3_offset;
 	__u32 check =
 		packet->l4_offset + __builtin_offsetof(struct icmphdr, check);
 	struct addr old = {};
@@ -119,6 +90,44 @@ static __always_inline int icmp_rewrite_inner(struct __sk_buff *ctx,
 	return 0;
 }
 
+/*
+ * A pod quotes what came from a service: a backend has sent that, with the
+ * ports of the flow on its way. Names the backend in the quote and as the
+ * error's destination: 0, also if the pod speaks with no such service, or a
+ * drop.
+ */
+static __noinline int icmp_name_backend(struct __sk_buff *ctx,
+					struct packet *packet,
+					struct packet *inner)
+{
+	struct scratch *room = scratch_get();
+	__be16 own_port = inner->destination_port;
+	struct connection *chosen;
+	__u32 high;
+	int ret;
+
+	if (!room)
+		return -DROP_UNSUPPORTED_ICMP;
+	high = connection_key_of(inner, &room->service_key);
+	room->service_key.kind = CONNECTION_SERVICE;
+	chosen = bpf_map_lookup_elem(&connections, &room->service_key);
+	/* The sender of what is quoted is the service's side. */
+	if (!chosen || high == (chosen->flags & CONNECTION_INITIATOR_HIGH) ||
+	    connection_is_expired(chosen, inner->protocol, bpf_jiffies64()))
+		return 0;
+	addr_copy(&packet->destination, &chosen->service);
+	packet->flags |= PACKET_NEW_DESTINATION;
+	addr_copy(&inner->source, &chosen->service);
+	inner->source_port = chosen->service_port;
+	if (chosen->other_port)
+		inner->destination_port = chosen->other_port;
+	ret = icmp_rewrite_inner(ctx, packet, inner, REWRITE_SOURCE);
+	if (!ret && inner->destination_port != own_port)
+		ret = icmp_rewrite_inner(ctx, packet, inner,
+					 REWRITE_DESTINATION);
+	return ret;
+}
+
 /* Lets an ICMP error pass if it belongs to a running flow: 0 or a drop. */
 __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 {
@@ -142,6 +151,11 @@ __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 	    (packet->flags & PACKET_FROM_POD &&
 	     !addr_equal(&inner->destination, &packet->source)))
 		return -DROP_UNSUPPORTED_ICMP;
+	if (packet->flags & PACKET_FROM_POD) {
+		ret = icmp_name_backend(ctx, packet, inner);
+		if (ret)
+			return ret;
+	}
 	end = connection_key_of(inner, &room->flow.key);
 	connection = bpf_map_lookup_elem(&connections, &room->flow.key);
 	if (!connection ||

@@ -12,6 +12,8 @@
 
 #include "../config.h"
 
+#include <bpf/bpf_helpers.h>
+
 /* The field's lowest bit is the unit of its values. */
 static __always_inline __u32 mark_field(__u32 value)
 {

@@ -3,9 +3,10 @@
  * A packet, parsed once. The family is asked here and in rewrite.h, nowhere
  * else. What nearly every packet is (TCP or UDP, no options, no fragment) is
  * read in place; the rest goes through packet_parse_slow, which is verified
- * once and copies what it reads. Nothing here writes to the packet: a direct
- * write anywhere in a program makes the kernel copy the headers of every
- * packet, since TCP's are shared with its queue.
+ * once and copies what it reads. packet_parse_slow reads quoted packets, too.
+ * Nothing here writes to the packet: a direct write anywhere in a program makes
+ * the kernel copy the headers of every packet, since TCP's are shared with its
+ * queue.
  */
 #pragma once
 
@@ -45,6 +46,7 @@ enum packet_flags {
 	PACKET_REPLACES = 1 << 17, /* the flow that it begins has the key of one that is over */
 	PACKET_FROM_STACK = 1 << 20, /* to_pod: the node's stack sends it */
 	PACKET_FORWARDED = 1 << 21,  /* to_pod: it came to the stack by a device */
+	PACKET_QUOTED = 1 << 22,     /* an ICMP error quotes it: its end is missing */
 };
 
 struct packet {
@@ -55,13 +57,15 @@ struct packet {
 	__u32 destination_identity;
 	__u32 rule_id;
 	__u32 bytes;
-	__u32 flags; /* enum packet_flags */
+	__u32 flags;	   /* enum packet_flags */
+	__u32 fragment_id; /* as in the frame; see fragment.h */
 	__be16 source_port;
 	__be16 destination_port;
 	__be16 service_port;
 	__be16 own_port; /* the source port before translation; 0: the same */
 	__u16 source_endpoint;
 	__u16 destination_endpoint;
+	__u16 l3_offset; /* from the start of the frame, as the next one */
 	__u16 l4_offset;
 	__u8 protocol;
 	__u8 tcp_flags;
@@ -138,37 +142,6 @@ static __always_inline bool packet_is_tunnel(const struct packet *packet)
 {
 	return packet->protocol == IPPROTO_UDP &&
 	       packet->destination_port == bpf_htons(settings.tunnel_port);
-}
-
-/* Ports of the first fragment serve those that follow it. */
-static __always_inline int packet_track_fragment(struct packet *packet,
-						 __u32 id)
-{
-	struct fragment_key key = {
-		.source = packet->source,
-		.destination = packet->destination,
-		.id = id,
-		.protocol = packet->protocol,
-	};
-	struct fragment *known,
-		ports = {
-			.source_port = packet->source_port,
-			.destination_port = packet->destination_port,
-			.role = packet->flags & (PACKET_ASKS | PACKET_ANSWERS),
-		};
-
-	if (packet->flags & PACKET_FRAGMENT)
-		return bpf_map_update_elem(&fragments, &key, &ports, BPF_ANY)
-			       ? -DROP_FRAGMENT_NOT_FOUND
-			       : 0;
-
-	known = bpf_map_lookup_elem(&fragments, &key);
-	if (!known)
-		return -DROP_FRAGMENT_NOT_FOUND;
-	packet->source_port = known->source_port;
-	packet->destination_port = known->destination_port;
-	packet->flags |= known->role & (PACKET_ASKS | PACKET_ANSWERS);
-	return 0;
 }
 
 /* What an ICMP message with an identifier is: RFC 792, 950, 4443, 8335. 0: it
@@ -253,32 +226,44 @@ static __always_inline int packet_parse_icmp(struct __sk_buff *ctx,
 	return 0;
 }
 
+/*
+ * The flags of TCP, and whether its header is there. A quote has the first 8
+ * bytes of it for certain, and no more.
+ */
+static __always_inline int packet_parse_tcp(struct __sk_buff *ctx,
+					    struct packet *packet)
+{
+	struct tcphdr tcp;
+
+	if (packet->flags & PACKET_QUOTED)
+		return 0;
+	if (bpf_skb_load_bytes(ctx, packet->l4_offset, &tcp, sizeof(tcp)))
+		return -DROP_INVALID_PACKET;
+	packet->tcp_flags = tcp.flags;
+	return 0;
+}
+
 /* A function of its own, so that the verifier does not follow it once for each
  * way there. */
 __weak __noinline int packet_parse_l4(struct __sk_buff *ctx,
 				      struct packet *packet)
 {
-	struct tcphdr tcp;
+	struct udphdr ports;
 
 	if (!packet)
 		return -DROP_INVALID_PACKET;
 	switch (packet->protocol) {
 	case IPPROTO_TCP:
-		if (bpf_skb_load_bytes(ctx, packet->l4_offset, &tcp,
-				       sizeof(tcp)))
-			return -DROP_INVALID_PACKET;
-		packet->source_port = tcp.source;
-		packet->destination_port = tcp.destination;
-		packet->tcp_flags = tcp.flags;
-		return 0;
 	case IPPROTO_UDP:
 	case IPPROTO_SCTP:
-		if (bpf_skb_load_bytes(ctx, packet->l4_offset, &tcp,
-				       sizeof(struct udphdr)))
+		if (bpf_skb_load_bytes(ctx, packet->l4_offset, &ports,
+				       sizeof(ports)))
 			return -DROP_INVALID_PACKET;
-		packet->source_port = tcp.source;
-		packet->destination_port = tcp.destination;
-		return 0;
+		packet->source_port = ports.source;
+		packet->destination_port = ports.destination;
+		return packet->protocol == IPPROTO_TCP
+			       ? packet_parse_tcp(ctx, packet)
+			       : 0;
 	case IPPROTO_ICMP:
 		/* A family's ICMP over the other one is nobody's packet. */
 		if (packet->flags & PACKET_IPV6)
@@ -293,11 +278,41 @@ __weak __noinline int packet_parse_l4(struct __sk_buff *ctx,
 	return 0;
 }
 
-/* IPv4 options: loose and strict source routes are refused. */
-__weak __noinline int packet_check_options(struct __sk_buff *ctx, __u32 length)
+/*
+ * Layer 4 of a packet that is whole or a first fragment. Neither errors nor
+ * neighbour discovery may come in fragments (RFC 1122 3.2.2, RFC 6980): nobody
+ * could tell what the later ones belong to.
+ */
+static __always_inline int packet_parse_first(struct __sk_buff *ctx,
+					      struct packet *packet)
 {
-	__u32 offset = ETHERNET_LENGTH + sizeof(struct iphdr);
-	__u32 end = ETHERNET_LENGTH + length;
+	int ret = packet_parse_l4(ctx, packet);
+
+	if (ret || !(packet->flags & PACKET_FRAGMENT) ||
+	    !(packet->flags & (PACKET_ICMP_ERROR | PACKET_CONTROL)))
+		return ret;
+	/* So that nobody takes it for neighbour discovery. */
+	packet->flags &= ~PACKET_CONTROL;
+	return -DROP_FRAGMENT_UNSUPPORTED;
+}
+
+/*
+ * A fragment that does not begin its packet; offset in bytes. One that would
+ * overwrite ports or flags of the first one is refused (RFC 1858).
+ */
+static __always_inline int packet_parse_later(struct packet *packet,
+					      __u32 offset)
+{
+	if (offset < sizeof(struct tcphdr))
+		return -DROP_FRAGMENT_UNSUPPORTED;
+	packet->flags |= PACKET_LATER_FRAGMENT;
+	return 0;
+}
+
+/* IPv4 options between two offsets: source routes are refused. */
+__weak __noinline int packet_check_options(struct __sk_buff *ctx, __u32 offset,
+					   __u32 end)
+{
 	__u8 option[2];
 
 	for (int i = 0; i < 20; i++) {
@@ -319,15 +334,24 @@ __weak __noinline int packet_check_options(struct __sk_buff *ctx, __u32 length)
 	return -DROP_INVALID_PACKET;
 }
 
+/* What a quote leaves out is not missed. */
+static __always_inline bool packet_is_cut(struct __sk_buff *ctx,
+					  const struct packet *packet,
+					  __u32 end)
+{
+	return !(packet->flags & PACKET_QUOTED) && end > ctx->len;
+}
+
 static __always_inline int packet_parse_ipv4(struct __sk_buff *ctx,
 					     struct packet *packet)
 {
+	__u32 start = packet->l3_offset;
 	struct iphdr ip;
 	__u32 length;
 	__u16 fragment;
 	int ret;
 
-	if (bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, &ip, sizeof(ip)))
+	if (bpf_skb_load_bytes(ctx, start, &ip, sizeof(ip)))
 		return -DROP_INVALID_PACKET;
 	length = (ip.version_length & 15) * 4;
 	if (ip.version_length >> 4 != 4 || length < sizeof(ip))
@@ -337,30 +361,34 @@ static __always_inline int packet_parse_ipv4(struct __sk_buff *ctx,
 	addr_from_ipv4(&packet->destination, ip.destination);
 	packet->protocol = ip.protocol;
 	packet->flags |= PACKET_HAS_ADDRESSES;
-	packet->l4_offset = ETHERNET_LENGTH + length;
+	packet->l4_offset = start + length;
 	if (bpf_ntohs(ip.total_length) < length ||
-	    bpf_ntohs(ip.total_length) + ETHERNET_LENGTH > ctx->len)
+	    packet_is_cut(ctx, packet, bpf_ntohs(ip.total_length) + start))
 		return -DROP_INVALID_PACKET;
 	if (length > sizeof(ip)) {
-		ret = packet_check_options(ctx, length);
+		ret = packet_check_options(ctx, start + sizeof(ip),
+					   start + length);
 		if (ret)
 			return ret;
 	}
 
+	packet->fragment_id = ip.id;
 	fragment = bpf_ntohs(ip.fragment);
-	if (fragment & IP_FRAGMENT_OFFSET) {
-		/* RFC 1858: would overwrite ports or flags of the first one. */
-		if ((fragment & IP_FRAGMENT_OFFSET) * 8 < sizeof(struct tcphdr))
-			return -DROP_FRAGMENT_UNSUPPORTED;
-		packet->flags |= PACKET_LATER_FRAGMENT;
-		return packet_track_fragment(packet, ip.id);
-	}
-	ret = packet_parse_l4(ctx, packet);
-	if (ret || !(fragment & IP_MORE_FRAGMENTS))
-		return ret;
-	packet->flags |= PACKET_FRAGMENT;
-	return packet_track_fragment(packet, ip.id);
+	if (fragment & IP_FRAGMENT_OFFSET)
+		return packet_parse_later(
+			packet, (fragment & IP_FRAGMENT_OFFSET) * 8);
+	if (fragment & IP_MORE_FRAGMENTS)
+		packet->flags |= PACKET_FRAGMENT;
+	return packet_parse_first(ctx, packet);
 }
+
+/* The first eight bytes of an extension header. */
+struct ipv6_extension {
+	__u8 next_header;
+	__u8 length;
+	__be16 fragment; /* of a routing header: type, segments left */
+	__be32 id;
+};
 
 static __always_inline bool is_extension_header(__u8 next)
 {
@@ -368,34 +396,47 @@ static __always_inline bool is_extension_header(__u8 next)
 	       next == IPPROTO_DSTOPTS || next == IPPROTO_FRAGMENT;
 }
 
+/* A fragment header: 0, or a drop. */
+static __always_inline int
+packet_parse_fragment(struct packet *packet,
+		      const struct ipv6_extension *extension)
+{
+	__u16 fragment = bpf_ntohs(extension->fragment);
+
+	/* Fragments are not fragmented again. */
+	if (packet->flags & PACKET_FRAGMENT)
+		return -DROP_INVALID_EXTENSION_HEADER;
+	packet->fragment_id = extension->id;
+	if (fragment & 0xfff8)
+		return packet_parse_later(packet, fragment & 0xfff8);
+	if (fragment & 1)
+		packet->flags |= PACKET_FRAGMENT;
+	return 0;
+}
+
 /* At most six extension headers, RFC 8200's order not enforced. */
 static __always_inline int packet_parse_ipv6(struct __sk_buff *ctx,
 					     struct packet *packet)
 {
-	struct {
-		__u8 next_header;
-		__u8 length;
-		__be16 fragment; /* of a routing header: type, segments left */
-		__be32 id;
-	} extension;
-	__u32 offset = ETHERNET_LENGTH + sizeof(struct ipv6hdr);
-	__u32 id = 0;
+	__u32 offset = packet->l3_offset + sizeof(struct ipv6hdr);
+	struct ipv6_extension extension;
 	struct ipv6hdr ip;
 	__u8 next;
 	int ret;
 
-	if (bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, &ip, sizeof(ip)))
+	packet->flags |= PACKET_IPV6;
+	if (bpf_skb_load_bytes(ctx, packet->l3_offset, &ip, sizeof(ip)))
 		return -DROP_INVALID_PACKET;
 	if ((bpf_ntohl(ip.version_class_label) >> 28) != 6)
 		return -DROP_INVALID_PACKET;
 
 	addr_from_ipv6(&packet->source, ip.source);
 	addr_from_ipv6(&packet->destination, ip.destination);
-	packet->flags |= PACKET_HAS_ADDRESSES | PACKET_IPV6;
+	packet->flags |= PACKET_HAS_ADDRESSES;
 	/* ::ffff:a.b.c.d on the wire would be taken for the IPv4 address. */
 	if (addr_is_ipv4(&packet->source) || addr_is_ipv4(&packet->destination))
 		return -DROP_INVALID_PACKET;
-	if (bpf_ntohs(ip.payload_length) + offset > ctx->len)
+	if (packet_is_cut(ctx, packet, bpf_ntohs(ip.payload_length) + offset))
 		return -DROP_INVALID_PACKET;
 
 	next = ip.next_header;
@@ -408,20 +449,10 @@ static __always_inline int packet_parse_ipv6(struct __sk_buff *ctx,
 		    extension.fragment & bpf_htons(0xff))
 			return -DROP_INVALID_EXTENSION_HEADER;
 		if (next == IPPROTO_FRAGMENT) {
-			if (packet->flags &
-			    (PACKET_FRAGMENT | PACKET_LATER_FRAGMENT))
-				return -DROP_INVALID_EXTENSION_HEADER;
-			id = extension.id;
-			if (extension.fragment & bpf_htons(0xfff8)) {
-				if (bpf_ntohs(extension.fragment) <
-				    sizeof(struct tcphdr))
-					return -DROP_FRAGMENT_UNSUPPORTED;
-				packet->flags |= PACKET_LATER_FRAGMENT;
-				packet->protocol = extension.next_header;
-				return packet_track_fragment(packet, id);
-			}
-			if (extension.fragment & bpf_htons(1))
-				packet->flags |= PACKET_FRAGMENT;
+			packet->protocol = extension.next_header;
+			ret = packet_parse_fragment(packet, &extension);
+			if (ret || packet->flags & PACKET_LATER_FRAGMENT)
+				return ret;
 			offset += 8;
 		} else {
 			offset += 8 + extension.length * 8;
@@ -432,12 +463,14 @@ static __always_inline int packet_parse_ipv6(struct __sk_buff *ctx,
 		return -DROP_INVALID_EXTENSION_HEADER;
 	packet->protocol = next;
 	packet->l4_offset = offset;
-	ret = packet_parse_l4(ctx, packet);
-	if (ret || !(packet->flags & PACKET_FRAGMENT))
-		return ret;
-	return packet_track_fragment(packet, id);
+	return packet_parse_first(ctx, packet);
 }
 
+/*
+ * Of any packet, whole or quoted, at l3_offset: 0 or a drop. A quote has the
+ * family of the packet that it is in. Ports of a later fragment are 0 until
+ * fragment_find() knows them.
+ */
 __weak __noinline int packet_parse_slow(struct __sk_buff *ctx,
 					struct packet *packet)
 {
@@ -581,6 +614,7 @@ static __always_inline int packet_parse(struct __sk_buff *ctx,
 	struct packet_tuple tuple;
 
 	packet->bytes = ctx->len;
+	packet->l3_offset = ETHERNET_LENGTH;
 	if (!packet_parse_plain(data, end, &tuple))
 		return packet_parse_slow(ctx, packet);
 	source[0] = tuple.source[0];

@@ -39,6 +39,8 @@ struct nat_mapping {
 struct scratch {
 	struct packet packet; /* the one that the program was called for */
 	struct packet quoted; /* that an ICMP error quotes */
+	struct fragment fragment; /* of the packet, as it is in the frame */
+	struct fragment known_fragment; /* copy of a row of `fragments` */
 	struct flow flow;
 	struct nat_mapping mapping;
 	struct connection_key service_key; /* of a CONNECTION_SERVICE row */

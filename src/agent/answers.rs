@@ -234,6 +234,8 @@ impl Known {
             if args.masquerade {
                 rows.push(("masquerade ports", loaded.ports.to_string()));
             }
+            let order = if features.fragments_wait { "wait for the first" } else { "dropped: no tbf queue" };
+            rows.push(("fragments out of order", order.to_owned()));
             for (program, reason) in &features.not_loaded {
                 rows.push(("left out", format!("{program}: {reason}")));
             }

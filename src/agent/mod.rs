@@ -289,6 +289,9 @@ fn load(config: &Config, node: &Node, ports: &Ports) -> Result<(Devices, Arc<Dat
     } else if netlink::delete_link(OVERLAY_DEVICE).context("removing the tunnel device")? {
         tracing::info!(device = OVERLAY_DEVICE, "removed the tunnel device: routing is native now");
     }
+    if let Some([_, comes_out]) = devices.wait {
+        datapath.attach_wait(comes_out).context("attaching to the device of waiting fragments")?;
+    }
     if config.args.socket_lb {
         datapath.attach_sockets().context("attaching to sockets")?;
     } else {
@@ -330,6 +333,7 @@ fn options(config: &Config, node: &Node, devices: &Devices, ports: &Ports, secre
             secret,
             netns_cookie: netlink::namespace_cookie(),
             tunnel_ifindex: devices.overlay,
+            wait_ifindex: devices.wait.map(|[given, _]| given),
             network: devices.network.clone(),
             tunnel_port: args.tunnel_port,
             flow_report: std::time::Duration::from_secs(args.flow_report_seconds.into()),

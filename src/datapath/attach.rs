@@ -22,8 +22,8 @@ use super::probe::{cgroup_root_below, find_or_mount_cgroup_root};
 use super::settings::AttachMode;
 
 /// Programs of devices: `from_*` sees what a device receives, `to_*` what it sends.
-pub(super) const TC_PROGRAMS: [&str; 6] =
-    ["from_pod", "to_pod", "from_network", "to_network", "from_overlay", "to_overlay"];
+pub(super) const TC_PROGRAMS: [&str; 7] =
+    ["from_pod", "to_pod", "from_network", "to_network", "from_overlay", "to_overlay", "from_wait"];
 
 /// The programs of a device that leads to the network.
 const NETWORK_PROGRAMS: [&str; 2] = ["from_network", "to_network"];
@@ -75,6 +75,11 @@ impl Datapath {
             }
         }
         Ok(())
+    }
+
+    /// Puts the device where waiting fragments come out under `from_wait`.
+    pub fn attach_wait(&self, ifindex: u32) -> Result<()> {
+        self.attach_device(ifindex, &["from_wait"]).context("attaching to the device of waiting fragments")
     }
 
     /// Puts every socket of the node under the programs that translate services.

@@ -55,7 +55,7 @@ const WRITTEN: [&str; 7] =
     ["addresses", "backends", "endpoints", "policy_peers", "policy_rules", "prefixes", "services"];
 
 /// Maps that the programs fill: counting walks them, so it is not done often.
-const WALKED: [&str; 4] = ["connections", "fragments", "nat", "sockets"];
+const WALKED: [&str; 3] = ["connections", "nat", "sockets"];
 
 /// A walk of a full `connections` takes some 100 ms.
 const WALK_INTERVAL: Duration = Duration::from_secs(10);

@@ -299,16 +299,17 @@ fn nat_row(key: abi::NatKey, row: abi::Nat) -> Row {
     Some(([&[key.direction], key.as_bytes()].concat(), value))
 }
 
-fn fragment_row(key: abi::FragmentKey, row: abi::Fragment) -> Row {
+fn fragment_row(slot: u32, row: abi::Fragment) -> Row {
     let value = json!({
-        "source": ip_of(key.source),
-        "destination": ip_of(key.destination),
-        "id": key.id,
-        "protocol": protocol(key.protocol),
+        "source": ip_of(row.source),
+        "destination": ip_of(row.destination),
+        "id": row.id,
+        "device": row.way / 2,
+        "protocol": protocol(row.protocol),
         "source_port": u16::from_be(row.source_port),
         "destination_port": u16::from_be(row.destination_port),
     });
-    Some((key.as_bytes().to_vec(), value))
+    (row.check != 0).then(|| (slot.to_be_bytes().to_vec(), value))
 }
 
 fn node_state_row(_: u32, row: abi::NodeState) -> Row {

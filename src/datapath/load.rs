@@ -125,7 +125,8 @@ pub(super) fn prepare(
 
 /// Sections of the object (`.rodata`, `.bss`) and the programs' work space belong to one load.
 fn is_private(map: &str) -> bool {
-    map.contains('.') || ["ended", "quota_pending", "recounts", "routes", "scratch", "shares"].contains(&map)
+    let private = ["ended", "quota_pending", "recounts", "routes", "scratch", "shares", "waiting"];
+    map.contains('.') || private.contains(&map)
 }
 
 fn fill_settings(map: &mut OpenMapMut<'_>, settings: abi::Settings) -> Result<()> {

@@ -112,7 +112,8 @@ impl Datapath {
     pub fn load(options: &Options) -> Result<Self> {
         probe::check_requirements()?;
         let pins = Pins::open(&options.pins)?;
-        let loaded = load::load(&options.settings, &options.map_sizes, options.attach, Some(&pins))?;
+        let mut loaded = load::load(&options.settings, &options.map_sizes, options.attach, Some(&pins))?;
+        loaded.features.fragments_wait = options.settings.wait_ifindex.is_some();
         Ok(Self {
             object: loaded.object,
             features: loaded.features,

@@ -29,6 +29,8 @@ pub struct Features {
     pub attach: AttachMode,
     /// Sockets can be ended by an iterator; else the agent asks for it, one by one.
     pub has_socket_destroy: bool,
+    /// Fragments wait for the first one of their packet: the node has devices for that.
+    pub fragments_wait: bool,
     /// Programs that are not loaded, and why.
     pub not_loaded: Vec<(String, String)>,
 }

@@ -109,6 +109,8 @@ pub struct Settings {
     pub socket_lb: bool,
     /// Put on and take off the tunnel's headers, past its device.
     pub tunnel_direct: bool,
+    /// Where fragments wait for the first one of their packet; without it they are dropped.
+    pub wait_ifindex: Option<u32>,
     /// The bits of `skb->mark` that are Weir's: adjacent, at least three.
     pub mark_mask: u32,
     /// What one pod may have of what all share.
@@ -141,6 +143,7 @@ impl Default for Settings {
             flow_events: true,
             socket_lb: true,
             tunnel_direct: true,
+            wait_ifindex: None,
             mark_mask: MARK_MASK,
             quotas: Quotas::default(),
         }
@@ -168,6 +171,7 @@ impl Settings {
             tcp_closing_seconds: seconds(self.tcp_closing),
             other_timeout_seconds: seconds(self.other_timeout),
             mark_mask: self.mark_mask,
+            wait_ifindex: self.wait_ifindex.unwrap_or(0),
             quota_limit: limits.of_one,
             quota_capacity: limits.of_all,
             drop_record_cost: self.quotas.drop_record_cost(jiffies_per_second),
@@ -180,7 +184,7 @@ impl Settings {
             flow_events: self.flow_events.into(),
             socket_lb: self.socket_lb.into(),
             tunnel_direct: self.tunnel_direct.into(),
-            pad: [0; 5],
+            pad: [0; 1],
         };
         for (slot, device) in settings.network_ifindex.iter_mut().zip(&self.network) {
             *slot = *device;

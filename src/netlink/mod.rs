@@ -15,6 +15,7 @@
 //! link         devices: find, delete, raise, VXLAN
 //! news         that something changed
 //! pod          the link between a pod and its node
+//! queue        a pair of devices that delays packets
 //! route        routes and neighbours that are ours
 //! socket       ending sockets, through sock_diag
 //! sysctl       /proc/sys/net
@@ -29,6 +30,7 @@ mod namespace;
 mod netfilter;
 mod news;
 mod pod;
+mod queue;
 mod route;
 mod socket;
 mod sysctl;
@@ -49,6 +51,7 @@ pub use pod::{
     GATEWAY_IPV4, GATEWAY_IPV6, POD_ROUTE_PROTOCOL, PodLink, PodLinkSpec, create_pod_link, raise_pod_link,
     verify_pod_link,
 };
+pub use queue::{TokenBucket, ensure_queue};
 pub use route::{NODE_ROUTE_PROTOCOL, Route, neighbours, node_routes, sync_neighbours, sync_routes};
 pub use socket::destroy_udp_socket;
 pub use sysctl::{get_sysctl, set_sysctl, set_sysctl_root};

@@ -9,6 +9,7 @@ mod datapath;
 mod demo;
 mod floods;
 mod flows;
+mod fragments;
 mod golden;
 mod host_ports;
 #[path = "../lab/mod.rs"]

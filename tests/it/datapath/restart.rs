@@ -165,13 +165,13 @@ fn a_pinned_map_of_another_shape_is_replaced() -> Result<()> {
     require_lab!();
     isolated(|pins| {
         drop(Datapath::load(&options(pins))?);
-        let path = pins.join("maps/fragments");
+        let path = pins.join("maps/nat");
         std::fs::remove_file(&path)?;
         let create = libbpf_rs::libbpf_sys::bpf_map_create_opts {
             sz: size_of::<libbpf_rs::libbpf_sys::bpf_map_create_opts>() as _,
             ..Default::default()
         };
-        MapHandle::create(MapType::Hash, Some("fragments"), 8, 8, 16, &create)?.pin(&path)?;
+        MapHandle::create(MapType::Hash, Some("nat"), 8, 8, 16, &create)?.pin(&path)?;
         drop(Datapath::load(&options(pins))?);
         assert_eq!(MapHandle::from_pinned_path(&path)?.map_type(), MapType::LruHash);
         Ok(())

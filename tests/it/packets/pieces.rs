@@ -11,7 +11,7 @@ use super::world::{
 use crate::require::require_lab;
 
 /// A datagram in three pieces.
-fn pieces(from: (IpAddr, u16), to: (IpAddr, u16), id: u32) -> [Packet; 3] {
+pub fn pieces(from: (IpAddr, u16), to: (IpAddr, u16), id: u32) -> [Packet; 3] {
     let whole = udp(from, to).payload(&[7; 1000]);
     let part = |offset: u16, more, length| {
         let piece = whole.clone().payload(&vec![7; length]).fragment(id, offset, more);
@@ -31,9 +31,11 @@ fn fragments_are_judged_like_their_first() -> Result<()> {
             // Before the first one nobody knows where they belong.
             let outcome = world.send("from_pod", &last)?;
             ensure!(outcome.counted[0].0 == 175, "{outcome:?}");
-            for piece in [&first, &last, &second] {
+            // Nor after one that was dropped.
+            for (piece, reason) in [(&first, 133), (&last, 175), (&second, 175)] {
                 let outcome = world.send("from_pod", piece)?;
                 ensure!(outcome.action == action, "{outcome:?}");
+                ensure!(outcome.action != SHOT || outcome.counted[0].0 == reason, "{outcome:?}");
                 ensure!(outcome.action == SHOT || outcome.frame == piece.bytes());
             }
         }

@@ -14,7 +14,7 @@ use weir::datapath::abi::{
     Address, Backend, BackendKey, Connection, ConnectionKey, Ended, Endpoint, Event, NodeState, PolicyPeer,
     PolicyPeerKey, PolicyRule, PolicyRuleKey, Prefix, PrefixKey, Service, ServiceKey,
 };
-use weir::datapath::abi::{Fragment, FragmentKey, Nat, NatKey, Plain, SocketKey, SocketOrigin};
+use weir::datapath::abi::{Fragment, Nat, NatKey, Plain, SocketKey, SocketOrigin};
 use weir::datapath::types::{
     address_flags, direction as way, endpoint_flags, node_flags, policy_bits, policy_verdict, prefix_flags,
     service_flags,
@@ -241,7 +241,7 @@ pub fn within_empty(
 
 impl World {
     fn new(settings: &Settings) -> Result<Self> {
-        let sizes = ["connections", "nat", "fragments", "sockets"]
+        let sizes = ["connections", "nat", "sockets"]
             .into_iter()
             .fold(MapSizes::default(), |sizes, map| sizes.with(map, 4096));
         let datapath = Datapath::open_private(settings, &sizes)?;
@@ -465,8 +465,23 @@ impl World {
         self.datapath.typed::<ConnectionKey, Connection>("connections")?.sync(&Default::default())?;
         self.change_ended(|row| *row = Ended::default())?;
         self.datapath.typed::<NatKey, Nat>("nat")?.sync(&Default::default())?;
-        self.datapath.typed::<FragmentKey, Fragment>("fragments")?.sync(&Default::default())?;
+        self.forget_fragments()?;
         self.datapath.typed::<SocketKey, SocketOrigin>("sockets")?.sync(&Default::default())?;
+        Ok(())
+    }
+
+    /// Every first fragment that is known.
+    pub fn fragments(&self) -> Result<Vec<Fragment>> {
+        let rows = self.datapath.typed::<u32, Fragment>("fragments")?.rows()?;
+        Ok(rows.into_values().filter(|row| row.check != 0).collect())
+    }
+
+    /// Forgets every first fragment.
+    pub fn forget_fragments(&self) -> Result<()> {
+        let map = self.datapath.typed::<u32, Fragment>("fragments")?;
+        for (slot, _) in map.rows()?.into_iter().filter(|(_, row)| row.check != 0) {
+            map.insert(&slot.0, &Fragment::default())?;
+        }
         Ok(())
     }
 
