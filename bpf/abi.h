@@ -87,8 +87,9 @@ enum drop_reason {
  * endpoints[id]: a pod of this node. The host side of its veth has the address
  * ENDPOINT_MAC_PREFIX:<id, big endian>, so from_pod knows the endpoint from the
  * frame's destination without a hash lookup, and checks ifindex.
- * One cache line. The writer stores everything but epoch first, then epoch:
- * who reads epoch before policy never caches an old verdict as a new one.
+ * One cache line. The writer stores everything but epoch first, then epoch.
+ * Programs read epoch and policy as one word: nobody has a new epoch with an old
+ * policy, on any processor.
  */
 struct endpoint {
 	__u32 epoch;	/* raised by every change of policy */
@@ -101,6 +102,9 @@ struct endpoint {
 	__u16 flags;	/* enum endpoint_flags */
 };
 _Static_assert(sizeof(struct endpoint) == 56, "endpoint");
+_Static_assert(__builtin_offsetof(struct endpoint, epoch) == 0 &&
+		       __builtin_offsetof(struct endpoint, policy) == 4,
+	       "one aligned word of 8 bytes");
 
 enum endpoint_flags {
 	ENDPOINT_READY = 1 << 0, /* policy is enforced; else all is dropped, 203 */

@@ -82,3 +82,29 @@ static __always_inline __u32 endpoint_epoch(const struct endpoint *endpoint)
 {
 	return *(const volatile __u32 *)&endpoint->epoch;
 }
+
+/* Epoch and policy as they were together at one moment. */
+struct endpoint_policy {
+	__u32 epoch;
+	__u32 policy;
+};
+
+static __always_inline struct endpoint_policy
+endpoint_policy(const struct endpoint *endpoint)
+{
+	__u64 word = *(const volatile __u64 *)&endpoint->epoch;
+	struct endpoint_policy of;
+
+	__builtin_memcpy(&of, &word, sizeof(of));
+	return of;
+}
+
+/*
+ * What is read after this is at least as new as what was read before it. A
+ * processor with weak order (arm64) may read in any order otherwise; an atomic
+ * that returns a value is fully ordered for BPF. `word` is nobody else's.
+ */
+static __always_inline void order_reads(__u32 *word)
+{
+	__sync_val_compare_and_swap(word, 0, 0);
+}

@@ -439,14 +439,15 @@ static __noinline int flow_judge_end(struct packet *packet,
 				     struct flow_verdict *verdict)
 {
 	struct endpoint *endpoint = endpoint_by_id(local->endpoint);
+	struct endpoint_policy of;
 
 	packet->direction = verdict->direction;
 	packet->rule_id = 0;
 	if (!endpoint || !endpoint->ifindex)
 		return -DROP_UNROUTABLE_IP;
-	/* Before the policy, or an old verdict would be kept as a new one. */
-	verdict->epoch += endpoint_epoch(endpoint);
-	barrier();
+	/* At once, or an old policy's verdict would be kept as a new one's. */
+	of = endpoint_policy(endpoint);
+	verdict->epoch += of.epoch;
 	if (!(endpoint->flags & ENDPOINT_READY))
 		return -DROP_ENDPOINT_NOT_READY;
 	/* To itself a pod may always speak. */
@@ -458,7 +459,7 @@ static __noinline int flow_judge_end(struct packet *packet,
 	if (remote_identity == IDENTITY_HOST &&
 	    verdict->direction == DIRECTION_INGRESS)
 		return 0;
-	return policy_check(endpoint, verdict, remote_identity, packet);
+	return policy_check(of.policy, verdict, remote_identity, packet);
 }
 
 /* Egress at the initiator's pod, ingress at the responder's: 0 or a drop. */
@@ -738,10 +739,10 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 	if (!connection && packet->flags & PACKET_FROM_POD)
 		flow_find_socket(ctx, packet);
 
-	/* Before the identities, as each pod's epoch before its policy. */
+	/* Before the identities, or an old one would be kept as a new one. */
 	flow->egress.epoch = address_epoch();
 	flow->ingress.epoch = flow->egress.epoch;
-	barrier();
+	order_reads(&room->fence);
 	ret = flow_resolve(ctx, packet, &flow->source, &flow->destination);
 	flow_keep_host(packet, connection, &flow->destination);
 	flow_keep_newcomer(packet, connection, &flow->destination);

@@ -15,13 +15,13 @@ struct flow_verdict {
 	__u32 rule_id;
 };
 
-/* 0 or a drop; notes the rule. The port is the responder's. */
-static __always_inline int policy_check(const struct endpoint *endpoint,
+/* 0 or a drop; notes the rule. The port is the responder's. `policy` is the
+ * endpoint's. */
+static __always_inline int policy_check(__u32 policy,
 					struct flow_verdict *verdict,
 					__u32 identity, struct packet *packet)
 {
 	__u32 direction = verdict->direction;
-	__u32 policy = *(const volatile __u32 *)&endpoint->policy;
 	__u32 enforced = direction == DIRECTION_EGRESS ? POLICY_ENFORCE_EGRESS
 						       : POLICY_ENFORCE_INGRESS;
 	struct policy_peer_key peer_key = {

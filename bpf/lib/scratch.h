@@ -37,6 +37,8 @@ struct nat_mapping {
 };
 
 struct scratch {
+	__u32 fence; /* 0; for order_reads() */
+	__u32 pad;
 	struct packet packet; /* the one that the program was called for */
 	struct packet quoted; /* that an ICMP error quotes */
 	struct fragment fragment; /* of the packet, as it is in the frame */

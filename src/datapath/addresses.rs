@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::atomic::{Ordering, fence};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
@@ -253,6 +254,8 @@ impl AddressWriter {
         if self.is_epoch_due {
             let mut state = self.node_state.get(&0)?.context("reading the only row of node_state")?;
             state.address_epoch = state.address_epoch.wrapping_add(1);
+            // The rows are seen before the epoch on every processor.
+            fence(Ordering::SeqCst);
             self.node_state.insert(&0, &state)?;
             self.is_epoch_due = false;
         }

@@ -1,12 +1,12 @@
 //! Writes `endpoints`: the pods of this node and the policies in force.
 //!
-//! A row is stored with its old epoch first and with the next one after that:
-//! a program reads the epoch before the policy, so it never keeps the verdict of
+//! A row is stored with its old epoch first and with the next one after that: a
+//! program reads epoch and policy as one word, so it never keeps the verdict of
 //! an old policy under the new epoch. Epochs of an id only rise, also while
 //! nobody has it, so that no cached verdict survives its pod.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use anyhow::Result;
 
@@ -75,6 +75,8 @@ impl EndpointWriter {
         let old = self.endpoints.rows().get(&Bytes(id)).copied().unwrap_or_default();
         for row in steps(&old, &desired) {
             self.endpoints.put(id, row)?;
+            // The next row is seen after this one on every processor.
+            fence(Ordering::SeqCst);
         }
         Ok(())
     }
