@@ -64,6 +64,7 @@ enum {
 	BPF_SK_STORAGE_GET_F_CREATE = 1 << 0,
 	BPF_FIB_LOOKUP_SKIP_NEIGH = 1 << 2,
 	BPF_FIB_LKUP_RET_SUCCESS = 0,
+	BPF_FIB_LKUP_RET_FRAG_NEEDED = 8,
 	BPF_F_CURRENT_NETNS = -1,
 	BPF_TCP_ESTABLISHED = 1, /* of UDP: connected */
 	BPF_TCP_LISTEN = 10,
@@ -247,6 +248,7 @@ enum ip_protocol {
 };
 
 enum ip_fragment {
+	IP_DONT_FRAGMENT = 0x4000,
 	IP_MORE_FRAGMENTS = 0x2000,
 	IP_FRAGMENT_OFFSET = 0x1fff,
 };
@@ -315,7 +317,7 @@ struct bpf_fib_lookup {
 	__u8 l4_protocol;
 	__be16 sport;
 	__be16 dport;
-	__u16 tot_len;
+	__u16 tot_len; /* 0: not compared with the MTU; out: the MTU of the way */
 	__u32 ifindex;
 	__be32 flowinfo; /* IPv4: tos in the first byte; out: metric */
 	__u32 source[4];

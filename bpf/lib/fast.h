@@ -142,12 +142,17 @@ fast_arrival(const struct fast *fast, struct connection *connection, __u32 side,
  * To a pod of another node by the node's routes. Its address is still the one
  * that was judged, or the epoch would be another.
  */
-static __always_inline int fast_leave(struct __sk_buff *ctx, struct fast *fast)
+static __always_inline int fast_leave(struct __sk_buff *ctx, struct fast *fast,
+				      const struct packet_tuple *tuple)
 {
 	struct addr *first = &fast->key.addr[0], *second = &fast->key.addr[1];
+	__u32 ip = tuple->is_ipv6 ? sizeof(struct ipv6hdr)
+				  : sizeof(struct iphdr);
+	__u32 length = packet_wire_length(ctx, ETHERNET_LENGTH + ip,
+					  tuple->protocol);
 
-	return fast->high ? route_leave(ctx, second, first)
-			  : route_leave(ctx, first, second);
+	return fast->high ? route_leave(ctx, second, first, length)
+			  : route_leave(ctx, first, second, length);
 }
 
 /* An action of tc, or FAST_OTHER_WAY. */
@@ -187,7 +192,7 @@ static __always_inline int fast_from_pod(struct __sk_buff *ctx,
 		if (connection->endpoint[side ^ 1] ||
 		    !fast_is_recent(connection))
 			return FAST_OTHER_WAY;
-		action = fast_leave(ctx, fast);
+		action = fast_leave(ctx, fast, &tuple);
 		if (action < 0)
 			return FAST_OTHER_WAY;
 		fast_count(ctx, fast, connection, side, tuple.tcp_flags, 0,

@@ -53,8 +53,38 @@ static __always_inline bool forward_is_network(__u32 ifindex)
 }
 
 /*
- * By the node's routes, but past its stack: an action of tc, or a drop. By the
- * stack, TC_ACT_OK, if it may and the way is none of to_network's.
+ * The packet answers by an address that is not the pod's own, a host port's. The
+ * stack would not take that address from a pod's device: translation is the last
+ * that is done to it, and only if it leaves past the stack.
+ */
+static __always_inline bool forward_is_answer(const struct packet *packet)
+{
+	return packet->flags & PACKET_NEW_SOURCE &&
+	       packet->flags & (PACKET_REPLY | PACKET_ICMP_ERROR);
+}
+
+/* What the stack is given is as the pod sent it, so that the pod knows what an
+ * error quotes. It may not be cut there: the pieces would miss translation. */
+static __always_inline int forward_too_long_answer(struct __sk_buff *ctx,
+						   const struct packet *packet)
+{
+	__be16 fragment = 0;
+
+	if (!(packet->flags & PACKET_IPV6) &&
+	    (bpf_skb_load_bytes(ctx,
+				ETHERNET_LENGTH + __builtin_offsetof(
+							  struct iphdr, fragment),
+				&fragment, sizeof(fragment)) ||
+	     !(fragment & bpf_htons(IP_DONT_FRAGMENT))))
+		return -DROP_FRAGMENT_UNSUPPORTED;
+	return leave_to_stack(ctx);
+}
+
+/*
+ * By the node's routes, but past its stack: an action of tc, or a drop. What is
+ * too long for its way, or at its last hop, is the stack's (TC_ACT_OK), which
+ * cuts it or tells its sender. By the stack, too, if `may_pass` and the way is
+ * none of to_network's.
  */
 __weak __noinline int forward_to_route(struct __sk_buff *ctx,
 				       struct packet *packet, bool may_pass)
@@ -64,31 +94,49 @@ __weak __noinline int forward_to_route(struct __sk_buff *ctx,
 
 	if (!packet)
 		return -DROP_UNROUTABLE_IP;
+	fib.tot_len = packet_wire_length(ctx, packet->l4_offset,
+					 packet->protocol);
 	ret = route_find(ctx, &packet->source, &packet->destination,
 			 packet->flags & PACKET_IPV6, &fib);
 	if (may_pass && (ret != BPF_FIB_LKUP_RET_SUCCESS ||
 			 !forward_is_network(fib.ifindex)))
 		return leave_to_stack(ctx);
+	if (ret == BPF_FIB_LKUP_RET_FRAG_NEEDED)
+		return forward_is_answer(packet)
+			       ? forward_too_long_answer(ctx, packet)
+			       : leave_to_stack(ctx);
 	if (ret != BPF_FIB_LKUP_RET_SUCCESS)
 		return -DROP_FIB_LOOKUP_FAILED;
+	if (!hop_take(ctx, packet->flags & PACKET_IPV6))
+		return leave_to_stack(ctx);
+	if (forward_is_answer(packet)) {
+		ret = rewrite_apply(ctx, packet);
+		if (ret)
+			return ret;
+	}
 	/* Who asked the pod by its own address, or by a host port, hears from
 	 * that address; what the pod asks may bear the node's. */
-	return may_pass && !(packet->flags & PACKET_REPLY)
-		       ? leave_by_network(ctx, fib.ifindex, fib.family,
-					  fib.destination)
-		       : leave(ctx, fib.ifindex, fib.family, fib.destination);
+	if (may_pass && !(packet->flags & PACKET_REPLY))
+		return leave_by_network(ctx, fib.ifindex, fib.family,
+					fib.destination);
+	return leave(ctx, fib.ifindex, fib.family, fib.destination);
 }
 
 /* To the node that has the pod, by native routing: an action of tc, or a drop. */
 static __always_inline int forward_by_route(struct __sk_buff *ctx,
 					    struct packet *packet)
 {
+	__u32 length;
 	int action;
 
 	/* A service answers: its address may have another way. */
 	if (packet->flags & PACKET_NEW_SOURCE)
 		return forward_to_route(ctx, packet, false);
-	action = route_leave(ctx, &packet->source, &packet->destination);
+	length = packet_wire_length(ctx, packet->l4_offset, packet->protocol);
+	action = route_leave(ctx, &packet->source, &packet->destination,
+			     length);
+	if (action == ROUTE_BY_STACK)
+		return leave_to_stack(ctx);
 	return action < 0 ? -DROP_FIB_LOOKUP_FAILED : action;
 }
 
@@ -129,9 +177,18 @@ __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 	endpoint = endpoint_by_id(packet->source_endpoint);
 	if (!endpoint)
 		return -DROP_INVALID_IDENTITY;
+	if (!hop_take(ctx, packet->flags & PACKET_IPV6))
+		return leave_to_stack(ctx);
+	if (forward_is_answer(packet)) {
+		ret = rewrite_apply(ctx, packet);
+		if (ret)
+			return ret;
+	}
 	if (tunnel_is_direct() && addr_is_ipv4(node)) {
 		ret = tunnel_send(ctx, packet, node->w[3],
-				  endpoint->identity);
+				  endpoint->identity,
+				  packet_wire_length(ctx, packet->l4_offset,
+						     packet->protocol));
 		if (ret != TUNNEL_BY_DEVICE)
 			return ret;
 	}
@@ -146,7 +203,8 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 {
 	int ret;
 
-	if (packet->flags & (PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION)) {
+	if (packet->flags & (PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION) &&
+	    (packet->route == ROUTE_ENDPOINT || !forward_is_answer(packet))) {
 		ret = rewrite_apply(ctx, packet);
 		if (ret)
 			return ret;
@@ -164,7 +222,7 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 			return -DROP_ENCAPSULATION_PROHIBITED;
 		/* A host port answers: the stack would not take the node's own
 		 * address from a device. */
-		if (packet->flags & PACKET_NEW_SOURCE)
+		if (forward_is_answer(packet))
 			return forward_to_route(ctx, packet, false);
 		/* The node's connection tracking would see one direction alone,
 		 * and its firewall take the rest for invalid. */

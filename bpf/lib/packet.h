@@ -602,6 +602,32 @@ static __always_inline bool packet_has_payload(struct __sk_buff *ctx,
 	return ctx->gso_size || bpf_ntohs(length) > headers;
 }
 
+/* Of each packet that a merged one (GSO) will be cut into. */
+__weak __noinline int packet_segment_length(struct __sk_buff *ctx,
+					    __u32 l4_offset, __u32 protocol)
+{
+	__u32 headers = l4_offset - ETHERNET_LENGTH;
+	__u8 offset = 0;
+
+	if (protocol != IPPROTO_TCP)
+		headers += sizeof(struct udphdr);
+	else if (!bpf_skb_load_bytes(
+			 ctx,
+			 l4_offset + __builtin_offsetof(struct tcphdr, offset),
+			 &offset, 1))
+		headers += (offset >> 4) * 4;
+	return ctx->gso_size + headers;
+}
+
+/* The length of the packet on the wire, from the IP header on. */
+static __always_inline __u32 packet_wire_length(struct __sk_buff *ctx,
+						__u32 l4_offset, __u8 protocol)
+{
+	if (ctx->gso_size)
+		return packet_segment_length(ctx, l4_offset, protocol);
+	return ctx->len - ETHERNET_LENGTH;
+}
+
 /* Fills what the frame says; 0 or a drop. The caller has called packet_begin.
  */
 static __always_inline int packet_parse(struct __sk_buff *ctx,

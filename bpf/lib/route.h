@@ -4,8 +4,8 @@
  */
 #pragma once
 
+#include "hop.h"
 #include "leave.h"
-#include "packet.h"
 
 /* Where the node would forward this to: BPF_FIB_LKUP_RET_*. IPv4 addresses are
  * the last words. */
@@ -37,7 +37,8 @@ route_recall(struct __sk_buff *ctx, const struct addr *source,
 	     const struct addr *destination)
 {
 	__u32 slot = bpf_ntohl(destination->w[3]) & (ROUTE_SLOTS - 1);
-	struct bpf_fib_lookup fib = {.ifindex = ctx->ifindex};
+	/* A length makes the kernel say the MTU of the way. */
+	struct bpf_fib_lookup fib = {.ifindex = ctx->ifindex, .tot_len = 1};
 	__u64 now = bpf_jiffies64();
 	struct known_route *route = bpf_map_lookup_elem(&routes, &slot);
 
@@ -55,24 +56,32 @@ route_recall(struct __sk_buff *ctx, const struct addr *source,
 	route->from_ifindex = ctx->ifindex;
 	route->ifindex = fib.ifindex;
 	route->family = fib.family;
+	route->mtu = fib.tot_len;
 	__builtin_memcpy(route->next_hop, fib.destination, 16);
 	return route;
 }
 
+/* No action of tc. */
+#define ROUTE_UNKNOWN  -1 /* there is no way */
+#define ROUTE_BY_STACK -2 /* too long for the way, or at its last hop */
+
 /*
  * What a pod sends to another node's pod leaves by the way that is known of it:
- * an action of tc, or -1 if there is none.
+ * an action of tc, or ROUTE_UNKNOWN or ROUTE_BY_STACK, and the packet is as
+ * before. Its length on the wire is asked for.
  */
 __weak __noinline int route_leave(struct __sk_buff *ctx,
 				  const struct addr *source,
-				  const struct addr *destination)
+				  const struct addr *destination, __u32 length)
 {
 	struct known_route *route;
 
 	if (!source || !destination)
-		return -1;
+		return ROUTE_UNKNOWN;
 	route = route_recall(ctx, source, destination);
 	if (!route)
-		return -1;
+		return ROUTE_UNKNOWN;
+	if (length > route->mtu || !hop_take(ctx, !addr_is_ipv4(destination)))
+		return ROUTE_BY_STACK;
 	return leave(ctx, route->ifindex, route->family, route->next_hop);
 }

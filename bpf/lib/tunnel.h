@@ -135,27 +135,6 @@ static __always_inline __u8 tunnel_ecn(void *frame, bool is_ipv6)
 	return ecn == ECN_CONGESTED ? ECN_CAPABLE : ecn;
 }
 
-/* Of the packet once it has its outer headers, or of each that it is cut into;
- * bytes from the outer IP header on. */
-static __always_inline __u32 tunnel_packet_length(struct __sk_buff *ctx,
-						  const struct packet *packet)
-{
-	__u32 headers = packet->l4_offset - ETHERNET_LENGTH;
-	__u8 offset = 0;
-
-	if (!ctx->gso_size)
-		return ctx->len - ETHERNET_LENGTH + TUNNEL_LENGTH;
-	if (packet->protocol != IPPROTO_TCP)
-		headers += sizeof(struct udphdr);
-	else if (!bpf_skb_load_bytes(
-			 ctx,
-			 packet->l4_offset +
-				 __builtin_offsetof(struct tcphdr, offset),
-			 &offset, 1))
-		headers += (offset >> 4) * 4;
-	return ctx->gso_size + headers + TUNNEL_LENGTH;
-}
-
 static __always_inline __sum16
 tunnel_ip_checksum(const struct tunnel_headers *headers)
 {
@@ -171,9 +150,10 @@ tunnel_ip_checksum(const struct tunnel_headers *headers)
 }
 
 /* To the node with this address, with the sender's identity: an action of tc, a
- * drop, or TUNNEL_BY_DEVICE. */
+ * drop, or TUNNEL_BY_DEVICE. `wire_length` is the packet's own. */
 __weak __noinline int tunnel_send(struct __sk_buff *ctx, struct packet *packet,
-				  __be32 node, __u32 identity)
+				  __be32 node, __u32 identity,
+				  __u32 wire_length)
 {
 	struct bpf_fib_lookup fib = {.ifindex = ctx->ifindex};
 	struct tunnel_headers headers __attribute__((aligned(8))) = {};
@@ -200,7 +180,7 @@ __weak __noinline int tunnel_send(struct __sk_buff *ctx, struct packet *packet,
 	fib.l4_protocol = IPPROTO_UDP;
 	fib.sport = headers.udp.source;
 	fib.dport = headers.udp.destination;
-	fib.tot_len = tunnel_packet_length(ctx, packet);
+	fib.tot_len = wire_length + TUNNEL_LENGTH;
 	fib.source[0] = headers.ip.source;
 	fib.destination[0] = node;
 	/* Too long for that way, too: the device cuts it or says so. */

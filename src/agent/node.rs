@@ -149,7 +149,6 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
     };
     let network_names = network.iter().map(|device| device.name.clone()).collect();
     let network = network.iter().map(|device| device.index).collect();
-<<<<<<< HEAD
     Ok(Devices { network, network_names, overlay, mtu, internal_addresses, settings })
 }
 
@@ -167,20 +166,8 @@ fn give_addresses(overlay: u32, addresses: &[IpAddr]) -> Result<()> {
         }
     }
     Ok(())
-=======
-    Ok(Devices { network, overlay, wait: prepare_wait(), mtu, internal_addresses })
-}
-
-/// Where fragments wait for the first one of their packet. A kernel without `tbf` is no reason to stop.
-fn prepare_wait() -> Option<[u32; 2]> {
-    match netlink::ensure_queue(WAIT_DEVICES, WAIT_QUEUE) {
-        Ok(devices) => Some(devices),
-        Err(error) => {
-            tracing::warn!(%error, "fragments that come before the first one of their packet are dropped");
-            None
-        }
-    }
->>>>>>> f2f3973 (bpf: fragments in any order, each pod's its own, one parser for quotes)
+        // Without it the kernel does not tell BPF programs the MTU that a route has.
+        settings.push(("net/ipv4/ip_forward_use_pmtu".to_owned(), "1".to_owned()));
 }
 
 fn network_devices(config: &Config, node: &Node) -> Result<Vec<netlink::Link>> {
@@ -206,6 +193,8 @@ fn forwarding(node: &Node, network: &[netlink::Link]) -> Result<Vec<(String, Str
     let mut settings = Vec::new();
     if node.pod_cidrs.iter().any(|prefix| prefix.addr().is_ipv4()) {
         settings.push(("net/ipv4/ip_forward".to_owned(), "1".to_owned()));
+        // Without it the kernel does not tell BPF programs the MTU that a route has.
+        settings.push(("net/ipv4/ip_forward_use_pmtu".to_owned(), "1".to_owned()));
     }
     if node.pod_cidrs.iter().any(|prefix| prefix.addr().is_ipv6()) {
         for device in network {

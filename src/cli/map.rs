@@ -100,6 +100,8 @@ pub fn verify(args: &VerifyArgs) -> Result<(), Failure> {
         node_ipv6: Some(Ipv6Addr::LOCALHOST),
         netns_cookie: Some(1),
         tunnel_ifindex: Some(1),
+        network: vec![1],
+        wait_ifindex: Some(1),
         ..Settings::default()
     };
     let programs = datapath::verify(&settings)?;

@@ -9,7 +9,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::lab::{
-    Lab, OUTSIDE, Outcome, PATIENCE, PORTS, Running, Server, Setup, Space, Via, probe_udp, socket_address,
+    Lab, OUTSIDE, Outcome, PATIENCE, PORTS, Running, Server, Setup, Space, probe_udp, socket_address,
+    wait_for,
 };
 use crate::packets::frame::{Layer4, Packet, udp};
 use crate::require::require_lab;
@@ -45,7 +46,12 @@ fn send_raw(to: IpAddr, packets: &[Vec<u8>], pause: Duration) -> Result<()> {
 }
 
 /// Asks a server with a datagram whose first fragment comes last.
-fn ask_backwards(space: &Space, own: IpAddr, target: SocketAddr, pause: Duration) -> Running<Result<Vec<u8>>> {
+fn ask_backwards(
+    space: &Space,
+    own: IpAddr,
+    target: SocketAddr,
+    pause: Duration,
+) -> Running<Result<Vec<u8>>> {
     space.start(move || {
         let socket = UdpSocket::bind((own, 0))?;
         socket.set_read_timeout(Some(PATIENCE))?;
@@ -69,6 +75,13 @@ fn expect_answers(what: &str, space: &Space, own: IpAddr, target: SocketAddr) ->
     Ok(())
 }
 
+/// News of pods and neighbours may still be on their way.
+fn wait_until_answered(space: &Space, target: SocketAddr) -> Result<()> {
+    wait_for(&format!("an answer of {target}"), || {
+        Ok(space.run(move || probe_udp(target, b"hello")).is_ok_and(|outcome| outcome.is_answered()))
+    })
+}
+
 const FAMILIES: [bool; 2] = [true, false];
 
 #[test]
@@ -83,6 +96,7 @@ fn fragments_arrive_in_any_order() -> Result<()> {
         for is_ipv4 in FAMILIES {
             let own = client.address(is_ipv4);
             let at = |pod: &crate::lab::Pod| SocketAddr::new(pod.address(is_ipv4), 80);
+            wait_until_answered(client.space(), at(&far))?;
             expect_answers("one node", client.space(), own, at(&near))?;
             expect_answers(routing, client.space(), own, at(&far))?;
             let outsider: IpAddr = OUTSIDE[usize::from(!is_ipv4)].parse()?;
@@ -91,7 +105,9 @@ fn fragments_arrive_in_any_order() -> Result<()> {
             expect_answers("a host port", outside, outsider, SocketAddr::new(node, 8001))?;
             expect_masqueraded_answer(client.space(), outside, outsider)?;
         }
-        let dropped = lab.node(1).metric("weir_dropped_packets_total", &["FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND"])?;
+        let dropped = lab
+            .node(1)
+            .metric("weir_dropped_packets_total", &["FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND"])?;
         ensure!(dropped == 0.0, "{dropped} fragments were dropped");
     }
     Ok(())
@@ -128,14 +144,15 @@ fn a_fragment_whose_first_never_comes_is_dropped_and_counted() -> Result<()> {
     require_lab!();
     let lab = Lab::start(Setup::default())?;
     let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(1, "shop/b").create()?);
-    let dropped = || lab.node(1).metric("weir_dropped_packets_total", &["FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND"]);
+    let dropped =
+        || lab.node(1).metric("weir_dropped_packets_total", &["FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND"]);
     ensure!(lab.node(1).weir(&["status"])?.contains("wait for the first"));
     for is_ipv4 in FAMILIES {
         let before = dropped()?;
         let (from, to) = (a.address(is_ipv4), b.address(is_ipv4));
         let packets = fragments(SocketAddr::new(from, 4000), SocketAddr::new(to, 80), &[0; 3000]);
         a.space().run(move || send_raw(to, &packets[1..], Duration::ZERO))?;
-        crate::lab::wait_for("two dropped fragments", || Ok(dropped()? == before + 2.0))?;
+        wait_for("two dropped fragments", || Ok(dropped()? == before + 2.0))?;
     }
     Ok(())
 }
@@ -174,10 +191,60 @@ fn large_datagrams_pass_a_narrow_link() -> Result<()> {
         let (_space, _server) = beyond(&lab)?;
         for address in BEYOND {
             let target = socket_address(address, 80);
+            wait_until_answered(pod.space(), target)?;
             // With IPv6 the first one is lost, and tells how large fragments may be.
             let ask = || pod.space().run(move || probe_udp(target, &[b'f'; 4000]));
             let answered = (0..3).any(|_| ask().is_ok_and(|outcome| outcome.is_answered()));
             ensure!(answered, "{routing}, masquerade {masquerade}: no answer of {address}");
+        }
+    }
+    Ok(())
+}
+
+/// What a datagram with this TTL meets: its answer, or an error.
+fn ask_with_ttl(space: &Space, target: SocketAddr, ttl: u32) -> Result<Outcome> {
+    space.run(move || {
+        let socket = Socket::new(Domain::for_address(target), Type::DGRAM, None)?;
+        if target.is_ipv4() {
+            socket.set_ttl_v4(ttl)?;
+            setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?;
+        } else {
+            socket.set_unicast_hops_v6(ttl)?;
+            setsockopt(&socket, sockopt::Ipv6RecvErr, &true)?;
+        }
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.connect(&target.into())?;
+        let socket = UdpSocket::from(socket);
+        socket.send(b"hello")?;
+        match socket.recv(&mut [0; 256]) {
+            Ok(_) => Ok(Outcome::Answered { by: String::new(), seen_as: None }),
+            Err(error) if error.kind() == ErrorKind::HostUnreachable => Ok(Outcome::Unreachable),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(Outcome::TimedOut),
+            Err(error) => Err(error.into()),
+        }
+    })
+}
+
+#[test]
+fn the_node_is_a_hop_on_the_way_to_other_nodes_and_the_world() -> Result<()> {
+    require_lab!();
+    for routing in ["tunnel", "native"] {
+        let lab = Lab::start(Setup { nodes: 2, routing: routing.to_owned(), ..Setup::default() })?;
+        let pod = lab.pod(1, "shop/client").create()?;
+        let near = lab.pod(1, "shop/near").create()?;
+        let far = lab.pod(2, "shop/far").create()?;
+        for is_ipv4 in FAMILIES {
+            let at = |address: IpAddr| SocketAddr::new(address, 80);
+            let outsider: IpAddr = OUTSIDE[usize::from(!is_ipv4)].parse()?;
+            for target in [at(far.address(is_ipv4)), at(outsider)] {
+                wait_until_answered(pod.space(), target)?;
+                let outcome = ask_with_ttl(pod.space(), target, 1)?;
+                ensure!(outcome == Outcome::Unreachable, "{routing}: TTL 1 to {target}: {outcome}");
+                let outcome = ask_with_ttl(pod.space(), target, 2)?;
+                ensure!(outcome.is_answered(), "{routing}: TTL 2 to {target}: {outcome}");
+            }
+            let outcome = ask_with_ttl(pod.space(), at(near.address(is_ipv4)), 1)?;
+            ensure!(outcome.is_answered(), "{routing}: one node: {outcome}");
         }
     }
     Ok(())

@@ -96,6 +96,21 @@ fn echo_of(source: IpAddr, destination: IpAddr, id: u16, kind: u8) -> Packet {
         .payload(b"are you there")
 }
 
+/// A frame without options that a router has passed on: one hop less.
+pub fn passed_on(frame: &[u8]) -> Vec<u8> {
+    let mut frame = frame.to_vec();
+    if frame[12..14] == [0x86, 0xdd] {
+        frame[21] -= 1;
+        return frame;
+    }
+    frame[22] -= 1;
+    // As RFC 1624 says, right or wrong as it was.
+    let check = u32::from(u16::from_be_bytes([frame[24], frame[25]])) + 0x100;
+    let check = check + u32::from(check >= 0xffff);
+    frame[24..26].copy_from_slice(&(check as u16).to_be_bytes());
+    frame
+}
+
 /// "Port unreachable" about a packet, sent by `source` to that packet's sender.
 pub fn unreachable(source: IpAddr, about: &Packet) -> Packet {
     let (kind, code) = if source.is_ipv4() { (3, 3) } else { (1, 4) };

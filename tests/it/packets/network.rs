@@ -315,7 +315,8 @@ fn a_running_flow_to_another_node_leaves_while_it_may() -> Result<()> {
             let (pod, peer) = ((cast.a, 40000), (cast.remote, 80));
             let asks = tcp(pod, peer, ACK).payload(b"more").by(1);
             let leaves = |world: &mut World| -> Result<()> {
-                becomes(world, "from_pod", &asks, REDIRECT, &asks)?;
+                let passed_on = Packet { ttl: asks.ttl - 1, ..asks.clone() };
+                becomes(world, "from_pod", &asks, REDIRECT, &passed_on)?;
                 let outcome = world.send("from_pod", &asks)?;
                 ensure!(outcome.mark == MARK && outcome.counted == [(0, EGRESS as u8)], "{outcome:?}");
                 Ok(())
@@ -369,7 +370,7 @@ pub fn connect(cast: &Cast, mtu: u32) -> Result<()> {
 }
 
 /// Of the other node's pod.
-fn change_route(verb: &str, cast: &Cast) -> Result<()> {
+pub fn change_route(verb: &str, cast: &Cast) -> Result<()> {
     ip(&format!("route {verb} {} via {}", cast.remote, cast.other_node))
 }
 
@@ -380,7 +381,7 @@ pub fn ip(line: &str) -> Result<()> {
 
 /// The routing table refuses to be asked on behalf of a device that does not forward.
 pub fn set_forwarding() -> Result<()> {
-    for name in ["ipv4/conf/all/forwarding", "ipv6/conf/all/forwarding"] {
+    for name in ["ipv4/conf/all/forwarding", "ipv6/conf/all/forwarding", "ipv4/ip_forward_use_pmtu"] {
         std::fs::write(format!("/proc/sys/net/{name}"), "1")?;
     }
     Ok(())
