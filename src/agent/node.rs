@@ -149,7 +149,7 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
     };
     let network_names = network.iter().map(|device| device.name.clone()).collect();
     let network = network.iter().map(|device| device.index).collect();
-    Ok(Devices { network, network_names, overlay, mtu, internal_addresses, settings })
+    Ok(Devices { network, network_names, overlay, wait: prepare_wait(), mtu, internal_addresses, settings })
 }
 
 /// Those of former pod CIDRs go: they are other nodes' now.
@@ -166,8 +166,17 @@ fn give_addresses(overlay: u32, addresses: &[IpAddr]) -> Result<()> {
         }
     }
     Ok(())
-        // Without it the kernel does not tell BPF programs the MTU that a route has.
-        settings.push(("net/ipv4/ip_forward_use_pmtu".to_owned(), "1".to_owned()));
+}
+
+/// Where fragments wait for the first one of their packet. A kernel without `tbf` is no reason to stop.
+fn prepare_wait() -> Option<[u32; 2]> {
+    match netlink::ensure_queue(WAIT_DEVICES, WAIT_QUEUE) {
+        Ok(devices) => Some(devices),
+        Err(error) => {
+            tracing::warn!(%error, "fragments that come before the first one of their packet are dropped");
+            None
+        }
+    }
 }
 
 fn network_devices(config: &Config, node: &Node) -> Result<Vec<netlink::Link>> {
