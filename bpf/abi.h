@@ -4,15 +4,15 @@
  * nothing else. With maps.h this is the whole contract: Rust takes these types
  * from the skeleton. Fixed-width fields, widest first, padding written out.
  *
- * A change of any struct here changes ABI_VERSION, which names the pin
- * directory, so that old and new agents never share a map.
+ * ABI_VERSION names the pin directory. bpf/abi.layout lists what a version
+ * means; a test compares, and says when a change must raise the version.
  */
 #pragma once
 
 #include "kernel.h"
 
 enum abi_version {
-	ABI_VERSION = 1,
+	ABI_VERSION = 2,
 };
 
 /* 16 bytes, network order; IPv4 is v4-mapped (::ffff:a.b.c.d). */

@@ -486,7 +486,7 @@ mod tests {
     #[test]
     fn defaults_are_valid() {
         let config = config(&[]).expect("the defaults");
-        assert_eq!(config.pins, Path::new("/sys/fs/bpf/weir/v1"));
+        assert_eq!(config.pins, Path::new("/sys/fs/bpf/weir/v2"));
         assert_eq!(config.args.routing, Routing::Tunnel);
     }
 

@@ -124,7 +124,7 @@ pub(super) fn prepare(
 }
 
 /// Sections of the object (`.rodata`, `.bss`) and the programs' work space belong to one load.
-fn is_private(map: &str) -> bool {
+pub(super) fn is_private(map: &str) -> bool {
     let private = ["ended", "quota_pending", "recounts", "routes", "scratch", "shares", "waiting"];
     map.contains('.') || private.contains(&map)
 }

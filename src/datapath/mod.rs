@@ -15,6 +15,10 @@
 pub mod abi;
 mod addresses;
 mod attach;
+#[cfg(test)]
+mod btf;
+#[cfg(test)]
+mod contract;
 mod counters;
 mod dump;
 mod endpoints;
