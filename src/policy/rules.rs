@@ -5,7 +5,6 @@
 //! the map gets what came of it.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use crate::model::{Action, NamedPort, Origins, PolicyRef, Protocol, Tier};
 
@@ -41,7 +40,7 @@ pub struct Claim {
     /// What it says.
     pub action: Action,
     /// Who says so; nobody where it is a default.
-    pub origin: Option<Arc<PolicyRef>>,
+    pub origins: Origins,
 }
 
 /// What is decided: `Allow` or `Deny`, and who says so.
@@ -151,9 +150,8 @@ impl Weighed {
 /// With no claim at all everything is allowed.
 pub fn flatten<'a>(claims: impl IntoIterator<Item = &'a Claim>) -> Rows {
     let mut own: BTreeMap<Match, Weighed> = BTreeMap::from([(Match::ANY, Weighed::default())]);
-    for Claim { matched, order, action, origin } in claims {
-        let origins = origin.iter().map(|origin| PolicyRef::clone(origin)).collect();
-        own.entry(*matched).or_default().add(*order, *action, &origins);
+    for Claim { matched, order, action, origins } in claims {
+        own.entry(*matched).or_default().add(*order, *action, origins);
     }
     // A match is weighed with all that is wider. These come before it in this order.
     let mut matches: Vec<Match> = own.keys().copied().collect();
@@ -197,6 +195,9 @@ fn without_contained(rows: &mut Rows) {
 /// Puts neighbouring halves that say the same together, the longest first: 46,000 single ports are as many
 /// rows as the range of them. What the whole said before, both halves have hidden.
 fn merge(rows: &mut Rows) {
+    if rows.len() < 2 {
+        return;
+    }
     for length in (1..=16).rev() {
         let of_length = rows.keys().filter(|matched| matched.port_prefix_length == length);
         for matched in of_length.copied().collect::<Vec<_>>() {
@@ -256,8 +257,8 @@ mod tests {
     }
 
     fn claim(matched: Match, order: Order, action: Action, name: &str) -> Claim {
-        let origin = (!name.is_empty()).then(|| Arc::new(policy(name)));
-        Claim { matched, order, action, origin }
+        let origins = Some(name).filter(|name| !name.is_empty()).map(policy).into_iter().collect();
+        Claim { matched, order, action, origins }
     }
 
     fn deny_by_default() -> Claim {
@@ -342,7 +343,7 @@ mod tests {
         claims.extend((0..=u16::MAX).map(|port| claim(tcp(port), EQUAL, Action::Allow, "more")));
         let claims: Vec<Claim> = claims
             .into_iter()
-            .filter(|claim| claim.origin.as_ref().is_none_or(|it| *it.name == *"more"))
+            .filter(|claim| claim.origins.first().is_none_or(|it| *it.name == *"more"))
             .collect();
         assert_eq!(shown(&claims), ["6/0/0 Allow more"]);
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::model::{
     Action, CompiledDirection, CompiledPolicy, CompiledRule, CompiledRuleKey, IdentityId, IdentityLabels,
-    NamedPort, Policy, PolicyDirection, PolicyId, PolicyRef, PolicyRule, PortSelector, Protocol,
+    NamedPort, Origins, Policy, PolicyDirection, PolicyId, PolicyRule, PortSelector, Protocol,
 };
 
 use super::peers::{PeerIndex, PeerKey, Peers, Touched};
@@ -39,13 +39,13 @@ struct Direction {
 struct Saying {
     order: Order,
     action: Action,
-    origin: Arc<PolicyRef>,
+    namespace: Option<Arc<str>>,
+    origins: Origins,
 }
 
 impl Saying {
     fn of(&self, matched: Match) -> Claim {
-        let Self { order, action, origin } = self.clone();
-        Claim { matched, order, action, origin: Some(origin) }
+        Claim { matched, order: self.order, action: self.action, origins: self.origins.clone() }
     }
 }
 
@@ -144,16 +144,23 @@ impl Direction {
         subject: Option<&IdentityLabels>,
         peers: &mut Peers,
     ) {
-        let origin = Arc::new(policy.reference.clone());
+        let origins = Origins::from([policy.reference.clone()]);
+        let namespace = policy.reference.namespace.clone();
         for (position, rule) in (0..).zip(&direction.rules) {
             let position = if policy.tier.is_ordered() { position } else { 0 };
             let order = Order { tier: policy.tier, priority: policy.priority, position };
-            let saying = Saying { order, action: rule.action, origin: origin.clone() };
+            let (origins, namespace) = (origins.clone(), namespace.clone());
+            let saying = Saying { order, action: rule.action, namespace, origins };
             self.add_rule(&saying, rule, subject, peers);
         }
         if direction.default != Action::Pass {
             let order = Order::default_of(policy.tier);
-            self.everyone.push(Claim { matched: Match::ANY, order, action: direction.default, origin: None });
+            self.everyone.push(Claim {
+                matched: Match::ANY,
+                order,
+                action: direction.default,
+                origins: Origins::default(),
+            });
         }
     }
 
@@ -180,7 +187,7 @@ impl Direction {
         if matches.is_empty() && named.is_empty() {
             return;
         }
-        let namespace = saying.origin.namespace.as_ref();
+        let namespace = saying.namespace.as_ref();
         let rule_peers = rule_peers.iter().map(|peer| peers.intern(PeerKey::new(namespace, peer))).collect();
         self.push_rule(Rule { saying: saying.clone(), peers: rule_peers, matches, named });
     }

@@ -181,6 +181,47 @@ async fn against(kubeconfig: &Path) -> Result<()> {
     nobody_changes_an_identity(&client).await?;
     endpoints_come_and_go(&client, &following).await?;
     ensure!(following.health.reports().is_empty(), "{:?}", following.health.reports());
+    a_kind_that_is_defined_late_is_found(&client, &following).await?;
+    Ok(())
+}
+
+/// Until then the cluster has no such objects, and the agent is as ready as ever.
+const CIDR_GROUPS: &str = "
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: ciliumcidrgroups.cilium.io}
+spec:
+  group: cilium.io
+  scope: Cluster
+  names: {kind: CiliumCIDRGroup, plural: ciliumcidrgroups, singular: ciliumcidrgroup}
+  versions:
+  - name: v2
+    served: true
+    storage: true
+    schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}
+";
+
+async fn a_kind_that_is_defined_late_is_found(client: &Client, following: &Following) -> Result<()> {
+    let kind = Kind::named("CiliumCIDRGroup").context("it is a kind")?;
+    ensure!(kind.count(&following.tables) == 0);
+    let groups = "
+apiVersion: cilium.io/v2
+kind: CiliumCIDRGroup
+metadata: {name: office}
+spec: {externalCIDRs: [198.51.100.0/24, 198.51.100.300/32]}
+";
+    for object in objects(CIDR_GROUPS)?.into_iter().chain(objects(groups)?) {
+        create(client, &object).await?;
+    }
+    let found = async {
+        while following.health.reports().is_empty() || kind.count(&following.tables) == 0 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), found).await.context("waiting for the group")?;
+    let reports = following.health.reports();
+    let said = "spec.externalCIDRs[1]: \"198.51.100.300/32\" is not a CIDR";
+    ensure!(reports[0].reason.contains(said) && reports[0].reason.contains("closed"), "{reports:?}");
     Ok(())
 }
 
