@@ -51,6 +51,8 @@ struct exported_types {
 	struct stale_socket stale_socket;
 	struct collect_request collect_request;
 	struct recount_request recount_request;
+	struct share share;
+	struct share_key share_key;
 	struct connection connection;
 	enum drop_reason drop_reason;
 	enum reserved_identity reserved_identity;
