@@ -27,6 +27,7 @@ struct arrival {
 	__u32 has_key;
 	__u32 is_ipv6;
 	__u32 vlan;
+	__u32 device;
 };
 
 struct {
@@ -44,6 +45,8 @@ struct {
 } next SEC(".maps");
 
 static void *(*const lookup)(void *map, const void *key) = (void *)1;
+static long (*const clone_redirect)(void *ctx, __u32 ifindex,
+				    __u64 flags) = (void *)13;
 static long (*const tail_call)(void *ctx, void *map, __u32 index) = (void *)12;
 static long (*const vlan_push)(void *ctx, __u16 protocol,
 			       __u16 tci) = (void *)18;
@@ -57,6 +60,17 @@ SEC(SECTION)
 int empty(void *ctx)
 {
 	return 0;
+}
+
+/* Sends the frame by a device; the copy that goes there is of no socket. */
+SEC(SECTION)
+int resend(void *ctx)
+{
+	struct arrival *arrival;
+	__u32 zero = 0;
+
+	arrival = lookup(&arrivals, &zero);
+	return arrival ? clone_redirect(ctx, arrival->device, 0) : 255;
 }
 
 SEC(SECTION)

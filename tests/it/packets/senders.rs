@@ -1,8 +1,10 @@
 //! Who a packet is from: what its address says, by the way it came.
 
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use libbpf_rs::{TC_EGRESS, TcHook};
 use weir::datapath::Settings;
 use weir::datapath::types::{address_flags, prefix_flags};
 
@@ -99,6 +101,37 @@ fn what_the_nodes_nat_sends_to_its_pods_is_judged_as_the_world() -> Result<()> {
         // Then its flow is the node's own, and nobody else's.
         let data = tcp(node, pod, ACK).payload(b"forwarded");
         is_judged_as(world, "to_pod", (&data, Arrival::default()), SHOT, OUTSIDE)
+    })
+}
+
+/// Runs to_pod on what leaves by the device.
+fn attach_to_pod(world: &World, ifindex: u32) -> Result<()> {
+    let program = world.datapath.program("to_pod")?;
+    let mut hook = TcHook::new(program.as_fd());
+    hook.ifindex(ifindex.try_into()?).attach_point(TC_EGRESS).handle(1).priority(1);
+    hook.create().context("adding clsact")?;
+    hook.attach().context("attaching to_pod")?;
+    Ok(())
+}
+
+/// IPv6 packets that the node forwards lose their device when it cuts them again.
+#[test]
+fn what_came_by_no_device_and_is_of_no_socket_is_not_the_hosts() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        connect(&cast, 1500)?;
+        let ifindex = nix::net::if_::if_nametoindex("uplink")?;
+        attach_to_pod(world, ifindex)?;
+        world.change_endpoint(1, |row| row.ifindex = ifindex)?;
+        let packet = udp((cast.world, 5), (cast.a, 53));
+        assert_eq!(world.send_without_socket(ifindex, &packet)?, [(0, INGRESS as u8)]);
+        world.forget_flows()?;
+        world.enforce(1, &[INGRESS])?;
+        assert_eq!(world.send_without_socket(ifindex, &packet)?, [(133, INGRESS as u8)]);
+        // Nor under the node's own address.
+        let packet = udp((cast.node, 5), (cast.a, 53));
+        assert_eq!(world.send_without_socket(ifindex, &packet)?, [(133, INGRESS as u8)]);
+        Ok(())
     })
 }
 

@@ -549,6 +549,25 @@ impl World {
         self.send_bytes(program, &packet.bytes(), arrival)
     }
 
+    /// Sends a frame by a device, as the node's stack does, but of no socket; it came by no device either.
+    pub fn send_without_socket(&mut self, ifindex: u32, packet: &Packet) -> Result<Vec<(u8, u8)>> {
+        let before = self.datapath.metrics()?;
+        let mut row = [0_u8; ARRIVAL_BYTES];
+        row[56..60].copy_from_slice(&ifindex.to_ne_bytes());
+        self.set_for_arrive("arrivals", &row)?;
+        let (mut context, bytes) = ([0; 192], packet.bytes());
+        let output = self.helper("resend")?.test_run(ProgramInput {
+            context_in: Some(&mut context),
+            data_in: Some(&bytes),
+            ..ProgramInput::default()
+        });
+        let output = output.context("running resend")?;
+        // What the program on the device drops counts as sent.
+        ensure!(output.return_value <= 2, "bpf_clone_redirect: {}", output.return_value as i32);
+        let changed = self.datapath.metrics()?.into_iter().filter(|row| !before.contains(row));
+        Ok(changed.map(|row| (row.reason, row.direction)).collect())
+    }
+
     /// What runs a program on frames that arrive in one way, asking for nothing but the action and the mark.
     pub fn actor<'a>(
         &'a self,
@@ -652,7 +671,7 @@ impl World {
     }
 
     fn prepare_arrival(&self, program: &str, arrival: Arrival) -> Result<()> {
-        let mut row = [0_u8; 56];
+        let mut row = [0_u8; ARRIVAL_BYTES];
         if let Some((node, vni)) = arrival.tunnel {
             row[0..4].copy_from_slice(&vni.to_ne_bytes());
             let own = casts().map(|cast| cast.node);
@@ -674,13 +693,19 @@ impl World {
         }
         row[52..54].copy_from_slice(&arrival.vlan.to_ne_bytes());
         let fd = std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(&self.datapath.program(program)?));
-        for (map, value) in [("arrivals", &row[..]), ("next", &fd.to_ne_bytes()[..])] {
-            let map = self.arrive.maps().find(|found| found.name() == map).context("no such map")?;
-            map.update(&0_u32.to_ne_bytes(), value, MapFlags::ANY)?;
-        }
-        Ok(())
+        self.set_for_arrive("arrivals", &row)?;
+        self.set_for_arrive("next", &fd.to_ne_bytes())
+    }
+
+    /// Writes the row of a map of arrive.bpf.c.
+    fn set_for_arrive(&self, map: &str, row: &[u8]) -> Result<()> {
+        let map = self.arrive.maps().find(|found| found.name() == map).context("no such map")?;
+        Ok(map.update(&0_u32.to_ne_bytes(), row, MapFlags::ANY)?)
     }
 }
+
+/// `struct arrival` of arrive.bpf.c.
+const ARRIVAL_BYTES: usize = 60;
 
 /// BPF_PROG_TEST_RUN's device is the loopback device: what is addressed to it is for this machine.
 const LOOPBACK_MAC: [u8; 6] = [0; 6];
