@@ -37,7 +37,7 @@ static __always_inline int overlay_find_node(struct __sk_buff *ctx,
 }
 
 /* Who sent the outer packet, and whom he speaks for: 0 or a drop. */
-static __always_inline int overlay_check_sender(struct __sk_buff *ctx,
+static __noinline int overlay_check_sender(struct __sk_buff *ctx,
 						struct packet *packet)
 {
 	struct bpf_tunnel_key key = {};
