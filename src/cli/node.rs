@@ -143,7 +143,9 @@ fn delete_devices() -> Result<Vec<String>> {
 fn devices() -> Result<Vec<String>> {
     let is_ours = |link: &netlink::Link| {
         let is_pods = link.kind == "veth" && endpoint::is_host_interface_name(&link.name);
-        is_pods || (link.kind == "vxlan" && link.name.starts_with("weir"))
+        // Where fragments wait, and the tunnel.
+        let is_wait = link.kind == "veth" && link.name.starts_with("weir_wait");
+        is_pods || is_wait || (link.kind == "vxlan" && link.name.starts_with("weir"))
     };
     let links = netlink::links().context("listing the devices")?;
     Ok(links.into_iter().filter(is_ours).map(|link| link.name).collect())
