@@ -309,7 +309,7 @@ enum packet_mark {
  *   key           10.1.0.1:40000, 10.96.0.1:80     10.1.0.1:33001, 10.1.0.2:8080
  *   service       10.1.0.2:8080, the backend       10.96.0.1:80
  *   other_port    33001, the translated one        40000, the original one
- *   identity[0]   the service's id                 as whom the pod was judged
+ *   identity[0]   the service's id                 whom the verdict is on
  *   egress_epoch  of the backends: in which        of policy and addresses
  *                 generation it was found last
  *
@@ -321,9 +321,9 @@ struct connection {
 	__u64 packets[2];
 	__u64 bytes[2];
 	struct addr service;	/* FLOW: service address used; SERVICE: backend */
-	__u32 egress_epoch;	/* initiator's endpoint epoch + address epoch, as judged */
+	__u32 egress_epoch;	/* initiator's endpoint epoch + address epoch when the verdict was found */
 	__u32 ingress_epoch;	/* the responder's */
-	__u32 identity[2];	/* as judged */
+	__u32 identity[2];	/* that the verdict is on */
 	__u32 egress_rule;	/* the rules that allowed it; 0: not enforced */
 	__u32 ingress_rule;
 	__u32 last_report_jiffies; /* the low bits */

@@ -96,16 +96,16 @@ struct {
  * from and to the same. One slot for a pair and port, the last one has it; never
  * read outside.
  */
-#define JUDGED_SLOTS 1024
+#define VERDICT_SLOTS 1024
 
-struct judged {
+struct cached_verdict {
 	struct addr source;
 	struct addr destination;
-	__u32 sender;	/* the identity that came with the packet */
+	__u32 claimed_identity; /* that came with the packet */
 	__u32 epoch[2]; /* of the initiator's end, of the responder's */
 	__u32 identity[2];
 	__u32 rule[2];
-	__u32 way; /* enum packet_flags, PACKET_FROM_* */
+	__u32 arrival; /* how the packet came: enum packet_flags, PACKET_ARRIVAL */
 	__u16 endpoint[2];
 	__be16 port;
 	__u8 protocol;
@@ -115,10 +115,10 @@ struct judged {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, JUDGED_SLOTS);
+	__uint(max_entries, VERDICT_SLOTS);
 	__type(key, __u32);
-	__type(value, struct judged);
-} judged SEC(".maps") __weak;
+	__type(value, struct cached_verdict);
+} verdict_cache SEC(".maps") __weak;
 
 /*
  * Written by the programs: the node's routes to pods of other nodes, for what

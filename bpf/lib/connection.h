@@ -24,10 +24,11 @@ static __always_inline __u32 jiffies_since(__u32 then, __u64 now)
 /* The connection is over as far as its packets say. */
 #define CONNECTION_OVER (CONNECTION_CLOSING | CONNECTION_RESET)
 
-static __always_inline bool connection_is_expired(const struct connection *of,
-						  __u8 protocol, __u64 now)
+static __always_inline bool
+connection_is_expired(const struct connection *connection, __u8 protocol,
+		      __u64 now)
 {
-	__u64 idle = now - of->last_seen_jiffies;
+	__u64 idle = now - connection->last_seen_jiffies;
 	__u32 seconds;
 
 	/* Another CPU may have seen a later tick. */
@@ -35,10 +36,10 @@ static __always_inline bool connection_is_expired(const struct connection *of,
 		return false;
 	if (protocol != IPPROTO_TCP)
 		seconds = settings.other_timeout_seconds;
-	else if (of->flags & CONNECTION_OVER)
+	else if (connection->flags & CONNECTION_OVER)
 		seconds = settings.tcp_closing_seconds;
-	else if (of->flags & CONNECTION_REPLIED &&
-		 !(of->flags & CONNECTION_OPENING))
+	else if (connection->flags & CONNECTION_REPLIED &&
+		 !(connection->flags & CONNECTION_OPENING))
 		seconds = settings.tcp_timeout_seconds;
 	else
 		seconds = settings.tcp_opening_seconds;
@@ -50,35 +51,37 @@ static __always_inline bool connection_is_expired(const struct connection *of,
  * entry has expired, or a SYN follows the end of the last connection. A SYN
  * from the responder is his own attempt, never an answer.
  */
-static __always_inline bool connection_begins_anew(const struct connection *of,
-						   const struct packet *packet,
-						   __u32 side, __u64 now)
+static __always_inline bool
+connection_begins_anew(const struct connection *connection,
+		       const struct packet *packet, __u32 sender, __u64 now)
 {
 	if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN &&
-	    (side || of->flags & CONNECTION_OVER))
+	    (sender || connection->flags & CONNECTION_OVER))
 		return true;
-	return connection_is_expired(of, packet->protocol, now);
+	return connection_is_expired(connection, packet->protocol, now);
 }
 
 /* Of a flow to a service: the side that does not know the backend's address. */
-static __always_inline __u32 connection_client_side(const struct connection *of)
+static __always_inline __u32
+connection_client_side(const struct connection *connection)
 {
-	return of->flags & CONNECTION_REVERSED ? 1 : 0;
+	return connection->flags & CONNECTION_REVERSED ? 1 : 0;
 }
 
 /* Between two pods of this node. */
-static __always_inline bool connection_is_local(const struct connection *of)
+static __always_inline bool
+connection_is_local(const struct connection *connection)
 {
-	return of->endpoint[0] && of->endpoint[1];
+	return connection->endpoint[0] && connection->endpoint[1];
 }
 
 /* True with the acknowledgement of the last FIN. */
-static __always_inline bool connection_ends(const struct connection *of,
+static __always_inline bool connection_ends(const struct connection *connection,
 					    __u8 tcp_flags)
 {
-	return of->tcp_flags[0] & of->tcp_flags[1] & TCP_FIN &&
+	return connection->tcp_flags[0] & connection->tcp_flags[1] & TCP_FIN &&
 	       !(tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) &&
-	       !(of->flags & CONNECTION_ENDED);
+	       !(connection->flags & CONNECTION_ENDED);
 }
 
 /* A number that some words decide, each at its place of `struct ended`. */
@@ -98,9 +101,11 @@ static __always_inline __u64 ended_sum_of_key(const struct connection_key *key)
 	return ended_sum(key, 0, __builtin_offsetof(struct ended, connection) / 8);
 }
 
-static __always_inline __u64 ended_sum_of_rest(const struct connection *of)
+static __always_inline __u64
+ended_sum_of_rest(const struct connection *connection)
 {
-	return ended_sum(of, __builtin_offsetof(struct ended, connection) / 8,
+	return ended_sum(connection,
+			 __builtin_offsetof(struct ended, connection) / 8,
 			 __builtin_offsetof(struct ended, check) / 8);
 }
 
@@ -127,11 +132,12 @@ static __always_inline struct ended *ended_slot(__u64 sum_of_key, bool is_local)
  * BPF has no deletion on a condition. It costs the new flow one SYN that comes
  * again. The same holds for collect_connection (gc.bpf.c).
  */
-static __always_inline void connection_retire(const struct connection *of,
-					      const struct connection_key *key)
+static __always_inline void
+connection_retire(const struct connection *connection,
+		  const struct connection_key *key)
 {
 	__u64 sum = ended_sum_of_key(key);
-	struct ended *slot = ended_slot(sum, connection_is_local(of));
+	struct ended *slot = ended_slot(sum, connection_is_local(connection));
 	struct scratch *room = scratch_get();
 	struct ended *copy;
 
@@ -140,7 +146,7 @@ static __always_inline void connection_retire(const struct connection *of,
 	copy = &room->ended;
 	/* Linux 6.1 takes no key to delete out of a function's argument. */
 	copy->key = *key;
-	copy->connection = *of;
+	copy->connection = *connection;
 	/* Other CPUs may count in *of meanwhile. */
 	copy->check = sum + ended_sum_of_rest(&copy->connection);
 	barrier();
@@ -277,18 +283,18 @@ __weak __noinline int connection_end(struct __sk_buff *ctx,
 /* Counts a packet and what it says of its connection; the TCP flags that this
  * side has not shown before. */
 static __always_inline __u8 connection_count(struct connection *connection,
-					     __u32 side, __u8 tcp_flags,
+					     __u32 sender, __u8 tcp_flags,
 					     __u32 bytes)
 {
-	__u8 fresh = tcp_flags & ~connection->tcp_flags[side];
+	__u8 fresh = tcp_flags & ~connection->tcp_flags[sender];
 
-	__sync_fetch_and_add(&connection->packets[side], 1);
-	__sync_fetch_and_add(&connection->bytes[side], bytes);
-	if (side && !(connection->flags & CONNECTION_REPLIED))
+	__sync_fetch_and_add(&connection->packets[sender], 1);
+	__sync_fetch_and_add(&connection->bytes[sender], bytes);
+	if (sender && !(connection->flags & CONNECTION_REPLIED))
 		connection->flags |= CONNECTION_REPLIED;
 	if (fresh) {
-		connection->tcp_flags[side] |= fresh;
-		if (fresh & connection->tcp_flags[side ^ 1] & TCP_FIN)
+		connection->tcp_flags[sender] |= fresh;
+		if (fresh & connection->tcp_flags[sender ^ 1] & TCP_FIN)
 			connection->flags |= CONNECTION_CLOSING;
 	}
 	if (connection->flags & CONNECTION_OPENING &&
@@ -320,24 +326,24 @@ connection_knows_sender(const struct packet *packet, __u8 route_to_sender)
 __weak __noinline int connection_believe(struct __sk_buff *ctx,
 					 struct packet *packet,
 					 struct connection *connection,
-					 __u32 side)
+					 __u32 sender)
 {
 	__u32 sequence;
 
 	if (!packet || !connection)
 		return 0;
-	side &= 1;
+	sender &= 1;
 	if (!(packet->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) ||
-	    connection_knows_sender(packet, connection->route[side]))
+	    connection_knows_sender(packet, connection->route[sender]))
 		return packet->tcp_flags;
 	sequence = packet_sequence(ctx, packet);
 	if (packet->tcp_flags & TCP_SYN) {
-		if (!(connection->tcp_flags[side] & TCP_SYN))
+		if (!(connection->tcp_flags[sender] & TCP_SYN))
 			connection->sequence = sequence;
 		return packet->tcp_flags & ~(TCP_FIN | TCP_RST);
 	}
-	if (connection->tcp_flags[side] & TCP_SYN &&
-	    sequence - connection->sequence > connection->bytes[side] + 1)
+	if (connection->tcp_flags[sender] & TCP_SYN &&
+	    sequence - connection->sequence > connection->bytes[sender] + 1)
 		return packet->tcp_flags & ~(TCP_FIN | TCP_RST);
 	return packet->tcp_flags;
 }
@@ -392,14 +398,14 @@ static __always_inline void connection_note_reset(struct connection *connection,
 static __always_inline __u32 connection_account(struct __sk_buff *ctx,
 						struct connection *connection,
 						struct packet *packet,
-						__u32 side, __u64 now)
+						__u32 sender, __u64 now)
 {
 	bool report = jiffies_since(connection->last_report_jiffies, now) >
 		      seconds_to_jiffies(settings.flow_report_seconds);
 	__u8 believed = packet->tcp_flags;
 
 	if (believed & (TCP_SYN | TCP_FIN | TCP_RST))
-		believed = connection_believe(ctx, packet, connection, side);
+		believed = connection_believe(ctx, packet, connection, sender);
 	/* The end is told once, unless the connection goes on after it. */
 	if (connection->flags & CONNECTION_ENDED)
 		report = connection_goes_on(ctx, packet, connection);
@@ -407,8 +413,9 @@ static __always_inline __u32 connection_account(struct __sk_buff *ctx,
 		connection->last_seen_jiffies = now;
 	/* An answer and FINs say little: the end is told with the last packet,
 	 * and a flow that rests by the collector. */
-	report |= connection_count(connection, side, believed, packet->bytes) &
-		  TCP_RST;
+	report |=
+		connection_count(connection, sender, believed, packet->bytes) &
+		TCP_RST;
 	connection_note_reset(connection, packet, believed);
 	if (!report || !settings.flow_events ||
 	    connection->flags & CONNECTION_ENDED)

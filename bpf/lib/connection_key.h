@@ -15,16 +15,16 @@ connection_key_fill(const addr_words *source, const addr_words *destination,
 {
 	addr_words *first = (void *)&key->addr[0];
 	addr_words *second = (void *)&key->addr[1];
-	bool high;
+	bool source_index;
 
 	if (source[1] != destination[1])
-		high = source[1] > destination[1];
+		source_index = source[1] > destination[1];
 	else if (source[0] != destination[0])
-		high = source[0] > destination[0];
+		source_index = source[0] > destination[0];
 	else
-		high = source_port > destination_port;
+		source_index = source_port > destination_port;
 
-	if (high) {
+	if (source_index) {
 		first[0] = destination[0];
 		first[1] = destination[1];
 		second[0] = source[0];
@@ -43,24 +43,23 @@ connection_key_fill(const addr_words *source, const addr_words *destination,
 	key->kind = CONNECTION_FLOW;
 	key->asker = 0;
 	key->pad = 0;
-	return high;
+	return source_index;
 }
 
 /* The same for a packet. */
 static __always_inline __u32 connection_key_of(const struct packet *packet,
 					       struct connection_key *key)
 {
-	__u32 high = connection_key_fill((const void *)&packet->source,
-					 (const void *)&packet->destination,
-					 packet->source_port,
-					 packet->destination_port,
-					 packet->protocol, key);
+	__u32 source_index = connection_key_fill(
+		(const void *)&packet->source,
+		(const void *)&packet->destination, packet->source_port,
+		packet->destination_port, packet->protocol, key);
 
 	if (packet->flags & PACKET_ASKS)
-		key->asker = 1 + high;
+		key->asker = 1 + source_index;
 	else if (packet->flags & PACKET_ANSWERS)
-		key->asker = 2 - high;
-	return high;
+		key->asker = 2 - source_index;
+	return source_index;
 }
 
 static __always_inline bool connection_key_equal(const struct connection_key *a,
