@@ -318,16 +318,15 @@ fn only_what_a_rule_allows_is_delivered() -> Result<()> {
                         return Ok(());
                     }
                     ensure!(program == "from_pod", "from outside nobody has a rule");
-                    let tuple = ends(frame).zip(upper(frame));
-                    let Some(((source, destination), (protocol, rest))) = tuple else {
-                        anyhow::bail!("it is no packet");
-                    };
+                    let (source, destination) = ends(frame).context("it is no packet")?;
                     let pair = [(cast.a, cast.b), (cast.b, cast.a)].contains(&(source, destination));
                     if is_later_fragment(frame) {
-                        // Ports are where its first fragment was.
+                        // Ports are where its first fragment was. What follows the fragment's header is no
+                        // header, whatever the fragment says of it.
                         ensure!(pair);
                         return Ok(());
                     }
+                    let (protocol, rest) = upper(frame).context("it is no packet")?;
                     if matches!(protocol, 1 | 58) {
                         // An error about a flow that may be: to the one end, from the other.
                         ensure!(pair);
