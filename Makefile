@@ -24,7 +24,7 @@ deny: ## licences, sources and duplicates of the dependencies, where cargo-deny 
 	else echo "SKIPPED (needs cargo-deny: cargo install cargo-deny --locked): make deny"; fi
 
 test: setup ## unit tests, packet tables, golden files and the lab (root)
-	cargo test --lib --bins --test it
+	@scripts/test
 
 golden: setup ## YAML in, map dump out: compare the golden files
 	cargo test --test it golden

@@ -7,6 +7,7 @@ use weir::datapath::Settings;
 use weir::datapath::abi::{Nat, NatKey};
 
 use super::frame::{ACK, FIN, Packet, RST, SYN, echo, echo_reply, tcp, udp};
+use super::network::ip;
 use super::world::{Cast, EGRESS, INGRESS, PASS, REDIRECT, SHOT, World, in_both_families_with, settings};
 use crate::require::require_lab;
 
@@ -82,7 +83,7 @@ fn a_connection_of_the_node_keeps_its_port_from_flows_to_its_peer_alone() -> Res
         // The namespace has no peers: the node connects to itself.
         for line in ["link set lo up", &format!("address add {} dev lo nodad", cast.node)] {
             let line = if cast.node.is_ipv4() { line.replace(" nodad", "") } else { line.to_owned() };
-            ensure!(std::process::Command::new("ip").args(line.split(' ')).status()?.success(), "{line}");
+            ip(&line)?;
         }
         std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "20000 20000")?;
         let server = TcpListener::bind((cast.node, 443))?;

@@ -12,6 +12,7 @@ use super::world::{
     Arrival, Cast, EGRESS, INGRESS, MARK, PASS, R, REDIRECT, SHOT, World, casts, in_both_families, settings,
     within,
 };
+use crate::lab::wait_for;
 use crate::require::require_lab;
 
 fn native() -> Settings {
@@ -374,9 +375,19 @@ pub fn change_route(verb: &str, cast: &Cast) -> Result<()> {
     ip(&format!("route {verb} {} via {}", cast.remote, cast.other_node))
 }
 
+/// Runs `ip LINE`. An address of IPv6 is one of this node only when a work queue of the kernel has written
+/// its route (addrconf_dad_work in net/ipv6/addrconf.c), a moment after `ip` has ended.
 pub fn ip(line: &str) -> Result<()> {
-    ensure!(Command::new("ip").args(line.split(' ')).status()?.success(), "ip {line}");
-    Ok(())
+    let words: Vec<&str> = line.split(' ').collect();
+    ensure!(Command::new("ip").args(&words).status()?.success(), "ip {line}");
+    if !words.contains(&"nodad") {
+        return Ok(());
+    }
+    let address = words[2].split('/').next().unwrap_or_default();
+    wait_for(&format!("the route of {address}"), || {
+        let shown = Command::new("ip").args(["-6", "route", "show", "table", "local", address]).output()?;
+        Ok(!shown.stdout.is_empty())
+    })
 }
 
 /// The routing table refuses to be asked on behalf of a device that does not forward.
