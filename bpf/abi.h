@@ -203,7 +203,7 @@ struct service_key {
 	struct addr addr;
 	__be16 port;
 	__u8 protocol;
-	__u8 scope; /* 0; local traffic policies will use 1 */
+	__u8 scope; /* 0: pods and the node's own sockets; 1: the network */
 };
 
 struct service {

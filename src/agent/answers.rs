@@ -24,8 +24,8 @@ use crate::endpoint::{Manager, Progress};
 use crate::flow::{NameSource, NameTables, Names, Query, Recorder, Stream};
 use crate::kube::{Health, Tables};
 use crate::model::{
-    Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Origins, Policy,
-    PolicyDirection, PolicyRef, Protocol,
+    Endpoint, EndpointId, FrontendKind, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Origins,
+    Policy, PolicyDirection, PolicyRef, Protocol, Scope,
 };
 use crate::netlink;
 use crate::tables::Table;
@@ -347,14 +347,17 @@ impl Known {
     fn service_rows(&self) -> Vec<ServiceRow> {
         let current = self.current.load();
         let row = |(key, frontend): (&crate::model::FrontendKey, &crate::model::Frontend)| {
+            if key.scope == Scope::External {
+                return None;
+            }
             let protocol: Protocol = key.protocol?;
             Some(ServiceRow {
                 service: ObjectKey::clone(&frontend.service),
-                is_host_port: frontend.is_host_port,
+                is_host_port: frontend.kind == FrontendKind::HostPort,
                 address: key.address,
                 port: key.port,
                 protocol: protocol.to_string(),
-                backends: frontend.backends.clone(),
+                backends: frontend.addresses().collect(),
             })
         };
         current.frontends.iter().filter_map(row).collect()

@@ -17,7 +17,7 @@ use super::mirror::Mirror;
 use super::refused::Refused;
 use super::settled::Settled;
 use super::types::service_flags;
-use crate::model::{Frontend, FrontendKey};
+use crate::model::{Frontend, FrontendKey, FrontendKind, Scope};
 
 /// The one writer of `services` and `backends`.
 pub struct ServiceWriter {
@@ -147,7 +147,8 @@ impl ServiceWriter {
         let old = self.services.rows().get(&Bytes(row_key)).copied();
         let old_backends = old.map(|old| self.backends_of(&old)).unwrap_or_default();
         let flags = flags_of(key, frontend);
-        if old.is_some_and(|old| old.flags == flags) && old_backends == frontend.backends {
+        if old.is_some_and(|old| old.flags == flags) && old_backends.iter().copied().eq(frontend.addresses())
+        {
             return Ok(());
         }
         let service = Service {
@@ -157,8 +158,8 @@ impl ServiceWriter {
             flags,
         };
         self.next_id += u32::from(old.is_none());
-        for (row_key, backend) in backend_keys(&service).zip(&frontend.backends) {
-            let row = backend_row(key, *backend, service.service_id);
+        for (row_key, backend) in backend_keys(&service).zip(frontend.addresses()) {
+            let row = backend_row(key, backend, service.service_id);
             if let Err(error) = self.backends.put(row_key, row) {
                 self.retired.extend(backend_keys(&service));
                 return Err(error);
@@ -170,7 +171,8 @@ impl ServiceWriter {
         }
         if let Some(old) = old {
             self.retired.extend(backend_keys(&old));
-            removed.extend(old_backends.into_iter().filter(|backend| !frontend.backends.contains(backend)));
+            let is_there = |backend: &SocketAddr| frontend.addresses().any(|there| there == *backend);
+            removed.extend(old_backends.into_iter().filter(|backend| !is_there(backend)));
         }
         Ok(())
     }
@@ -215,14 +217,15 @@ fn service_key(key: &FrontendKey) -> ServiceKey {
         addr: addr_of(key.address),
         port: key.port.to_be(),
         protocol: key.protocol.map_or(0, |protocol| protocol.number()),
-        scope: 0,
+        scope: u8::from(key.scope == Scope::External),
     }
 }
 
 fn flags_of(key: &FrontendKey, frontend: &Frontend) -> u32 {
     let wildcard = if key.protocol.is_none() { service_flags::SERVICE_WILDCARD.0 } else { 0 };
-    let host_port = if frontend.is_host_port { service_flags::SERVICE_HOST_PORT.0 } else { 0 };
-    let is_loopback = frontend.is_host_port && key.address.is_loopback();
+    let is_host_port = frontend.kind == FrontendKind::HostPort;
+    let host_port = if is_host_port { service_flags::SERVICE_HOST_PORT.0 } else { 0 };
+    let is_loopback = is_host_port && key.address.is_loopback();
     let loopback = if is_loopback { service_flags::SERVICE_LOOPBACK.0 } else { 0 };
     wildcard | host_port | loopback
 }

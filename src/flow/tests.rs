@@ -87,7 +87,7 @@ fn node(name: &str, pods: &[(&str, &str, u32)]) -> (Arc<str>, Arc<NodeEndpoints>
 
 fn cluster() -> Arc<Cluster> {
     let service =
-        Service { key: ObjectKey::new("shop", "backend"), addresses: vec![ip("10.96.0.10")], ports: vec![] };
+        Service { addresses: vec![ip("10.96.0.10")], ..Service::new(ObjectKey::new("shop", "backend")) };
     let tables = NameTables {
         endpoints: [endpoint(3, "frontend-1", "10.0.0.3")].into_iter().collect(),
         node_endpoints: [

@@ -260,7 +260,7 @@ pub async fn client_from(file: &Path) -> Result<Client> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{EndpointSlice as ModelSlice, Protocol, ServicePort, SliceBackend};
+    use crate::model::{EndpointSlice as ModelSlice, Protocol, SliceBackend, SlicePort};
 
     fn servers(configured: &[&str], directory: &Path) -> Servers {
         let configured: Vec<String> = configured.iter().map(|server| (*server).to_owned()).collect();
@@ -310,13 +310,8 @@ mod tests {
         let tables = Arc::new(Tables::new());
         let slice = |name: &str, service: &str, ip: &str| {
             let key = ObjectKey { namespace: "default".into(), name: name.into() };
-            let backend = SliceBackend {
-                address: ip.parse().expect("an address"),
-                ready: true,
-                serving: true,
-                terminating: false,
-            };
-            let port = ServicePort { name: "https".into(), protocol: Protocol::Tcp, port: 6443 };
+            let backend = SliceBackend::ready(ip.parse().expect("an address"));
+            let port = SlicePort { name: "https".into(), protocol: Protocol::Tcp, port: 6443 };
             let service = ObjectKey { namespace: "default".into(), name: service.into() };
             let slice = ModelSlice { key: key.clone(), service, ports: vec![port], backends: vec![backend] };
             (key, Arc::new(slice))

@@ -1,13 +1,12 @@
 //! What the maps should hold: the output of the compilers, the input of `datapath`.
 
-use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
-use super::{Endpoint, IdentityId, ObjectKey, PolicyId, Protocol};
+use super::{Endpoint, IdentityId, PolicyId};
 
 /// Who has an address, before prefixes of rules are considered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -81,51 +80,4 @@ pub struct EndpointEntry {
     pub enforces_ingress: bool,
     /// That policy has rules for what goes out.
     pub enforces_egress: bool,
-}
-
-/// The address, port and protocol of a service. Shown as `address:port/protocol`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FrontendKey {
-    /// A cluster IP, or an address of this node where a pod has a host port.
-    pub address: IpAddr,
-    /// 0 with protocol `None`: every other port of the address, refused.
-    pub port: u16,
-    /// `None` only for the wildcard row.
-    pub protocol: Option<Protocol>,
-}
-
-impl FrontendKey {
-    /// The wildcard row of a Service's address: it has one at each of its addresses.
-    pub fn rest_of(address: IpAddr) -> Self {
-        Self { address, port: 0, protocol: None }
-    }
-}
-
-impl fmt::Display for FrontendKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let address = SocketAddr::new(self.address, self.port);
-        match self.protocol {
-            Some(protocol) => write!(f, "{address}/{protocol}"),
-            None => write!(f, "{address}/any"),
-        }
-    }
-}
-
-/// As a string: a key of a JSON object.
-impl Serialize for FrontendKey {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-/// Where a frontend leads.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Frontend {
-    /// The Service, or the pod whose host port it is.
-    pub service: Arc<ObjectKey>,
-    /// A pod's host port.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub is_host_port: bool,
-    /// Ready backends, sorted (programs search them by halves), without doubles; none: refused at once.
-    pub backends: Vec<SocketAddr>,
 }

@@ -5,14 +5,18 @@
 
 mod desired;
 mod endpoint;
+mod frontend;
 mod identity;
 mod objects;
 mod policy;
 mod port_mapping;
+mod service;
 
 pub use desired::*;
 pub use endpoint::*;
+pub use frontend::*;
 pub use identity::*;
 pub use objects::*;
 pub use policy::*;
 pub use port_mapping::*;
+pub use service::*;

@@ -19,7 +19,10 @@ pub use host_ports::host_ports;
 use imbl::ordmap::DiffItem;
 use serde::Serialize;
 
-use crate::model::{EndpointSlice, Frontend, FrontendKey, ObjectKey, Service, ServicePort};
+use crate::model::{
+    Backend, EndpointSlice, Frontend, FrontendKey, FrontendKind, ObjectKey, Scope, Service, ServicePort,
+    SlicePort,
+};
 use crate::tables::Snapshot;
 
 /// Every frontend, and what could not be had twice.
@@ -165,7 +168,7 @@ fn keys_of(service: &Service, address: IpAddr) -> impl Iterator<Item = FrontendK
     let wildcard = FrontendKey::rest_of(address);
     let ports = service.ports.iter().filter(|port| port.port != 0);
     let of_ports =
-        ports.map(move |port| FrontendKey { address, port: port.port, protocol: Some(port.protocol) });
+        ports.map(move |port| FrontendKey::new(address, port.port, port.protocol, Scope::Internal));
     std::iter::once(wildcard).chain(of_ports)
 }
 
@@ -177,25 +180,24 @@ fn frontends_of(
     slices: &[&EndpointSlice],
 ) -> BTreeMap<FrontendKey, Frontend> {
     let wildcard = FrontendKey::rest_of(address);
-    let refused = Frontend { service: name.clone(), is_host_port: false, backends: Vec::new() };
+    let refused = Frontend::refusing(name.clone(), FrontendKind::ClusterIp);
     let mut frontends = BTreeMap::from([(wildcard, refused)]);
     for port in service.ports.iter().filter(|port| port.port != 0) {
-        let key = FrontendKey { address, port: port.port, protocol: Some(port.protocol) };
+        let key = FrontendKey::new(address, port.port, port.protocol, Scope::Internal);
         frontends.entry(key).or_insert_with(|| Frontend {
-            service: name.clone(),
-            is_host_port: false,
             backends: backends_of(port, address.is_ipv4(), slices),
+            ..Frontend::refusing(name.clone(), FrontendKind::ClusterIp)
         });
     }
     frontends
 }
 
 /// The backends of a port, sorted.
-fn backends_of(port: &ServicePort, is_ipv4: bool, slices: &[&EndpointSlice]) -> Vec<SocketAddr> {
+fn backends_of(port: &ServicePort, is_ipv4: bool, slices: &[&EndpointSlice]) -> Arc<[Backend]> {
     let mut ready = BTreeSet::new();
     let mut ending = BTreeSet::new();
     for slice in slices {
-        let same = |of_slice: &&ServicePort| of_slice.name == port.name && of_slice.protocol == port.protocol;
+        let same = |of_slice: &&SlicePort| of_slice.name == port.name && of_slice.protocol == port.protocol;
         for target in slice.ports.iter().filter(same).filter(|target| target.port != 0) {
             for backend in &slice.backends {
                 if !is_usable(&backend.address) || backend.address.is_ipv4() != is_ipv4 {
@@ -210,7 +212,8 @@ fn backends_of(port: &ServicePort, is_ipv4: bool, slices: &[&EndpointSlice]) -> 
             }
         }
     }
-    if ready.is_empty() { ending.into_iter().collect() } else { ready.into_iter().collect() }
+    let chosen = if ready.is_empty() { ending } else { ready };
+    chosen.into_iter().map(Backend::at).collect()
 }
 
 /// False for addresses that the API server refuses in Services and EndpointSlices; a

@@ -4,7 +4,7 @@ use crate::model::{Protocol, SliceBackend};
 fn service(name: &str, addresses: &[&str], ports: &[(&str, Protocol, u16)]) -> (ObjectKey, Arc<Service>) {
     let key = ObjectKey::new("shop", name);
     let addresses = addresses.iter().map(|text| ip(text)).collect();
-    (key.clone(), Arc::new(Service { key, addresses, ports: ports_of(ports) }))
+    (key.clone(), Arc::new(Service { addresses, ports: ports_of(ports), ..Service::new(key) }))
 }
 
 fn slice(
@@ -15,12 +15,12 @@ fn slice(
 ) -> (ObjectKey, Arc<EndpointSlice>) {
     let key = ObjectKey::new("shop", name);
     let service = ObjectKey::new("shop", service);
-    let (ports, backends) = (ports_of(ports), backends.to_vec());
+    let (ports, backends) = (slice_ports(ports), backends.to_vec());
     (key.clone(), Arc::new(EndpointSlice { key, service, ports, backends }))
 }
 
-fn ports_of(ports: &[(&str, Protocol, u16)]) -> Vec<ServicePort> {
-    let port = |(name, protocol, port): &(&str, Protocol, u16)| ServicePort {
+fn slice_ports(ports: &[(&str, Protocol, u16)]) -> Vec<SlicePort> {
+    let port = |(name, protocol, port): &(&str, Protocol, u16)| SlicePort {
         name: name.to_string(),
         protocol: *protocol,
         port: *port,
@@ -28,8 +28,18 @@ fn ports_of(ports: &[(&str, Protocol, u16)]) -> Vec<ServicePort> {
     ports.iter().map(port).collect()
 }
 
+fn ports_of(ports: &[(&str, Protocol, u16)]) -> Vec<ServicePort> {
+    let port = |(name, protocol, port): &(&str, Protocol, u16)| ServicePort {
+        name: name.to_string(),
+        protocol: *protocol,
+        port: *port,
+        node_port: None,
+    };
+    ports.iter().map(port).collect()
+}
+
 fn ready(address: &str) -> SliceBackend {
-    SliceBackend { address: ip(address), ready: true, serving: true, terminating: false }
+    SliceBackend::ready(ip(address))
 }
 
 fn ending(address: &str, serving: bool) -> SliceBackend {
@@ -43,7 +53,7 @@ fn ip(text: &str) -> IpAddr {
 /// Frontends as `address:port/protocol -> backends`.
 fn shown(output: &Output) -> Vec<String> {
     let show = |(key, frontend): (&FrontendKey, &Frontend)| {
-        let backends: Vec<String> = frontend.backends.iter().map(SocketAddr::to_string).collect();
+        let backends: Vec<String> = frontend.addresses().map(|address| address.to_string()).collect();
         format!("{key} {} [{}]", frontend.service, backends.join(" "))
     };
     output.frontends.iter().map(show).collect()

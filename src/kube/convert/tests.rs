@@ -11,7 +11,7 @@ use crate::kube::kinds;
 use crate::model::{
     Action, EndpointSlice, IdentityId, IdentityLabels, NamedPort, Namespace, Node, NodeEndpoints, Peer, Pod,
     Policy, PolicyDirection, PolicyRef, PolicyRule, PortMatch, PortSelector, Protocol, PublishedEndpoint,
-    Requirement, Selector, Service, ServicePort, SliceBackend, Subject, Tier,
+    Requirement, Selector, Service, ServicePort, SliceBackend, SlicePort, Subject, Tier,
 };
 
 mod services;
@@ -61,7 +61,11 @@ fn select(requirements: &[Requirement]) -> Selector {
 }
 
 fn port(name: &str, protocol: Protocol, port: u16) -> ServicePort {
-    ServicePort { name: name.to_owned(), protocol, port }
+    ServicePort { name: name.to_owned(), protocol, port, node_port: None }
+}
+
+fn slice_port(name: &str, protocol: Protocol, port: u16) -> SlicePort {
+    SlicePort { name: name.to_owned(), protocol, port }
 }
 
 fn policy(spec: &str) -> Policy {

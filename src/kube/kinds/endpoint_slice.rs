@@ -7,7 +7,7 @@ use crate::kube::Tables;
 use crate::kube::convert::{Field, FieldError, Notes, ObjectId, Result, items};
 use crate::kube::kind::{Meta, ObjectKind};
 use crate::kube::rows::{self, Rows};
-use crate::model::{self, ObjectKey, ServicePort, SliceBackend};
+use crate::model::{self, ObjectKey, SliceBackend, SlicePort};
 
 /// The label of a slice that names its Service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -64,12 +64,12 @@ fn endpoint_slice(
 }
 
 /// A port without a number means all ports, which no Service can lead to.
-fn slice_ports(list: &Field) -> Result<Vec<ServicePort>> {
+fn slice_ports(list: &Field) -> Result<Vec<SlicePort>> {
     let mut ports = Vec::new();
     for field in items(list)? {
         if let Some(port) = field.get("port")?.port()? {
             let name = field.get("name")?.string()?.unwrap_or_default().to_owned();
-            ports.push(ServicePort { name, protocol: field.get("protocol")?.protocol()?, port });
+            ports.push(SlicePort { name, protocol: field.get("protocol")?.protocol()?, port });
         }
     }
     Ok(ports)
@@ -94,6 +94,6 @@ fn backend(endpoint: &Field, is_ipv4: bool, warnings: &mut Vec<FieldError>) -> R
     let ready = conditions.get("ready")?.boolean()?.unwrap_or(true);
     let serving = conditions.get("serving")?.boolean()?.unwrap_or(ready);
     let terminating = conditions.get("terminating")?.boolean()?.unwrap_or(false);
-    Ok(first.map(|address| SliceBackend { address, ready, serving, terminating }))
+    Ok(first.map(|address| SliceBackend { ready, serving, terminating, ..SliceBackend::ready(address) }))
 }
 

@@ -55,7 +55,7 @@ fn service(
     let addresses = cluster_addresses(&spec)?;
     let ports = service_ports(&spec.get("ports")?)?;
     warn_of_unserved(&spec, warnings)?;
-    Ok(Some(model::Service { key: id.key.clone(), addresses, ports }))
+    Ok(Some(model::Service { addresses, ports, ..model::Service::new(id.key.clone()) }))
 }
 
 /// What a Service may ask for and does not get: whoever wrote it should not find out by himself.
@@ -118,6 +118,7 @@ fn service_ports(list: &Field) -> Result<Vec<ServicePort>> {
             name: field.get("name")?.string()?.unwrap_or_default().to_owned(),
             protocol: field.get("protocol")?.protocol()?,
             port: number.port()?.ok_or_else(|| number.error("is required"))?,
+            node_port: None,
         };
         let name = field.get("name")?;
         if port.name.is_empty() && fields.len() > 1 {

@@ -88,11 +88,12 @@ fn frontends(backends: &[&str]) -> Result<Frontends> {
     let service = Arc::new(ObjectKey::new("shop", "frontend"));
     let address = "10.96.0.1".parse()?;
     let backends = backends.iter().map(|backend| backend.parse()).collect::<Result<Vec<SocketAddr>, _>>()?;
-    let tcp = FrontendKey { address, port: 80, protocol: Some(Protocol::Tcp) };
-    let rest = FrontendKey { address, port: 0, protocol: None };
+    let backends = backends.into_iter().map(Backend::at).collect();
+    let tcp = FrontendKey::new(address, 80, Protocol::Tcp, Scope::Internal);
+    let refusing = Frontend::refusing(service, FrontendKind::ClusterIp);
     Ok(Frontends::from_iter([
-        (tcp, Frontend { service: service.clone(), is_host_port: false, backends }),
-        (rest, Frontend { service, is_host_port: false, backends: Vec::new() }),
+        (tcp, Frontend { backends, ..refusing.clone() }),
+        (FrontendKey::rest_of(address), refusing),
     ]))
 }
 

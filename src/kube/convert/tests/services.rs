@@ -3,9 +3,9 @@ use super::*;
 #[test]
 fn services_have_addresses_unless_they_are_headless() {
     let service = |addresses: &[&str], ports: Vec<ServicePort>| Service {
-        key: ObjectKey::new("shop", "web"),
         addresses: addresses.iter().map(|address| address.parse().expect("an address")).collect(),
         ports,
+        ..Service::new(ObjectKey::new("shop", "web"))
     };
     for (spec, expected) in [
         (
@@ -79,15 +79,15 @@ fn slices_have_conditions_by_default_and_backends_that_may_be_reached() {
         {addresses: [10.0.0.3], conditions: {ready: false, serving: true, terminating: true}},
         {addresses: [127.0.0.1]}, {addresses: [169.254.169.254]}, {addresses: [224.0.0.1]}, {addresses: ['fd00::1']}]}";
     let backend = |address: &str, ready, serving, terminating| SliceBackend {
-        address: address.parse().expect("an address"),
         ready,
         serving,
         terminating,
+        ..SliceBackend::ready(address.parse().expect("an address"))
     };
     let expected = EndpointSlice {
         key: ObjectKey::new("shop", "web-1"),
         service: ObjectKey::new("shop", "web"),
-        ports: vec![port("", Protocol::Tcp, 80), port("dns", Protocol::Udp, 53)],
+        ports: vec![slice_port("", Protocol::Tcp, 80), slice_port("dns", Protocol::Udp, 53)],
         backends: vec![
             backend("10.0.0.1", true, true, false),
             backend("10.0.0.2", false, false, false),
