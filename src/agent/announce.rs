@@ -7,8 +7,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
+use super::args::{Config, Routing};
 use super::node::Devices;
-use crate::config::{Config, Routing};
 use crate::kube::Publisher;
 use crate::kube::crd::{Tunnel, WeirNodeStatus};
 use crate::model::Node;
@@ -44,7 +44,7 @@ pub async fn run(
     facts: watch::Receiver<Facts>,
 ) {
     if publisher.has_operator() {
-        let every = Duration::from_secs(config.args.node_stale_seconds.into()) / 4;
+        let every = Duration::from_secs(config.args.timing.node_stale_seconds.into()) / 4;
         futures::join!(announce(config, publisher, telemetry, facts), beat(publisher, telemetry, every));
     }
     std::future::pending().await
@@ -92,8 +92,8 @@ async fn announce(
 fn status(config: &Config, facts: &Facts, pending: &[String]) -> WeirNodeStatus {
     let text = |list: &[std::net::IpAddr]| list.iter().map(ToString::to_string).collect();
     let node = facts.node.as_deref();
-    let tunnel = (config.args.routing == Routing::Tunnel)
-        .then(|| Tunnel { protocol: "vxlan".to_owned(), port: config.args.tunnel_port });
+    let tunnel = (config.args.network.routing == Routing::Tunnel)
+        .then(|| Tunnel { protocol: "vxlan".to_owned(), port: config.args.network.tunnel_port });
     WeirNodeStatus {
         addresses: node.map_or_else(Vec::new, |node| text(&node.addresses)),
         pod_cidrs: node

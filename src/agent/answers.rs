@@ -9,6 +9,7 @@ use std::time::{Instant, SystemTime};
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
+use super::args::{Config, Routing};
 use super::compute::Desired;
 use super::node::OVERLAY_DEVICE;
 use super::ports::Ports;
@@ -18,7 +19,6 @@ use crate::api::answers::{
     WaitingRow,
 };
 use crate::api::{Handler, Refusal, Reply, Request};
-use crate::config::{Config, Routing};
 use crate::datapath::{Datapath, MapFill, RuleOrigins, Usage, UsageKind};
 use crate::endpoint::{Manager, Progress};
 use crate::flow::{NameSource, NameTables, Names, Query, Recorder, Stream};
@@ -60,7 +60,7 @@ impl Known {
         endpoints: Arc<Table<EndpointId, Arc<Endpoint>>>,
         progress: watch::Receiver<Progress>,
     ) -> Self {
-        let recorder = Arc::new(Recorder::new(config.args.flow_buffer));
+        let recorder = Arc::new(Recorder::new(config.args.flows.flow_buffer));
         Self {
             config,
             tables: Arc::default(),
@@ -215,23 +215,23 @@ impl Known {
 
     fn features(&self) -> Vec<FeatureRow> {
         let args = &self.config.args;
-        let mut rows = vec![("routing", format!("{:?}", args.routing).to_lowercase())];
+        let mut rows = vec![("routing", format!("{:?}", args.network.routing).to_lowercase())];
         if let Some(loaded) = self.loaded.get() {
             let features = loaded.datapath.features();
             rows.push(("attach", format!("{:?}", features.attach).to_lowercase()));
             let ended_by = if features.has_socket_destroy { "iterator" } else { "sock_diag" };
             rows.push(("limits of a pod", limits_text(&loaded.datapath)));
             rows.push(("stale UDP sockets ended by", ended_by.to_owned()));
-            if args.routing == Routing::Tunnel {
+            if args.network.routing == Routing::Tunnel {
                 let way = match loaded.datapath.allows_past_stack() {
-                    Ok(true) if args.tunnel_direct => "direct".to_owned(),
+                    Ok(true) if args.network.tunnel_direct => "direct".to_owned(),
                     Ok(_) => format!("by {OVERLAY_DEVICE}"),
                     Err(error) => crate::error::chain(&error),
                 };
                 rows.push(("tunnel packets", way));
             }
             rows.extend(by_the_stack(&loaded.datapath));
-            if args.masquerade {
+            if args.nat.masquerade {
                 rows.push(("masquerade ports", loaded.ports.to_string()));
             }
             let order = if features.fragments_wait { "wait for the first" } else { "dropped: no tbf queue" };
@@ -240,9 +240,9 @@ impl Known {
                 rows.push(("left out", format!("{program}: {reason}")));
             }
         }
-        rows.push(("socket load balancing", args.socket_lb.to_string()));
-        rows.push(("masquerade", args.masquerade.to_string()));
-        rows.push(("flow events", args.flow_events.to_string()));
+        rows.push(("socket load balancing", args.kernel.socket_lb.to_string()));
+        rows.push(("masquerade", args.nat.masquerade.to_string()));
+        rows.push(("flow events", args.flows.flow_events.to_string()));
         rows.into_iter().map(|(name, value)| FeatureRow { name: name.to_owned(), value }).collect()
     }
 
@@ -323,7 +323,7 @@ impl Known {
         let published = self.tables.node_endpoints.snapshot();
         let row = |(name, node): (&Arc<str>, &Arc<crate::model::Node>)| {
             let is_this = **name == *this_node;
-            let way = match self.config.args.routing {
+            let way = match self.config.args.network.routing {
                 _ if is_this => "this node",
                 Routing::Tunnel => "tunnel",
                 Routing::Native => "route",
@@ -415,7 +415,7 @@ impl Answers {
         &self,
         command: &'static str,
         reply: Reply,
-        work: impl Future<Output = Result<T, crate::cni::Error>>,
+        work: impl Future<Output = Result<T, crate::model::cni::Error>>,
     ) {
         let start = Instant::now();
         let outcome = work.await;

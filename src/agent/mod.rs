@@ -13,6 +13,7 @@
 
 mod announce;
 mod answers;
+mod args;
 mod compute;
 mod follow;
 mod ipsec;
@@ -33,13 +34,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use tokio::sync::{mpsc, watch};
 
+pub use args::{AgentArgs, Config, Routing};
 pub use compute::{Compute, Desired, Rules, View};
 pub use node::Devices;
 
 use crate::api;
 use crate::cni::install;
-use crate::config::{AgentArgs, Attach, Config, MapSize};
-use crate::datapath::{AttachMode, Datapath, MapSizes, Options, Quotas, Settings};
+use crate::datapath::{Datapath, Options, Settings};
 use crate::endpoint::{self, Enforced};
 use crate::flow::reader::KernelEvents;
 use crate::flow::{self, Names};
@@ -91,7 +92,7 @@ pub async fn run(config: Config) -> Result<()> {
         state_directory: state_dir.clone(),
         enforced_within: ENFORCED_WITHIN,
         verify_programs: known.clone().verify_programs(),
-        tunnel_port: config.args.tunnel_port,
+        tunnel_port: config.args.network.tunnel_port,
         parts: telemetry.parts().clone(),
     };
     let manager = endpoint::Manager::open(options, endpoints, &enforced)
@@ -121,8 +122,8 @@ async fn source(config: &Config, tables: &Arc<Tables>) -> Result<Source> {
 }
 
 async fn kubernetes(args: &AgentArgs, tables: &Arc<Tables>) -> Result<::kube::Client> {
-    let Some(file) = &args.kubeconfig else {
-        let servers = Servers::new(&args.api_servers, &args.state_dir, |name| std::env::var(name).ok());
+    let Some(file) = &args.api.kubeconfig else {
+        let servers = Servers::new(&args.api.api_servers, &args.state_dir, |name| std::env::var(name).ok());
         let client = servers.client().context("there is neither --manifests nor --kubeconfig")?;
         tokio::spawn(servers.follow(tables.clone()));
         return Ok(client);
@@ -136,7 +137,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     let tables = known.tables.clone();
     let publisher = Arc::new(Publisher::new(&source, &config.args.node_name, tables.clone())?);
     if let Source::Manifests(directory) = &source {
-        let grace = Duration::from_secs(config.args.identity_grace_seconds.into());
+        let grace = Duration::from_secs(config.args.timing.identity_grace_seconds.into());
         let health = known.health.clone();
         tokio::spawn(Collector::new(directory, &config.args.node_name, grace, health)?.run());
     }
@@ -153,20 +154,20 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         _ = stopping.wait_for(|stop| *stop) => return Ok(()),
     };
     facts.send_modify(|facts| facts.node = Some(node.clone()));
-    let ports = Ports::choose(config.args.nat_port_min..=config.args.nat_port_max);
+    let ports = Ports::choose(config.args.nat.nat_port_min..=config.args.nat.nat_port_max);
     let (devices, datapath) = tokio::task::block_in_place(|| load(&config, &node, &ports))?;
     facts.send_modify(|facts| facts.devices = Some(devices.clone()));
     let writers = datapath.writers().context("reading the maps back")?;
     let compute = Compute::new(
         &config.args.node_name,
         devices.internal_addresses.clone(),
-        config.args.stack_cidrs.clone(),
+        config.args.network.stack_cidrs.clone(),
         writers.policies.next_free_id(),
         writers.next_free_local_identity(),
         compute::Rules {
-            labels: Arc::new(config.args.identity_labels.clone()),
+            labels: Arc::new(config.args.rules.identity_labels.clone()),
             awaits_namespaces: config.args.manifests.is_none(),
-            believes_any_address: config.args.believe_any_address,
+            believes_any_address: config.args.rules.believe_any_address,
         },
     );
     let local_addresses = local::follow(node.clone(), devices.internal_addresses.clone())
@@ -208,12 +209,12 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
             tracing::error!(error = crate::error::chain(&error), "queued deletions wait for the next start");
         }
     });
-    let limits = sinks::Limits { policy_rows: config.args.policy_rows_max };
+    let limits = sinks::Limits { policy_rows: config.args.rules.policy_rows_max };
     let device_sink = DeviceSink::new(
         datapath.clone(),
         devices.clone(),
-        config.args.tunnel_port,
-        config.args.socket_lb,
+        config.args.network.tunnel_port,
+        config.args.kernel.socket_lb,
         restart.clone(),
     );
     let rounds = Rounds {
@@ -258,7 +259,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
 /// container runtime looks; returns only if that does not work.
 async fn offer_pods(config: Config, telemetry: Arc<Telemetry>) -> Result<()> {
     let args = &config.args;
-    if let (Some(binaries), Some(configurations)) = (&args.cni_bin_dir, &args.cni_config_dir) {
+    if let (Some(binaries), Some(configurations)) = (&args.cni.cni_bin_dir, &args.cni.cni_config_dir) {
         let directories =
             install::Directories { binaries: binaries.clone(), configurations: configurations.clone() };
         install::install_binary(&directories)?;
@@ -268,7 +269,7 @@ async fn offer_pods(config: Config, telemetry: Arc<Telemetry>) -> Result<()> {
             &install::Configuration {
                 socket: &args.socket,
                 state_dir: &args.state_dir,
-                is_exclusive: args.cni_exclusive,
+                is_exclusive: args.cni.cni_exclusive,
             },
         )?;
     }
@@ -292,7 +293,7 @@ fn load(config: &Config, node: &Node, ports: &Ports) -> Result<(Devices, Arc<Dat
     if let Some([_, comes_out]) = devices.wait {
         datapath.attach_wait(comes_out).context("attaching to the device of waiting fragments")?;
     }
-    if config.args.socket_lb {
+    if config.args.kernel.socket_lb {
         datapath.attach_sockets().context("attaching to sockets")?;
     } else {
         datapath.detach_sockets().context("detaching from sockets")?;
@@ -314,19 +315,9 @@ fn options(config: &Config, node: &Node, devices: &Devices, ports: &Ports, secre
     });
     Options {
         pins: config.pins.clone(),
-        cgroup_root: args.cgroup_root.clone(),
-        attach: match args.attach {
-            Attach::Auto => AttachMode::Auto,
-            Attach::Tcx => AttachMode::Tcx,
-            Attach::Clsact => AttachMode::Clsact,
-        },
-        map_sizes: args.map_size.iter().fold(
-            MapSizes::default()
-                .with("connections", args.connections_max)
-                .with("nat", args.nat_max)
-                .with("sockets", args.sockets_max),
-            |sizes, MapSize { map, rows }| sizes.with(map, *rows),
-        ),
+        cgroup_root: args.kernel.cgroup_root.clone(),
+        attach: args.kernel.attach,
+        map_sizes: args.maps.sizes(),
         settings: Settings {
             node_ipv4,
             node_ipv6,
@@ -335,21 +326,16 @@ fn options(config: &Config, node: &Node, devices: &Devices, ports: &Ports, secre
             tunnel_ifindex: devices.overlay,
             wait_ifindex: devices.wait.map(|[given, _]| given),
             network: devices.network.clone(),
-            tunnel_port: args.tunnel_port,
-            flow_report: std::time::Duration::from_secs(args.flow_report_seconds.into()),
+            tunnel_port: args.network.tunnel_port,
+            flow_report: args.flows.report_every(),
             nat_ports: ports.range.clone(),
-            masquerade_ipv4: args.masquerade && node_ipv4.is_some(),
-            masquerade_ipv6: args.masquerade && node_ipv6.is_some(),
-            flow_events: args.flow_events,
-            socket_lb: args.socket_lb,
-            tunnel_direct: args.tunnel_direct,
-            mark_mask: args.mark_mask.0,
-            quotas: Quotas {
-                connections: args.endpoint_connections_max,
-                opening: args.endpoint_opening_max,
-                nat_ports: args.endpoint_nat_ports_max,
-                drop_records_per_second: args.endpoint_drop_records,
-            },
+            masquerade_ipv4: args.nat.masquerade && node_ipv4.is_some(),
+            masquerade_ipv6: args.nat.masquerade && node_ipv6.is_some(),
+            flow_events: args.flows.flow_events,
+            socket_lb: args.kernel.socket_lb,
+            tunnel_direct: args.network.tunnel_direct,
+            mark_mask: args.kernel.mark_mask.0,
+            quotas: args.quotas.quotas(),
             ..Settings::default()
         },
     }

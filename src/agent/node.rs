@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
 
-use crate::config::{Config, Routing};
+use super::args::{Config, Routing};
 use crate::kube::Tables;
 use crate::model::Node;
 use crate::netlink;
@@ -132,16 +132,16 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
     }
     let ipv6_underlay = node.addresses.iter().all(IpAddr::is_ipv6);
     let overhead = if ipv6_underlay { TUNNEL_OVERHEAD_IPV6 } else { TUNNEL_OVERHEAD_IPV4 };
-    let mtu = match (config.args.mtu, config.args.routing) {
+    let mtu = match (config.args.network.mtu, config.args.network.routing) {
         (0, Routing::Tunnel) => device_mtu.saturating_sub(overhead),
         (0, Routing::Native) => device_mtu,
         (mtu, _) => mtu,
     };
     let internal_addresses = node.pod_cidrs.iter().filter_map(internal_address).collect::<Vec<_>>();
-    let overlay = match config.args.routing {
+    let overlay = match config.args.network.routing {
         Routing::Native => None,
         Routing::Tunnel => {
-            let ifindex = netlink::ensure_vxlan(OVERLAY_DEVICE, config.args.tunnel_port, mtu, None)
+            let ifindex = netlink::ensure_vxlan(OVERLAY_DEVICE, config.args.network.tunnel_port, mtu, None)
                 .context("making the tunnel device")?;
             give_addresses(ifindex, &internal_addresses)?;
             Some(ifindex)
@@ -180,7 +180,7 @@ fn prepare_wait() -> Option<[u32; 2]> {
 }
 
 fn network_devices(config: &Config, node: &Node) -> Result<Vec<netlink::Link>> {
-    if config.args.device.is_empty() {
+    if config.args.network.device.is_empty() {
         let devices = netlink::devices_with(&node.addresses).context("looking for the node's devices")?;
         if devices.is_empty() {
             bail!(
@@ -193,7 +193,7 @@ fn network_devices(config: &Config, node: &Node) -> Result<Vec<netlink::Link>> {
     let find = |name: &String| {
         netlink::link(name)?.with_context(|| format!("--device {name}: there is no such device on this node"))
     };
-    config.args.device.iter().map(find).collect()
+    config.args.network.device.iter().map(find).collect()
 }
 
 /// Pods' packets pass the stack on their way out. A device that takes its IPv6

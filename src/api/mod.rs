@@ -16,15 +16,17 @@ pub mod answers;
 mod client;
 mod server;
 
+use std::io;
 use std::path::{Path, PathBuf};
-use std::{fmt, io};
 
 use serde::{Deserialize, Serialize};
 
 pub use client::{Client, Stream};
 pub use server::{Gone, Handler, Reply, bind, serve, serve_on};
 
-use crate::{cni, flow};
+use crate::flow;
+use crate::model::cni;
+pub use crate::model::cni::Refusal;
 
 /// Where the agent listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/weir/agent.sock";
@@ -65,28 +67,6 @@ pub enum Request {
     Nodes,
     /// Flows, past and to come; a stream.
     Observe(flow::Query),
-}
-
-/// The agent's refusal, with the codes of the CNI specification.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-pub struct Refusal {
-    /// 1 to 99: the CNI specification's; 100 and more: ours.
-    pub code: u32,
-    /// One sentence.
-    pub message: String,
-    /// What a person may need to act on it.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub details: String,
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)?;
-        if !self.details.is_empty() {
-            write!(f, ": {}", self.details)?;
-        }
-        Ok(())
-    }
 }
 
 /// Why a call brought no result.

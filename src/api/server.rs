@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::{Line, REQUEST_BYTES_MAX, Refusal, Request, directory_of};
-use crate::cni;
+use crate::model::cni;
 
 /// At most so many requests are worked on at once; a full node starts its pods with fewer.
 const CONNECTIONS_MAX: usize = 512;

@@ -2,18 +2,18 @@
 
 use tracing_subscriber::EnvFilter;
 
-use super::Failure;
-use crate::config::{AgentArgs, Config, LogFormat, check_variables};
+use super::{Failure, settings};
+use crate::agent::{AgentArgs, Config};
+use crate::settings::LogFormat;
 
 /// Threads of the runtime. The agent's work is one loop and some waiting.
 pub(super) const WORKERS: usize = 2;
 
 /// Runs until the process is asked to stop.
 pub fn run(args: AgentArgs) -> Result<(), Failure> {
-    let names = std::env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned());
-    check_variables(names).map_err(anyhow::Error::from)?;
+    settings::check_environment().map_err(anyhow::Error::from)?;
     let config = Config::try_from(args).map_err(anyhow::Error::from)?;
-    log(config.args.log_format);
+    log(config.args.log.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .thread_name("weir")

@@ -7,8 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::{Failure, Format, output, table};
-use crate::config::pin_directory;
-use crate::datapath::{self, MAP_NAMES, Settings};
+use crate::datapath::{self, MAP_NAMES, Settings, pin_directory};
 
 #[derive(Subcommand)]
 pub enum MapCommand {

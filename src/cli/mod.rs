@@ -11,6 +11,7 @@ mod node;
 mod observe;
 mod operator;
 mod output;
+mod settings;
 mod status;
 mod sysdump;
 mod table;
@@ -21,8 +22,8 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::agent::AgentArgs;
 use crate::api;
-use crate::config::AgentArgs;
 use crate::operator::OperatorArgs;
 
 /// Networking, security and observability for Kubernetes on eBPF.

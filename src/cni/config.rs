@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::request::is_identifier;
-use super::{Attachment, Error, ErrorCode, Result, VERSIONS};
+use super::{Attachment, Error, ErrorCode, Result, VERSIONS, is_identifier};
 use crate::api::DEFAULT_SOCKET;
 use crate::model::{PortMapping, Protocol};
 

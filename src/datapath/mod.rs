@@ -14,6 +14,7 @@
 
 pub mod abi;
 mod addresses;
+mod args;
 mod attach;
 #[cfg(test)]
 mod btf;
@@ -49,6 +50,7 @@ use libbpf_rs::{MapCore, MapHandle, Object, ProgramMut};
 
 pub use abi::{addr_of, ip_of};
 pub use addresses::{AddressWriter, StackWriter};
+pub use args::{KernelArgs, MapArgs, MapSize, MarkMask, QuotaArgs};
 pub use attach::{attach_tcx, detach_all};
 pub use counters::{EventCounts, MapFill, MetricRow};
 pub use dump::{MAP_NAMES, dump};
@@ -56,7 +58,7 @@ pub use endpoints::EndpointWriter;
 pub use events::EventReader;
 pub use gc::GarbageReport;
 pub use map::{Bytes, Changes, MapError, Rows, TypedMap};
-pub use pins::mount_bpffs;
+pub use pins::{mount_bpffs, pin_directory};
 pub use policies::{PolicyWriter, RuleOrigins};
 pub use probe::{Features, cgroup_root_below, find_cgroup_root, mount_cgroup};
 pub use quota::{Limits, Quotas, Usage, UsageKind};

@@ -20,6 +20,12 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 /// A predecessor that is being killed needs a moment to let go.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
+/// The directory of this ABI version's pins below a BPF file system.
+pub fn pin_directory(bpffs: &Path) -> PathBuf {
+    let version = super::types::abi_version::ABI_VERSION.0;
+    bpffs.join("weir").join(format!("v{version}"))
+}
+
 /// An owned pin directory.
 #[derive(Debug)]
 pub(super) struct Pins {

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use clap::ValueEnum;
 use serde::Serialize;
 
 use super::abi::{self, addr_of};
@@ -29,13 +30,13 @@ pub struct Options {
 }
 
 /// How programs are attached to devices.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum AttachMode {
     /// tcx where the kernel has it, else clsact.
     #[default]
     Auto,
-    /// Links (Linux 6.6 and later).
+    /// tcx links (Linux 6.6 and later).
     Tcx,
     /// Filters of a clsact queueing discipline.
     Clsact,

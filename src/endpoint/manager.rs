@@ -13,8 +13,9 @@ use tracing::{debug, info, warn};
 
 use super::store::Store;
 use super::{Enforced, Progress, host_interface_name, is_host_interface_name, pod_mac};
-use crate::cni::{self, AddResult, Attachment, DeleteQueue, Error, ErrorCode, Request};
+use crate::cni::DeleteQueue;
 use crate::ipam::Ipam;
+use crate::model::cni::{self, AddResult, Attachment, Error, ErrorCode, Request};
 use crate::model::{Endpoint, EndpointId, MacAddress, PortMapping, Protocol};
 use crate::netlink::{self, PodLinkSpec};
 use crate::tables::Table;

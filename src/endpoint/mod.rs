@@ -22,8 +22,8 @@ pub use enforced::{Enforced, Progress};
 pub use manager::{Manager, Options, VerifyPrograms};
 pub use store::Store;
 
-use crate::cni::Attachment;
 use crate::model::MacAddress;
+use crate::model::cni::Attachment;
 
 /// What the devices on the node's side begin with.
 const INTERFACE_PREFIX: &str = "weir";

@@ -12,8 +12,8 @@ use tracing::{debug, info, warn};
 
 use super::host_interface_name;
 use super::manager::{Manager, failed, internal, run_to_end};
-use crate::cni::{Attachment, Error, Request};
 use crate::model::Endpoint;
+use crate::model::cni::{Attachment, Error, Request};
 use crate::netlink;
 
 /// Should the kernel lose a notification, a queued deletion waits no longer than this.

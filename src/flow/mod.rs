@@ -10,6 +10,7 @@
 //! somebody reads, and only for what passes the filters. Every event is accounted
 //! for: seen, lost in the kernel, or missed by a reader that was too slow.
 
+mod args;
 mod clock;
 mod filter;
 mod label;
@@ -22,9 +23,10 @@ mod recorder;
 mod stream;
 mod text;
 
-/// A record of the kernel, as it stands in abi.h.
 pub use crate::datapath::abi::Event;
 use crate::datapath::abi::ip_of;
+/// A record of the kernel, as it stands in abi.h.
+pub use args::FlowArgs;
 pub use clock::{Clock, monotonic_ns};
 pub use label::LabelPattern;
 pub use names::{NameSource, NameTables, Names, reserved_name};

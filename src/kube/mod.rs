@@ -14,6 +14,7 @@
 //! ```
 
 mod api;
+pub mod args;
 pub mod bootstrap;
 mod claims;
 mod collect;

@@ -3,10 +3,12 @@
 //! Kubernetes objects are converted to these types at the edge (`kube`), once;
 //! nothing behind that edge sees an API type. This module knows no other.
 
+pub mod cni;
 mod desired;
 mod endpoint;
 mod frontend;
 mod identity;
+pub mod names;
 mod objects;
 mod policy;
 mod port_mapping;

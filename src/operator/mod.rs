@@ -11,8 +11,8 @@
 //! not lead do nothing. A leader ends all of its work before it gives the Lease back, and everything
 //! it writes names the version that it replaces.
 
+mod args;
 mod cidrs;
-mod config;
 mod contact;
 mod definitions;
 mod election;
@@ -34,7 +34,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
-pub use config::{OperatorArgs, OperatorConfig};
+pub use args::{OperatorArgs, OperatorConfig};
 pub use life::TAINT;
 
 use crate::kube::bootstrap::Servers;
@@ -154,7 +154,7 @@ async fn work(
     let seconds = |seconds: u32| Duration::from_secs(seconds.into());
     let rounds = async {
         stores.wait().await?;
-        let heard = nodes::Heartbeats::new(&stores.view(), seconds(args.node_stale_seconds));
+        let heard = nodes::Heartbeats::new(&stores.view(), seconds(args.timing.node_stale_seconds));
         let mut cidrs = cidrs::Cidrs::new(client, &args.operator_name, &args.pod_cidr_pools, metrics.clone());
         let mut keeper = life::Keeper::new(
             client,
@@ -178,7 +178,8 @@ async fn work(
         }
         Ok(())
     };
-    let collector = identities::Collector::new(client, seconds(args.identity_grace_seconds), metrics.clone());
+    let collector =
+        identities::Collector::new(client, seconds(args.timing.identity_grace_seconds), metrics.clone());
     tokio::select! {
         done = rounds => done,
         () = filling => Ok(()),
@@ -212,10 +213,10 @@ fn merge() -> PatchParams {
 }
 
 async fn client(config: &OperatorConfig) -> Result<Client> {
-    let Some(file) = &config.args.kubeconfig else {
+    let Some(file) = &config.args.api.kubeconfig else {
         // Nothing is remembered: a replica may start on any node.
         let variable = |name: &str| std::env::var(name).ok();
-        let servers = Servers::forgetful(&config.args.api_servers, variable);
+        let servers = Servers::forgetful(&config.args.api.api_servers, variable);
         let client = servers.client().context("there is no --kubeconfig")?;
         let following = client.clone();
         tokio::spawn(async move { servers.ask(following).await });

@@ -15,6 +15,7 @@ mod host_ports;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod lab_itself;
+mod layers;
 mod life_cycle;
 mod loaded_policy;
 mod malformed;

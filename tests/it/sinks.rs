@@ -334,7 +334,7 @@ fn break_two_sinks(lab: &Lab) -> Result<()> {
 fn median_times(lab: &Lab, client: &Pod, backend: &Pod, round: usize) -> Result<(Duration, Duration)> {
     const SAMPLES: usize = 15;
     let (mut adds, mut services) = (Vec::new(), Vec::new());
-    let pins = weir::config::pin_directory(&lab.node(1).directory().join("bpf"));
+    let pins = weir::datapath::pin_directory(&lab.node(1).directory().join("bpf"));
     let map = libbpf_rs::MapHandle::from_pinned_path(pins.join("maps").join("services"))?;
     let rows = TypedMap::<ServiceKey, Service>::new(map)?;
     for sample in 0..SAMPLES {
@@ -387,7 +387,7 @@ fn b1_a_map_that_refuses_everything_costs_its_own_and_all_is_well_when_the_cause
     let lab = Lab::start(Setup::default())?;
     let node = lab.node(1);
     let (a, b) = (lab.pod(1, "other/a").create()?, lab.pod(1, "other/b").create()?);
-    let pins = weir::config::pin_directory(&node.directory().join("bpf"));
+    let pins = weir::datapath::pin_directory(&node.directory().join("bpf"));
     let pin = pins.join("maps").join("services");
     libbpf_rs::MapHandle::from_pinned_path(&pin)?.freeze()?;
     service(&lab, 80, &b)?;
@@ -422,7 +422,7 @@ fn a7_rows_of_maps_and_pins_that_somebody_deletes_come_back() -> Result<()> {
     service(&lab, 80, &b)?;
     expect_full_mesh(&[&a, &b])?;
     expect_service(&a, 80)?;
-    let pins = weir::config::pin_directory(&node.directory().join("bpf"));
+    let pins = weir::datapath::pin_directory(&node.directory().join("bpf"));
     wait_for("links of the pods' programs", || Ok(has_links(node)))?;
     for map in ["services", "addresses"] {
         let map = libbpf_rs::MapHandle::from_pinned_path(pins.join("maps").join(map))?;

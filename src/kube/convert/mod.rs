@@ -5,15 +5,14 @@
 //! What is in an object of one kind is said in [`super::kinds`].
 
 mod field;
-pub(super) mod names;
 #[cfg(test)]
 mod tests;
 mod typed;
 
 use std::fmt;
 
+pub use crate::model::names::{self, is_object_name};
 pub use field::{Field, FieldError, Result};
-pub use names::is_object_name;
 pub use typed::Cidr;
 
 use super::kind::Kind;

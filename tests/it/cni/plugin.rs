@@ -160,10 +160,10 @@ fn root_versions_of_one_family() {
     });
 }
 
-fn request(runtime: &Runtime) -> weir::cni::Request {
+fn request(runtime: &Runtime) -> weir::model::cni::Request {
     let variable = |name: &str| runtime.variables.get(name).cloned().expect("it is set");
-    weir::cni::Request {
-        attachment: weir::cni::Attachment {
+    weir::model::cni::Request {
+        attachment: weir::model::cni::Attachment {
             container_id: variable("CNI_CONTAINERID"),
             interface: variable("CNI_IFNAME"),
         },

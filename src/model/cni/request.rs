@@ -6,6 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Error, ErrorCode, Result};
+use crate::model::names::{is_dns_label, is_object_name};
 use crate::model::{MacAddress, ObjectKey, PortMapping, Protocol};
 
 /// The specification bounds no container id; runtimes have 64 characters.
@@ -107,7 +108,7 @@ impl Request {
             if !is_dns_label(&pod.namespace) {
                 return Err(refuse("K8S_POD_NAMESPACE", "is no name of a namespace", &pod.namespace));
             }
-            if pod.name.len() > 253 || !pod.name.split('.').all(is_dns_label) {
+            if !is_object_name(&pod.name) {
                 return Err(refuse("K8S_POD_NAME", "is no name of a pod", &pod.name));
             }
         }
@@ -121,17 +122,9 @@ impl Request {
 }
 
 /// The specification's form of container ids and network names.
-pub(super) fn is_identifier(text: &str) -> bool {
+pub fn is_identifier(text: &str) -> bool {
     text.starts_with(|first: char| first.is_ascii_alphanumeric())
         && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
-}
-
-fn is_dns_label(text: &str) -> bool {
-    let is_inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    (1..=63).contains(&text.len())
-        && text.bytes().all(is_inner)
-        && !text.starts_with('-')
-        && !text.ends_with('-')
 }
 
 fn validate_port_mappings(mappings: &[PortMapping]) -> Result<()> {

@@ -1,35 +1,21 @@
 //! The operator's settings: `OperatorArgs` is what was typed, `OperatorConfig` is what the code uses.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 use clap::Args;
 
 use super::pools::{self, Pool};
-use crate::config::{ConfigError, LogFormat, is_server};
+use crate::kube::args::{ApiArgs, TimingArgs};
+use crate::settings::{LogArgs, SettingError, within};
 
 /// Flags of `weir operator`; each can also be set by its environment variable.
 #[derive(Args, Clone, Debug)]
 pub struct OperatorArgs {
-    /// Reach the Kubernetes API with this file; without it, as a pod does.
-    #[arg(long, env = "WEIR_KUBECONFIG", value_name = "FILE")]
-    pub kubeconfig: Option<PathBuf>,
-
-    /// API servers to begin with, as HOST:PORT; later those of the `kubernetes` Service's EndpointSlice.
-    #[arg(
-        long,
-        env = "WEIR_API_SERVERS",
-        value_name = "HOST:PORT",
-        value_delimiter = ',',
-        conflicts_with = "kubeconfig"
-    )]
-    pub api_servers: Vec<String>,
-
     /// Name of this replica, by which it leads.
     #[arg(long, env = "WEIR_OPERATOR_NAME", value_name = "NAME")]
     pub operator_name: String,
 
-    /// A leader that was killed is replaced after so long.
+    /// Time after which a leader that was killed is replaced.
     #[arg(long, env = "WEIR_OPERATOR_LEASE_SECONDS", value_name = "SECONDS", default_value_t = 15)]
     pub operator_lease_seconds: u32,
 
@@ -47,21 +33,21 @@ pub struct OperatorArgs {
     #[arg(long, env = "WEIR_POD_CIDR_POOLS", value_name = "CIDR=LENGTH", value_delimiter = ',')]
     pub pod_cidr_pools: Vec<Pool>,
 
-    /// An identity that no pod has had for so long is deleted.
-    #[arg(long, env = "WEIR_IDENTITY_GRACE_SECONDS", value_name = "SECONDS", default_value_t = 900)]
-    pub identity_grace_seconds: u32,
-
-    /// A node whose agent says nothing for so long counts as without one, and is tainted.
-    #[arg(long, env = "WEIR_NODE_STALE_SECONDS", value_name = "SECONDS", default_value_t = 60)]
-    pub node_stale_seconds: u32,
-
-    /// So long after a Node is gone its objects are deleted and its pod CIDRs are free again.
+    /// Time after a Node was deleted after which its objects are deleted and its pod CIDRs are free again.
     #[arg(long, env = "WEIR_NODE_FORGET_SECONDS", value_name = "SECONDS", default_value_t = 60)]
     pub node_forget_seconds: u32,
 
-    /// Form of the log.
-    #[arg(long, env = "WEIR_LOG_FORMAT", value_enum, default_value = "text")]
-    pub log_format: LogFormat,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub api: ApiArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub timing: TimingArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub log: LogArgs,
 }
 
 /// Validated settings.
@@ -72,42 +58,24 @@ pub struct OperatorConfig {
 }
 
 impl TryFrom<OperatorArgs> for OperatorConfig {
-    type Error = ConfigError;
+    type Error = SettingError;
 
-    fn try_from(args: OperatorArgs) -> Result<Self, ConfigError> {
-        for (setting, value, allowed, message) in [
-            ("operator-lease-seconds", args.operator_lease_seconds, 3..=300, "must be 3 to 300"),
-            ("identity-grace-seconds", args.identity_grace_seconds, 1..=604_800, "must be 1 to 604800"),
-            ("node-stale-seconds", args.node_stale_seconds, 4..=3600, "must be 4 to 3600"),
-            ("node-forget-seconds", args.node_forget_seconds, 0..=86_400, "must be 0 to 86400"),
-        ] {
-            if !allowed.contains(&value) {
-                return Err(ConfigError::new(setting, value.to_string(), message));
-            }
-        }
+    fn try_from(args: OperatorArgs) -> Result<Self, SettingError> {
+        args.api.check()?;
+        args.timing.check()?;
+        within("operator-lease-seconds", args.operator_lease_seconds, 3..=300)?;
+        within("node-forget-seconds", args.node_forget_seconds, 0..=86_400)?;
         // A leader that cannot hear heartbeats must lose the lease before it calls nodes silent.
-        if args.node_stale_seconds < args.operator_lease_seconds {
-            let given = args.node_stale_seconds.to_string();
-            return Err(ConfigError::new(
-                "node-stale-seconds",
-                given,
-                "must be at least --operator-lease-seconds",
-            ));
+        if args.timing.node_stale_seconds < args.operator_lease_seconds {
+            let allowed = "must be at least --operator-lease-seconds";
+            return Err(SettingError::new("node-stale-seconds", args.timing.node_stale_seconds, allowed));
         }
         if args.operator_name.is_empty() {
-            return Err(ConfigError::new("operator-name", String::new(), "must not be empty"));
-        }
-        if let Some(server) = args.api_servers.iter().find(|server| !is_server(server)) {
-            let allowed = "must be HOST:PORT, an IPv6 address in brackets";
-            return Err(ConfigError::new("api-servers", server.clone(), allowed));
+            return Err(SettingError::new("operator-name", "", "must not be empty"));
         }
         if let Some((one, two)) = pools::overlap(&args.pod_cidr_pools) {
-            let given = format!("{one},{two}");
-            return Err(ConfigError::new(
-                "pod-cidr-pools",
-                given,
-                "these overlap: no address may be in two pools",
-            ));
+            let allowed = "these overlap: no address may be in two pools";
+            return Err(SettingError::new("pod-cidr-pools", format!("{one},{two}"), allowed));
         }
         Ok(Self { args })
     }

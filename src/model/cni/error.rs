@@ -1,8 +1,11 @@
 //! Errors with the codes of the CNI specification.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
-use crate::api::Refusal;
+/// The result of everything that can refuse.
+pub type Result<T> = std::result::Result<T, Error>;
 
 /// The codes that the specification gives a meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -62,5 +65,27 @@ impl Refusal {
     pub fn with_details(mut self, details: impl Into<String>) -> Self {
         self.details = details.into();
         self
+    }
+}
+
+/// The agent's refusal, with the codes of the CNI specification.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub struct Refusal {
+    /// 1 to 99: the CNI specification's; 100 and more: ours.
+    pub code: u32,
+    /// One sentence.
+    pub message: String,
+    /// What a person may need to act on it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub details: String,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        if !self.details.is_empty() {
+            write!(f, ": {}", self.details)?;
+        }
+        Ok(())
     }
 }

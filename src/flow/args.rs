@@ -1,0 +1,37 @@
+//! Settings of flows: whether they are recorded, how many are kept, how often one is reported.
+
+use std::time::Duration;
+
+use clap::{ArgAction, Args};
+
+use crate::settings::{SettingError, within};
+
+/// Settings of flows.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Flows")]
+pub struct FlowArgs {
+    /// Record flows.
+    #[arg(long, env = "WEIR_FLOW_EVENTS", action = ArgAction::Set, default_value_t = true)]
+    pub flow_events: bool,
+
+    /// Flows kept in memory, 136 bytes each.
+    #[arg(long, env = "WEIR_FLOW_BUFFER", value_name = "N", default_value_t = 16_384)]
+    pub flow_buffer: usize,
+
+    /// A running connection is reported this often, in seconds.
+    #[arg(long, env = "WEIR_FLOW_REPORT_SECONDS", value_name = "SECONDS", default_value_t = 5)]
+    pub flow_report_seconds: u32,
+}
+
+impl FlowArgs {
+    /// Refuses numbers that make no sense.
+    pub fn check(&self) -> Result<(), SettingError> {
+        within("flow-buffer", self.flow_buffer, 128..=4_194_304)?;
+        within("flow-report-seconds", self.flow_report_seconds, 1..=3600)
+    }
+
+    /// How often a running connection is reported.
+    pub fn report_every(&self) -> Duration {
+        Duration::from_secs(self.flow_report_seconds.into())
+    }
+}
