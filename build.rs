@@ -1,5 +1,6 @@
 //! Compiles `bpf/*.bpf.c` with clang, links them into one object and makes its
 //! skeleton: `$OUT_DIR/datapath.skel.rs`, whose types are the kernel contract.
+//! Compiles `proto/` with protox, which needs no protoc.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -11,9 +12,11 @@ use libbpf_rs::Linker;
 
 fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=bpf");
+    println!("cargo:rerun-if-changed=proto");
     println!("cargo:rerun-if-env-changed=CLANG");
     let clang = find_clang()?;
     let out = PathBuf::from(env::var_os("OUT_DIR").context("OUT_DIR is not set: run cargo")?);
+    compile_proto(&out)?;
     let object = out.join("datapath.bpf.o");
     let mut linker = Linker::new(&object)?;
     for source in sources()? {
@@ -35,6 +38,19 @@ fn main() -> Result<()> {
         .generate(out.join("datapath.skel.rs"))
         .context("generating the skeleton")?;
     Ok(())
+}
+
+/// The messages and services of `proto/`, and their descriptors for JSON and reflection.
+fn compile_proto(out: &Path) -> Result<()> {
+    let files = ["flow/flow.proto", "observer/observer.proto", "peer/peer.proto", "relay/relay.proto"];
+    let set = protox::compile(files, ["proto"]).context("compiling proto/")?;
+    std::fs::write(out.join("hubble.fds"), prost::Message::encode_to_vec(&set))
+        .context("writing the descriptors of proto/")?;
+    tonic_prost_build::configure()
+        .build_transport(false)
+        .emit_rerun_if_changed(false)
+        .compile_fds(set)
+        .context("generating code of proto/")
 }
 
 fn sources() -> Result<Vec<PathBuf>> {

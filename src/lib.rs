@@ -11,6 +11,7 @@ pub mod datapath;
 pub mod endpoint;
 pub mod error;
 pub mod flow;
+pub mod hubble;
 pub mod identity;
 pub mod ipam;
 pub mod kube;

@@ -21,7 +21,7 @@ use crate::api::answers::{
 use crate::api::{Handler, Refusal, Reply, Request};
 use crate::datapath::{Datapath, MapFill, RuleOrigins, Usage, UsageKind};
 use crate::endpoint::{Manager, Progress};
-use crate::flow::{NameSource, NameTables, Names, Query, Recorder, Stream};
+use crate::flow::{Direction, NameSource, NameTables, Names, Query, Recorder, Stream};
 use crate::kube::{Health, Tables};
 use crate::model::{
     Endpoint, EndpointId, FrontendKind, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Origins,
@@ -395,6 +395,19 @@ impl NameSource for Known {
 
     fn rule_origin(&self, rule_id: u32) -> Option<Origins> {
         self.loaded.get()?.rule_origins.get(rule_id)
+    }
+
+    fn isolating(&self, endpoint: EndpointId, direction: Direction) -> Origins {
+        let policies = self.tables.policies.snapshot();
+        let isolates = |reference: &&PolicyRef| {
+            policies.get(*reference).is_some_and(|policy| match direction {
+                Direction::Egress => policy.egress.is_some(),
+                _ => policy.ingress.is_some(),
+            })
+        };
+        let current = self.current.load();
+        let selecting = current.selected_by.get(&endpoint).into_iter().flat_map(|policies| policies.iter());
+        selecting.filter(isolates).cloned().collect()
     }
 }
 

@@ -12,6 +12,7 @@ use ipnet::IpNet;
 use crate::cni::CniArgs;
 use crate::datapath::{KernelArgs, MapArgs, QuotaArgs, pin_directory};
 use crate::flow::FlowArgs;
+use crate::hubble::args::HubbleArgs;
 use crate::identity::LabelFilter;
 use crate::kube::args::{ApiArgs, TimingArgs};
 use crate::model::names::is_object_name;
@@ -88,6 +89,10 @@ pub struct AgentArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub flows: FlowArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub hubble: HubbleArgs,
 
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -230,6 +235,7 @@ impl TryFrom<AgentArgs> for Config {
         args.maps.check()?;
         args.quotas.check()?;
         args.flows.check()?;
+        args.hubble.check()?;
         let pins = pin_directory(&args.kernel.bpffs);
         Ok(Self { args, pins })
     }

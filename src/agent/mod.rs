@@ -20,6 +20,7 @@ mod follow;
 mod ipsec;
 mod local;
 mod node;
+mod observer;
 mod ports;
 mod publish;
 mod restart;
@@ -100,6 +101,7 @@ pub async fn run(config: Config) -> Result<()> {
     let names = Arc::new(Names::new(config.args.node_name.as_str(), known.clone()));
 
     let answers = Arc::new(Answers::new(known.clone(), manager.clone(), names.clone()));
+    let observing = observer::serve(known.clone(), names.clone(), stopping.clone());
     let socket = config.args.socket.clone();
     let serving = api::serve(&socket, answers, stopping.clone());
     let metrics = telemetry::serve(config.args.metrics_address, telemetry, stopping.clone());
@@ -107,6 +109,7 @@ pub async fn run(config: Config) -> Result<()> {
     let working = work(start, stopping);
     tokio::select! {
         served = serving => served.context("serving the API socket"),
+        observed = observing => observed.context("serving Hubble's API"),
         served = metrics => served.context("serving metrics"),
         worked = working => worked,
     }

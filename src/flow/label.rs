@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -20,9 +19,10 @@ pub struct LabelPattern {
 
 impl LabelPattern {
     /// True if the labels of a party (`source:key=value`) meet every part.
-    pub fn matches(&self, labels: &[Arc<str>]) -> bool {
+    pub fn matches(&self, labels: &[impl AsRef<str>]) -> bool {
         let mut map = BTreeMap::new();
         for label in labels {
+            let label = label.as_ref();
             let (key, value) = label.split_once('=').unwrap_or((label, ""));
             map.insert(key.to_owned(), value.to_owned());
             if let Some((_, key)) = key.split_once(':') {
@@ -101,6 +101,8 @@ fn requirement(text: &str) -> Result<Requirement, String> {
 
 fn key_of(text: &str) -> Result<String, String> {
     let key = text.trim();
+    // Hubble's word for "of any source".
+    let key = key.strip_prefix("any:").unwrap_or(key);
     let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-_./:".contains(c);
     if key.is_empty() || !key.chars().all(is_allowed) {
         return Err(format!(
@@ -112,6 +114,8 @@ fn key_of(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     #[test]

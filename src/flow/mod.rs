@@ -23,9 +23,9 @@ mod recorder;
 mod stream;
 mod text;
 
-pub use crate::datapath::abi::Event;
-use crate::datapath::abi::ip_of;
 /// A record of the kernel, as it stands in abi.h.
+pub use crate::datapath::abi::Event;
+pub(crate) use crate::datapath::abi::ip_of;
 pub use args::FlowArgs;
 pub use clock::{Clock, monotonic_ns};
 pub use label::LabelPattern;
@@ -37,7 +37,7 @@ pub use record::{
 };
 pub use recorder::{Record, Recorder, RecorderCounts};
 pub use stream::{Item, Lost, LostSource, Stream};
-pub use text::{Colours, compact, escape, identity};
+pub use text::{Colours, compact, escape, icmp_text, identity};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -52,6 +52,10 @@ pub trait NameSource: Send + Sync + 'static {
     fn local_identity(&self, id: IdentityId) -> Option<LocalIdentity>;
     /// The policies that a rule number of the maps comes from.
     fn rule_origin(&self, rule_id: u32) -> Option<Origins>;
+    /// The policies that isolate a pod of this node in a direction, as they are now.
+    fn isolating(&self, _endpoint: EndpointId, _direction: Direction) -> Origins {
+        Origins::default()
+    }
 }
 
 /// Names events.
@@ -153,9 +157,26 @@ impl Names {
         }
     }
 
+    /// The policies that isolate the pod whose policy judged `event`.
+    pub fn isolating(&self, event: &Event) -> Origins {
+        let direction = Direction::from(event.direction);
+        let endpoint = match direction {
+            Direction::Egress => event.source_endpoint,
+            _ => event.destination_endpoint,
+        };
+        self.source.isolating(EndpointId(endpoint), direction)
+    }
+
     fn policies(&self, rule_id: u32) -> Origins {
         let known = (rule_id != 0).then(|| self.source.rule_origin(rule_id));
         known.flatten().unwrap_or_default()
+    }
+
+    /// The namespaces of both sides of an event, as far as they are pods.
+    pub fn namespaces_of(&self, event: &Event) -> [Option<Arc<str>>; 2] {
+        let index = self.index.lock().expect("nobody panics while it holds the index");
+        [event.source, event.destination]
+            .map(|addr| index.pod(ip_of(addr), event.timestamp_ns).map(|pod| pod.namespace))
     }
 
     /// The labels of an identity, each with its source.

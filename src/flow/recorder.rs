@@ -22,6 +22,9 @@ pub enum Record {
     Lost(u64),
 }
 
+/// Records that the rate is counted over.
+const RATE_RECORDS: u64 = 4096;
+
 /// A bounded ring of records with sequence numbers from 0.
 pub struct Recorder {
     ring: Mutex<Ring>,
@@ -131,6 +134,20 @@ impl Recorder {
     /// A follower was overtaken and missed `events`.
     pub fn add_missed(&self, events: u64) {
         self.missed_by_readers.fetch_add(events, Ordering::Relaxed);
+    }
+
+    /// Events a second, over the last records.
+    pub fn rate(&self) -> f64 {
+        let mut records = Vec::new();
+        let kept = self.range();
+        self.copy(kept.end.saturating_sub(RATE_RECORDS).max(kept.start), RATE_RECORDS as usize, &mut records);
+        let oldest = records.iter().find_map(|record| match record {
+            Record::Packet(event) => Some(event.timestamp_ns),
+            Record::Lost(_) => None,
+        });
+        let Some(oldest) = oldest else { return 0.0 };
+        let seconds = super::monotonic_ns().saturating_sub(oldest) as f64 / 1e9;
+        records.len() as f64 / seconds.max(0.001)
     }
 
     /// What became of the events so far.

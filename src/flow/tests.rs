@@ -52,7 +52,7 @@ impl NameSource for Cluster {
     }
 }
 
-fn ip(text: &str) -> IpAddr {
+pub(crate) fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
 }
 
@@ -102,18 +102,18 @@ fn cluster() -> Arc<Cluster> {
 }
 
 /// Names that have been refreshed at time 0, before any event.
-fn names() -> Names {
+pub(crate) fn names() -> Names {
     let names = Names::new("a", cluster());
     names.refresh_at(0);
     names
 }
 
-fn clock() -> Clock {
+pub(crate) fn clock() -> Clock {
     Clock::starting_at("2026-11-22T19:20:13Z".parse().expect("a timestamp"))
 }
 
 /// frontend-1 reaches backend-1 through the Service.
-fn forwarded() -> Event {
+pub(crate) fn forwarded() -> Event {
     Event {
         timestamp_ns: 123_456_789,
         packets: [3, 2],
@@ -139,7 +139,7 @@ fn forwarded() -> Event {
 }
 
 /// Somebody of the outside is denied at the backend.
-fn dropped() -> Event {
+pub(crate) fn dropped() -> Event {
     Event {
         source: addr_of(ip("192.0.2.1")),
         source_identity: 2,
@@ -392,13 +392,13 @@ fn exclusions_are_each_on_their_own() {
 }
 
 /// A recorder with events whose source ports count from 0.
-fn recorded(capacity: usize, ports: std::ops::Range<u16>) -> Arc<Recorder> {
+pub(crate) fn recorded(capacity: usize, ports: std::ops::Range<u16>) -> Arc<Recorder> {
     let recorder = Arc::new(Recorder::new(capacity));
     record(&recorder, ports);
     recorder
 }
 
-fn record(recorder: &Recorder, ports: std::ops::Range<u16>) {
+pub(crate) fn record(recorder: &Recorder, ports: std::ops::Range<u16>) {
     let event = |port: u16| Event { source_port: port.to_be(), ..forwarded() };
     recorder.append(&ports.map(event).collect::<Vec<_>>());
 }

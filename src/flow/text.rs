@@ -119,7 +119,8 @@ fn summary(flow: &Flow) -> String {
     summary
 }
 
-fn icmp_text(protocol: L4Protocol, icmp: Icmp) -> Cow<'static, str> {
+/// An ICMP message by its name, where it has one.
+pub fn icmp_text(protocol: L4Protocol, icmp: Icmp) -> Cow<'static, str> {
     let name = match (protocol, icmp.r#type) {
         (L4Protocol::IcmpV4, 0) | (L4Protocol::IcmpV6, 129) => "EchoReply",
         (L4Protocol::IcmpV4, 8) | (L4Protocol::IcmpV6, 128) => "EchoRequest",

@@ -31,7 +31,7 @@ pub async fn serve(
 }
 
 /// `[::]` is every address of both families; where the kernel has no IPv6, every one of IPv4.
-async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+pub async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     match TcpListener::bind(address).await {
         Err(error) if is_without_ipv6(&error) && address.ip() == Ipv6Addr::UNSPECIFIED => {
             TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await

@@ -22,7 +22,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 pub use collect::{KernelCounters, ObjectCounts, WatchHealth};
-pub use http::{serve, serve_on};
+pub use http::{listen, serve, serve_on};
 pub use parts::{PartRow, Parts};
 pub use ready::{Ready, ReadyGuard};
 

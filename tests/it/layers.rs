@@ -10,9 +10,10 @@ const LAYERS: &[(&str, &str)] = &[
     ("cli", "agent operator cni api endpoint telemetry flow kube datapath netlink model settings error"),
     (
         "agent",
-        "endpoint cni api telemetry flow kube policy node service identity datapath netlink tables model \
+        "hubble endpoint cni api telemetry flow kube policy node service identity datapath netlink tables model \
          settings signals error",
     ),
+    ("hubble", "api telemetry flow kube datapath tables model settings error"),
     ("operator", "telemetry kube settings signals error"),
     ("endpoint", "cni telemetry ipam netlink tables model"),
     ("cni", "api netlink model settings"),

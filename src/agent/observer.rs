@@ -1,0 +1,73 @@
+//! Hubble's API of this node: from what the agent knows to its sockets.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use tokio::sync::watch;
+
+use super::answers::Known;
+use super::args::{Config, Routing};
+use crate::flow::Names;
+use crate::hubble::convert::Converter;
+use crate::hubble::events::AgentEvents;
+use crate::hubble::serve::{agent_routes, serve_socket, serve_tcp};
+use crate::hubble::service::{NodeObserver, PEERS_WITHIN, PeerNode, Peers, node_name, server_name};
+use crate::hubble::stream::Source;
+use crate::hubble::tls::Identity;
+use crate::kube::Tables;
+
+/// Serves flows until `stopping` turns true.
+pub async fn serve(known: Arc<Known>, names: Arc<Names>, stopping: watch::Receiver<bool>) -> Result<()> {
+    let args = &known.config.args;
+    let hubble = &args.hubble;
+    let converter = Converter::new(
+        &hubble.cluster_name,
+        &args.node_name,
+        Vec::new(),
+        args.network.routing == Routing::Tunnel,
+    );
+    let source = Source { recorder: known.recorder.clone(), names, converter: Arc::new(converter) };
+    let events = Arc::new(AgentEvents::default());
+    events.started();
+    tokio::spawn(events.clone().follow(known.tables.clone(), known.endpoints.clone()));
+    let (told, peers) = watch::channel(Peers::new());
+    tokio::spawn(follow_peers(known.config.clone(), known.tables.clone(), told));
+    let observer = NodeObserver::new(source, events, peers);
+    let routes = agent_routes(observer).await?;
+    let path = hubble.socket(&args.socket);
+    let socket = serve_socket(&path, routes.clone(), stopping.clone());
+    let Some(address) = hubble.hubble_listen else { return socket.await };
+    let identity = hubble.hubble_tls_dir.as_deref().filter(|_| !hubble.hubble_plain_text);
+    let identity = identity.map(|directory| Arc::new(Identity::new(directory)));
+    tokio::select! {
+        served = socket => served,
+        served = serve_tcp(address, identity, routes, stopping) => served.context("serving the relay"),
+    }
+}
+
+/// Every node's observer listens where this one does.
+async fn follow_peers(config: Config, tables: Arc<Tables>, told: watch::Sender<Peers>) {
+    let Some(listen) = config.args.hubble.hubble_listen else { return };
+    let hubble = &config.args.hubble;
+    let mut news = tables.nodes.subscribe();
+    loop {
+        let nodes = tables.nodes.snapshot();
+        let peer = |(name, node): (&Arc<str>, &Arc<crate::model::Node>)| {
+            let address = SocketAddr::new(*node.addresses.first()?, listen.port()).to_string();
+            let server_name = (!hubble.hubble_plain_text).then(|| server_name(name, &hubble.cluster_name));
+            Some((node_name(name, &hubble.cluster_name), PeerNode { address, server_name }))
+        };
+        let peers: Peers = nodes.iter().filter_map(peer).collect();
+        told.send_if_modified(|current| {
+            let is_new = *current != peers;
+            *current = peers;
+            is_new
+        });
+        if news.changed().await.is_err() {
+            return;
+        }
+        // Nodes come in crowds.
+        tokio::time::sleep(PEERS_WITHIN / 4).await;
+    }
+}

@@ -1,0 +1,60 @@
+//! `FlowFilter`, compiled: first what the raw record can tell, then the rest on the flow.
+//!
+//! A flow is shown that the whitelist matches (or there is none) and the blacklist does not.
+
+mod one;
+mod pattern;
+mod raw;
+
+#[cfg(test)]
+mod tests;
+
+use super::proto::flow::{Flow, FlowFilter};
+use crate::flow::Event;
+use one::One;
+
+/// A request with more filters than this is refused.
+const FILTERS_MAX: usize = 256;
+
+/// Why a filter is refused.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("filter {field}: {reason}")]
+pub struct BadFilter {
+    field: &'static str,
+    reason: String,
+}
+
+/// A whitelist and a blacklist.
+#[derive(Default)]
+pub struct Filters {
+    white: Vec<One>,
+    black: Vec<One>,
+}
+
+impl Filters {
+    /// Compiles both lists.
+    pub fn new(white: &[FlowFilter], black: &[FlowFilter]) -> Result<Self, BadFilter> {
+        if white.len() + black.len() > FILTERS_MAX {
+            return Err(BadFilter { field: "list", reason: format!("more than {FILTERS_MAX} filters") });
+        }
+        let compile = |list: &[FlowFilter]| list.iter().map(One::new).collect::<Result<_, _>>();
+        Ok(Self { white: compile(white)?, black: compile(black)? })
+    }
+
+    /// False if the raw record alone tells that its flow is not asked for.
+    pub fn may_match(&self, event: &Event) -> bool {
+        (self.white.is_empty() || self.white.iter().any(|filter| filter.raw.may_match(event)))
+            && !self.black.iter().any(|filter| filter.is_raw_alone && filter.raw.may_match(event))
+    }
+
+    /// True if the flow is asked for.
+    pub fn matches(&self, flow: &Flow) -> bool {
+        (self.white.is_empty() || self.white.iter().any(|filter| filter.matches(flow)))
+            && !self.black.iter().any(|filter| filter.matches(flow))
+    }
+}
+
+/// No condition, or one of them holds.
+fn any<T>(wanted: &[T], holds: impl FnMut(&T) -> bool) -> bool {
+    wanted.is_empty() || wanted.iter().any(holds)
+}

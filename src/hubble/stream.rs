@@ -1,0 +1,298 @@
+//! The answer to GetFlows on one node: first what is kept, then, for followers, what comes.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tokio::sync::watch;
+
+use super::convert::Converter;
+use super::filter::Filters;
+use super::mask::Mask;
+use super::proto::flow::{LostEvent, LostEventSource};
+use super::proto::observer::get_flows_response::ResponseTypes;
+use super::proto::observer::{GetFlowsRequest, GetFlowsResponse};
+use super::proto::{time, timestamp};
+use crate::flow::{Clock, Event, Names, Record, Recorder, monotonic_ns};
+
+/// Flows that a reader gets without asking for a number.
+const DEFAULT_LAST: u64 = 20;
+/// Records that are copied at once: 64 KiB.
+const CHUNK: usize = 512;
+/// A reader hears of lost events at most this often.
+const LOSS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Where a node's flows come from.
+#[derive(Clone)]
+pub struct Source {
+    /// The records.
+    pub recorder: Arc<Recorder>,
+    /// Their names.
+    pub names: Arc<Names>,
+    /// Their form.
+    pub converter: Arc<Converter>,
+}
+
+/// Why a request is refused, for people.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct BadRequest(String);
+
+/// A request that is being answered.
+pub struct FlowStream {
+    source: Source,
+    wanted: Wanted,
+    clock: Clock,
+    news: watch::Receiver<u64>,
+    records: Vec<Record>,
+    state: State,
+    missed: Missed,
+    left: u64,
+}
+
+/// The request, understood.
+struct Wanted {
+    filters: Filters,
+    mask: Mask,
+    since: Option<Timestamp>,
+    until: Option<Timestamp>,
+    number: u64,
+    is_first: bool,
+    follow: bool,
+}
+
+/// What a reader was too slow for, and has not been told.
+#[derive(Default)]
+struct Missed {
+    count: u64,
+    first: Option<Timestamp>,
+    told: Option<Instant>,
+}
+
+enum State {
+    /// Nothing has been answered yet.
+    Start,
+    /// Everything from the first on, up to the second unless following.
+    Forward(u64, u64),
+    Done,
+}
+
+impl Wanted {
+    fn new(request: GetFlowsRequest) -> Result<Self, BadRequest> {
+        let bad = |error: &dyn std::fmt::Display| BadRequest(error.to_string());
+        if request.first && request.follow {
+            return Err(BadRequest("first and follow exclude each other".to_owned()));
+        }
+        let moment = |wire: Option<prost_types::Timestamp>| {
+            wire.map(|wire| time(&wire).ok_or_else(|| BadRequest(format!("{wire:?} is no time")))).transpose()
+        };
+        let (since, mut until) = (moment(request.since)?, moment(request.until)?);
+        if since.is_some() && until.is_none() && !request.follow {
+            until = Some(Timestamp::now());
+        }
+        let is_bounded = since.is_some() || until.is_some();
+        let number = match request.number {
+            _ if is_bounded => u64::MAX,
+            0 if !request.follow => DEFAULT_LAST,
+            number => number,
+        };
+        let paths = request.field_mask.map(|mask| mask.paths).unwrap_or_default();
+        Ok(Self {
+            filters: Filters::new(&request.whitelist, &request.blacklist).map_err(|error| bad(&error))?,
+            mask: Mask::new(&paths).map_err(|error| bad(&error))?,
+            since,
+            until,
+            number,
+            is_first: request.first,
+            follow: request.follow,
+        })
+    }
+
+    fn is_in_time(&self, event: &Event, clock: &Clock) -> bool {
+        if self.since.is_none() && self.until.is_none() {
+            return true;
+        }
+        let time = clock.wall(event.timestamp_ns);
+        self.since.is_none_or(|since| time >= since) && self.until.is_none_or(|until| time <= until)
+    }
+}
+
+impl FlowStream {
+    /// Begins to answer: what is recorded from now on will not be missed by a follower.
+    pub fn new(source: Source, request: GetFlowsRequest) -> Result<Self, BadRequest> {
+        let wanted = Wanted::new(request)?;
+        Ok(Self {
+            news: source.recorder.subscribe(),
+            left: if wanted.is_first { wanted.number } else { u64::MAX },
+            source,
+            wanted,
+            clock: Clock::now(),
+            records: Vec::new(),
+            state: State::Start,
+            missed: Missed::default(),
+        })
+    }
+
+    /// The next answers, oldest first; waits for some when following. `None`: that was all.
+    pub async fn next(&mut self) -> Option<Vec<GetFlowsResponse>> {
+        self.clock = Clock::now();
+        self.source.names.refresh();
+        loop {
+            let answers = match self.state {
+                State::Done => return None,
+                State::Start => self.begin().await,
+                State::Forward(from, until) => self.forward(from, until).await?,
+            };
+            if !answers.is_empty() {
+                return Some(answers);
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    async fn begin(&mut self) -> Vec<GetFlowsResponse> {
+        let kept = self.source.recorder.range();
+        self.news.mark_unchanged();
+        let everything = self.wanted.number == u64::MAX || self.wanted.is_first;
+        if everything {
+            self.state = State::Forward(kept.start, kept.end);
+            return Vec::new();
+        }
+        self.state = if self.wanted.follow { State::Forward(kept.end, kept.end) } else { State::Done };
+        self.newest(kept).await
+    }
+
+    /// The newest so many that match, found from the end backwards. Others get their turn between chunks: a ring
+    /// may hold millions.
+    async fn newest(&mut self, kept: Range<u64>) -> Vec<GetFlowsResponse> {
+        let wanted = self.wanted.number;
+        let mut found = Vec::new();
+        let mut end = kept.end;
+        while end > kept.start && (found.len() as u64) < wanted {
+            let start = end.saturating_sub(CHUNK as u64).max(kept.start);
+            let first = self.source.recorder.copy(start, (end - start) as usize, &mut self.records);
+            let records = std::mem::take(&mut self.records);
+            // What was overwritten meanwhile is the oldest: there is nothing further back.
+            let still_there = records.iter().take(end.saturating_sub(first) as usize);
+            // So many flows are asked for: losses do not count.
+            let flow = |record: &Record| match record {
+                Record::Packet(event) => self.answer(event),
+                Record::Lost(_) => None,
+            };
+            found.extend(still_there.rev().filter_map(flow).take((wanted - found.len() as u64) as usize));
+            self.records = records;
+            end = if first > start { kept.start } else { start };
+            tokio::task::yield_now().await;
+        }
+        found.reverse();
+        found
+    }
+
+    /// The next chunk from `from` on. `None`: that was all.
+    async fn forward(&mut self, from: u64, until: u64) -> Option<Vec<GetFlowsResponse>> {
+        if (from >= until && !self.wanted.follow) || self.left == 0 {
+            self.state = State::Done;
+            return None;
+        }
+        let limit = if self.wanted.follow { CHUNK } else { CHUNK.min((until - from) as usize) };
+        let first = self.source.recorder.copy(from, limit, &mut self.records);
+        self.missed.add(first - from);
+        self.source.recorder.add_missed(first - from);
+        if self.records.is_empty() && self.wanted.follow {
+            return self.wait().await;
+        }
+        let records = std::mem::take(&mut self.records);
+        self.state = State::Forward(first + records.len() as u64, until);
+        let mut answers = self.losses();
+        for record in &records {
+            let answer = match record {
+                Record::Packet(event) => self.answer(event),
+                Record::Lost(lost) => Some(self.loss(LostEventSource::PerfEventRingBuffer, *lost, None)),
+            };
+            let is_flow = matches!(record, Record::Packet(_));
+            if let Some(answer) = answer.filter(|_| !is_flow || self.left > 0) {
+                self.left -= u64::from(is_flow && self.left != u64::MAX);
+                answers.push(answer);
+            }
+        }
+        self.records = records;
+        Some(answers)
+    }
+
+    /// Waits until there is something new. `None`: there will never be.
+    async fn wait(&mut self) -> Option<Vec<GetFlowsResponse>> {
+        let losses = self.losses();
+        if !losses.is_empty() {
+            return Some(losses);
+        }
+        let is_over = |until: Timestamp| self.clock.monotonic(until) < monotonic_ns();
+        if self.wanted.until.is_some_and(is_over) {
+            return None;
+        }
+        // Losses must be told even when nothing else comes.
+        if let Ok(Err(_)) = tokio::time::timeout(LOSS_INTERVAL, self.news.changed()).await {
+            return None;
+        }
+        self.clock = Clock::now();
+        self.source.names.refresh();
+        Some(Vec::new())
+    }
+
+    fn answer(&self, event: &Event) -> Option<GetFlowsResponse> {
+        let wanted = &self.wanted;
+        if !wanted.filters.may_match(event) || !wanted.is_in_time(event, &self.clock) {
+            return None;
+        }
+        let flow = self.source.converter.flow(event, &self.source.names, &self.clock);
+        if !wanted.filters.matches(&flow) {
+            return None;
+        }
+        let time = flow.time;
+        let flow = wanted.mask.apply(flow);
+        Some(self.response(ResponseTypes::Flow(flow), time))
+    }
+
+    /// What this reader missed since it was last told.
+    fn losses(&mut self) -> Vec<GetFlowsResponse> {
+        match self.missed.take() {
+            Some((count, first)) => vec![self.loss(LostEventSource::HubbleRingBuffer, count, first)],
+            None => Vec::new(),
+        }
+    }
+
+    fn loss(&self, source: LostEventSource, count: u64, first: Option<Timestamp>) -> GetFlowsResponse {
+        let now = Timestamp::now();
+        let lost = LostEvent {
+            source: source.into(),
+            num_events_lost: count,
+            first: Some(timestamp(first.unwrap_or(now))),
+            last: Some(timestamp(now)),
+            ..LostEvent::default()
+        };
+        self.response(ResponseTypes::LostEvents(lost), Some(timestamp(now)))
+    }
+
+    fn response(&self, what: ResponseTypes, time: Option<prost_types::Timestamp>) -> GetFlowsResponse {
+        let node_name = self.source.converter.node.clone();
+        GetFlowsResponse { response_types: Some(what), node_name, time }
+    }
+}
+
+impl Missed {
+    fn add(&mut self, count: u64) {
+        if count > 0 {
+            self.count += count;
+            self.first.get_or_insert_with(Timestamp::now);
+        }
+    }
+
+    /// How many, and since when; at most once in a while.
+    fn take(&mut self) -> Option<(u64, Option<Timestamp>)> {
+        if self.count == 0 || self.told.is_some_and(|told| told.elapsed() < LOSS_INTERVAL) {
+            return None;
+        }
+        self.told = Some(Instant::now());
+        Some((std::mem::take(&mut self.count), self.first.take()))
+    }
+}
