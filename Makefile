@@ -7,7 +7,7 @@
 
 export KEEP SUITE ONLY UPDATE NODES LIKE AWAY FAMILY
 .DEFAULT_GOAL := help
-.PHONY: setup build check deny test golden verify kernels bench demo image kind kind-down cluster cluster-down e2e e2e-faults platforms deploy undeploy clean help
+.PHONY: setup build check deny test golden verify kernels bench demo image kind kind-down cluster cluster-down e2e e2e-faults platforms ui ui-test deploy undeploy clean help
 
 setup: ## install what the build needs and the machine lacks (Debian, Ubuntu)
 	@scripts/setup
@@ -65,6 +65,12 @@ e2e-faults: setup ## the same cluster, and what it survives: AWAY=120 seconds wi
 
 platforms: setup ## nodes like those of k3s, EKS, AKS, GKE and kubeadm: deploy, try, undeploy (root)
 	cargo build --bins --example cluster && cargo test --test e2e -- --platforms $(ONLY)
+
+ui: ## build the page into ui/dist (Node.js 20.19 or later, npm)
+	@scripts/ui build
+
+ui-test: ## the page: unit tests, Chromium, and whether ui/dist is what its sources give
+	@scripts/ui test
 
 deploy: setup ## build the image, install Weir in the cluster of kubectl's context
 	@scripts/deploy up
