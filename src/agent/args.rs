@@ -16,6 +16,7 @@ use crate::hubble::args::HubbleArgs;
 use crate::identity::LabelFilter;
 use crate::kube::args::{ApiArgs, TimingArgs};
 use crate::model::names::is_object_name;
+use crate::service::ServiceArgs;
 use crate::settings::{LogArgs, SettingError, within};
 
 /// Flags of `weir agent`; each can also be set by its environment variable.
@@ -76,6 +77,10 @@ pub struct AgentArgs {
 
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub services: ServiceArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub kernel: KernelArgs,
 
     #[command(flatten)]
@@ -103,8 +108,7 @@ pub struct AgentArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Network")]
 pub struct NetworkArgs {
-    /// A device that leads out of the node; by default those that have an address of the Node object, a
-    /// route by a router, or neighbours. Devices that come later are followed.
+    /// A device that leads to the other nodes; by default those that have the node's addresses.
     #[arg(long, env = "WEIR_DEVICES", value_name = "NAME", value_delimiter = ',')]
     pub device: Vec<String>,
 
@@ -232,6 +236,7 @@ impl TryFrom<AgentArgs> for Config {
         args.cni.check()?;
         args.network.check()?;
         args.nat.check()?;
+        args.services.check()?;
         args.maps.check()?;
         args.quotas.check()?;
         args.flows.check()?;

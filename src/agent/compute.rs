@@ -10,13 +10,13 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::local::Local;
+use super::local::LocalAddresses;
 use crate::identity::LabelFilter;
 use crate::kube::Tables;
 use crate::model::{
-    AddressEntry, AddressPair, CompiledPolicy, Endpoint, EndpointEntry, EndpointId, EndpointSlice, Frontend,
-    FrontendKey, IdentityId, IdentityLabels, LocalIdentity, Namespace, NetworkDevice, Node, NodeEndpoints,
-    ObjectKey, Pod, Policy, PolicyId, PolicyRef, PrefixEntry, PublishedEndpoint, Service,
+    AddressEntry, CompiledPolicy, Endpoint, EndpointEntry, EndpointId, EndpointSlice, Frontend, FrontendKey,
+    IdentityId, IdentityLabels, LocalIdentity, Namespace, Node, NodeEndpoints, ObjectKey, Pod, Policy,
+    PolicyId, PolicyRef, PrefixEntry, PublishedEndpoint, Service,
 };
 use crate::tables::{Snapshot, Table};
 use crate::{node, policy, service};
@@ -34,12 +34,15 @@ pub struct View {
     node_endpoints: Snapshot<Arc<str>, Arc<NodeEndpoints>>,
     endpoints: Snapshot<EndpointId, Arc<Endpoint>>,
     local_addresses: Snapshot<IpAddr, ()>,
-    devices: Snapshot<u32, NetworkDevice>,
 }
 
 impl View {
     /// Takes the snapshots.
-    pub fn of(tables: &Tables, endpoints: &Table<EndpointId, Arc<Endpoint>>, local: &Local) -> Self {
+    pub fn of(
+        tables: &Tables,
+        endpoints: &Table<EndpointId, Arc<Endpoint>>,
+        local_addresses: &LocalAddresses,
+    ) -> Self {
         Self {
             namespaces: tables.namespaces.snapshot(),
             pods: tables.pods.snapshot(),
@@ -51,8 +54,7 @@ impl View {
             to_claim: tables.to_claim.snapshot(),
             node_endpoints: tables.node_endpoints.snapshot(),
             endpoints: endpoints.snapshot(),
-            local_addresses: local.addresses.snapshot(),
-            devices: local.devices.snapshot(),
+            local_addresses: local_addresses.snapshot(),
         }
     }
 }
@@ -76,10 +78,6 @@ pub struct Desired {
     pub selected_by: BTreeMap<EndpointId, Arc<[PolicyRef]>>,
     /// The other nodes, for routes.
     pub nodes: Vec<Arc<Node>>,
-    /// Rows of `devices`.
-    pub devices: Snapshot<u32, NetworkDevice>,
-    /// The addresses by which the other nodes know this one.
-    pub node_addresses: AddressPair,
     /// This node's pods, for the other nodes.
     pub published: Vec<PublishedEndpoint>,
     /// How many of its pods are not among these yet.
@@ -107,6 +105,8 @@ pub struct Rules {
     pub awaits_namespaces: bool,
     /// Nodes may have addresses outside of their pod CIDRs.
     pub believes_any_address: bool,
+    /// What Services get that do not say what they want.
+    pub services: service::Defaults,
 }
 
 /// Turns views into desired states.
@@ -114,7 +114,6 @@ pub struct Compute {
     rules: Rules,
     node_name: Arc<str>,
     internal_addresses: Vec<IpAddr>,
-    node_addresses: AddressPair,
     owners: node::Addresses,
     prefixes: node::Prefixes,
     frontends: service::Frontends,
@@ -132,7 +131,6 @@ impl Compute {
     pub fn new(
         node_name: &str,
         internal_addresses: Vec<IpAddr>,
-        node_addresses: AddressPair,
         guarded: Vec<IpNet>,
         first_policy: PolicyId,
         first_local: IdentityId,
@@ -144,7 +142,6 @@ impl Compute {
             rules,
             node_name: node_name.into(),
             internal_addresses,
-            node_addresses,
             owners: node::Addresses::default(),
             prefixes: node::Prefixes::new(guarded),
             frontends: service::Frontends::default(),
@@ -166,7 +163,13 @@ impl Compute {
         }
         let mut desired = Desired::default();
         let endpoints = self.resolve(view, &mut desired);
-        let services = self.frontends.update(&view.services, &view.slices);
+        let place = service::Place::of(
+            &self.node_name,
+            view.nodes.values(),
+            view.local_addresses.keys().copied(),
+            &self.rules.services,
+        );
+        let services = self.frontends.update(&view.services, &view.slices, &place);
         // A Service keeps its address, also where a device of the node has it.
         let is_own = |address: &&IpAddr| !services.frontends.contains_key(&FrontendKey::rest_of(**address));
         let own_addresses: Vec<IpAddr> = view.local_addresses.keys().filter(is_own).copied().collect();
@@ -189,7 +192,8 @@ impl Compute {
             addresses: &owners.addresses,
             pod_cidrs: &pod_cidrs,
         })?;
-        desired.conflicts = conflicts(&owners.conflicts, &services.conflicts);
+        desired.conflicts = conflicts(&owners.conflicts);
+        desired.conflicts.extend(services.conflicts.values().flatten().map(ToString::to_string));
         desired.published = endpoints.values().map(publish).collect();
         desired.coming = coming(&self.node_name, view, &endpoints);
         let held = |identity| Some((identity, view.identities.get(&identity)?.clone()));
@@ -202,12 +206,18 @@ impl Compute {
         desired.selected_by = compiled.selected_by;
         desired.frontends = services.frontends.clone();
         let pods = endpoints.values().map(|(endpoint, _)| endpoint.as_ref());
-        desired.frontends.extend(service::host_ports(&own_addresses, pods));
-        desired.devices = view.devices.clone();
-        if let Some(node) = view.nodes.get(&self.node_name) {
-            self.node_addresses = AddressPair::first_of(node.addresses.iter().copied());
+        for (key, frontend) in service::host_ports(&own_addresses, pods) {
+            match desired.frontends.get(&key) {
+                Some(there) => {
+                    let text = format!(
+                        "pod {} has the host port {key}, which is Service {}'s",
+                        frontend.service, there.service
+                    );
+                    desired.conflicts.push(text);
+                }
+                None => drop(desired.frontends.insert(key, frontend)),
+            }
         }
-        desired.node_addresses = self.node_addresses;
         desired.nodes = view.nodes.values().filter(|node| *node.name != *self.node_name).cloned().collect();
         Ok(desired)
     }
@@ -320,7 +330,7 @@ fn endpoint_entries(endpoints: &Resolved, compiled: &policy::Output) -> BTreeMap
     endpoints.iter().filter_map(entry).collect()
 }
 
-fn conflicts(addresses: &[node::Conflict], services: &[service::Conflict]) -> Vec<String> {
+fn conflicts(addresses: &[node::Conflict]) -> Vec<String> {
     let addresses = addresses.iter().map(|conflict| {
         let why = match &conflict.reason {
             node::ConflictReason::OwnedBy(owner) => format!("{owner} has it"),
@@ -333,11 +343,7 @@ fn conflicts(addresses: &[node::Conflict], services: &[service::Conflict]) -> Ve
         };
         format!("node {} claims the address {}: {why}", conflict.node, conflict.address)
     });
-    let services = services.iter().map(|conflict| {
-        let service::Conflict { service, address, owner } = conflict;
-        format!("Service {service} has the cluster IP {address}, which is Service {owner}'s")
-    });
-    addresses.chain(services).collect()
+    addresses.collect()
 }
 
 #[cfg(test)]
@@ -365,7 +371,7 @@ mod tests {
     #[test]
     fn a8_a_pod_waits_for_the_labels_of_its_namespace() {
         let key = ObjectKey::new("shop", "web");
-        let (tables, endpoints, local) = (Tables::new(), Table::new(), Local::default());
+        let (tables, endpoints, addresses) = (Tables::new(), Table::new(), LocalAddresses::new());
         endpoints.apply(EndpointId(1), endpoint(key.clone()));
         let pod = Pod {
             key: key.clone(),
@@ -380,16 +386,8 @@ mod tests {
         tables.pods.apply(key, Arc::new(pod));
         let desired = |awaits_namespaces| {
             let rules = Rules { awaits_namespaces, ..Rules::default() };
-            let mut compute = Compute::new(
-                "a",
-                vec![],
-                AddressPair::default(),
-                vec![],
-                PolicyId(1),
-                IdentityId::FIRST_LOCAL,
-                rules,
-            );
-            compute.desired(&View::of(&tables, &endpoints, &local)).expect("numbers are left")
+            let mut compute = Compute::new("a", vec![], vec![], PolicyId(1), IdentityId::FIRST_LOCAL, rules);
+            compute.desired(&View::of(&tables, &endpoints, &addresses)).expect("numbers are left")
         };
         let waiting = desired(true);
         assert!(waiting.unclaimed.is_empty() && waiting.endpoints.is_empty());

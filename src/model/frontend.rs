@@ -201,9 +201,9 @@ impl Frontend {
             forwarding: Forwarding::Snat,
             keeps_source: false,
             has_others: false,
-            source_ranges: Arc::new([]),
-            backends: Arc::new([]),
-            draining: Arc::new([]),
+            source_ranges: Arc::default(),
+            backends: Arc::default(),
+            draining: Arc::default(),
         }
     }
 

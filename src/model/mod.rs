@@ -5,7 +5,6 @@
 
 pub mod cni;
 mod desired;
-mod device;
 mod endpoint;
 mod frontend;
 mod identity;
@@ -16,7 +15,6 @@ mod port_mapping;
 mod service;
 
 pub use desired::*;
-pub use device::*;
 pub use endpoint::*;
 pub use frontend::*;
 pub use identity::*;

@@ -52,7 +52,7 @@ impl Service {
             external_policy: TrafficPolicy::Cluster,
             affinity: None,
             distribution: None,
-            source_ranges: Arc::new([]),
+            source_ranges: Arc::default(),
             health_port: None,
             algorithm: None,
             forwarding: None,

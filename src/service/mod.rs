@@ -1,29 +1,44 @@
-//! Services and EndpointSlices to frontends: which backends a cluster IP leads to.
+//! Services and EndpointSlices to frontends: which backends an address and port leads to, for whom.
 //!
-//! The rules are kube-proxy's: ready backends; where there is none, those that still
-//! serve while they end; a backend's family is its frontend's. Every cluster IP also has
-//! a wildcard row, so that a port that no Service has is refused and not routed away.
+//! - `place`: where the node is and which addresses nodes have;
+//! - `choice`: which backends new connections may choose, by kube-proxy's rules;
+//! - `rows`: the frontends of one Service, at its own addresses, the nodes' and those from outside;
+//! - `claims`: whose an address is that several Services want.
 //!
-//! [`frontends`] says what there is; [`Frontends`] says the same again and again at the cost
-//! of what changed.
+//! Every cluster IP also has a wildcard row, so that a port that no Service has is refused and not routed away.
+//! [`frontends`] says what there is; [`Frontends`] says the same again and again at the cost of what changed.
 
+mod args;
+mod choice;
+mod claims;
 mod host_ports;
+mod place;
+mod rows;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
-pub use host_ports::host_ports;
 use imbl::ordmap::DiffItem;
 use serde::Serialize;
 
-use crate::model::{
-    Backend, EndpointSlice, Frontend, FrontendKey, FrontendKind, ObjectKey, Scope, Service, ServicePort,
-    SlicePort,
-};
+pub use args::{HealthzAddress, PortRange, ServiceArgs};
+pub use choice::{Candidates, Fate, Topology};
+pub use claims::{Conflict, Reason};
+pub use host_ports::host_ports;
+pub use place::{Defaults, Place};
+
+use crate::model::{EndpointSlice, Frontend, FrontendKey, ObjectKey, Service};
 use crate::tables::Snapshot;
+use claims::Claims;
+use rows::Claim;
+
+/// All Services.
+pub type Services = Snapshot<ObjectKey, Arc<Service>>;
+/// All EndpointSlices.
+pub type Slices = Snapshot<ObjectKey, Arc<EndpointSlice>>;
 
 /// Every frontend, and what could not be had twice.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -31,120 +46,125 @@ pub struct Output {
     /// Rows of `services`.
     pub frontends: Snapshot<FrontendKey, Frontend>,
     /// Services that name an address of another, in order of their keys.
-    pub conflicts: Vec<Conflict>,
+    pub conflicts: BTreeMap<ObjectKey, BTreeSet<Conflict>>,
 }
 
-/// A Service whose address is another's.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub struct Conflict {
-    /// The Service that does not get the address.
-    pub service: ObjectKey,
-    /// The address.
-    pub address: IpAddr,
-    /// The Service that has it: the first by key.
-    pub owner: ObjectKey,
-}
-
-/// The frontends of all Services. Headless ones have no address and so none.
-pub fn frontends(
-    services: &Snapshot<ObjectKey, Arc<Service>>,
-    slices: &Snapshot<ObjectKey, Arc<EndpointSlice>>,
-) -> Output {
-    let mut slices_of: HashMap<&ObjectKey, Vec<&EndpointSlice>> = HashMap::new();
-    for slice in slices.values() {
-        slices_of.entry(&slice.service).or_default().push(slice);
-    }
-    let mut output = Output::default();
-    let mut owners: HashMap<IpAddr, &ObjectKey> = HashMap::new();
-    for (key, service) in services {
-        let slices = slices_of.get(key).map_or(&[][..], Vec::as_slice);
-        let name = Arc::new(key.clone());
-        for address in usable_addresses(service) {
-            let owner = *owners.entry(address).or_insert(key);
-            if owner == key {
-                output.frontends.extend(frontends_of(&name, service, address, slices));
-            } else {
-                let owner = owner.clone();
-                output.conflicts.push(Conflict { service: key.clone(), address, owner });
-            }
-        }
-    }
-    output
+/// The frontends of all Services at `place`. Headless ones have no address and so none.
+pub fn frontends(services: &Services, slices: &Slices, place: &Place) -> Output {
+    let mut all = Frontends::default();
+    all.update(services, slices, place);
+    all.output
 }
 
 /// Remembers its last answer, and works out differences.
 #[derive(Default)]
 pub struct Frontends {
     output: Output,
-    services: Snapshot<ObjectKey, Arc<Service>>,
-    slices: Snapshot<ObjectKey, Arc<EndpointSlice>>,
+    services: Services,
+    slices: Slices,
+    place: Place,
+    claims: Claims,
+    /// What each Service has.
+    rows: HashMap<Arc<ObjectKey>, Box<[FrontendKey]>>,
+    /// Services with frontends at addresses of nodes or of the network.
+    exposed: BTreeSet<Arc<ObjectKey>>,
 }
 
 impl Frontends {
     /// What [`frontends`] says for these.
-    pub fn update(
-        &mut self,
-        services: &Snapshot<ObjectKey, Arc<Service>>,
-        slices: &Snapshot<ObjectKey, Arc<EndpointSlice>>,
-    ) -> &Output {
-        match self.difference(services, slices) {
-            Some(frontends) => self.output.frontends = frontends,
-            None => self.output = frontends(services, slices),
+    pub fn update(&mut self, services: &Services, slices: &Slices, place: &Place) -> &Output {
+        let mut affected = self.changed(services, slices);
+        let touched = self.claim(&affected, services);
+        let mut place = place.clone();
+        // A Service keeps its address, also where a device of the node has it.
+        place.own.retain(|address| self.claims.owner_of(*address).is_none());
+        for claim in &touched {
+            affected.extend(self.claims.rivals(claim).cloned());
+            affected.extend(self.claims.rivals_at_nodes(claim, &place).cloned());
+        }
+        self.affect_by_place(&place, services, &mut affected);
+        let slices_of = slices_of(&affected, slices);
+        for name in &affected {
+            for key in self.rows.remove(name).unwrap_or_default() {
+                self.output.frontends.remove(&key);
+            }
+            self.output.conflicts.remove(&**name);
+        }
+        for name in &affected {
+            if let Some(service) = services.get(&**name) {
+                self.make(name, service, slices_of.get(&**name).map_or(&[], Vec::as_slice), &place);
+            }
         }
         self.services = services.clone();
         self.slices = slices.clone();
+        self.place = place;
         &self.output
     }
 
-    /// The frontends with those of the changed Services made anew; `None` where Services have or
-    /// get an address in common: then it has to be found out again whose it is.
-    fn difference(
-        &self,
-        services: &Snapshot<ObjectKey, Arc<Service>>,
-        slices: &Snapshot<ObjectKey, Arc<EndpointSlice>>,
-    ) -> Option<Snapshot<FrontendKey, Frontend>> {
-        if !self.output.conflicts.is_empty() {
-            return None;
+    /// Every Service that is affected where the node or what is around it has changed.
+    fn affect_by_place(&self, place: &Place, services: &Services, affected: &mut BTreeSet<Arc<ObjectKey>>) {
+        let old = &self.place;
+        if (&old.node, &old.zone, &old.defaults) != (&place.node, &place.zone, &place.defaults) {
+            affected.extend(services.keys().map(|key| Arc::new(key.clone())));
+        } else if old != place {
+            affected.extend(self.exposed.iter().cloned());
         }
-        let changed = self.changed(services, slices);
-        let mut frontends = self.output.frontends.clone();
-        for service in changed.iter().filter_map(|key| self.services.get(key)) {
-            for address in usable_addresses(service) {
-                let keys = keys_of(service, address);
-                keys.for_each(|key| drop(frontends.remove(&key)));
-            }
-        }
-        for key in &changed {
-            let Some(service) = services.get(key) else { continue };
-            let first = ObjectKey::new(key.namespace.clone(), "");
-            // A slice is in the namespace of its Service.
-            let in_namespace =
-                slices.range(first..).take_while(|(slice, _)| slice.namespace == key.namespace);
-            let of_service = in_namespace.filter(|(_, slice)| slice.service == *key);
-            let slices: Vec<&EndpointSlice> = of_service.map(|(_, slice)| slice.as_ref()).collect();
-            let name = Arc::new(key.clone());
-            for address in usable_addresses(service) {
-                for (key, frontend) in frontends_of(&name, service, address, &slices) {
-                    if frontends.insert(key, frontend).is_some() {
-                        return None;
-                    }
+    }
+
+    /// Makes the rows of one Service that nobody else has.
+    fn make(&mut self, name: &Arc<ObjectKey>, service: &Service, slices: &[&EndpointSlice], place: &Place) {
+        let mut keys = Vec::new();
+        for (key, frontend) in rows::rows(name, service, slices, place) {
+            match self.claims.obstacle(name, &key, frontend.kind, place) {
+                None => {
+                    keys.push(key);
+                    self.output.frontends.insert(key, frontend);
+                }
+                Some(conflict) => {
+                    self.output.conflicts.entry(ObjectKey::clone(name)).or_default().insert(conflict);
                 }
             }
         }
-        Some(frontends)
+        if !keys.is_empty() {
+            self.rows.insert(name.clone(), keys.into());
+        }
+    }
+
+    /// Brings the claims of these Services up to date; returns those that came or went.
+    fn claim(&mut self, changed: &BTreeSet<Arc<ObjectKey>>, services: &Services) -> BTreeSet<Claim> {
+        let mut touched = BTreeSet::new();
+        for name in changed {
+            let (old, new) = (self.services.get(&**name), services.get(&**name));
+            if old == new {
+                continue;
+            }
+            let of = |service: Option<&Arc<Service>>| -> BTreeSet<Claim> {
+                service.map(|service| rows::claims(name, service).collect()).unwrap_or_default()
+            };
+            let (old, new_claims) = (of(old), of(new));
+            for claim in old.difference(&new_claims) {
+                self.claims.remove(claim);
+                touched.insert(claim.clone());
+            }
+            for claim in new_claims.difference(&old) {
+                self.claims.insert(claim.clone());
+                touched.insert(claim.clone());
+            }
+            match new.is_some_and(|service| rows::is_exposed(service)) {
+                true => drop(self.exposed.insert(name.clone())),
+                false => drop(self.exposed.remove(name)),
+            }
+        }
+        touched
     }
 
     /// The Services that are others now, or whose slices are.
-    fn changed(
-        &self,
-        services: &Snapshot<ObjectKey, Arc<Service>>,
-        slices: &Snapshot<ObjectKey, Arc<EndpointSlice>>,
-    ) -> BTreeSet<ObjectKey> {
+    fn changed(&self, services: &Services, slices: &Slices) -> BTreeSet<Arc<ObjectKey>> {
         let mut changed = BTreeSet::new();
         for item in self.services.diff(services) {
             let (DiffItem::Add(key, _) | DiffItem::Update { new: (key, _), .. } | DiffItem::Remove(key, _)) =
                 item;
-            changed.insert(key.clone());
+            changed.insert(Arc::new(key.clone()));
         }
         for item in self.slices.diff(slices) {
             let (old, new) = match item {
@@ -152,68 +172,36 @@ impl Frontends {
                 DiffItem::Update { old: (_, old), new: (_, new) } => (Some(old), Some(new)),
                 DiffItem::Remove(_, old) => (Some(old), None),
             };
-            changed.extend(old.into_iter().chain(new).map(|slice| slice.service.clone()));
+            changed.extend(old.into_iter().chain(new).map(|slice| Arc::new(slice.service.clone())));
         }
         changed
     }
 }
 
-/// The cluster IPs that a Service may have, each once.
-fn usable_addresses(service: &Service) -> BTreeSet<IpAddr> {
-    service.addresses.iter().copied().filter(is_usable).collect()
-}
+/// Of more Services than this all slices are looked through at once.
+const FEW: usize = 16;
 
-/// The rows of one address of a Service.
-fn keys_of(service: &Service, address: IpAddr) -> impl Iterator<Item = FrontendKey> {
-    let wildcard = FrontendKey::rest_of(address);
-    let ports = service.ports.iter().filter(|port| port.port != 0);
-    let of_ports =
-        ports.map(move |port| FrontendKey::new(address, port.port, port.protocol, Scope::Internal));
-    std::iter::once(wildcard).chain(of_ports)
-}
-
-/// The frontends of one address of a Service.
-fn frontends_of(
-    name: &Arc<ObjectKey>,
-    service: &Service,
-    address: IpAddr,
-    slices: &[&EndpointSlice],
-) -> BTreeMap<FrontendKey, Frontend> {
-    let wildcard = FrontendKey::rest_of(address);
-    let refused = Frontend::refusing(name.clone(), FrontendKind::ClusterIp);
-    let mut frontends = BTreeMap::from([(wildcard, refused)]);
-    for port in service.ports.iter().filter(|port| port.port != 0) {
-        let key = FrontendKey::new(address, port.port, port.protocol, Scope::Internal);
-        frontends.entry(key).or_insert_with(|| Frontend {
-            backends: backends_of(port, address.is_ipv4(), slices),
-            ..Frontend::refusing(name.clone(), FrontendKind::ClusterIp)
-        });
+/// The slices of these Services. A slice is in the namespace of its Service.
+fn slices_of<'a>(
+    names: &BTreeSet<Arc<ObjectKey>>,
+    slices: &'a Slices,
+) -> HashMap<&'a ObjectKey, Vec<&'a EndpointSlice>> {
+    let mut slices_of: HashMap<&ObjectKey, Vec<&EndpointSlice>> = HashMap::new();
+    if names.len() > FEW {
+        for slice in slices.values() {
+            slices_of.entry(&slice.service).or_default().push(slice);
+        }
+        return slices_of;
     }
-    frontends
-}
-
-/// The backends of a port, sorted.
-fn backends_of(port: &ServicePort, is_ipv4: bool, slices: &[&EndpointSlice]) -> Arc<[Backend]> {
-    let mut ready = BTreeSet::new();
-    let mut ending = BTreeSet::new();
-    for slice in slices {
-        let same = |of_slice: &&SlicePort| of_slice.name == port.name && of_slice.protocol == port.protocol;
-        for target in slice.ports.iter().filter(same).filter(|target| target.port != 0) {
-            for backend in &slice.backends {
-                if !is_usable(&backend.address) || backend.address.is_ipv4() != is_ipv4 {
-                    continue;
-                }
-                let backend_address = SocketAddr::new(backend.address, target.port);
-                if backend.ready {
-                    ready.insert(backend_address);
-                } else if backend.serving && backend.terminating {
-                    ending.insert(backend_address);
-                }
-            }
+    let namespaces: BTreeSet<&Arc<str>> = names.iter().map(|name| &name.namespace).collect();
+    for namespace in namespaces {
+        let first = ObjectKey::new(namespace.clone(), "");
+        let in_namespace = slices.range(first..).take_while(|(slice, _)| slice.namespace == *namespace);
+        for (_, slice) in in_namespace.filter(|(_, slice)| names.contains(&slice.service)) {
+            slices_of.entry(&slice.service).or_default().push(slice);
         }
     }
-    let chosen = if ready.is_empty() { ending } else { ready };
-    chosen.into_iter().map(Backend::at).collect()
+    slices_of
 }
 
 /// False for addresses that the API server refuses in Services and EndpointSlices; a

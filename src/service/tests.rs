@@ -1,5 +1,9 @@
+use std::net::SocketAddr;
+
 use super::*;
-use crate::model::{Protocol, SliceBackend};
+use crate::model::{
+    Algorithm, FrontendKind, Hints, Protocol, Scope, ServicePort, SliceBackend, SlicePort, TrafficPolicy,
+};
 
 fn service(name: &str, addresses: &[&str], ports: &[(&str, Protocol, u16)]) -> (ObjectKey, Arc<Service>) {
     let key = ObjectKey::new("shop", name);
@@ -59,6 +63,55 @@ fn shown(output: &Output) -> Vec<String> {
     output.frontends.iter().map(show).collect()
 }
 
+/// The node a of zone z, beside the node b.
+fn place() -> Place {
+    Place {
+        node: "a".into(),
+        zone: Some("z".into()),
+        defaults: Defaults::default(),
+        own: ["127.0.0.1", "192.0.2.1", "2001:db8::1"].map(ip).into(),
+        others: ["192.0.2.2"].map(ip).into(),
+        pod_cidrs: ["10.0.0.0/16".parse().expect("a CIDR")].into(),
+    }
+}
+
+fn compiled(services: &[(ObjectKey, Arc<Service>)], slices: &[(ObjectKey, Arc<EndpointSlice>)]) -> Output {
+    frontends(&services.iter().cloned().collect(), &slices.iter().cloned().collect(), &place())
+}
+
+fn said(output: &Output) -> Vec<String> {
+    output.conflicts.values().flatten().map(ToString::to_string).collect()
+}
+
+/// `edit` to the Service of this name, address and port 80.
+fn edited(name: &str, address: &str, edit: impl FnOnce(&mut Service)) -> (ObjectKey, Arc<Service>) {
+    let (key, row) = service(name, &[address], &[("", TCP, 80)]);
+    let mut row = Service::clone(&row);
+    edit(&mut row);
+    (key, Arc::new(row))
+}
+
+/// A backend on a node, with hints for zones and nodes.
+fn on(address: &str, node: &str, zones: &[&str], nodes: &[&str]) -> SliceBackend {
+    let list = |names: &[&str]| names.iter().map(|name| Arc::from(*name)).collect();
+    let hints = Hints { zones: list(zones), nodes: list(nodes) };
+    let hints = (hints != Hints::default()).then(|| Arc::new(hints));
+    SliceBackend { node: Some(node.into()), hints, ..ready(address) }
+}
+
+/// Last numbers of the backends of a frontend, `drain` those that drain, `drop` where it has others.
+fn cell(frontend: Option<&Frontend>) -> String {
+    let Some(frontend) = frontend else { return "none".to_owned() };
+    let last = |address: SocketAddr| address.ip().to_string().rsplit('.').next().map(str::to_owned);
+    let numbers =
+        |list: &mut dyn Iterator<Item = SocketAddr>| list.filter_map(last).collect::<Vec<_>>().join(" ");
+    let mut text = numbers(&mut frontend.addresses());
+    if !frontend.draining.is_empty() {
+        text += &format!(" drain {}", numbers(&mut frontend.draining.iter().copied()));
+    }
+    text + if frontend.has_others { " drop" } else { "" }
+}
+
 const TCP: Protocol = Protocol::Tcp;
 const UDP: Protocol = Protocol::Udp;
 
@@ -72,7 +125,7 @@ fn ports_meet_by_name_and_protocol_in_each_family() {
         slice("dns-6", "dns", &ports, &[ready("fd00::3")]),
         slice("other", "web", &ports, &[ready("10.0.0.77")]),
     ];
-    let output = frontends(&services.into_iter().collect(), &slices.into_iter().collect());
+    let output = compiled(&services, &slices);
     assert_eq!(
         shown(&output),
         [
@@ -84,7 +137,7 @@ fn ports_meet_by_name_and_protocol_in_each_family() {
             "[fd96::a]:53/UDP shop/dns [[fd00::3]:5353]",
         ]
     );
-    assert_eq!(output.conflicts, []);
+    assert!(output.conflicts.is_empty());
 }
 
 #[test]
@@ -92,7 +145,7 @@ fn ending_backends_serve_only_where_none_is_ready() {
     let web = || service("web", &["10.96.0.1"], &[("", TCP, 80)]);
     let of = |backends: &[SliceBackend]| {
         let slices = [slice("web", "web", &[("", TCP, 8080)], backends)];
-        shown(&frontends(&[web()].into_iter().collect(), &slices.into_iter().collect())).remove(1)
+        shown(&compiled(&[web()], &slices)).remove(1)
     };
     let not_ready = SliceBackend { ready: false, serving: false, ..ready("10.0.0.1") };
     let all = [not_ready.clone(), ending("10.0.0.2", true), ending("10.0.0.3", false), ready("10.0.0.4")];
@@ -110,7 +163,7 @@ fn headless_services_and_unusable_addresses_have_no_rows() {
     ];
     let hostile = ["127.0.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1"].map(ready);
     let slices = [slice("web", "web", &[("", TCP, 8080)], &hostile)];
-    let output = frontends(&services.into_iter().collect(), &slices.into_iter().collect());
+    let output = compiled(&services, &slices);
     assert_eq!(shown(&output), ["10.96.0.1:0/any shop/web []", "10.96.0.1:80/TCP shop/web []"]);
 }
 
@@ -120,7 +173,7 @@ fn an_address_in_two_services_is_the_first_ones() {
         service("b", &["10.96.0.1", "10.96.0.2"], &[("", TCP, 80)]),
         service("a", &["10.96.0.1"], &[("", UDP, 53)]),
     ];
-    let output = frontends(&services.into_iter().collect(), &Snapshot::new());
+    let output = compiled(&services, &[]);
     assert_eq!(
         shown(&output),
         [
@@ -130,34 +183,291 @@ fn an_address_in_two_services_is_the_first_ones() {
             "10.96.0.2:80/TCP shop/b []",
         ]
     );
-    let conflict = Conflict {
-        service: ObjectKey::new("shop", "b"),
-        address: ip("10.96.0.1"),
-        owner: ObjectKey::new("shop", "a"),
+    assert_eq!(said(&output), ["Service shop/b has the cluster IP 10.96.0.1, which is Service shop/a's"]);
+}
+
+/// Every kind of frontend, scope and policy, for backends here, elsewhere and nowhere.
+#[test]
+fn who_gets_which_backends_by_kind_policy_and_place() {
+    let here = on("10.0.0.1", "a", &[], &[]);
+    let there = on("10.0.1.2", "b", &[], &[]);
+    let ends_here = SliceBackend { ready: false, terminating: true, ..here.clone() };
+    let backends = [
+        ("both", vec![here.clone(), there.clone()]),
+        ("there", vec![there.clone()]),
+        ("ends here", vec![ends_here, there]),
+        ("none", vec![]),
+    ];
+    let mut table = Vec::new();
+    for (internal, external) in [
+        (TrafficPolicy::Cluster, TrafficPolicy::Cluster),
+        (TrafficPolicy::Local, TrafficPolicy::Cluster),
+        (TrafficPolicy::Cluster, TrafficPolicy::Local),
+        (TrafficPolicy::Local, TrafficPolicy::Local),
+    ] {
+        for (where_, backends) in &backends {
+            let web = edited("web", "10.96.0.1", |web| {
+                web.ports[0].node_port = Some(30080);
+                web.balancer_addresses = vec![ip("203.0.113.1")];
+                web.external_addresses = vec![ip("203.0.113.2")];
+                (web.internal_policy, web.external_policy) = (internal, external);
+            });
+            let output = compiled(&[web], &[slice("web", "web", &[("", TCP, 8080)], backends)]);
+            let of = |address: &str, port, scope| {
+                cell(output.frontends.get(&FrontendKey::new(ip(address), port, TCP, scope)))
+            };
+            let cluster_ip = of("10.96.0.1", 80, Scope::Internal);
+            let inside = of("192.0.2.1", 30080, Scope::Internal);
+            let outside = of("192.0.2.1", 30080, Scope::External);
+            // Pods and nodes get the same at every address but the cluster IP, and so does the network.
+            for address in ["203.0.113.1", "203.0.113.2"] {
+                assert_eq!(of(address, 80, Scope::Internal), inside);
+                assert_eq!(of(address, 80, Scope::External), outside);
+            }
+            assert_eq!(of("127.0.0.1", 30080, Scope::Internal), inside);
+            assert_eq!(of("192.0.2.2", 30080, Scope::Internal), inside);
+            for nobodys in ["10.96.0.1", "127.0.0.1", "192.0.2.2"] {
+                assert_eq!(
+                    of(nobodys, if nobodys == "10.96.0.1" { 80 } else { 30080 }, Scope::External),
+                    "none"
+                );
+            }
+            table.push(format!("{internal:?} {external:?}, {where_}: {cluster_ip} | {inside} | {outside}"));
+        }
+    }
+    assert_eq!(
+        table,
+        [
+            "Cluster Cluster, both: 1 2 | 1 2 | 1 2",
+            "Cluster Cluster, there: 2 | 2 | 2",
+            "Cluster Cluster, ends here: 2 drain 1 | 2 drain 1 | 2 drain 1",
+            "Cluster Cluster, none:  |  | ",
+            "Local Cluster, both: 1 drain 2 | 1 2 | 1 2",
+            "Local Cluster, there:  drain 2 drop | 2 | 2",
+            "Local Cluster, ends here: 1 drain 2 | 2 drain 1 | 2 drain 1",
+            "Local Cluster, none:  |  | ",
+            "Cluster Local, both: 1 2 | 1 2 | 1 drain 2",
+            "Cluster Local, there: 2 | 2 |  drain 2 drop",
+            "Cluster Local, ends here: 2 drain 1 | 2 drain 1 | 1 drain 2",
+            "Cluster Local, none:  |  | ",
+            "Local Local, both: 1 drain 2 | 1 2 | 1 drain 2",
+            "Local Local, there:  drain 2 drop | 2 |  drain 2 drop",
+            "Local Local, ends here: 1 drain 2 | 2 drain 1 | 1 drain 2",
+            "Local Local, none:  |  | ",
+        ]
+    );
+}
+
+#[test]
+fn hints_count_only_where_every_ready_backend_has_one_and_one_is_for_here() {
+    let rows = [
+        // Zones.
+        ("one here", vec![on("10.0.0.1", "a", &["z"], &[]), on("10.0.0.2", "b", &["y"], &[])], "1 drain 2"),
+        ("none here", vec![on("10.0.0.1", "b", &["x"], &[]), on("10.0.0.2", "b", &["y"], &[])], "1 2"),
+        ("one without", vec![on("10.0.0.1", "a", &["z"], &[]), on("10.0.0.2", "b", &[], &[])], "1 2"),
+        // Nodes come first, and fall back to zones.
+        (
+            "this node",
+            vec![on("10.0.0.1", "a", &["z"], &["a"]), on("10.0.0.2", "b", &["z"], &["b"])],
+            "1 drain 2",
+        ),
+        (
+            "this zone",
+            vec![on("10.0.0.1", "c", &["z"], &["c"]), on("10.0.0.2", "b", &["y"], &["b"])],
+            "1 drain 2",
+        ),
+        // Of what is not ready no hint counts, and what ends is taken wherever it is.
+        (
+            "not ready",
+            vec![
+                SliceBackend { ready: false, serving: false, ..on("10.0.0.1", "a", &[], &[]) },
+                on("10.0.0.2", "b", &["z"], &[]),
+            ],
+            "2 drain 1",
+        ),
+        (
+            "all end",
+            vec![
+                SliceBackend { ready: false, terminating: true, ..on("10.0.0.1", "a", &["z"], &[]) },
+                SliceBackend { ready: false, terminating: true, ..on("10.0.0.2", "b", &["y"], &[]) },
+            ],
+            "1 2",
+        ),
+    ];
+    for (name, backends, expected) in rows {
+        let slices = [slice("web", "web", &[("", TCP, 8080)], &backends)];
+        let output = compiled(&[service("web", &["10.96.0.1"], &[("", TCP, 80)])], &slices);
+        let key = FrontendKey::new(ip("10.96.0.1"), 80, TCP, Scope::Internal);
+        assert_eq!(cell(output.frontends.get(&key)), expected, "{name}");
+    }
+}
+
+#[test]
+fn what_a_service_asks_for_is_in_its_frontends() {
+    let ranges: Arc<[ipnet::IpNet]> = ["198.51.100.0/24".parse().expect("a CIDR")].into();
+    let web = edited("web", "10.96.0.1", |web| {
+        web.ports[0].node_port = Some(30080);
+        web.balancer_addresses = vec![ip("203.0.113.1")];
+        (web.affinity, web.algorithm) = (Some(60), Some(Algorithm::Maglev));
+        web.forwarding = Some(crate::model::Forwarding::Dsr);
+        web.source_ranges = ranges.clone();
+    });
+    let output = compiled(&[web], &[]);
+    for (key, frontend) in output.frontends.iter().filter(|(key, _)| key.protocol.is_some()) {
+        assert_eq!((frontend.affinity, frontend.algorithm), (Some(60), Algorithm::Maglev), "{key}");
+        let is_external = key.scope == Scope::External;
+        assert_eq!(frontend.forwarding == crate::model::Forwarding::Dsr, is_external, "{key}");
+        // Who may come by a load balancer; a node port is another door.
+        let is_balancer = is_external && frontend.kind == FrontendKind::LoadBalancer;
+        assert_eq!(
+            frontend.source_ranges,
+            if is_balancer { ranges.clone() } else { Arc::default() },
+            "{key}"
+        );
+    }
+}
+
+/// No Service may get what is sent to pods, to other Services, or to another's port.
+#[test]
+fn addresses_from_outside_capture_nothing() {
+    let at = |name: &str, address: &str, external: &str| {
+        edited(name, address, |web| web.external_addresses = vec![ip(external)])
     };
-    assert_eq!(output.conflicts, [conflict]);
+    let node_port =
+        |name: &str, address: &str, port| edited(name, address, |web| web.ports[0].node_port = Some(port));
+    let services = [
+        at("a", "10.96.0.1", "10.96.0.2"),
+        at("b", "10.96.0.2", "10.0.7.7"),
+        at("c", "10.96.0.3", "203.0.113.1"),
+        at("d", "10.96.0.4", "203.0.113.1"),
+        at("e", "10.96.0.5", "192.0.2.1"),
+        node_port("f", "10.96.0.6", 80),
+        node_port("g", "10.96.0.7", 80),
+    ];
+    let output = compiled(&services, &[]);
+    assert_eq!(
+        said(&output),
+        [
+            "Service shop/a has port 80 of the external IP 10.96.0.2, which is Service shop/b's",
+            "Service shop/b has port 80 of the external IP 10.0.7.7, which is an address of pods: it is not served",
+            "Service shop/d has port 80 of the external IP 203.0.113.1, which is Service shop/c's",
+            "Service shop/e has port 80 of the external IP 192.0.2.1, which is Service shop/f's",
+            "Service shop/g has the node port 80, which is Service shop/f's",
+        ]
+    );
+    let owner = |address: &str| {
+        let key = FrontendKey::new(ip(address), 80, TCP, Scope::External);
+        output.frontends.get(&key).map(|frontend| frontend.service.name.to_string())
+    };
+    assert_eq!(owner("203.0.113.1").as_deref(), Some("c"));
+    assert_eq!(owner("192.0.2.1").as_deref(), Some("f"));
+    assert_eq!(owner("10.0.7.7"), None);
+    assert_eq!(owner("10.96.0.2"), None);
+}
+
+#[derive(Clone, Debug)]
+struct Step {
+    what: u8,
+    number: u8,
+    of: u8,
+    value: u8,
+    more: u8,
+}
+
+fn steps() -> impl proptest::strategy::Strategy<Value = Vec<Step>> {
+    use proptest::strategy::Strategy;
+    let step = (0..8_u8, 0..5_u8, 0..5_u8, 0..4_u8, 0..16_u8);
+    let step = step.prop_map(|(what, number, of, value, more)| Step { what, number, of, value, more });
+    proptest::collection::vec(step, 1..40)
+}
+
+/// Few addresses, so that Services meet now and then.
+fn take(step: &Step, services: &mut Services, slices: &mut Slices, place: &mut Place) {
+    let Step { what, number, of, value, more } = step;
+    let name = format!("s{number}");
+    let key = ObjectKey::new("shop", name.as_str());
+    match what {
+        0 => drop(services.remove(&key)),
+        1 => drop(slices.remove(&key)),
+        2 => {
+            place.zone = (more % 2 == 0).then(|| "z".into());
+            place.own.insert(ip(&format!("10.96.0.{value}")));
+            if more % 3 == 0 {
+                place.own.remove(&ip("192.0.2.1"));
+            } else {
+                place.own.insert(ip("192.0.2.1"));
+            }
+            place.others = [ip(&format!("192.0.2.{}", 2 + value))].into();
+        }
+        3..=5 => {
+            let (key, row) = edited(&name, &format!("10.96.0.{}", number + value / 2), |row| {
+                row.addresses.push(ip(&format!("fd96::{number}")));
+                row.ports[0].port = 80 + u16::from(*of) / 2;
+                row.ports[0].node_port = (more % 2 == 0).then_some(80 + u16::from(*value) / 2);
+                if more % 4 < 2 {
+                    row.balancer_addresses = vec![ip(&format!("203.0.113.{}", value / 2))];
+                }
+                if more % 8 < 3 {
+                    let external = ["192.0.2.1", "203.0.113.1", "10.96.0.1", "10.0.0.1"];
+                    row.external_addresses = vec![ip(external[usize::from(*value)])];
+                }
+                row.external_policy =
+                    if more % 3 == 0 { TrafficPolicy::Local } else { TrafficPolicy::Cluster };
+            });
+            services.insert(key, row);
+        }
+        _ => {
+            let node = if more % 2 == 0 { "a" } else { "b" };
+            let zones: &[&str] = if more % 4 == 0 { &["z"] } else { &[] };
+            let backends =
+                [on(&format!("10.0.0.{value}"), node, zones, &[]), ready(&format!("10.0.1.{value}"))];
+            let (key, row) = slice(&name, &format!("s{of}"), &[("", TCP, 8080)], &backends);
+            slices.insert(key, row);
+        }
+    }
 }
 
 proptest::proptest! {
     #[test]
-    fn differences_add_up_to_the_whole(
-        steps in proptest::collection::vec((proptest::bool::ANY, 0..4_usize, 0..4_usize, 0..3_u8, 0..3_u16), 1..30)
-    ) {
-        let (mut services, mut slices) = (Snapshot::new(), Snapshot::new());
+    fn differences_add_up_to_the_whole(steps in steps()) {
+        let (mut services, mut slices, mut place) = (Snapshot::new(), Snapshot::new(), place());
         let mut following = Frontends::default();
-        for (is_service, number, of, address, port) in steps {
-            let name = format!("s{number}");
-            // Few addresses, so that Services meet now and then; port 0 means that it goes.
-            if is_service {
-                let addresses = [format!("10.96.0.{}", number as u8 + address / 2), format!("fd96::{number}")];
-                let (key, row) = service(&name, &addresses.each_ref().map(String::as_str), &[("http", TCP, 80 + port)]);
-                if port == 0 { services.remove(&key); } else { services.insert(key, row); }
-            } else {
-                let backends = [ready(&format!("10.0.0.{address}")), ready(&format!("10.0.1.{address}"))];
-                let (key, row) = slice(&name, &format!("s{of}"), &[("http", TCP, 8080)], &backends);
-                if port == 0 { slices.remove(&key); } else { slices.insert(key, row); }
-            }
-            proptest::prop_assert_eq!(following.update(&services, &slices), &frontends(&services, &slices));
+        for step in steps {
+            take(&step, &mut services, &mut slices, &mut place);
+            let fresh = frontends(&services, &slices, &place);
+            proptest::prop_assert_eq!(following.update(&services, &slices, &place), &fresh);
         }
     }
+}
+
+/// One change costs what it changes, however many Services there are, conflicts or not.
+#[test]
+fn a_change_at_30_000_services_costs_what_it_changes() {
+    let (mut services, mut slices) = (Snapshot::new(), Snapshot::new());
+    for number in 0..30_000_u32 {
+        let name = format!("s{number:05}");
+        let address = std::net::Ipv4Addr::from(0x0a60_0000 + number / 2 * 2).to_string();
+        let (key, row) = service(&name, &[&address], &[("", TCP, 80)]);
+        services.insert(key, row);
+        let backends =
+            [1, 2, 3, 4].map(|n| ready(&std::net::Ipv4Addr::from(0x0a00_0000 + number * 4 + n).to_string()));
+        let (key, row) = slice(&name, &name, &[("", TCP, 8080)], &backends);
+        slices.insert(key, row);
+    }
+    let mut following = Frontends::default();
+    let started = std::time::Instant::now();
+    following.update(&services, &slices, &place());
+    let whole = started.elapsed();
+    assert_eq!(following.output.conflicts.len(), 15_000);
+    let mut each = Vec::new();
+    for number in 0..50_u8 {
+        let (key, row) = slice("s20000", "s20000", &[("", TCP, 8080)], &[ready(&format!("10.9.9.{number}"))]);
+        slices.insert(key, row);
+        let started = std::time::Instant::now();
+        following.update(&services, &slices, &place());
+        each.push(started.elapsed());
+    }
+    each.sort();
+    println!("30,000 Services: all {whole:?}, one change {:?}", each[25]);
+    assert!(each[25] * 20 < whole, "one change {:?}, all {whole:?}", each[25]);
 }

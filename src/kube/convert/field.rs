@@ -134,6 +134,14 @@ impl<'a> Field<'a> {
         }
     }
 
+    /// A port number; 0 is as if it were not there.
+    pub fn port_or_zero(&self) -> Result<Option<u16>> {
+        match self.value {
+            Some(Value::Number(number)) if number.as_u64() == Some(0) => Ok(None),
+            _ => self.port(),
+        }
+    }
+
     /// A whole number that is not negative.
     pub fn unsigned(&self) -> Result<Option<u64>> {
         match self.value {

@@ -7,8 +7,10 @@ use crate::kube::Tables;
 use crate::kube::convert::{Field, FieldError, Notes, ObjectId, Result, items};
 use crate::kube::kind::{Meta, ObjectKind};
 use crate::kube::rows::{self, Rows};
-use crate::model::{self, ObjectKey, SliceBackend, SlicePort};
+use crate::model::{self, Hints, ObjectKey, SliceBackend, SlicePort};
 
+/// Annotations of a slice that give its backends' share of what Maglev spreads.
+const WEIGHT: [&str; 2] = ["weir.dev/weight", "service.cilium.io/weight"];
 /// The label of a slice that names its Service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
@@ -51,9 +53,11 @@ fn endpoint_slice(
     };
     let labels = document.get("metadata")?.get("labels")?.strings()?;
     let Some(service) = labels.get(SERVICE_NAME).filter(|name| !name.is_empty()) else { return Ok(None) };
+    let weight = weight(&document.get("metadata")?.get("annotations")?, warnings)?;
     let mut backends = Vec::new();
     for endpoint in items(&document.get("endpoints")?)? {
-        backends.extend(backend(&endpoint, is_ipv4, warnings)?);
+        let backend = backend(&endpoint, is_ipv4, warnings)?;
+        backends.extend(backend.map(|backend| SliceBackend { weight, ..backend }));
     }
     Ok(Some(model::EndpointSlice {
         key: id.key.clone(),
@@ -94,6 +98,42 @@ fn backend(endpoint: &Field, is_ipv4: bool, warnings: &mut Vec<FieldError>) -> R
     let ready = conditions.get("ready")?.boolean()?.unwrap_or(true);
     let serving = conditions.get("serving")?.boolean()?.unwrap_or(ready);
     let terminating = conditions.get("terminating")?.boolean()?.unwrap_or(false);
-    Ok(first.map(|address| SliceBackend { ready, serving, terminating, ..SliceBackend::ready(address) }))
+    let text = |name: &str| -> Result<Option<Arc<str>>> {
+        Ok(endpoint.get(name)?.string()?.filter(|text| !text.is_empty()).map(Arc::from))
+    };
+    let (node, zone) = (text("nodeName")?, text("zone")?);
+    let hints = hints(&endpoint.get("hints")?)?;
+    Ok(first.map(|address| SliceBackend {
+        ready,
+        serving,
+        terminating,
+        node,
+        zone,
+        hints,
+        ..SliceBackend::ready(address)
+    }))
+}
+
+/// For which zones and nodes a backend is meant.
+fn hints(field: &Field) -> Result<Option<Arc<Hints>>> {
+    let names = |list: &str| -> Result<Vec<Arc<str>>> {
+        let names = items(&field.get(list)?)?;
+        names.iter().map(|item| Ok(item.get("name")?.required_string()?.into())).collect()
+    };
+    let hints = Hints { zones: names("forZones")?, nodes: names("forNodes")? };
+    Ok((hints != Hints::default()).then(|| Arc::new(hints)))
+}
+
+/// 0 to 65535; 1 where nothing is said, or what is no number.
+fn weight(annotations: &Field, warnings: &mut Vec<FieldError>) -> Result<u16> {
+    for name in WEIGHT {
+        let field = annotations.get(name)?;
+        let Some(text) = field.string()? else { continue };
+        match text.parse() {
+            Ok(weight) => return Ok(weight),
+            Err(_) => warnings.push(field.error(format!("{text:?} is not a weight (0 to 65535)"))),
+        }
+    }
+    Ok(1)
 }
 
