@@ -24,6 +24,8 @@ export interface Spec {
   service?: { namespace: string; name: string };
   node?: string;
   reply?: boolean;
+  event?: 'CONNECTION_NEW' | 'CONNECTION_UPDATE' | 'CONNECTION_END';
+  isolatedBy?: { namespace: string; name: string; kind?: string }[];
   time?: number;
 }
 
@@ -87,6 +89,15 @@ export function flow(spec: Spec): Record<string, unknown> {
     ...(dropped ? { drop_reason_desc: spec.reason } : { trace_observation_point: 'TO_ENDPOINT', is_reply: spec.reply === true }),
     ...(spec.deniedBy ? { [`${side}_denied_by`]: spec.deniedBy } : {}),
     ...(spec.allowedBy ? { [`${side}_allowed_by`]: spec.allowedBy } : {}),
+    weir: {
+      event: dropped ? 'PACKET_DROP' : (spec.event ?? 'CONNECTION_NEW'),
+      packets_sent: '6',
+      packets_received: '5',
+      bytes_sent: '1200',
+      bytes_received: '84210',
+      protocol: protocol === 'TCP' ? 6 : 17,
+      isolated_by: spec.isolatedBy ?? [],
+    },
     Summary: protocol === 'TCP' ? 'TCP Flags: SYN' : protocol === 'ICMPv4' ? 'ICMPv4 EchoRequest' : protocol,
   };
   return { flow: body, node_name: body.node_name, time };
@@ -116,9 +127,9 @@ export const SHOP: [number, Spec][] = [
   [3, { from: agent, to: frontend, port: 9090 }],
   [3, { from: agent, to: backend, port: 9090, node: 'node2' }],
   [2, { from: backend, to: 'world', port: 443 }],
-  [5, { from: frontend, to: database, port: 5432, reason: 'POLICY_DENIED', service: { namespace: 'data', name: 'database' } }],
-  [2, { from: cart, to: backend, port: 8080, reason: 'POLICY_DENIED', node: 'node2' }],
-  [2, { from: database, to: 'world', port: 443, reason: 'POLICY_DENIED', direction: 'EGRESS' }],
+  [5, { from: frontend, to: database, port: 5432, reason: 'POLICY_DENIED', service: { namespace: 'data', name: 'database' }, isolatedBy: [by('database-serves-backend', 'data')] }],
+  [2, { from: cart, to: backend, port: 8080, reason: 'POLICY_DENIED', node: 'node2', isolatedBy: [by('backend-serves-frontend')] }],
+  [2, { from: database, to: 'world', port: 443, reason: 'POLICY_DENIED', direction: 'EGRESS', isolatedBy: [by('database-serves-backend', 'data')] }],
   [1, { from: scanner, to: database, port: 5432, reason: 'POLICY_DENY', deniedBy: [by('no-debug-pods', '', 'ClusterNetworkPolicy')] }],
   [1, { from: backend, to: 'world', port: 9443, reason: 'FIB_LOOKUP_FAILED', direction: 'EGRESS', node: 'node2' }],
   [1, { from: frontend, to: cache, port: 6379, reason: 'SERVICE_BACKEND_NOT_FOUND', direction: 'EGRESS', service: { namespace: 'data', name: 'cache' } }],

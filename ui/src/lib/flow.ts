@@ -48,7 +48,14 @@ export interface Row {
   service: string;
   summary: string;
   deniedBy: readonly Policy[];
+  /** Without a rule that denies: the policies that isolate the pod. */
+  isolatedBy: readonly Policy[];
   allowedBy: readonly Policy[];
+  /** What the record tells of its connection; a node that does not say so sends a record for each. */
+  event: 'new' | 'update' | 'end' | 'drop';
+  /** Both directions so far. */
+  bytes: number;
+  packets: number;
   /** The flow's JSON as it came. */
   raw: string;
 }
@@ -137,6 +144,7 @@ export function read(text: string, now = Date.now()): Message | null {
 }
 
 const TRACE_POINTS: Record<string, string> = { UNKNOWN_POINT: 'trace' };
+const EVENTS: Record<string, Row['event']> = { CONNECTION_NEW: 'new', CONNECTION_UPDATE: 'update', CONNECTION_END: 'end' };
 
 function row(message: Json, flow: Json, now: number, raw: string): Row {
   const ip = object(flow.IP);
@@ -148,6 +156,7 @@ function row(message: Json, flow: Json, now: number, raw: string): Row {
   const reply = flow.is_reply === true;
   const service = object(reply ? flow.source_service : flow.destination_service);
   const reason = plain(flow.drop_reason_desc);
+  const weir = object(flow.weir);
   return {
     serial: (serials += 1),
     time: time(flow.time ?? message.time, now),
@@ -160,10 +169,14 @@ function row(message: Json, flow: Json, now: number, raw: string): Row {
     type: type(flow),
     source: reply ? received : sent,
     destination: reply ? sent : received,
-    service: service.name ? `${plain(service.namespace)}/${plain(service.name)}` : '',
+    service: service.name ? `${plain(service.namespace)}/${plain(service.name)}` : plain(weir.service),
     summary: plain(flow.Summary),
     deniedBy: policies(flow, 'denied'),
     allowedBy: policies(flow, 'allowed'),
+    isolatedBy: policyList(weir.isolated_by),
+    event: verdict === 'DROPPED' ? 'drop' : EVENTS[plain(weir.event)] ?? 'new',
+    bytes: whole(weir.bytes_sent) + whole(weir.bytes_received),
+    packets: whole(weir.packets_sent) + whole(weir.packets_received),
     raw,
   };
 }
@@ -194,12 +207,14 @@ function type(flow: Json): string {
 }
 
 function policies(flow: Json, what: 'allowed' | 'denied'): Policy[] {
+  return policyList([...list(flow[`egress_${what}_by`]), ...list(flow[`ingress_${what}_by`])]);
+}
+
+function policyList(value: unknown): Policy[] {
   const found = new Map<string, Policy>();
-  for (const side of ['egress', 'ingress']) {
-    for (const one of list(flow[`${side}_${what}_by`]).map(object)) {
-      const policy = { kind: plain(one.kind), namespace: plain(one.namespace), name: plain(one.name) };
-      if (policy.name) found.set(policyText(policy), policy);
-    }
+  for (const one of list(value).map(object)) {
+    const policy = { kind: plain(one.kind), namespace: plain(one.namespace), name: plain(one.name) };
+    if (policy.name) found.set(policyText(policy), policy);
   }
   return [...found.values()];
 }

@@ -32,6 +32,8 @@ export interface Line {
   ports: string[];
   reasons: Map<string, number>;
   last: number;
+  /** When something last passed; 0: never. */
+  passed: number;
   edges: Edge[];
 }
 
@@ -134,7 +136,7 @@ function addTo(lines: Map<string, Line>, model: Model, now: number, from: string
   const id = `${from}|${to}`;
   let line = lines.get(id);
   if (!line) {
-    line = { id, from, to, rate: 0, dropRate: 0, flows: 0, drops: 0, ports: [], reasons: new Map(), last: 0, edges: [] };
+    line = { id, from, to, rate: 0, dropRate: 0, flows: 0, drops: 0, ports: [], reasons: new Map(), last: 0, passed: 0, edges: [] };
     lines.set(id, line);
   }
   const bucket = model.bucket(now);
@@ -144,6 +146,7 @@ function addTo(lines: Map<string, Line>, model: Model, now: number, from: string
   line.rate += edge.forwarded.sum(bucket, buckets) / seconds;
   line.dropRate += edge.dropped.sum(bucket, buckets) / seconds;
   line.last = Math.max(line.last, edge.last);
+  line.passed = Math.max(line.passed, edge.passed);
   for (const [reason, count] of edge.reasons) line.reasons.set(reason, (line.reasons.get(reason) ?? 0) + count);
   line.edges.push(edge);
   const ports = [...edge.ports].sort(([, a], [, b]) => b.forwarded + b.dropped - a.forwarded - a.dropped);

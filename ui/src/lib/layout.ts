@@ -31,12 +31,12 @@ export interface Placed {
 }
 
 /** Size of a box, and the room around boxes and blocks. */
-export const BOX = { width: 150, height: 38 };
-const GAP = { box: 10, block: 18, column: 104, pad: 10, title: 22, margin: 16 };
+export const BOX = { width: 142, height: 40 };
+const GAP = { box: 14, block: 26, column: 84, pad: 9, title: 22, margin: 16 };
 /** More columns than this do not fit a screen; what comes later stays in the last one. */
 const COLUMNS = 7;
-/** A column higher than this is split into two next to each other. */
-const TALL = 18;
+/** A column with more boxes is split into two next to each other: more for a large map, which stays in shape. */
+const tall = (boxes: number) => 18 + Math.floor(boxes / 12);
 
 /** Places a plan; the same plan gives the same places, in whatever order it comes. */
 export function place(plan: Plan): Placed {
@@ -51,7 +51,7 @@ export function place(plan: Plan): Placed {
   const denied = pairs(plan.lines.filter((line) => line.isDenied));
   const rank = compact(flanks(boxes, besides(ranks(boxes.length, passing), passing, denied)));
   const columns = order(boxes, [...passing, ...denied], rank);
-  return position(boxes, columns.flatMap(split));
+  return position(boxes, columns.flatMap((column) => split(column, tall(boxes.length))));
 }
 
 /** The column of every box: behind all that ask it, circles cut where they close. */
@@ -97,8 +97,8 @@ function besides(rank: number[], passing: readonly [number, number][], denied: r
 /** What is outside the cluster stands outside of what is inside. */
 function flanks(boxes: readonly Named[], rank: readonly number[]): number[] {
   const inside = rank.filter((_, i) => !boxes[i]!.edge);
-  const [first, last] = [Math.min(0, ...inside) - 1, Math.max(0, ...inside) + 1];
-  return rank.map((value, i) => (boxes[i]!.edge === 'left' ? first : boxes[i]!.edge === 'right' ? last : value));
+  const last = Math.max(0, ...inside) + 1;
+  return rank.map((value, i) => (boxes[i]!.edge === 'left' ? 0 : boxes[i]!.edge === 'right' ? last : value));
 }
 
 /** Without empty columns. */
@@ -163,17 +163,17 @@ function group<T>(items: readonly T[], of: (item: T) => string): Map<string, T[]
 type Column = { namespace: string; members: number[] }[];
 
 /** A column that is too high, as several; a block stays whole unless it alone is too high. */
-function split(column: Column): Column[] {
+function split(column: Column, most: number): Column[] {
   const pieces = column.flatMap(({ namespace, members }) =>
-    Array.from({ length: Math.ceil(members.length / TALL) }, (_, i) => ({
+    Array.from({ length: Math.ceil(members.length / most) }, (_, i) => ({
       namespace,
-      members: members.slice(i * TALL, (i + 1) * TALL),
+      members: members.slice(i * most, (i + 1) * most),
     })),
   );
   const columns: Column[] = [[]];
   let height = 0;
   for (const piece of pieces) {
-    if (height && height + piece.members.length > TALL) {
+    if (height && height + piece.members.length > most) {
       columns.push([]);
       height = 0;
     }

@@ -1,6 +1,5 @@
 // What the page knows: the newest rows, and counts by kind of drop, by pair and in all, over one
 // window of time. Every list has an end; what did not fit is counted and told.
-import { isPolicy } from './reasons.ts';
 import type { Loss, NodeNews, Party, Policy, Row } from './flow.ts';
 import { policyText, portText } from './flow.ts';
 import { BUCKETS, Series } from './series.ts';
@@ -44,6 +43,8 @@ export interface Edge {
   ports: Map<string, { forwarded: number; dropped: number }>;
   reasons: Map<string, number>;
   last: number;
+  /** When something last passed; 0: never. */
+  passed: number;
 }
 
 /** Both nodes of a connection report it, so the larger of the two counts is the number. */
@@ -109,9 +110,11 @@ export class Model {
     this.#next += 1;
     const bucket = this.bucket(row.time);
     const isDrop = row.verdict === 'DROPPED';
-    (isDrop ? this.dropped : this.forwarded).add(bucket);
+    // A connection has several records and counts once.
+    const isCounted = row.event === 'new' || isDrop;
+    if (isCounted) (isDrop ? this.dropped : this.forwarded).add(bucket);
     if (isDrop) this.#drop(row, bucket);
-    this.#edge(row, bucket, isDrop);
+    this.#edge(row, bucket, isDrop, isCounted);
   }
 
   /** The rows that are kept, the newest first. */
@@ -150,7 +153,7 @@ export class Model {
   }
 
   #drop(row: Row, bucket: number): void {
-    const policies = row.deniedBy.length ? row.deniedBy : isPolicy(row.reason) ? row.allowedBy : [];
+    const policies = row.deniedBy.length ? row.deniedBy : row.isolatedBy;
     const port = portText(row);
     const named = policies.map(policyText).join(' ');
     const key = [row.source.key, row.destination.key, port, row.reason, row.direction, named].join('|');
@@ -188,7 +191,7 @@ export class Model {
     if (drop.nodes.size < LIMITS.samples) drop.nodes.add(row.node);
   }
 
-  #edge(row: Row, bucket: number, isDrop: boolean): void {
+  #edge(row: Row, bucket: number, isDrop: boolean, isCounted: boolean): void {
     const key = `${row.source.key}|${row.destination.key}`;
     let edge = this.edges.get(key);
     if (!edge) {
@@ -202,6 +205,7 @@ export class Model {
         ports: new Map(),
         reasons: new Map(),
         last: row.time,
+        passed: 0,
       };
       this.edges.set(key, edge);
     }
@@ -216,7 +220,8 @@ export class Model {
         edge.reasons.set(row.reason, (edge.reasons.get(row.reason) ?? 0) + 1);
       }
     } else {
-      edge.forwarded.add(row.direction, bucket);
+      edge.passed = Math.max(edge.passed, row.time);
+      if (isCounted) edge.forwarded.add(row.direction, bucket);
       if (port) port.forwarded += 1;
     }
   }

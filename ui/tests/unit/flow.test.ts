@@ -40,6 +40,14 @@ test('who a party is', () => {
   expect([namespaceOf('a/b'), namespaceOf('name:a/b'), namespaceOf('reserved:host')]).toEqual(['a', '', '']);
 });
 
+test('what Weir adds: the policies that isolate, counters, one connection for several records', () => {
+  const row = rowOf(flow({ from: pod('shop', 'web'), to: pod('data', 'db'), port: 5432, reason: 'POLICY_DENIED', isolatedBy: [{ kind: 'NetworkPolicy', namespace: 'data', name: 'closed' }] }));
+  expect([row.event, row.isolatedBy.map(policyText)]).toEqual(['drop', ['data/closed']]);
+  const end = rowOf(flow({ from: pod('shop', 'web'), to: pod('data', 'db'), port: 5432, event: 'CONNECTION_END' }));
+  expect(end).toMatchObject({ event: 'end', bytes: 85_410, packets: 11 });
+  expect(rowOf({ flow: { verdict: 'FORWARDED' } }).event).toBe('new');
+});
+
 test('losses and nodes', () => {
   expect(read('{"lost_events":{"source":"HUBBLE_RING_BUFFER","num_events_lost":"12"},"node_name":"n1","time":"2026-11-30T00:00:00Z"}')).toMatchObject({ kind: 'loss', loss: { node: 'n1', count: 12, first: Date.parse('2026-11-30T00:00:00Z') } });
   expect(read('{"node_status":{"state_change":"NODE_UNAVAILABLE","node_names":["n2"],"message":"gone"}}')).toMatchObject({ kind: 'nodes', news: { state: 'NODE_UNAVAILABLE', nodes: ['n2'], message: 'gone' } });

@@ -65,6 +65,12 @@ test('both nodes report a connection, and it counts once', () => {
   expect(edge.forwarded.sum(Math.floor(T / 5_000))).toBe(2);
 });
 
+test('a connection with several records counts once, and its pair goes on', () => {
+  const made = model((['CONNECTION_NEW', 'CONNECTION_UPDATE', 'CONNECTION_END'] as const).map((event, i) => ({ from: web, to: db, port: 5432, event, time: T + i })));
+  const edge = [...made.edges.values()][0]!;
+  expect([edge.forwarded.sum(made.bucket(T)), edge.last, edge.passed, made.forwarded.sum(made.bucket(T))]).toEqual([1, T + 2, T + 2, 1]);
+});
+
 test('nothing grows without end', () => {
   const made = new Model(300_000);
   for (let i = 0; i < 3 * LIMITS.edges; i += 1) {
