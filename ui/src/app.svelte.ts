@@ -1,10 +1,10 @@
 // The page's state: where it is, what it knows, and how it stands with the server.
-import { read } from './lib/flow.ts';
+import { type Party, read, type Row } from './lib/flow.ts';
 import type { Term } from './lib/filters.ts';
 import { withTerm } from './lib/filters.ts';
 import { Model } from './lib/model.ts';
 import type { Route } from './lib/route.ts';
-import { FLOWS_ASKED, flowsQuery, readRoute, writeRoute } from './lib/route.ts';
+import { flowsQuery, readRoute, STOPPED_MOST, writeRoute } from './lib/route.ts';
 import { request } from './lib/stream.ts';
 import { plain } from './lib/text.ts';
 
@@ -42,8 +42,6 @@ const TICK_MS = 250;
 const STATUS_MS = 5_000;
 /** The longest wait between two attempts to connect. */
 const RETRY_MS = 10_000;
-/** A stopped window that holds more is cut: the page says so. */
-export const STOPPED_MOST = 50_000;
 
 class App {
   route = $state.raw<Route>(readRoute(location.hash));
@@ -65,6 +63,8 @@ class App {
   #dirty = true;
   #query = '';
   #abort = new AbortController();
+  /** Settled when the number of nodes is known, or is not to be waited for. */
+  #known: Promise<void> = Promise.resolve();
 
   /** Begins to work; called once. */
   start(): void {
@@ -73,7 +73,7 @@ class App {
     setInterval(() => this.#look(), TICK_MS);
     setInterval(() => document.hidden || this.#askStatus(), STATUS_MS);
     document.addEventListener('visibilitychange', () => document.hidden || this.#askStatus());
-    void this.#askStatus();
+    this.#known = Promise.race([this.#askStatus(), new Promise<void>((done) => setTimeout(done, 500))]);
     this.#read();
   }
 
@@ -132,7 +132,7 @@ class App {
   #read(): void {
     const route = readRoute(location.hash);
     this.route = route;
-    const query = flowsQuery({ ...route, until: route.until }, 0).toString() + String(route.windowMs);
+    const query = flowsQuery(route).toString() + String(route.windowMs);
     if (query === this.#query) return;
     this.#query = query;
     this.#abort.abort();
@@ -161,12 +161,13 @@ class App {
     this.connection = { kind: 'connecting' };
     this.#fresh();
     this.now = this.route.until ?? this.#clock();
+    await this.#known;
     let lastId = '';
     let broken = 0;
     for (let attempt = 0; !abort.signal.aborted; attempt += 1) {
       // Without a place to go on from, the history comes anew.
       if (attempt && !lastId) this.#fresh();
-      const query = flowsQuery(this.route, this.#clock());
+      const query = flowsQuery(this.route, this.status?.nodes.length);
       const end = await request(
         `api/flows?${query}`,
         lastId,
@@ -193,7 +194,7 @@ class App {
         return;
       }
       broken ||= Date.now();
-      const why = end.kind === 'refused' ? `HTTP ${end.status}: ${plain(end.text)}` : end.kind === 'broken' ? end.text : 'the server ended the stream';
+      const why = end.kind === 'refused' ? `HTTP ${end.status}: ${plain(end.text)}` : end.kind === 'broken' ? plain(end.text, 500) : 'the server ended the stream';
       this.connection = { kind: 'retrying', since: broken, why };
       await pause(Math.min(500 * 2 ** attempt, RETRY_MS), abort.signal);
     }
@@ -210,16 +211,24 @@ class App {
   #take(data: string[], abort: AbortController): void {
     for (const text of data) {
       const message = read(text);
-      if (message?.kind === 'flow') this.model.add(message.row);
+      if (message?.kind === 'flow') this.#flow(message.row);
       else if (message?.kind === 'loss') this.model.lose(message.loss);
       else if (message?.kind === 'nodes') this.model.news(message.news);
     }
     this.#dirty = true;
+    // Every node gives as many as were asked for.
     if (this.route.until !== null && this.model.seen >= STOPPED_MOST) {
       this.truncated = true;
       this.connection = { kind: 'complete' };
       abort.abort();
     }
+  }
+
+  #flow(row: Row): void {
+    const { view, pod } = this.route;
+    // The filter is for names that begin so.
+    const isIt = (party: Party) => `${party.namespace}/${party.pod}` === pod;
+    if (view !== 'pod' || isIt(row.source) || isIt(row.destination)) this.model.add(row);
   }
 
   async #askStatus(): Promise<void> {
@@ -243,11 +252,6 @@ class App {
       if (isAway(news.state)) away.set(name, news.message || stateText(news.state));
     }
     return [...away].map(([name, why]) => ({ name, why })).sort((a, b) => (a.name < b.name ? -1 : 1));
-  }
-
-  /** True when more flows were kept than one request brings. */
-  get isCut(): boolean {
-    return this.truncated || (this.model.seen >= FLOWS_ASKED && this.model.oldest > this.now - this.model.windowMs + 5_000 && this.route.until !== null);
   }
 }
 

@@ -90,8 +90,10 @@ export class Relay {
     response.flushHeaders();
     const after = Number(request.headers['last-event-id'] ?? 0);
     const kept = this.history.filter((message, i) => i >= after && matches(query, message));
-    for (const message of kept.slice(-Number(query.get('last') ?? 20))) this.#write(response, query, message);
-    if (query.get('follow') !== '1') return void response.end();
+    const first = query.get('first');
+    const asked = first ? kept.slice(0, Number(first)) : query.has('since') ? kept : kept.slice(-Number(query.get('last') ?? 100));
+    for (const message of asked) this.#write(response, query, message);
+    if (query.get('follow') !== '1') return void response.end('event: end\ndata: {}\n\n');
     this.#followers.set(response, query);
     request.on('close', () => this.#followers.delete(response));
   }
@@ -113,14 +115,14 @@ function matches(query: URLSearchParams, message: Json): boolean {
   if (until && time > Date.parse(until)) return false;
   for (const key of new Set(query.keys())) {
     const wanted = query.getAll(key);
-    if (key === 'not') {
-      if (wanted.some((text) => holds(flow, text.slice(0, text.indexOf('=')), text.slice(text.indexOf('=') + 1)))) return false;
+    if (key.startsWith('not.')) {
+      if (wanted.some((value) => holds(flow, key.slice(4), value))) return false;
     } else if (isFilter(key) && !wanted.some((value) => holds(flow, key, value))) return false;
   }
   return true;
 }
 
-const isFilter = (key: string) => !['since', 'until', 'last', 'follow', 'not'].includes(key);
+const isFilter = (key: string) => !['since', 'until', 'last', 'first', 'follow'].includes(key);
 
 function holds(flow: Record<string, any>, key: string, value: string): boolean {
   const l4 = Object.values(flow.l4 ?? {})[0] as Record<string, number> | undefined;

@@ -27,12 +27,24 @@ export const FILTERS: Record<string, string> = {
   identity: 'from or to an identity: a number, world, host...',
   'from-identity': 'from an identity',
   'to-identity': 'to an identity',
-  service: 'through a Service: [ns/]prefix',
+  service: 'from or to a Service: [ns/]prefix',
+  'to-service': 'to a Service',
+  workload: 'from or to a pod of a workload: [kind/]name',
+  fqdn: 'from or to a DNS name, as *.example.org',
   protocol: 'tcp, udp, sctp, icmpv4, icmpv6',
-  verdict: 'forwarded or dropped',
+  verdict: 'forwarded, dropped...',
   'drop-reason': 'why it was dropped, as policy_denied',
   direction: 'ingress or egress, seen from the pod whose policy judged',
-  type: 'new, update, end or drop',
+  type: 'drop, l7, policy-verdict, trace, new, update, end',
+  'tcp-flags': 'with all of these TCP flags, as syn,ack',
+  'ip-version': 'v4 or v6',
+  interface: 'seen at this interface',
+  'node-name': 'seen by this node, as worker-*',
+  uuid: 'the flow of this number',
+  'http-status': '404, or 4+ for all that begin with 4',
+  'http-method': 'GET, POST...',
+  'http-path': 'path of the request, a pattern',
+  'dns-query': 'asking for this DNS name, a pattern',
 };
 
 /** More than anybody types, and short enough for an address. */
@@ -65,8 +77,7 @@ export function withTerm(terms: readonly Term[], term: Term): Term[] {
 /** Adds the terms to the parameters of an address. */
 export function writeTerms(terms: readonly Term[], to: URLSearchParams): void {
   for (const { key, value, not } of terms) {
-    if (not) to.append('not', `${key}=${value}`);
-    else to.append(key, value);
+    to.append(not ? `not.${key}` : key, value);
   }
 }
 
@@ -74,9 +85,9 @@ export function writeTerms(terms: readonly Term[], to: URLSearchParams): void {
 export function readTerms(from: URLSearchParams): Term[] {
   const terms: Term[] = [];
   for (const [key, value] of from) {
-    const text = key === 'not' ? `!${value}` : Object.hasOwn(FILTERS, key) ? `${key}=${value}` : '';
-    const term = text ? parseTerm(text) : '';
-    if (typeof term !== 'string') terms.push(term);
+    const not = key.startsWith('not.');
+    const name = not ? key.slice(4) : key;
+    if (Object.hasOwn(FILTERS, name) && value) terms.push({ key: name, value, not });
   }
   return terms.slice(0, MOST);
 }

@@ -90,20 +90,26 @@ function decode(text: string): string {
   }
 }
 
-/** The newest flows that one request brings. */
-export const FLOWS_ASKED = 20_000;
+/** So many of the newest flows are asked for when the page goes along with time, over all nodes. */
+const NEWEST = 20_000;
+/** So many flows of a stopped window are counted, the oldest first. */
+export const STOPPED_MOST = 50_000;
 
-/** The parameters of `/api/flows` for a route that is looked at at `now`. */
-export function flowsQuery(route: Route, now: number): URLSearchParams {
+/** The parameters of `/api/flows` for a route, where so many nodes answer. */
+export function flowsQuery(route: Route, nodes = 1): URLSearchParams {
   const parameters = new URLSearchParams();
   writeTerms(route.terms, parameters);
   const asksVerdict = route.terms.some(({ key, not }) => key === 'verdict' && !not);
   if ((route.view === 'drops' || route.view === 'reasons') && !asksVerdict) parameters.append('verdict', 'DROPPED');
   if (route.view === 'pod') parameters.append('pod', route.pod);
-  const end = route.until ?? now;
-  parameters.set('since', new Date(end - route.windowMs).toISOString());
-  if (route.until === null) parameters.set('follow', '1');
-  else parameters.set('until', new Date(end).toISOString());
-  parameters.set('last', String(FLOWS_ASKED));
+  if (route.until === null) {
+    parameters.set('follow', '1');
+    // Every node gives as many. With a time instead of a number it would give all that it has.
+    parameters.set('last', String(Math.max(100, Math.ceil(NEWEST / Math.max(nodes, 1)))));
+  } else {
+    parameters.set('since', new Date(route.until - route.windowMs).toISOString());
+    parameters.set('until', new Date(route.until).toISOString());
+    parameters.set('first', String(STOPPED_MOST));
+  }
   return parameters;
 }

@@ -8,6 +8,9 @@ export class Events {
   #rest = '';
   #data: string[] = [];
   #size = 0;
+  #event = '';
+  /** The stream has said that it is over: `end`, or why it failed. */
+  over: { end: boolean; text: string } | null = null;
   /** The newest `id:`. */
   id = '';
 
@@ -24,8 +27,11 @@ export class Events {
 
   #line(line: string, done: string[]): void {
     if (line === '') {
-      if (this.#data.length) done.push(this.#data.join('\n'));
+      const data = this.#data.join('\n');
+      if (this.#event === 'end' || this.#event === 'failed') this.over ??= { end: this.#event === 'end', text: data };
+      else if (this.#data.length) done.push(data);
       this.#data = [];
+      this.#event = '';
       this.#size = 0;
       return;
     }
@@ -33,6 +39,7 @@ export class Events {
     const field = at < 0 ? line : line.slice(0, at);
     const value = at < 0 ? '' : line.slice(at + 1).replace(/^ /, '');
     if (field === 'id') this.id = value;
+    if (field === 'event') this.#event = value;
     if (field === 'data' && this.#size + value.length <= MOST_EVENT) {
       this.#data.push(value);
       this.#size += value.length;
@@ -41,6 +48,15 @@ export class Events {
 }
 
 const MOST_EVENT = 1 << 20;
+
+/** The words of a stream that failed: `{"error": WORDS}`. */
+function why(data: string): string {
+  try {
+    return String((JSON.parse(data) as { error?: unknown }).error).slice(0, 500);
+  } catch {
+    return 'the server ended the stream';
+  }
+}
 
 /** Asks for events once. `onOpen` gets the server's clock, when it tells. */
 export async function request(
@@ -67,6 +83,10 @@ export async function request(
       if (done) return { kind: 'done' };
       const data = events.push(value);
       if (data.length) onEvents(data, events.id);
+      if (events.over) {
+        void reader.cancel();
+        return events.over.end ? { kind: 'done' } : { kind: 'broken', text: why(events.over.text) };
+      }
     }
   } catch (error) {
     return { kind: 'broken', text: error instanceof Error ? error.message : String(error) };
