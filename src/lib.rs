@@ -25,3 +25,4 @@ pub mod settings;
 pub mod signals;
 pub mod tables;
 pub mod telemetry;
+pub mod yaml;

@@ -137,7 +137,7 @@ impl Failure {
 fn crds() -> Result<(), Failure> {
     let mut out = io::BufWriter::new(io::stdout().lock());
     for definition in crate::kube::crd::crds() {
-        let yaml = serde_yaml::to_string(&definition).context("writing a definition as YAML")?;
+        let yaml = crate::yaml::write(&definition).context("writing a definition as YAML")?;
         writeln!(out, "---\n{}", yaml.trim_end())?;
     }
     Ok(out.flush()?)

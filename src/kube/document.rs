@@ -4,12 +4,12 @@
 //! costs only itself. Nothing that a file can hold makes this panic, recurse without
 //! end or take memory out of proportion to the file.
 
-use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::convert::{self, Converted, Field, FieldError, ObjectId};
 use super::kind::{Kind, Object, ObjectKind};
 use super::kinds::NetworkPolicy;
+use crate::yaml::{self, YamlError};
 
 /// More documents than this in one file are refused.
 const DOCUMENTS_MAX: usize = 20_000;
@@ -82,54 +82,13 @@ fn has_content(part: &str) -> bool {
 }
 
 fn parse(part: &str, line: usize) -> Result<Value, FieldError> {
-    let value = serde_yaml::Deserializer::from_str(part);
-    let value = serde_yaml::Value::deserialize(value).and_then(|mut value| {
-        value.apply_merge()?;
-        Ok(value)
-    });
-    match value {
-        Ok(value) => json(value, ""),
-        Err(error) => Err(whole(match error.location() {
-            Some(location) => {
-                let text = error.to_string();
-                let end = text.rfind(" at line ").unwrap_or(text.len());
-                let (line, column) = (line + location.line().saturating_sub(1), location.column());
-                format!("is not YAML: {} (line {line}, column {column})", &text[..end])
+    yaml::read(part).map_err(|YamlError { message, place }| {
+        whole(match place {
+            Some((at, column)) => {
+                format!("is not YAML: {message} (line {}, column {column})", line + at.saturating_sub(1))
             }
-            None => format!("is not YAML: {error}"),
-        })),
-    }
-}
-
-/// YAML without what JSON does not have. The YAML parser bounds depth and aliases.
-fn json(value: serde_yaml::Value, path: &str) -> Result<Value, FieldError> {
-    let wrong = |reason: &str| FieldError { path: path.to_owned(), reason: reason.to_owned() };
-    Ok(match value {
-        serde_yaml::Value::Null => Value::Null,
-        serde_yaml::Value::Bool(value) => Value::Bool(value),
-        serde_yaml::Value::Number(number) => match (number.as_u64(), number.as_i64(), number.as_f64()) {
-            (Some(number), _, _) => Value::from(number),
-            (_, Some(number), _) => Value::from(number),
-            (_, _, Some(number)) => Value::from(number),
-            _ => return Err(wrong("is not a number that JSON has")),
-        },
-        serde_yaml::Value::String(text) => Value::String(text),
-        serde_yaml::Value::Sequence(items) => {
-            let item = |(index, item)| json(item, &format!("{path}[{index}]"));
-            Value::Array(items.into_iter().enumerate().map(item).collect::<Result<_, _>>()?)
-        }
-        serde_yaml::Value::Mapping(fields) => {
-            let mut object = Map::new();
-            for (key, value) in fields {
-                let serde_yaml::Value::String(key) = key else {
-                    return Err(wrong("has a key that is not a string; quote it"));
-                };
-                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-                object.insert(key, json(value, &path)?);
-            }
-            Value::Object(object)
-        }
-        serde_yaml::Value::Tagged(_) => return Err(wrong("has a YAML tag, which no Kubernetes object has")),
+            None => format!("is not YAML: {message}"),
+        })
     })
 }
 
@@ -237,8 +196,8 @@ mod tests {
         assert_eq!(
             broken(text),
             [
-                "1@1: is not YAML: did not find expected node content (line 2, column 1)",
-                "3@6: is not YAML: duplicate entry with key \"a\" (line 7, column 1)",
+                "1@1: is not YAML: unclosed bracket '[' (line 1, column 7)",
+                "3@6: is not YAML: the key \"a\" is there twice (line 8, column 1)",
             ]
         );
     }
@@ -251,8 +210,9 @@ mod tests {
             ("kind: Pod", "1@1: apiVersion: is required"),
             ("{apiVersion: v1, kind: Pod}", "1@1: metadata.name: is required"),
             ("{apiVersion: v1, kind: 7}", "1@1: kind: is a number, must be a string"),
-            ("{1: 2}", "1@1: has a key that is not a string; quote it"),
-            ("{a: {b: [!x y]}}", "1@1: a.b[0]: has a YAML tag, which no Kubernetes object has"),
+            ("{1: 2}", "1@1: apiVersion: is required"),
+            ("{[1]: 2}", "1@1: is not YAML: expected string scalar (line 1, column 2)"),
+            ("{a: {b: [!x y]}}", "1@1: is not YAML: the tag !x has no meaning here (line 1, column 13)"),
             (
                 "{apiVersion: v1, kind: Pod, metadata: {name: ../x}}",
                 "1@1: metadata.name: \"../x\" is not a name (lower-case letters, digits, '-' and '.', at most 253 \
@@ -299,7 +259,10 @@ mod tests {
             let alias = format!("*a{}", level - 1);
             text += &format!("a{level}: &a{level} [{}]\n", vec![alias; 10].join(", "));
         }
-        assert_eq!(broken(&text), ["1@1: is not YAML: repetition limit exceeded"]);
+        assert_eq!(
+            broken(&text),
+            ["1@1: is not YAML: its aliases repeat too much, or its values are too deep (line 5, column 45)"]
+        );
         let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
         assert_eq!(broken(&deep).len(), 1);
         assert!(read(&"--- {}\n".repeat(DOCUMENTS_MAX + 1)).is_err());

@@ -21,6 +21,7 @@ use super::document::Content;
 use super::kinds::ClaimedIdentity;
 use super::manifests;
 use crate::model::{IdentityId, IdentityLabels};
+use crate::yaml;
 
 /// Longer node names make no file name.
 const NODE_NAME_MAX: usize = 200;
@@ -165,7 +166,7 @@ pub(super) fn read_identity(id: IdentityId, text: &str) -> Result<Option<Identit
         [Content::Object(_, Converted { row: Some(object), .. })]
             if object.row::<ClaimedIdentity>().is_some_and(|claimed| claimed.number == id) =>
         {
-            serde_yaml::from_str(text).ok()
+            yaml::read(text).ok()
         }
         _ => None,
     })
@@ -194,7 +195,7 @@ pub(super) fn to_yaml<T: Serialize>(objects: impl IntoIterator<Item = T>) -> Res
     let mut text = String::new();
     for object in objects {
         text += "---\n";
-        text += &serde_yaml::to_string(&object).context("writing YAML")?;
+        text += &yaml::write(&object).context("writing YAML")?;
     }
     Ok(text)
 }

@@ -126,10 +126,10 @@ pub fn agents_write_their_own_objects_only(world: &mut World) -> Result<()> {
         "",
     )?;
     let config = fs::read_to_string(world.cluster.kubeconfig())?;
-    let mut config: Value = serde_yaml::from_str(&config)?;
+    let mut config: Value = weir::yaml::read(&config)?;
     config["users"][0]["user"] = serde_json::json!({"token": token.trim()});
     let path = world.cluster.directory().join("agent.kubeconfig");
-    fs::write(&path, serde_yaml::to_string(&config)?)?;
+    fs::write(&path, weir::yaml::write(&config)?)?;
     let thief = |arguments: &[&str], input: &str| -> Result<String> {
         let mut kubectl = world.cluster.command(world.cluster.programs().join("bin/kubectl"));
         kubectl.env("KUBECONFIG", &path).args(arguments);

@@ -114,9 +114,7 @@ async fn create(client: &Client, object: &DynamicObject) -> Result<()> {
 }
 
 fn objects(yaml: &str) -> Result<Vec<DynamicObject>> {
-    serde_yaml::Deserializer::from_str(yaml)
-        .map(|document| Ok(DynamicObject::deserialize(document)?))
-        .collect()
+    Ok(weir::yaml::read_all(yaml)?)
 }
 
 fn labels(app: &str) -> IdentityLabels {

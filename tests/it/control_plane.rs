@@ -253,8 +253,7 @@ impl ControlPlane {
     /// Applies the documents of `text`, as kubectl does; a kind that was just defined is awaited.
     pub async fn apply(&self, text: &str) -> Result<()> {
         let client = self.client().await?;
-        for document in serde_yaml::Deserializer::from_str(text) {
-            let object = <DynamicObject as serde::Deserialize>::deserialize(document)?;
+        for object in weir::yaml::read_all::<DynamicObject>(text)? {
             let api = api_of(&client, &object)?;
             let name = object.metadata.name.clone().context("an object has a name")?;
             let parameters = PatchParams::apply("test").force();

@@ -62,10 +62,7 @@ impl Golden {
             Some((input, rows)) => (input.to_owned(), read_rows(rows)?),
             None => (text, Dump::new()),
         };
-        let objects = serde_yaml::Deserializer::from_str(&input)
-            .map(|document| Value::deserialize(document).with_context(|| path.display().to_string()))
-            .collect::<Result<Vec<_>>>()?;
-        let objects = objects.into_iter().filter(|object| !object.is_null()).collect();
+        let objects = weir::yaml::read_all(&input).with_context(|| path.display().to_string())?;
         Ok(Self { path: path.to_owned(), input, objects, expected })
     }
 

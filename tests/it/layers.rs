@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// The modules from top to bottom, each with those that it uses. A module uses only modules below its own
 /// line, so there are no circles. A new module is a line here; so is a new edge a word.
 const LAYERS: &[(&str, &str)] = &[
-    ("cli", "agent operator cni api endpoint telemetry flow kube datapath netlink model settings error"),
+    ("cli", "agent operator cni api endpoint telemetry flow kube datapath netlink model settings yaml error"),
     (
         "agent",
         "hubble endpoint cni api telemetry flow kube policy node service identity datapath netlink tables model \
@@ -20,7 +20,7 @@ const LAYERS: &[(&str, &str)] = &[
     ("api", "telemetry flow datapath model"),
     ("telemetry", "flow datapath error"),
     ("flow", "datapath tables model settings error"),
-    ("kube", "identity tables model settings error"),
+    ("kube", "identity tables model settings yaml error"),
     ("policy", "identity tables model"),
     ("node", "tables model"),
     ("service", "model settings"),
@@ -32,6 +32,7 @@ const LAYERS: &[(&str, &str)] = &[
     ("model", ""),
     ("settings", ""),
     ("signals", ""),
+    ("yaml", ""),
     ("error", ""),
 ];
 

@@ -376,7 +376,7 @@ impl Cast {
             spec = spec.replace(&format!("{variable}.4"), &pod.address(true).to_string());
             spec = spec.replace(&format!("{variable}.6"), &pod.address(false).to_string());
         }
-        let spec: serde_json::Value = serde_yaml::from_str(&spec).with_context(|| spec.clone())?;
+        let spec: serde_json::Value = weir::yaml::read(&spec).with_context(|| spec.clone())?;
         Ok(serde_json::json!({
             "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
             "metadata": {"name": format!("policy-{number}"), "namespace": namespace}, "spec": spec,

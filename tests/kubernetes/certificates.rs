@@ -73,7 +73,7 @@ impl Authority {
             "users": [{"name": context, "user": {"client-certificate": pair.certificate, "client-key": pair.key}}],
             "contexts": [{"name": context, "context": {"cluster": context, "user": context}}],
         });
-        fs::write(path, serde_yaml::to_string(&config)?)?;
+        fs::write(path, weir::yaml::write(&config)?)?;
         Ok(())
     }
 

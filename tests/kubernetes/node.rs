@@ -201,7 +201,7 @@ fn write_files(
         // A program that is killed again and again is started again at once.
         "featureGates": {"KubeletCrashLoopBackOffMax": true}, "crashLoopBackOff": {"maxContainerRestartPeriod": "1s"},
     });
-    fs::write(directory.join("kubelet.yaml"), serde_yaml::to_string(&kubelet)?)?;
+    fs::write(directory.join("kubelet.yaml"), weir::yaml::write(&kubelet)?)?;
     let mut containerd = include_str!("containerd.toml").to_owned();
     containerd.push_str(&format!(
         "\n[plugins.\"io.containerd.grpc.v1.cri\".cni]\n  bin_dir = \"{}\"\n  conf_dir = \"/etc/cni/net.d\"\n",

@@ -63,8 +63,7 @@ impl Manifests {
 
     /// Writes every document of `yaml` to a file of its own.
     pub fn apply(&self, yaml: &str) -> Result<()> {
-        for document in serde_yaml::Deserializer::from_str(yaml) {
-            let object = Value::deserialize(document).context("parsing a manifest of the lab")?;
+        for object in weir::yaml::read_all::<Value>(yaml).context("parsing a manifest of the lab")? {
             if !object.is_null() {
                 self.write(&object)?;
             }
@@ -74,7 +73,7 @@ impl Manifests {
 
     /// Writes one object.
     pub fn write(&self, object: &Value) -> Result<()> {
-        self.write_file(&file_of(object)?, &serde_yaml::to_string(object)?)
+        self.write_file(&file_of(object)?, &weir::yaml::write(object)?)
     }
 
     /// Puts a file of any content into the directory, in one step.
@@ -86,8 +85,7 @@ impl Manifests {
 
     /// Removes every object of `yaml` that is there.
     pub fn delete(&self, yaml: &str) -> Result<()> {
-        for document in serde_yaml::Deserializer::from_str(yaml) {
-            let object = Value::deserialize(document).context("parsing a manifest of the lab")?;
+        for object in weir::yaml::read_all::<Value>(yaml).context("parsing a manifest of the lab")? {
             if !object.is_null() {
                 self.remove(&object)?;
             }

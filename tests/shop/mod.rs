@@ -203,9 +203,7 @@ impl Attempt {
 pub fn objects(file: &str) -> Result<Vec<Value>> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/demo").join(file);
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    serde_yaml::Deserializer::from_str(&text)
-        .map(|document| Value::deserialize(document).with_context(|| format!("parsing {}", path.display())))
-        .collect()
+    weir::yaml::read_all(&text).with_context(|| format!("parsing {}", path.display()))
 }
 
 /// What the EndpointSlice controller does in a cluster.

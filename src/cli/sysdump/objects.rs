@@ -104,7 +104,7 @@ async fn list(cluster: &Cluster, wanted: &Wanted) -> Result<Vec<u8>> {
             let is_ours = is_ours(cluster, object.metadata.namespace.as_deref());
             redact(&mut value, is_ours);
             text.extend_from_slice(b"---\n");
-            serde_yaml::to_writer(&mut text, &value).context("writing an object")?;
+            text.extend(crate::yaml::write(&value).context("writing an object")?.into_bytes());
             count += 1;
         }
         match page.metadata.continue_.filter(|more| !more.is_empty()) {

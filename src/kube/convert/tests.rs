@@ -17,7 +17,7 @@ use crate::model::{
 mod services;
 
 fn value(yaml: &str) -> Value {
-    serde_yaml::from_str(yaml).expect("the test's YAML is well formed")
+    crate::yaml::read(yaml).expect("the test's YAML is well formed")
 }
 
 fn converted<K: ObjectKind>(yaml: &str) -> Result<Converted<Arc<K::Row>>> {
@@ -311,7 +311,7 @@ fn a_broken_policy_says_where_and_what_is_allowed() {
             "spec.podSelector.matchExpressions[0].key: is required",
         ),
         (
-            "{podSelector: {matchExpressions: [{key: a, operator: In, values: [-]}]}}",
+            "{podSelector: {matchExpressions: [{key: a, operator: In, values: [\"-\"]}]}}",
             "spec.podSelector.matchExpressions[0].values[0]: \"-\" is not a label value",
         ),
         (
@@ -539,7 +539,7 @@ fn broken_services_slices_nodes_and_pods_say_why() {
         ),
         (
             kinds::Pod::KIND,
-            "{metadata: {name: a, labels: {a: -}}}".to_owned(),
+            "{metadata: {name: a, labels: {a: \"-\"}}}".to_owned(),
             "metadata.labels.a: \"-\" is not a label value (at most 63 letters, digits, '-', '_' and '.')",
         ),
         (
@@ -606,7 +606,7 @@ fn own_kinds_are_read_as_they_are_written() {
         )]),
     };
     let written = crate::kube::crd::Identity::new("4711", (&identity).into());
-    let written = serde_yaml::to_string(&written).expect("plain data");
+    let written = crate::yaml::write(&written).expect("plain data");
     assert_eq!(
         object::<kinds::Identity>(&written),
         kinds::ClaimedIdentity { number: IdentityId(4711), labels: Arc::new(identity), is_unused: false }
@@ -627,6 +627,6 @@ fn own_kinds_are_read_as_they_are_written() {
         endpoints: endpoints.endpoints.iter().map(Into::into).collect(),
     };
     let written =
-        serde_yaml::to_string(&crate::kube::crd::NodeEndpoints::new("a-0-3", spec)).expect("plain data");
+        crate::yaml::write(&crate::kube::crd::NodeEndpoints::new("a-0-3", spec)).expect("plain data");
     assert_eq!(object::<kinds::NodeEndpoints>(&written), endpoints);
 }

@@ -156,13 +156,13 @@ mod tests {
             ),
             ("{inner: [{isIt: true, name: a}]}", "spec.inner[0].name: unknown field; known are isIt, port"),
         ] {
-            let value: Value = serde_yaml::from_str(&format!("{{spec: {yaml}}}")).expect("YAML");
+            let value: Value = crate::yaml::read(&format!("{{spec: {yaml}}}")).expect("YAML");
             let root = Field::root(&value, true);
             let read = root.get("spec").expect("an object").read::<Outer>();
             assert_eq!(read.map_err(|error: FieldError| error.to_string()).expect_err(yaml), expected);
         }
         let value: Value =
-            serde_yaml::from_str("{spec: {cidrs: null, inner: [{isIt: true, port: null}]}}").expect("YAML");
+            crate::yaml::read("{spec: {cidrs: null, inner: [{isIt: true, port: null}]}}").expect("YAML");
         let root = Field::root(&value, true);
         assert!(root.get("spec").expect("an object").read::<Outer>().is_ok());
         assert!(root.get("absent").expect("an object").read::<Outer>().is_ok());

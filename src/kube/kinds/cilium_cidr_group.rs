@@ -56,7 +56,7 @@ mod tests {
     fn a_group_is_what_can_be_read_of_it_and_says_when_that_is_not_all() {
         let group = |text: &str| {
             let yaml = format!("{{metadata: {{name: office, labels: {{site: one}}}}, spec: {text}}}");
-            let value: serde_json::Value = serde_yaml::from_str(&yaml).expect("YAML");
+            let value: serde_json::Value = crate::yaml::read(&yaml).expect("YAML");
             let id = identify(CiliumCIDRGroup::KIND, &Field::root(&value, false)).expect("a name");
             let read = kind::read::<CiliumCIDRGroup>(&id, &value, false).expect("it is always read");
             let doubts: Vec<String> = read.doubts.iter().map(ToString::to_string).collect();

@@ -175,7 +175,7 @@ pub fn node_object(name: &str, addresses: &[std::net::IpAddr], pod_cidrs: &[Stri
 }
 
 fn definitions() -> Result<String> {
-    weir::kube::crd::crds().iter().map(|crd| Ok(format!("---\n{}", serde_yaml::to_string(crd)?))).collect()
+    weir::kube::crd::crds().iter().map(|crd| Ok(format!("---\n{}", weir::yaml::write(crd)?))).collect()
 }
 
 /// A node's way to the API server on the machine's own loopback: the same port on the node's.

@@ -21,7 +21,7 @@ fn an_agent_writes_for_its_own_node_only() -> Result<()> {
     with_plane("an_agent_writes_for_its_own_node_only", async |plane| {
         plane.apply_base().await?;
         for definition in weir::kube::crd::crds() {
-            plane.apply(&serde_yaml::to_string(&definition)?).await?;
+            plane.apply(&weir::yaml::write(&definition)?).await?;
         }
         let admin = plane.client().await?;
         let agent = client_of(&plane.as_account("weir-agent", "a").await?).await?;

@@ -54,7 +54,7 @@ impl Identities {
                     sleep(Duration::from_millis(50)).await;
                     text = read();
                 }
-                Ok(text.map(|text| serde_yaml::from_str(&text)).transpose()?)
+                Ok(text.map(|text| weir::yaml::read(&text)).transpose()?)
             }
         }
     }
