@@ -468,6 +468,16 @@ enum node_flags {
 	NODE_PAST_STACK = 1 << 0, /* packets may go past the node's stack: it has no IPsec policies to apply */
 };
 
+/*
+ * devices[ifindex]: a device that leads out of the node, with the addresses that
+ * the node gives to what leaves by it. this_node[0]: the addresses by which the
+ * other nodes know this one. Zero: it has none of that family.
+ */
+struct own_addresses {
+	struct addr ipv4;
+	struct addr ipv6;
+};
+
 /* event_counts[0], per CPU: offered = delivered + lost + suppressed, exactly. */
 struct event_count {
 	__u64 offered;

@@ -8,18 +8,13 @@
 
 #include "abi.h"
 
-#define NETWORK_DEVICES 4
-
 struct settings {
-	struct addr node_ipv4;	     /* of this node; source of tunnels and of masquerading */
-	struct addr node_ipv6;
 	struct addr loopback_ipv4;   /* stands for a pod that reaches itself through a service */
 	struct addr loopback_ipv6;
 	__u64 secret[2];	     /* of this node: for hashes that pods must not compute */
 	__u64 netns_cookie;	     /* of the node's own network namespace; 0: unknown */
 	__u32 jiffies_per_second;    /* CONFIG_HZ, found at start */
 	__u32 tunnel_ifindex;	     /* the VXLAN device; 0: native routing */
-	__u32 network_ifindex[NETWORK_DEVICES]; /* that have from_network and to_network, as far as they fit; 0: none */
 	__u32 flow_report_seconds;   /* a running flow is reported this often */
 	__u32 tcp_timeout_seconds;   /* established */
 	__u32 tcp_opening_seconds;   /* SYN seen, no answer */

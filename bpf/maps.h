@@ -277,6 +277,23 @@ struct {
 	__type(value, struct node_state);
 } node_state SEC(".maps") __weak;
 
+/* Written by datapath::devices. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct own_addresses);
+} devices SEC(".maps") __weak;
+
+/* Written by datapath::devices. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct own_addresses);
+} this_node SEC(".maps") __weak;
+
 /* Written by the programs: offered, lost and suppressed events. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -53,24 +53,21 @@ static __always_inline bool network_is_ours(const struct addr *addr)
 static __always_inline int network_is_for_pod(struct __sk_buff *ctx,
 					      struct packet *packet)
 {
-	struct address *address;
-	int ret = 0;
+	struct address *address = address_find(&packet->destination);
+	int ret;
 
-	if (addr_equal(&packet->destination, nat_node_addr(packet))) {
-		if (packet->flags & PACKET_ICMP_ERROR)
-			return icmp_translate(ctx, packet, DIRECTION_INGRESS);
-		ret = nat_restore(ctx, packet);
-	} else {
-		address = address_find(&packet->destination);
-		if (address && address->endpoint_id)
-			return packet->flags & PACKET_CONTROL
-				       ? -DROP_FORBIDDEN_ICMPV6
-				       : 1;
-		/* The tunnel would make a pod, or the node, of the sender. */
-		if (address && address->flags & (ADDRESS_POD | ADDRESS_INTERNAL) &&
-		    network_is_ours(&packet->source))
-			return -DROP_INVALID_SOURCE_IP;
-	}
+	if (address && address->endpoint_id)
+		return packet->flags & PACKET_CONTROL ? -DROP_FORBIDDEN_ICMPV6
+						      : 1;
+	/* The tunnel would make a pod, or the node, of the sender. */
+	if (address && address->flags & (ADDRESS_POD | ADDRESS_INTERNAL) &&
+	    network_is_ours(&packet->source))
+		return -DROP_INVALID_SOURCE_IP;
+	/* A device's address may be newer than what `addresses` says: what a
+	 * mapping or a frontend is for was the node's. */
+	if (packet->flags & PACKET_ICMP_ERROR)
+		return icmp_translate(ctx, packet, DIRECTION_INGRESS);
+	ret = nat_restore(ctx, packet);
 	return ret ? ret : network_host_port(packet);
 }
 
@@ -300,6 +297,8 @@ static __always_inline bool network_is_forged(struct __sk_buff *ctx,
 SEC("tcx/egress")
 int to_network(struct __sk_buff *ctx)
 {
+	struct own_addresses *own;
+	const struct addr *node;
 	struct address *address;
 	struct packet *packet;
 	int parsed, ret;
@@ -313,7 +312,10 @@ int to_network(struct __sk_buff *ctx)
 	parsed = packet_parse(ctx, packet);
 	if (!(packet->flags & PACKET_HAS_ADDRESSES))
 		return TC_ACT_OK;
-	if (addr_equal(&packet->source, nat_node_addr(packet))) {
+	own = own_device_find(ctx->ifindex);
+	node = own ? own_addr(own, packet->flags & PACKET_IPV6) : NULL;
+	if ((node && addr_equal(&packet->source, node)) ||
+	    own_has_addr(&packet->source)) {
 		if (network_is_forged(ctx, packet))
 			return finish(ctx, packet,
 				      -DROP_ENCAPSULATION_PROHIBITED);
@@ -336,7 +338,7 @@ int to_network(struct __sk_buff *ctx)
 		if (!ret)
 			ret = -DROP_NO_NAT_MAPPING;
 	} else if (ret > 0) {
-		ret = nat_masquerade(ctx, packet);
+		ret = nat_masquerade(ctx, packet, node);
 	}
 	if (ret >= 0)
 		fragment_keep(packet, share);

@@ -17,7 +17,8 @@ static __always_inline int overlay_find_node(struct __sk_buff *ctx,
 					     struct bpf_tunnel_key *key,
 					     struct addr *node)
 {
-	const struct addr *own = (const void *)&settings.node_ipv4;
+	struct own_addresses *own = own_addresses_find();
+	bool is_ipv6 = false;
 	struct addr to __attribute__((aligned(8))) = {};
 
 	if (!bpf_skb_get_tunnel_key(ctx, key, sizeof(*key), 0)) {
@@ -27,13 +28,15 @@ static __always_inline int overlay_find_node(struct __sk_buff *ctx,
 					   BPF_F_TUNINFO_IPV6)) {
 		__builtin_memcpy(node->w, key->remote_ipv6, 16);
 		__builtin_memcpy(to.w, key->local_ipv6, 16);
-		own = (const void *)&settings.node_ipv6;
+		is_ipv6 = true;
 	} else {
 		return -DROP_UNKNOWN_SENDER;
 	}
 	/* Nodes send to this address alone. What guards it (a firewall between
 	 * the nodes, say) need not guard the others. */
-	return addr_equal(&to, own) ? 0 : -DROP_ENCAPSULATION_PROHIBITED;
+	return own && addr_equal(&to, own_addr(own, is_ipv6))
+		       ? 0
+		       : -DROP_ENCAPSULATION_PROHIBITED;
 }
 
 /* Who sent the outer packet, and whom he speaks for: 0 or a drop. */

@@ -44,14 +44,6 @@ static __always_inline int forward_set_tunnel_key(struct __sk_buff *ctx,
 		       : 0;
 }
 
-static __always_inline bool forward_is_network(__u32 ifindex)
-{
-	for (int i = 0; i < NETWORK_DEVICES; i++)
-		if (settings.network_ifindex[i] == ifindex)
-			return true;
-	return false;
-}
-
 /*
  * The packet answers by an address that is not the pod's own, a host port's. The
  * stack would not take that address from a pod's device: translation is the last
@@ -99,7 +91,7 @@ __weak __noinline int forward_to_route(struct __sk_buff *ctx,
 	ret = route_find(ctx, &packet->source, &packet->destination,
 			 packet->flags & PACKET_IPV6, &fib);
 	if (may_pass && (ret != BPF_FIB_LKUP_RET_SUCCESS ||
-			 !forward_is_network(fib.ifindex)))
+			 !own_device_find(fib.ifindex)))
 		return leave_to_stack(ctx);
 	if (ret == BPF_FIB_LKUP_RET_FRAG_NEEDED)
 		return forward_is_answer(packet)
@@ -227,7 +219,7 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 		/* The node's connection tracking would see one direction alone,
 		 * and its firewall take the rest for invalid. */
 		if (packet->flags & PACKET_FROM_POD &&
-		    settings.network_ifindex[0] && node_allows_past_stack() &&
+		    node_allows_past_stack() &&
 		    packet->route != ROUTE_GUARDED)
 			return forward_to_route(ctx, packet, true);
 		return leave_to_stack(ctx);

@@ -7,15 +7,8 @@
 #pragma once
 
 #include "nat_port.h"
+#include "own.h"
 #include "rewrite.h"
-
-static __always_inline const struct addr *
-nat_node_addr(const struct packet *packet)
-{
-	return (const struct addr *)(packet->flags & PACKET_IPV6
-					     ? &settings.node_ipv6
-					     : &settings.node_ipv4);
-}
 
 static __always_inline bool nat_has_port(const struct packet *packet)
 {
@@ -84,9 +77,23 @@ static __always_inline void nat_mapping_of(const struct packet *packet,
 	to->pod.last_seen_jiffies = now;
 }
 
-/* Makes the node the source; the packet is a local pod's. 0 or a drop. */
+/*
+ * The mapping's address may stand: it is the device's, or still the node's. A
+ * flow keeps its address when the routes lead it to another device.
+ */
+static __always_inline bool nat_address_stands(const struct nat *known,
+					       const struct addr *node)
+{
+	return addr_equal(&known->addr, node) || own_has_addr(&known->addr);
+}
+
+/*
+ * Makes the node the source, with this address unless the flow has another one
+ * already; the packet is a local pod's. 0 or a drop.
+ */
 __weak __noinline int nat_masquerade(struct __sk_buff *ctx,
-				     struct packet *packet)
+				     struct packet *packet,
+				     const struct addr *node)
 {
 	struct scratch *room = scratch_get();
 	__u64 now = bpf_jiffies64();
@@ -94,20 +101,26 @@ __weak __noinline int nat_masquerade(struct __sk_buff *ctx,
 	struct nat *known;
 	int ret;
 
-	if (!packet || !room)
+	if (!packet || !room || !node || addr_is_zero(node))
 		return -DROP_NO_NAT_MAPPING;
 	if (!nat_has_port(packet))
 		return -DROP_UNKNOWN_L4;
 	to = &room->mapping;
-	nat_mapping_of(packet, nat_node_addr(packet), now, to);
+	nat_mapping_of(packet, node, now, to);
 	known = bpf_map_lookup_elem(&nat, &to->out);
-	/* The node may have got another address since. */
-	if (known && !addr_equal(&known->addr, &to->node.addr))
+	if (known && !nat_address_stands(known, node))
 		known = NULL;
+	if (known) {
+		to->node.addr = known->addr;
+		to->back.local = known->addr;
+	}
 	if (known && known->last_seen_jiffies != now) {
 		known->last_seen_jiffies = now;
-		if (!nat_is_whole(to, known))
+		if (!nat_is_whole(to, known)) {
+			to->node.addr = *node;
+			to->back.local = *node;
 			known = NULL;
+		}
 	}
 	if (known) {
 		nat_note(known, packet->tcp_flags);

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "fast.h"
+#include "own.h"
 
 struct tunnel_headers {
 	struct iphdr ip;
@@ -155,6 +156,7 @@ __weak __noinline int tunnel_send(struct __sk_buff *ctx, struct packet *packet,
 				  __be32 node, __u32 identity,
 				  __u32 wire_length)
 {
+	struct own_addresses *own = own_addresses_find();
 	struct bpf_fib_lookup fib = {.ifindex = ctx->ifindex};
 	struct tunnel_headers headers __attribute__((aligned(8))) = {};
 	void *data = (void *)(long)ctx->data;
@@ -162,7 +164,7 @@ __weak __noinline int tunnel_send(struct __sk_buff *ctx, struct packet *packet,
 	__u32 length = ctx->len - ETHERNET_LENGTH + TUNNEL_LENGTH;
 	__u32 hash;
 
-	if (!packet || !settings.node_ipv4.w[3] ||
+	if (!packet || !own || !own->ipv4.w[3] ||
 	    data + ETHERNET_LENGTH + 2 > end)
 		return TUNNEL_BY_DEVICE;
 	__builtin_memcpy(&headers.ethernet, data, ETHERNET_LENGTH);
@@ -173,7 +175,7 @@ __weak __noinline int tunnel_send(struct __sk_buff *ctx, struct packet *packet,
 		TUNNEL_PORT_MIN +
 		((__u64)hash * (TUNNEL_PORT_MAX - TUNNEL_PORT_MIN) >> 32));
 	headers.udp.destination = bpf_htons(settings.tunnel_port);
-	headers.ip.source = settings.node_ipv4.w[3];
+	headers.ip.source = own->ipv4.w[3];
 	headers.ip.destination = node;
 
 	fib.family = AF_INET;
@@ -216,6 +218,7 @@ __weak __noinline int tunnel_send(struct __sk_buff *ctx, struct packet *packet,
 static __always_inline bool tunnel_parse(struct __sk_buff *ctx,
 					 struct addr *node, __u32 *identity)
 {
+	struct own_addresses *own = own_addresses_find();
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
 	struct ethhdr *ethernet = data;
@@ -228,7 +231,7 @@ static __always_inline bool tunnel_parse(struct __sk_buff *ctx,
 	    headers->ip.version_length != 0x45 ||
 	    headers->ip.protocol != IPPROTO_UDP ||
 	    headers->udp.destination != bpf_htons(settings.tunnel_port) ||
-	    headers->ip.destination != settings.node_ipv4.w[3] ||
+	    !own || headers->ip.destination != own->ipv4.w[3] ||
 	    headers->ip.fragment &
 		    bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET) ||
 	    (headers->ip.tos & ECN_MASK) == ECN_CONGESTED ||

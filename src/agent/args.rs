@@ -108,7 +108,8 @@ pub struct AgentArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Network")]
 pub struct NetworkArgs {
-    /// A device that leads to the other nodes; by default those that have the node's addresses.
+    /// A device that leads out of the node; by default those that have an address of the Node object, a
+    /// route by a router, or neighbours. Devices that come later are followed.
     #[arg(long, env = "WEIR_DEVICES", value_name = "NAME", value_delimiter = ',')]
     pub device: Vec<String>,
 

@@ -10,13 +10,13 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::local::LocalAddresses;
+use super::local::Local;
 use crate::identity::LabelFilter;
 use crate::kube::Tables;
 use crate::model::{
-    AddressEntry, CompiledPolicy, Endpoint, EndpointEntry, EndpointId, EndpointSlice, Frontend, FrontendKey,
-    IdentityId, IdentityLabels, LocalIdentity, Namespace, Node, NodeEndpoints, ObjectKey, Pod, Policy,
-    PolicyId, PolicyRef, PrefixEntry, PublishedEndpoint, Service,
+    AddressEntry, AddressPair, CompiledPolicy, Endpoint, EndpointEntry, EndpointId, EndpointSlice, Frontend,
+    FrontendKey, IdentityId, IdentityLabels, LocalIdentity, Namespace, NetworkDevice, Node, NodeEndpoints,
+    ObjectKey, Pod, Policy, PolicyId, PolicyRef, PrefixEntry, PublishedEndpoint, Service,
 };
 use crate::tables::{Snapshot, Table};
 use crate::{node, policy, service};
@@ -34,15 +34,12 @@ pub struct View {
     node_endpoints: Snapshot<Arc<str>, Arc<NodeEndpoints>>,
     endpoints: Snapshot<EndpointId, Arc<Endpoint>>,
     local_addresses: Snapshot<IpAddr, ()>,
+    devices: Snapshot<u32, NetworkDevice>,
 }
 
 impl View {
     /// Takes the snapshots.
-    pub fn of(
-        tables: &Tables,
-        endpoints: &Table<EndpointId, Arc<Endpoint>>,
-        local_addresses: &LocalAddresses,
-    ) -> Self {
+    pub fn of(tables: &Tables, endpoints: &Table<EndpointId, Arc<Endpoint>>, local: &Local) -> Self {
         Self {
             namespaces: tables.namespaces.snapshot(),
             pods: tables.pods.snapshot(),
@@ -54,7 +51,8 @@ impl View {
             to_claim: tables.to_claim.snapshot(),
             node_endpoints: tables.node_endpoints.snapshot(),
             endpoints: endpoints.snapshot(),
-            local_addresses: local_addresses.snapshot(),
+            local_addresses: local.addresses.snapshot(),
+            devices: local.devices.snapshot(),
         }
     }
 }
@@ -78,6 +76,10 @@ pub struct Desired {
     pub selected_by: BTreeMap<EndpointId, Arc<[PolicyRef]>>,
     /// The other nodes, for routes.
     pub nodes: Vec<Arc<Node>>,
+    /// Rows of `devices`.
+    pub devices: Snapshot<u32, NetworkDevice>,
+    /// The addresses by which the other nodes know this one.
+    pub node_addresses: AddressPair,
     /// This node's pods, for the other nodes.
     pub published: Vec<PublishedEndpoint>,
     /// How many of its pods are not among these yet.
@@ -114,6 +116,7 @@ pub struct Compute {
     rules: Rules,
     node_name: Arc<str>,
     internal_addresses: Vec<IpAddr>,
+    node_addresses: AddressPair,
     owners: node::Addresses,
     prefixes: node::Prefixes,
     frontends: service::Frontends,
@@ -131,6 +134,7 @@ impl Compute {
     pub fn new(
         node_name: &str,
         internal_addresses: Vec<IpAddr>,
+        node_addresses: AddressPair,
         guarded: Vec<IpNet>,
         first_policy: PolicyId,
         first_local: IdentityId,
@@ -142,6 +146,7 @@ impl Compute {
             rules,
             node_name: node_name.into(),
             internal_addresses,
+            node_addresses,
             owners: node::Addresses::default(),
             prefixes: node::Prefixes::new(guarded),
             frontends: service::Frontends::default(),
@@ -218,6 +223,11 @@ impl Compute {
                 None => drop(desired.frontends.insert(key, frontend)),
             }
         }
+        desired.devices = view.devices.clone();
+        if let Some(node) = view.nodes.get(&self.node_name) {
+            self.node_addresses = AddressPair::first_of(node.addresses.iter().copied());
+        }
+        desired.node_addresses = self.node_addresses;
         desired.nodes = view.nodes.values().filter(|node| *node.name != *self.node_name).cloned().collect();
         Ok(desired)
     }
@@ -371,7 +381,7 @@ mod tests {
     #[test]
     fn a8_a_pod_waits_for_the_labels_of_its_namespace() {
         let key = ObjectKey::new("shop", "web");
-        let (tables, endpoints, addresses) = (Tables::new(), Table::new(), LocalAddresses::new());
+        let (tables, endpoints, local) = (Tables::new(), Table::new(), Local::default());
         endpoints.apply(EndpointId(1), endpoint(key.clone()));
         let pod = Pod {
             key: key.clone(),
@@ -386,8 +396,16 @@ mod tests {
         tables.pods.apply(key, Arc::new(pod));
         let desired = |awaits_namespaces| {
             let rules = Rules { awaits_namespaces, ..Rules::default() };
-            let mut compute = Compute::new("a", vec![], vec![], PolicyId(1), IdentityId::FIRST_LOCAL, rules);
-            compute.desired(&View::of(&tables, &endpoints, &addresses)).expect("numbers are left")
+            let mut compute = Compute::new(
+                "a",
+                vec![],
+                AddressPair::default(),
+                vec![],
+                PolicyId(1),
+                IdentityId::FIRST_LOCAL,
+                rules,
+            );
+            compute.desired(&View::of(&tables, &endpoints, &local)).expect("numbers are left")
         };
         let waiting = desired(true);
         assert!(waiting.unclaimed.is_empty() && waiting.endpoints.is_empty());

@@ -1,62 +1,104 @@
-//! The addresses of this node's devices, which come and go: a virtual IP moves here, DHCP gives another.
+//! The addresses of this node and the devices that lead out of it, which come and go: a virtual IP moves
+//! here, DHCP gives another address, a card is added.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::timeout;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
 
-use crate::model::Node;
+use super::devices;
+use crate::kube::Tables;
+use crate::model::{NetworkDevice, Node};
 use crate::netlink;
 use crate::tables::Table;
 
-/// Without news the addresses are listed all the same: level, not edge.
+/// Without news everything is listed all the same: level, not edge.
 const LIST_EVERY: Duration = Duration::from_secs(60);
 /// After a failure.
 const RETRY: Duration = Duration::from_secs(5);
+/// News come in bursts.
+const BURST: Duration = Duration::from_millis(50);
 const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
-/// Where pods' host ports are.
+/// The addresses that are this node's.
 pub type LocalAddresses = Table<IpAddr, ()>;
+/// The devices that lead out, by index.
+pub type LocalDevices = Table<u32, NetworkDevice>;
 
-/// The node's addresses as the API has them and as its devices have them, and for its own sockets the
-/// loopback ones; not those of the pod network.
-fn addresses(node: &Node, internal: &[IpAddr]) -> netlink::Result<BTreeSet<IpAddr>> {
-    let mut addresses = netlink::local_addresses()?;
-    addresses.retain(|address| !internal.contains(address));
-    addresses.extend(node.addresses.iter().chain(&LOOPBACK));
-    Ok(addresses)
+/// What is known of this node from its kernel.
+#[derive(Default)]
+pub struct Local {
+    /// Its addresses as the API has them and as its devices have them, and the loopback ones; not those of
+    /// the pod network. Host ports are at these.
+    pub addresses: LocalAddresses,
+    /// Its devices that lead out.
+    pub devices: LocalDevices,
 }
 
-fn list(table: &LocalAddresses, node: &Node, internal: &[IpAddr]) -> netlink::Result<()> {
-    let addresses = addresses(node, internal)?;
-    if table.reset(addresses.iter().map(|address| (*address, ()))) {
-        tracing::debug!(?addresses, "host ports are at these addresses");
+/// What decides about the tables.
+pub struct Follow {
+    /// Of the cluster; has the Node object.
+    pub tables: Arc<Tables>,
+    /// The Node object as it was at start.
+    pub node: Arc<Node>,
+    /// The node's own addresses in the pod network.
+    pub internal: Vec<IpAddr>,
+    /// `--device`.
+    pub names: Vec<String>,
+}
+
+impl Follow {
+    /// The tables, filled, and kept as the kernel has it from now on.
+    pub fn start(self) -> netlink::Result<Arc<Local>> {
+        let local = Arc::new(Local::default());
+        // Before the list, or what changes in between would be missed.
+        let news = netlink::address_news()?;
+        self.list(&local)?;
+        tokio::spawn(self.run(local.clone(), news));
+        Ok(local)
     }
-    Ok(())
-}
 
-/// The table of these addresses, filled, and kept as they are from now on.
-pub fn follow(node: Arc<Node>, internal: Vec<IpAddr>) -> netlink::Result<Arc<LocalAddresses>> {
-    let table = Arc::new(Table::new());
-    // Before the list, or what changes in between would be missed.
-    let mut news = netlink::address_news()?;
-    list(&table, &node, &internal)?;
-    let kept = table.clone();
-    tokio::spawn(async move {
+    async fn run(self, local: Arc<Local>, mut news: watch::Receiver<()>) {
+        let mut nodes = self.tables.nodes.subscribe();
         loop {
-            if let Ok(Err(_closed)) = timeout(LIST_EVERY, news.changed()).await {
-                tokio::time::sleep(RETRY).await;
+            let changed = timeout(LIST_EVERY, async {
+                tokio::select! {
+                    changed = news.changed() => changed,
+                    _ = nodes.changed() => Ok(()),
+                }
+            });
+            if let Ok(Err(_closed)) = changed.await {
+                sleep(RETRY).await;
                 match netlink::address_news() {
                     Ok(again) => news = again,
                     Err(error) => tracing::warn!(%error, retry = ?RETRY, "following the node's addresses"),
                 }
             }
-            if let Err(error) = list(&kept, &node, &internal) {
-                tracing::warn!(%error, "listing the node's addresses");
+            sleep(BURST).await;
+            news.mark_unchanged();
+            nodes.mark_unchanged();
+            if let Err(error) = tokio::task::block_in_place(|| self.list(&local)) {
+                tracing::warn!(%error, "listing the node's addresses and devices");
             }
         }
-    });
-    Ok(table)
+    }
+
+    fn list(&self, local: &Local) -> netlink::Result<()> {
+        let node =
+            self.tables.nodes.get(&self.node.name.as_str().into()).unwrap_or_else(|| self.node.clone());
+        let mut addresses: BTreeSet<IpAddr> = netlink::local_addresses()?;
+        addresses.retain(|address| !self.internal.contains(address));
+        addresses.extend(node.addresses.iter().chain(&LOOPBACK));
+        if local.addresses.reset(addresses.iter().map(|address| (*address, ()))) {
+            tracing::debug!(?addresses, "the addresses of this node");
+        }
+        let devices = devices::list(&self.names, &node.addresses)?;
+        if local.devices.reset(devices.iter().map(|(ifindex, device)| (*ifindex, device.clone()))) {
+            tracing::debug!(?devices, "the devices that lead out");
+        }
+        Ok(())
+    }
 }

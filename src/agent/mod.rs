@@ -15,6 +15,7 @@ mod announce;
 mod answers;
 mod args;
 mod compute;
+mod devices;
 mod follow;
 mod ipsec;
 mod local;
@@ -28,7 +29,6 @@ mod secret;
 mod sinks;
 mod upkeep;
 
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -47,7 +47,7 @@ use crate::flow::reader::KernelEvents;
 use crate::flow::{self, Names};
 use crate::kube::bootstrap::Servers;
 use crate::kube::{self, Collector, Publisher, Source, Tables};
-use crate::model::{Node, NodeEndpoints};
+use crate::model::{AddressPair, Node, NodeEndpoints};
 use crate::netlink;
 use crate::signals::stop_at_signal;
 use crate::tables::Table;
@@ -160,10 +160,12 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     let ports = Ports::choose(config.args.nat.nat_port_min..=config.args.nat.nat_port_max);
     let (devices, datapath) = tokio::task::block_in_place(|| load(&config, &node, &ports))?;
     facts.send_modify(|facts| facts.devices = Some(devices.clone()));
-    let writers = datapath.writers().context("reading the maps back")?;
+    let mut writers = datapath.writers().context("reading the maps back")?;
+    let own = AddressPair::first_of(node.addresses.iter().copied());
     let compute = Compute::new(
         &config.args.node_name,
         devices.internal_addresses.clone(),
+        own,
         config.args.network.stack_cidrs.clone(),
         writers.policies.next_free_id(),
         writers.next_free_local_identity(),
@@ -174,8 +176,15 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
             services: config.args.services.defaults(),
         },
     );
-    let local_addresses = local::follow(node.clone(), devices.internal_addresses.clone())
-        .context("listing the node's addresses")?;
+    let local = local::Follow {
+        tables: tables.clone(),
+        node: node.clone(),
+        internal: devices.internal_addresses.clone(),
+        names: config.args.network.device.clone(),
+    };
+    let local = local.start().context("listing the node's addresses and devices")?;
+    sinks::bring_up(&datapath, &mut writers.devices, &own, &local.devices.snapshot())
+        .context("attaching to the network devices")?;
     // Before policies are counted for the first time, or one that comes in between would be missed.
     let ipsec = ipsec::follow();
     known.loaded(datapath.clone(), writers.policies.rule_origins(), ports);
@@ -207,6 +216,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         manager.clone(),
         parts.clone(),
         restart.clone(),
+        config.args.state_dir.clone(),
     ));
     tokio::spawn(async move {
         if let Err(error) = manager.watch_deletes(stopping).await {
@@ -224,7 +234,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     let rounds = Rounds {
         tables,
         endpoints: known.endpoints.clone(),
-        local_addresses,
+        local,
         ipsec: ipsec.clone(),
         compute,
         sinks: sinks::all(&datapath, writers, device_sink, limits, ipsec, parts)
@@ -284,11 +294,8 @@ async fn offer_pods(config: Config, telemetry: Arc<Telemetry>) -> Result<()> {
 fn load(config: &Config, node: &Node, ports: &Ports) -> Result<(Devices, Arc<Datapath>)> {
     let devices = node::prepare(config, node)?;
     let secret = secret::of(&config.args.state_dir)?;
-    let options = options(config, node, &devices, ports, secret);
+    let options = options(config, &devices, ports, secret);
     let datapath = Datapath::load(&options).context("loading the datapath")?;
-    for ifindex in &devices.network {
-        datapath.attach_network(*ifindex).context("attaching to the network device")?;
-    }
     if let Some(overlay) = devices.overlay {
         datapath.attach_overlay(overlay).context("attaching to the tunnel device")?;
     } else if netlink::delete_link(OVERLAY_DEVICE).context("removing the tunnel device")? {
@@ -307,34 +314,23 @@ fn load(config: &Config, node: &Node, ports: &Ports) -> Result<(Devices, Arc<Dat
     Ok((devices, Arc::new(datapath)))
 }
 
-fn options(config: &Config, node: &Node, devices: &Devices, ports: &Ports, secret: [u64; 2]) -> Options {
+fn options(config: &Config, devices: &Devices, ports: &Ports, secret: [u64; 2]) -> Options {
     let args = &config.args;
-    let node_ipv4 = node.addresses.iter().find_map(|address| match address {
-        IpAddr::V4(address) => Some(*address),
-        IpAddr::V6(_) => None,
-    });
-    let node_ipv6 = node.addresses.iter().find_map(|address| match address {
-        IpAddr::V4(_) => None,
-        IpAddr::V6(address) => Some(*address),
-    });
     Options {
         pins: config.pins.clone(),
         cgroup_root: args.kernel.cgroup_root.clone(),
         attach: args.kernel.attach,
         map_sizes: args.maps.sizes(),
         settings: Settings {
-            node_ipv4,
-            node_ipv6,
             secret,
             netns_cookie: netlink::namespace_cookie(),
             tunnel_ifindex: devices.overlay,
             wait_ifindex: devices.wait.map(|[given, _]| given),
-            network: devices.network.clone(),
             tunnel_port: args.network.tunnel_port,
             flow_report: args.flows.report_every(),
             nat_ports: ports.range.clone(),
-            masquerade_ipv4: args.nat.masquerade && node_ipv4.is_some(),
-            masquerade_ipv6: args.nat.masquerade && node_ipv6.is_some(),
+            masquerade_ipv4: args.nat.masquerade,
+            masquerade_ipv6: args.nat.masquerade,
             flow_events: args.flows.flow_events,
             socket_lb: args.kernel.socket_lb,
             tunnel_direct: args.network.tunnel_direct,

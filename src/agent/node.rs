@@ -36,10 +36,6 @@ const FACTS_FILE: &str = "node.json";
 /// The devices of this node, as the datapath needs them.
 #[derive(Clone, Debug)]
 pub struct Devices {
-    /// Leads to other nodes and the world.
-    pub network: Vec<u32>,
-    /// The names of these.
-    pub network_names: Vec<String>,
     /// The tunnel's device; `None` with native routing.
     pub overlay: Option<u32>,
     /// Fragments are given to the first one, and come out of the second one when they have waited a little;
@@ -51,6 +47,13 @@ pub struct Devices {
     pub internal_addresses: Vec<IpAddr>,
     /// Kernel settings that pods' packets need, below /proc/sys, with their values.
     pub settings: Vec<(String, String)>,
+}
+
+impl Devices {
+    /// Pods have IPv6 addresses.
+    pub fn has_ipv6(&self) -> bool {
+        self.internal_addresses.iter().any(IpAddr::is_ipv6)
+    }
 }
 
 /// The Node object of this node: from the tables once they have it, or as it was
@@ -76,7 +79,7 @@ pub async fn discover(config: &Config, tables: &Tables) -> Result<Arc<Node>> {
         if let Some(node) = tables.nodes.get(&name.into()) {
             match missing(&node) {
                 None => {
-                    remember(&facts, &node)?;
+                    write_facts(&facts, &node)?;
                     return Ok(node);
                 }
                 Some(what) => tracing::warn!(node = name, missing = what, "waiting for the Node object"),
@@ -101,6 +104,11 @@ pub fn missing(node: &Node) -> Option<&'static str> {
     }
 }
 
+/// Keeps what is known of this node now for a start without the API.
+pub fn remember(state_directory: &Path, node: &Node) -> Result<()> {
+    write_facts(&state_directory.join(FACTS_FILE), node)
+}
+
 fn remembered(facts: &Path, name: &str) -> Option<Node> {
     let text = std::fs::read(facts).ok()?;
     match serde_json::from_slice::<Node>(&text) {
@@ -113,7 +121,7 @@ fn remembered(facts: &Path, name: &str) -> Option<Node> {
     }
 }
 
-fn remember(facts: &Path, node: &Node) -> Result<()> {
+fn write_facts(facts: &Path, node: &Node) -> Result<()> {
     let text = serde_json::to_vec(node).context("encoding this node's facts")?;
     let draft = facts.with_extension("json.new");
     std::fs::write(&draft, text).with_context(|| format!("writing {}", draft.display()))?;
@@ -147,9 +155,7 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
             Some(ifindex)
         }
     };
-    let network_names = network.iter().map(|device| device.name.clone()).collect();
-    let network = network.iter().map(|device| device.index).collect();
-    Ok(Devices { network, network_names, overlay, wait: prepare_wait(), mtu, internal_addresses, settings })
+    Ok(Devices { overlay, wait: prepare_wait(), mtu, internal_addresses, settings })
 }
 
 /// Those of former pod CIDRs go: they are other nodes' now.
@@ -196,8 +202,7 @@ fn network_devices(config: &Config, node: &Node) -> Result<Vec<netlink::Link>> {
     config.args.network.device.iter().map(find).collect()
 }
 
-/// Pods' packets pass the stack on their way out. A device that takes its IPv6
-/// routes from router advertisements keeps doing so although it now forwards.
+/// Pods' packets pass the stack on their way out.
 fn forwarding(node: &Node, network: &[netlink::Link]) -> Result<Vec<(String, String)>> {
     let mut settings = Vec::new();
     if node.pod_cidrs.iter().any(|prefix| prefix.addr().is_ipv4()) {
@@ -207,14 +212,19 @@ fn forwarding(node: &Node, network: &[netlink::Link]) -> Result<Vec<(String, Str
     }
     if node.pod_cidrs.iter().any(|prefix| prefix.addr().is_ipv6()) {
         for device in network {
-            let accept = format!("net/ipv6/conf/{}/accept_ra", device.name);
-            if netlink::get_sysctl(&accept)?.is_some_and(|value| value == "1" || value == "2") {
-                settings.push((accept, "2".to_owned()));
-            }
+            settings.extend(router_advertisements(&device.name)?);
         }
         settings.push(("net/ipv6/conf/all/forwarding".to_owned(), "1".to_owned()));
     }
     Ok(settings)
+}
+
+/// The setting with which a device that takes its IPv6 routes from router advertisements keeps doing so
+/// although the node forwards.
+pub fn router_advertisements(device: &str) -> Result<Option<(String, String)>> {
+    let accept = format!("net/ipv6/conf/{device}/accept_ra");
+    let is_on = netlink::get_sysctl(&accept)?.is_some_and(|value| value == "1" || value == "2");
+    Ok(is_on.then(|| (accept, "2".to_owned())))
 }
 
 /// The first address of a pod CIDR; address allocation leaves it to the node.

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::compute::{Compute, Desired, View};
 use super::ipsec;
-use super::local::LocalAddresses;
+use super::local::Local;
 use super::publish::{Claims, News};
 use super::sinks::{Applied, Retry, Sinks};
 use crate::datapath::Datapath;
@@ -43,7 +43,7 @@ pub struct Rounds {
     /// From CNI.
     pub endpoints: Arc<Table<EndpointId, Arc<Endpoint>>>,
     /// From the kernel.
-    pub local_addresses: Arc<LocalAddresses>,
+    pub local: Arc<Local>,
     /// From the kernel.
     pub ipsec: ipsec::News,
     /// Numbers and their memory.
@@ -84,7 +84,8 @@ impl Rounds {
         let mut ready = Some(ready);
         let mut has_other_versions = true;
         let mut endpoint_changes = self.endpoints.subscribe();
-        let mut address_changes = self.local_addresses.subscribe();
+        let mut address_changes = self.local.addresses.subscribe();
+        let mut device_changes = self.local.devices.subscribe();
         self.write_early_until_synced().await;
         let tables = self.tables.clone();
         let mut ipsec = self.ipsec.clone();
@@ -93,6 +94,7 @@ impl Rounds {
             endpoint_changes.mark_unchanged();
             address_changes.mark_unchanged();
             ipsec.mark_unchanged();
+            device_changes.mark_unchanged();
             let applied = tokio::task::block_in_place(|| self.round());
             self.telemetry.main_loop_alive();
             if applied.as_ref().is_some_and(|applied| applied.serves_pods) {
@@ -110,6 +112,7 @@ impl Rounds {
                     () = tokio::time::sleep(pause) => break,
                     changed = endpoint_changes.changed() => if changed.is_err() { return } else { break },
                     changed = address_changes.changed() => if changed.is_err() { return } else { break },
+                    changed = device_changes.changed() => if changed.is_err() { return } else { break },
                     changed = ipsec.changed() => if changed.is_err() { return } else { break },
                     // This alone is no reason for a round: the sinks say when they want one.
                     () = self.wait_for_kernel() => self.hear(),
@@ -181,7 +184,7 @@ impl Rounds {
     fn round(&mut self) -> Option<Done> {
         let start = Instant::now();
         self.sinks.write_early();
-        let view = View::of(&self.tables, &self.endpoints, &self.local_addresses);
+        let view = View::of(&self.tables, &self.endpoints, &self.local);
         let parts = self.telemetry.parts();
         let desired = match self.compute.desired(&view) {
             Ok(desired) => desired,

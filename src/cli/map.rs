@@ -1,7 +1,6 @@
 //! `weir map` and `weir verify`: the datapath itself, without an agent.
 
 use std::io::{self, Write};
-use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -95,11 +94,8 @@ fn dump(args: &MapDumpArgs) -> Result<(), Failure> {
 /// Verifies with everything on, which is the most that the verifier ever sees.
 pub fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     let settings = Settings {
-        node_ipv4: Some(Ipv4Addr::LOCALHOST),
-        node_ipv6: Some(Ipv6Addr::LOCALHOST),
         netns_cookie: Some(1),
         tunnel_ifindex: Some(1),
-        network: vec![1],
         wait_ifindex: Some(1),
         ..Settings::default()
     };

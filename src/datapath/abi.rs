@@ -8,11 +8,11 @@ pub use super::types::{
     addr as Addr, address as Address, backend as Backend, backend_key as BackendKey,
     collect_request as CollectRequest, connection as Connection, connection_key as ConnectionKey,
     ended as Ended, endpoint as Endpoint, event as Event, event_count as EventCount, fragment as Fragment,
-    metric as Metric, nat as Nat, nat_key as NatKey, node_state as NodeState, policy_peer as PolicyPeer,
-    policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule, policy_rule_key as PolicyRuleKey,
-    prefix as Prefix, prefix_key as PrefixKey, recount_request as RecountRequest, service as Service,
-    service_key as ServiceKey, settings as Settings, socket_key as SocketKey, socket_origin as SocketOrigin,
-    stale_socket as StaleSocket, usage as Usage,
+    metric as Metric, nat as Nat, nat_key as NatKey, node_state as NodeState, own_addresses as OwnAddresses,
+    policy_peer as PolicyPeer, policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule,
+    policy_rule_key as PolicyRuleKey, prefix as Prefix, prefix_key as PrefixKey,
+    recount_request as RecountRequest, service as Service, service_key as ServiceKey, settings as Settings,
+    socket_key as SocketKey, socket_origin as SocketOrigin, stale_socket as StaleSocket, usage as Usage,
 };
 
 /// Types that are nothing but their bytes: every bit pattern is a value, and
@@ -89,6 +89,7 @@ plain! {
     NodeState { address_epoch, flags }
     EventCount { offered, lost, suppressed }
     Usage { in_use, taken, refused, records_due, records_suppressed }
+    OwnAddresses { ipv4, ipv6 }
     RecountRequest { is_end, lease_seconds }
     Event {
         timestamp_ns, packets, bytes, source, destination, service, source_identity,
@@ -99,8 +100,8 @@ plain! {
     StaleSocket { cookie, local, remote, local_port, remote_port, ifindex }
     CollectRequest { keys, count, deleted }
     Settings {
-        node_ipv4, node_ipv6, loopback_ipv4, loopback_ipv6, secret, netns_cookie, jiffies_per_second,
-        tunnel_ifindex, network_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,
+        loopback_ipv4, loopback_ipv6, secret, netns_cookie, jiffies_per_second,
+        tunnel_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,
         other_timeout_seconds, mark_mask, wait_ifindex, quota_limit, quota_capacity, drop_record_cost, event_buffer_half,
         nat_port_min, nat_port_max, tunnel_port, masquerade_ipv4,
         masquerade_ipv6, flow_events, socket_lb, tunnel_direct, pad,

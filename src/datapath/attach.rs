@@ -44,6 +44,18 @@ impl Datapath {
         self.attach_device(ifindex, &NETWORK_PROGRAMS).context("attaching to a network device")
     }
 
+    /// Takes the programs off a device that does not lead to the network any more.
+    pub fn detach_network(&self, ifindex: u32) -> Result<()> {
+        self.detach_device(ifindex, &NETWORK_PROGRAMS).context("detaching from a network device")
+    }
+
+    /// The devices that have a pinned link of `from_network`.
+    pub fn network_links(&self) -> Result<Vec<u32>> {
+        let Some(pins) = &self.pins else { return Ok(Vec::new()) };
+        let ifindex = |path: PathBuf| path.file_name()?.to_str()?.strip_suffix("-from_network")?.parse().ok();
+        Ok(pinned_links(&pins.links())?.into_iter().filter_map(ifindex).collect())
+    }
+
     /// Puts the tunnel device under `from_overlay` and `to_overlay`.
     pub fn attach_overlay(&self, ifindex: u32) -> Result<()> {
         self.attach_device(ifindex, &OVERLAY_PROGRAMS).context("attaching to the tunnel device")

@@ -16,10 +16,11 @@ use super::types::{
 use crate::model::MacAddress;
 
 /// The maps that can be dumped.
-pub const MAP_NAMES: [&str; 14] = [
+pub const MAP_NAMES: [&str; 16] = [
     "addresses",
     "backends",
     "connections",
+    "devices",
     "endpoints",
     "event_counts",
     "fragments",
@@ -31,6 +32,7 @@ pub const MAP_NAMES: [&str; 14] = [
     "prefixes",
     "services",
     "sockets",
+    "this_node",
 ];
 
 /// The rows of a pinned map, decoded, in the order of their keys.
@@ -46,6 +48,7 @@ pub fn dump(pins: &Path, map: &str) -> Result<Vec<Value>> {
         "addresses" => rows(handle, address_row),
         "backends" => rows(handle, backend_row),
         "connections" => rows(handle, connection_row),
+        "devices" => rows(handle, device_row),
         "endpoints" => rows(handle, endpoint_row),
         "event_counts" => event_counts(&handle),
         "fragments" => rows(handle, fragment_row),
@@ -56,6 +59,7 @@ pub fn dump(pins: &Path, map: &str) -> Result<Vec<Value>> {
         "policy_rules" => rows(handle, policy_rule_row),
         "prefixes" => rows(handle, prefix_row),
         "services" => rows(handle, service_row),
+        "this_node" => rows(handle, device_row),
         _ => rows(handle, socket_row),
     }
 }
@@ -297,6 +301,15 @@ fn nat_row(key: abi::NatKey, row: abi::Nat) -> Row {
         "last_seen_jiffies": row.last_seen_jiffies,
     });
     Some(([&[key.direction], key.as_bytes()].concat(), value))
+}
+
+fn device_row(ifindex: u32, row: abi::OwnAddresses) -> Row {
+    let value = json!({
+        "ifindex": ifindex,
+        "ipv4": abi::optional_ip_of(row.ipv4),
+        "ipv6": abi::optional_ip_of(row.ipv6),
+    });
+    Some((ifindex.to_be_bytes().to_vec(), value))
 }
 
 fn fragment_row(slot: u32, row: abi::Fragment) -> Row {

@@ -21,6 +21,7 @@ mod btf;
 #[cfg(test)]
 mod contract;
 mod counters;
+mod devices;
 mod dump;
 mod endpoints;
 mod events;
@@ -53,6 +54,7 @@ pub use addresses::{AddressWriter, StackWriter};
 pub use args::{KernelArgs, MapArgs, MapSize, MarkMask, QuotaArgs};
 pub use attach::{attach_tcx, detach_all};
 pub use counters::{EventCounts, MapFill, MetricRow};
+pub use devices::DeviceWriter;
 pub use dump::{MAP_NAMES, dump};
 pub use endpoints::EndpointWriter;
 pub use events::EventReader;
@@ -101,6 +103,8 @@ pub struct Writers {
     pub services: ServiceWriter,
     /// Of the flags in `node_state`.
     pub stack: StackWriter,
+    /// Of `devices` and `this_node`.
+    pub devices: DeviceWriter,
 }
 
 impl Writers {
@@ -171,7 +175,8 @@ impl Datapath {
         )?;
         let services = ServiceWriter::new(self.mirror("services")?, self.mirror("backends")?);
         let stack = StackWriter::new(self.typed("node_state")?);
-        Ok(Writers { endpoints, addresses, policies, services, stack })
+        let devices = DeviceWriter::new(self.mirror("devices")?, self.typed("this_node")?);
+        Ok(Writers { endpoints, addresses, policies, services, stack, devices })
     }
 
     /// The reader of the ring buffer. One at a time: a second one would take

@@ -2,7 +2,7 @@
 //! the settings that the programs read.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -69,10 +69,6 @@ impl MapSizes {
 /// The settings of a node, which are fixed while the programs run (`bpf/config.h`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// Source of tunnels and of masquerading.
-    pub node_ipv4: Option<Ipv4Addr>,
-    /// Source of tunnels and of masquerading.
-    pub node_ipv6: Option<Ipv6Addr>,
     /// Stands for a pod that reaches itself through a service.
     pub loopback_ipv4: Ipv4Addr,
     /// Stands for a pod that reaches itself through a service.
@@ -84,8 +80,6 @@ pub struct Settings {
     pub netns_cookie: Option<u64>,
     /// The VXLAN device; `None`: native routing.
     pub tunnel_ifindex: Option<u32>,
-    /// The devices that lead to the network; what pods send out by another one passes the node's stack.
-    pub network: Vec<u32>,
     /// UDP port of the tunnels.
     pub tunnel_port: u16,
     /// A running flow is reported this often.
@@ -124,14 +118,11 @@ pub const MARK_MASK: u32 = 0x70;
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            node_ipv4: None,
-            node_ipv6: None,
             loopback_ipv4: Ipv4Addr::new(169, 254, 42, 1),
             loopback_ipv6: Ipv6Addr::new(0xfd57, 0x6569, 0x7200, 0, 0, 0, 0x2a, 1),
             secret: [0; 2],
             netns_cookie: None,
             tunnel_ifindex: None,
-            network: Vec::new(),
             tunnel_port: 8472,
             flow_report: Duration::from_secs(5),
             tcp_timeout: Duration::from_secs(7440),
@@ -155,17 +146,13 @@ impl Settings {
     /// As the programs read it, with these limits.
     pub(super) fn encode(&self, jiffies_per_second: u32, limits: &Limits) -> abi::Settings {
         let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
-        let address = |ip: Option<IpAddr>| ip.map(addr_of).unwrap_or_default();
-        let mut settings = abi::Settings {
-            node_ipv4: address(self.node_ipv4.map(IpAddr::V4)),
-            node_ipv6: address(self.node_ipv6.map(IpAddr::V6)),
+        abi::Settings {
             loopback_ipv4: addr_of(self.loopback_ipv4.into()),
             loopback_ipv6: addr_of(self.loopback_ipv6.into()),
             secret: self.secret,
             netns_cookie: self.netns_cookie.unwrap_or(0),
             jiffies_per_second,
             tunnel_ifindex: self.tunnel_ifindex.unwrap_or(0),
-            network_ifindex: Default::default(),
             flow_report_seconds: seconds(self.flow_report),
             tcp_timeout_seconds: seconds(self.tcp_timeout),
             tcp_opening_seconds: seconds(self.tcp_opening),
@@ -186,10 +173,6 @@ impl Settings {
             socket_lb: self.socket_lb.into(),
             tunnel_direct: self.tunnel_direct.into(),
             pad: [0; 1],
-        };
-        for (slot, device) in settings.network_ifindex.iter_mut().zip(&self.network) {
-            *slot = *device;
         }
-        settings
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod cni;
 mod desired;
+mod device;
 mod endpoint;
 mod frontend;
 mod identity;
@@ -15,6 +16,7 @@ mod port_mapping;
 mod service;
 
 pub use desired::*;
+pub use device::*;
 pub use endpoint::*;
 pub use frontend::*;
 pub use identity::*;

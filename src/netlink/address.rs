@@ -1,21 +1,21 @@
 //! The node's own addresses, and news of them.
 
 use std::collections::BTreeSet;
-use std::io;
 use std::net::IpAddr;
-use std::thread;
 
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::AddressMessage;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::protocols::NETLINK_ROUTE;
 use tokio::sync::watch;
 
 use super::connection::Connection;
 use super::link::address_of;
+use super::listen::listen;
 use super::{Error, Result};
 
-/// RTNLGRP_IPV4_IFADDR and RTNLGRP_IPV6_IFADDR of linux/rtnetlink.h.
-const GROUPS: [u32; 2] = [5, 9];
+/// RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR and RTNLGRP_IPV6_ROUTE of
+/// linux/rtnetlink.h.
+const GROUPS: [u32; 5] = [1, 5, 7, 9, 11];
 
 /// The addresses by which others reach this node: those of all devices of the calling thread's
 /// namespace but for loopback and link-local ones.
@@ -37,36 +37,9 @@ fn is_link_local(address: &IpAddr) -> bool {
     }
 }
 
-/// Changes whenever a device of the calling thread's namespace gets or loses an address; several changes
-/// may be one. The channel closes when the kernel can no longer be heard.
+/// Changes whenever a device, an address or a route of the calling thread's namespace comes, changes or
+/// goes; several changes may be one. The channel closes when the kernel can no longer be heard.
 pub fn address_news() -> Result<watch::Receiver<()>> {
-    let open = || {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind(&SocketAddr::new(0, 0))?;
-        for group in GROUPS {
-            socket.add_membership(group)?;
-        }
-        let (news, heard) = watch::channel(());
-        let listen = move || {
-            while hear(&socket).is_ok() {
-                if news.send(()).is_err() {
-                    return;
-                }
-            }
-        };
-        thread::Builder::new().name("addresses".to_owned()).spawn(listen)?;
-        io::Result::Ok(heard)
-    };
-    open().map_err(|error| Error::kernel("listening for changes of addresses", error))
-}
-
-/// Waits for a message; what it says does not matter, since everything is listed anew.
-fn hear(socket: &Socket) -> io::Result<()> {
-    match socket.recv_from_full() {
-        Ok(_) => Ok(()),
-        // More came than the kernel kept.
-        Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-        Err(error) => Err(error),
-    }
+    listen(NETLINK_ROUTE, &GROUPS, "addresses")
+        .map_err(|error| Error::kernel("listening for changes of devices and addresses", error))
 }

@@ -9,11 +9,12 @@
 //! address      the node's addresses, and news of them
 //! connection   the socket: batches of requests, dumps
 //! netfilter    whether the node has rules that drop what is forwarded
-//! news         messages to groups of listeners
+//! listen       messages to groups of listeners
 //! namespace    a thread that enters a pod's namespace
 //! ipsec        whether the node has policies of its own, and news of them
 //! link         devices: find, delete, raise, VXLAN
 //! news         that something changed
+//! outward      devices that may lead out of the node
 //! pod          the link between a pod and its node
 //! queue        a pair of devices that delays packets
 //! route        routes and neighbours that are ours
@@ -29,6 +30,7 @@ mod listen;
 mod namespace;
 mod netfilter;
 mod news;
+mod outward;
 mod pod;
 mod queue;
 mod route;
@@ -47,6 +49,7 @@ pub use link::{
 pub use namespace::{namespace_cookie, open_namespace, within};
 pub use netfilter::forward_drops;
 pub use news::{ALL_NEWS, Heard, News, kernel_news};
+pub use outward::{OutwardDevice, Way, outward_devices};
 pub use pod::{
     GATEWAY_IPV4, GATEWAY_IPV6, POD_ROUTE_PROTOCOL, PodLink, PodLinkSpec, create_pod_link, raise_pod_link,
     verify_pod_link,

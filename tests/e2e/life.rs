@@ -93,7 +93,9 @@ pub fn no_device_is_left(world: &World) -> Result<()> {
         let node = world.cluster.nodes().iter().find(|node| node.name() == agent.node).context("a node")?;
         world.cluster.wait(&format!("as many devices as pods on {}", agent.node), PATIENCE, || {
             let devices = node.space().ip("-oneline link show type veth")?;
-            let devices = devices.lines().filter(|line| line.contains(": weir")).count();
+            // `weir_...` are the node's own: the tunnel, the pair on which fragments wait.
+            let is_of_pod = |line: &&str| line.contains(": weir") && !line.contains(": weir_");
+            let devices = devices.lines().filter(is_of_pod).count();
             let endpoints = world.weir(&agent, &["endpoint", "list", "-o", "json"])?;
             let endpoints: Value = serde_json::from_str(&endpoints)?;
             let endpoints = endpoints.as_array().context("a list of endpoints")?.len();

@@ -16,7 +16,7 @@ use weir::policy::Output;
 use crate::model::{Cluster, Payload, Side, random};
 use crate::packets::frame::{Layer4, POD_MAC, Packet, SYN, echo, tcp, udp};
 use crate::packets::world::{
-    Arrival, EGRESS, INGRESS, MARK, Outcome, PASS, REDIRECT, SHOT, World, settings, within_empty,
+    Arrival, EGRESS, INGRESS, MARK, Outcome, PASS, REDIRECT, SHOT, World, casts, settings, within_empty,
 };
 use crate::policy_model::{Facts, compiler};
 use crate::require::require_lab;
@@ -76,8 +76,7 @@ fn facts(cluster: &Cluster) -> Facts {
 
 /// This node's.
 fn own_addresses() -> impl Iterator<Item = IpAddr> {
-    let settings = settings();
-    settings.node_ipv4.map(IpAddr::V4).into_iter().chain(settings.node_ipv6.map(IpAddr::V6))
+    casts().into_iter().map(|cast| cast.node)
 }
 
 fn endpoint_entry(cluster: &Cluster, id: EndpointId, identity: IdentityId, output: &Output) -> EndpointEntry {

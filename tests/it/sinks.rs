@@ -230,7 +230,7 @@ fn a7_filters_that_somebody_takes_off_come_back() -> Result<()> {
     let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(1, "shop/b").create()?);
     expect_full_mesh(&[&a, &b])?;
     let device = a.result()["interfaces"][0]["name"].as_str().context("the host's side")?.to_owned();
-    for (device, part) in [(device.as_str(), "links"), ("weir_vxlan", "devices"), ("eth0", "devices")] {
+    for (device, part) in [(device.as_str(), "links"), ("weir_vxlan", "devices"), ("eth0", "network")] {
         let before = repairs(node, part)?;
         tc(node, &format!("qdisc del dev {device} clsact"))?;
         let filters = || tc(node, &format!("filter show dev {device} ingress"));
@@ -255,13 +255,13 @@ fn a7_a_device_made_anew_under_its_name_gets_its_programs() -> Result<()> {
     let (near, far) = (lab.pod(1, "shop/near").create()?, lab.pod(2, "shop/far").create()?);
     expect_full_mesh(&[&near, &far])?;
     lab.renew_wire(1)?;
-    wait_for("the agent to know the new device", || Ok(node.log()?.contains("device eth0 was made anew")))?;
-    wait_for(
-        "the agent to have started anew",
-        || Ok(node.log()?.matches("loaded the datapath").count() > 1),
-    )?;
-    node.wait_ready()?;
-    expect_full_mesh(&[&near, &far])
+    wait_for("the agent to know the new device", || {
+        let log = node.log()?;
+        Ok(log.matches("this device leads out").count() > 0 && log.contains("does not lead out any more"))
+    })?;
+    expect_full_mesh(&[&near, &far])?;
+    ensure!(node.log()?.matches("loaded the datapath").count() == 1, "the agent has started anew");
+    Ok(())
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The node's own devices, the programs on them, and the kernel settings that pods' packets need.
+//! The tunnel's device, the programs on it and on sockets, and the kernel settings that pods' packets need.
 
 use std::sync::Arc;
 
@@ -25,16 +25,10 @@ pub struct DeviceSink {
 /// One thing that is not as it was made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Wrong {
-    Setting {
-        name: String,
-        value: String,
-    },
+    Setting { name: String, value: String },
     Overlay,
     OverlayAddress(IpNet),
     OverlayPrograms(u32),
-    NetworkPrograms(u32, String),
-    /// A device of this name is there, but it is not the one that the programs know.
-    NetworkDevice(String),
     SocketPrograms,
 }
 
@@ -45,8 +39,6 @@ impl Wrong {
             Self::Overlay => format!("device {OVERLAY_DEVICE}"),
             Self::OverlayAddress(address) => format!("address {} of {OVERLAY_DEVICE}", address.addr()),
             Self::OverlayPrograms(_) => format!("programs on {OVERLAY_DEVICE}"),
-            Self::NetworkPrograms(_, name) => format!("programs on {name}"),
-            Self::NetworkDevice(name) => format!("device {name}"),
             Self::SocketPrograms => "programs of sockets".to_owned(),
         }
     }
@@ -85,17 +77,6 @@ impl DeviceSink {
                 _ => wrong.push(Wrong::Overlay),
             }
         }
-        for (index, name) in self.devices.network.iter().zip(&self.devices.network_names) {
-            match links.iter().find(|link| link.index == *index) {
-                Some(_) if self.datapath.verify_network(*index).is_ok() => {}
-                Some(link) => wrong.push(Wrong::NetworkPrograms(*index, link.name.clone())),
-                None if links.iter().any(|link| link.name == *name) => {
-                    wrong.push(Wrong::NetworkDevice(name.clone()));
-                }
-                // It may come back under its name.
-                None => {}
-            }
-        }
         if self.has_socket_programs && self.datapath.verify_sockets().is_err() {
             wrong.push(Wrong::SocketPrograms);
         }
@@ -119,11 +100,6 @@ impl DeviceSink {
                 netlink::add_address(index, *address)?;
             }
             Wrong::OverlayPrograms(index) => self.datapath.attach_overlay(*index)?,
-            Wrong::NetworkPrograms(index, _) => self.datapath.attach_network(*index)?,
-            Wrong::NetworkDevice(name) => {
-                self.restart
-                    .request(&format!("device {name} was made anew, and the programs know the old one"));
-            }
             Wrong::SocketPrograms => self.datapath.attach_sockets()?,
         }
         Ok(())

@@ -8,7 +8,7 @@
 //!
 //! ```text
 //! desired ─> [ policies ─> addresses ─> endpoints ─> links ]   write, in the order of `needs`
-//!            [ services ]   [ devices ─> routes ]   [ ... ]
+//!            [ services ]   [ devices ─> network ─> routes ]   [ ... ]
 //!            then each deletes what is not desired, in the opposite order
 //! ```
 //!
@@ -18,6 +18,7 @@ mod addresses;
 mod devices;
 mod endpoints;
 mod links;
+mod network;
 mod policies;
 mod retry;
 mod routes;
@@ -39,6 +40,7 @@ use crate::netlink::News;
 use crate::telemetry::Parts;
 
 pub use devices::DeviceSink;
+pub use network::bring_up;
 pub use policies::few;
 pub use retry::Retry;
 pub use run::{Applied, Sinks};
@@ -168,6 +170,7 @@ pub fn all(
         Box::new(endpoints::Endpoints::new(writers.endpoints)),
         Box::new(services::Services::new(writers.services)),
         Box::new(devices),
+        Box::new(network::Network::new(datapath.clone(), writers.devices, plan.has_ipv6())?),
         Box::new(routes::Routes::new(plan)),
         Box::new(links::Links::new(datapath.clone())),
     ];

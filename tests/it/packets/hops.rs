@@ -17,7 +17,7 @@ fn routed(
     work: impl Fn(&mut World, Cast) -> Result<()> + Copy + Send + 'static,
 ) -> Result<()> {
     for cast in casts() {
-        let settings = Settings { tunnel_ifindex: tunnel, network: vec![2, 3], ..settings() };
+        let settings = Settings { tunnel_ifindex: tunnel, ..settings() };
         within(settings, move |world| {
             connect(&cast, mtu)?;
             change_route("add", &cast)?;

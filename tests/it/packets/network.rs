@@ -287,7 +287,7 @@ fn what_a_pod_asks_outside_is_masqueraded_past_the_stack_too() -> Result<()> {
     require_lab!();
     for cast in casts() {
         // The two ends of the link that `connect` makes.
-        within(Settings { network: vec![2, 3], ..settings() }, move |world| {
+        within(settings(), move |world| {
             connect(&cast, 1500)?;
             ip(&format!("route add {} via {}", cast.world, cast.other_node))?;
             world.past_stack(true)?;

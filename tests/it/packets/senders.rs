@@ -232,7 +232,7 @@ fn the_nodes_own_neighbour_discovery_reaches_pods() -> Result<()> {
 fn guarded_destinations_are_the_stacks_in_both_directions() -> Result<()> {
     require_lab!();
     for cast in casts() {
-        within(Settings { network: vec![2, 3], ..settings() }, move |world| {
+        within(settings(), move |world| {
             connect(&cast, 1500)?;
             set_forwarding()?;
             std::process::Command::new("ip")

@@ -3,7 +3,7 @@
 //! the real programs over private maps, run by BPF_PROG_TEST_RUN in a network
 //! namespace of the test's own.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::path::Path;
 use std::process::Command;
 
@@ -11,8 +11,8 @@ use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, ProgramInput, ProgramMut};
 use nix::sched::{CloneFlags, unshare};
 use weir::datapath::abi::{
-    Address, Backend, BackendKey, Connection, ConnectionKey, Ended, Endpoint, Event, NodeState, PolicyPeer,
-    PolicyPeerKey, PolicyRule, PolicyRuleKey, Prefix, PrefixKey, Service, ServiceKey,
+    Address, Backend, BackendKey, Connection, ConnectionKey, Ended, Endpoint, Event, NodeState, OwnAddresses,
+    PolicyPeer, PolicyPeerKey, PolicyRule, PolicyRuleKey, Prefix, PrefixKey, Service, ServiceKey,
 };
 use weir::datapath::abi::{Fragment, Nat, NatKey, Plain, SocketKey, SocketOrigin};
 use weir::datapath::types::{
@@ -34,6 +34,9 @@ pub const REDIRECT: u32 = 7;
 pub const MARK: u32 = 0x10;
 /// `MARK_ANSWER`.
 pub const ANSWER: u32 = 0x20;
+
+/// The devices that lead out: where packets are, and what tests may make.
+const NETWORK: [u32; 3] = [1, 2, 3];
 
 /// A direction of policy.
 pub const INGRESS: u32 = way::DIRECTION_INGRESS.0;
@@ -191,13 +194,7 @@ pub struct World {
 
 /// The settings of the tests: this node of the cast, tunnels unless told otherwise.
 pub fn settings() -> Settings {
-    Settings {
-        node_ipv4: Some(Ipv4Addr::new(192, 0, 2, 1)),
-        node_ipv6: Some("2001:db8:1::1".parse::<Ipv6Addr>().expect("an address")),
-        tunnel_ifindex: Some(1),
-        nat_ports: 20000..=20003,
-        ..Settings::default()
-    }
+    Settings { tunnel_ifindex: Some(1), nat_ports: 20000..=20003, ..Settings::default() }
 }
 
 /// Runs `work` with a fresh world, in a network namespace of its own.
@@ -273,6 +270,11 @@ impl World {
             for address in [ipv4, ipv6] {
                 self.address(address, identity, id as u16, 0b101, None)?;
             }
+        }
+        let own = OwnAddresses { ipv4: addr_of(four.node), ipv6: addr_of(six.node) };
+        self.put("this_node", &0_u32, &own)?;
+        for ifindex in NETWORK {
+            self.put("devices", &ifindex, &own)?;
         }
         for cast in [four, six] {
             let (pod, node) = (address_flags::ADDRESS_POD.0 as u16, address_flags::ADDRESS_NODE.0 as u16);
