@@ -38,8 +38,8 @@ const COLUMNS = 7;
 /** A column with more boxes is split into two next to each other: more for a large map, which stays in shape. */
 const tall = (boxes: number) => 18 + Math.floor(boxes / 12);
 
-/** Places a plan; the same plan gives the same places, in whatever order it comes. */
-export function place(plan: Plan): Placed {
+/** Places a plan; the same plan gives the same places, in whatever order it comes. `shape` is the width of the room by its height. */
+export function place(plan: Plan, shape = 3): Placed {
   const boxes = [...plan.boxes].sort((a, b) => (a.id < b.id ? -1 : 1));
   const index = new Map(boxes.map((box, i) => [box.id, i]));
   const pairs = (lines: Plan['lines']) =>
@@ -51,7 +51,14 @@ export function place(plan: Plan): Placed {
   const denied = pairs(plan.lines.filter((line) => line.isDenied));
   const rank = compact(flanks(boxes, besides(ranks(boxes.length, passing), passing, denied)));
   const columns = order(boxes, [...passing, ...denied], rank);
-  return position(boxes, columns.flatMap((column) => split(column, tall(boxes.length))));
+  const pieces = columns.flatMap((column) => split(column, tall(boxes.length)));
+  // What is too flat for its room is spread over it, within reason.
+  let placed = position(boxes, pieces, 1);
+  for (const spread of [1.5, 2, 2.5, 3]) {
+    if (placed.height * shape >= placed.width) break;
+    placed = position(boxes, pieces, spread);
+  }
+  return placed;
 }
 
 /** The column of every box: behind all that ask it, circles cut where they close. */
@@ -183,10 +190,15 @@ function split(column: Column, most: number): Column[] {
   return columns;
 }
 
-function position(boxes: readonly Named[], columns: Column[]): Placed {
+function position(boxes: readonly Named[], columns: Column[], spread: number): Placed {
+  const [betweenBoxes, betweenBlocks] = [GAP.box * spread, GAP.block * spread];
+  const blockHeight = (block: { namespace: string; members: number[] }) => {
+    const rows = block.members.length;
+    return 2 * GAP.pad + (block.namespace ? GAP.title : 0) + rows * BOX.height + (rows - 1) * betweenBoxes;
+  };
   const places = new Map<string, Place>();
   const blocks: Block[] = [];
-  const heights = columns.map((column) => column.reduce((sum, block) => sum + blockHeight(block) + GAP.block, -GAP.block));
+  const heights = columns.map((column) => column.reduce((sum, block) => sum + blockHeight(block) + betweenBlocks, -betweenBlocks));
   const height = Math.max(BOX.height, ...heights) + 2 * GAP.margin;
   columns.forEach((column, i) => {
     const x = GAP.margin + i * (BOX.width + 2 * GAP.pad + GAP.column);
@@ -195,10 +207,10 @@ function position(boxes: readonly Named[], columns: Column[]): Placed {
       const id = `${i}|${block.namespace}|${block.members[0]}`;
       blocks.push({ id, namespace: block.namespace, x, y, width: BOX.width + 2 * GAP.pad, height: blockHeight(block) });
       block.members.forEach((member, at) => {
-        const top = y + GAP.pad + (block.namespace ? GAP.title : 0) + at * (BOX.height + GAP.box);
+        const top = y + GAP.pad + (block.namespace ? GAP.title : 0) + at * (BOX.height + betweenBoxes);
         places.set(boxes[member]!.id, { x: x + GAP.pad, y: top, ...BOX });
       });
-      y += blockHeight(block) + GAP.block;
+      y += blockHeight(block) + betweenBlocks;
     }
   });
   const columnsWide = columns.length * (BOX.width + 2 * GAP.pad + GAP.column) - GAP.column;
@@ -207,12 +219,7 @@ function position(boxes: readonly Named[], columns: Column[]): Placed {
   return { boxes: places, blocks, width: Math.max(width, BOX.width), height };
 }
 
-function blockHeight(block: { namespace: string; members: number[] }): number {
-  const rows = block.members.length;
-  return 2 * GAP.pad + (block.namespace ? GAP.title : 0) + rows * BOX.height + (rows - 1) * GAP.box;
-}
-
-/** The curve of a line between two places, and where its middle is. */
+/** The curve of a line between two places, and where its words stand: where no box covers them. */
 export function curve(from: Place, to: Place): { path: string; x: number; y: number } {
   const y1 = from.y + from.height / 2;
   const y2 = to.y + to.height / 2;
@@ -220,7 +227,13 @@ export function curve(from: Place, to: Place): { path: string; x: number; y: num
   if (to.x > from.x + from.width) {
     const [x1, x2] = [from.x + from.width, to.x];
     const bend = Math.min(Math.max((x2 - x1) / 2, 30), 160);
-    return { path: `M${n(x1)} ${n(y1)}C${n(x1 + bend)} ${n(y1)} ${n(x2 - bend)} ${n(y2)} ${n(x2)} ${n(y2)}`, x: n((x1 + x2) / 2), y: n((y1 + y2) / 2) };
+    const path = `M${n(x1)} ${n(y1)}C${n(x1 + bend)} ${n(y1)} ${n(x2 - bend)} ${n(y2)} ${n(x2)} ${n(y2)}`;
+    // In the first gap between columns, where lines have parted.
+    const wanted = Math.min((x1 + x2) / 2, x1 + GAP.column * 0.7);
+    let t = 0.5;
+    const along = (a: number, b: number, c: number, d: number) => (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t ** 2 * c + t ** 3 * d;
+    for (let step = 0.25; step > 0.01; step /= 2) t += along(x1, x1 + bend, x2 - bend, x2) > wanted ? -step : step;
+    return { path, x: n(wanted), y: n(along(y1, y1, y2, y2)) };
   }
   if (from === to) {
     const [x, y] = [from.x + from.width, y1];

@@ -10,7 +10,7 @@ export interface Reason {
 const REASONS: Record<string, Reason> = {
   POLICY_DENIED: {
     text: 'No policy allows it',
-    advice: 'A policy isolates the pod and no rule allows this flow. If it should pass, apply the rule below.',
+    advice: 'A policy isolates the pod and no rule allows this flow. If it should pass, apply the rule that would allow it.',
   },
   POLICY_DENY: {
     text: 'A deny rule forbids it',
