@@ -198,6 +198,7 @@ mod tests {
             node: Some("a".to_owned()),
             host_network: false,
             is_terminal: false,
+            is_ready: true,
             named_ports: BTreeMap::new(),
         }
     }

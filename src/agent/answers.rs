@@ -15,8 +15,8 @@ use super::node::OVERLAY_DEVICE;
 use super::ports::Ports;
 use super::rounds::Current;
 use crate::api::answers::{
-    BrokenRow, EndpointRow, FeatureRow, IdentityRow, KindRow, NodeRow, PolicyRow, ServiceRow, StatusAnswer,
-    WaitingRow,
+    BackendPlace, BrokenRow, EndpointRow, FeatureRow, IdentityRow, KindRow, NodeRow, PolicyRow, ServiceRow,
+    StatusAnswer, WaitingRow,
 };
 use crate::api::{Handler, Refusal, Reply, Request};
 use crate::datapath::{Datapath, MapFill, RuleOrigins, Usage, UsageKind};
@@ -24,10 +24,11 @@ use crate::endpoint::{Manager, Progress};
 use crate::flow::{Direction, NameSource, NameTables, Names, Query, Recorder, Stream};
 use crate::kube::{Health, Tables};
 use crate::model::{
-    Endpoint, EndpointId, FrontendKind, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Origins,
-    Policy, PolicyDirection, PolicyRef, Protocol, Scope,
+    Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Origins, Policy,
+    PolicyDirection, PolicyRef, Protocol, Scope, ServiceQuestion, ServiceTrace,
 };
 use crate::netlink;
+use crate::service::Client;
 use crate::tables::Table;
 use crate::telemetry::{ObjectCounts, Telemetry, WatchHealth};
 
@@ -347,20 +348,72 @@ impl Known {
     fn service_rows(&self) -> Vec<ServiceRow> {
         let current = self.current.load();
         let row = |(key, frontend): (&crate::model::FrontendKey, &crate::model::Frontend)| {
-            if key.scope == Scope::External {
-                return None;
-            }
             let protocol: Protocol = key.protocol?;
             Some(ServiceRow {
                 service: ObjectKey::clone(&frontend.service),
-                is_host_port: frontend.kind == FrontendKind::HostPort,
+                kind: frontend.kind,
+                scope: key.scope,
                 address: key.address,
                 port: key.port,
                 protocol: protocol.to_string(),
+                algorithm: frontend.algorithm,
+                forwarding: frontend.forwarding,
+                affinity_seconds: frontend.affinity,
+                source_ranges: frontend.source_ranges.to_vec(),
                 backends: frontend.addresses().collect(),
+                places: frontend.backends.iter().map(place).collect(),
+                draining: frontend.draining.to_vec(),
+                has_others: frontend.has_others,
             })
         };
         current.frontends.iter().filter_map(row).collect()
+    }
+
+    /// Worked out anew from the tables: nothing is kept for whoever might ask.
+    fn service_trace(&self, question: &ServiceQuestion) -> Result<ServiceTrace, Refusal> {
+        let current = self.current.load();
+        let client = self.service_client(&question.client)?;
+        let mut services = crate::service::Frontends::default();
+        services.update(&self.tables.services.snapshot(), &self.tables.slices.snapshot(), &current.place);
+        services.trace(client, question).map_err(refusal)
+    }
+
+    /// Whoever is of the cluster asks from within.
+    fn service_client(&self, text: &str) -> Result<Client, Refusal> {
+        let of = |scope, address| Ok(Client { scope, address });
+        match text {
+            "node" => return of(Scope::Internal, None),
+            "world" => return of(Scope::External, None),
+            _ => {}
+        }
+        if let Ok(address) = text.parse::<IpAddr>() {
+            let is_inside = self.current.load().addresses.contains_key(&address);
+            return of(if is_inside { Scope::Internal } else { Scope::External }, Some(address));
+        }
+        let endpoints = self.endpoints.snapshot();
+        let Some(endpoint) = endpoints.values().find(|endpoint| endpoint.pod.to_string() == text) else {
+            let node = &self.config.args.node_name;
+            return Err(refusal(format!(
+                "{text} is no pod of the node {node}: the agent of its own node knows what it gets. A client is a \
+                 pod as NAMESPACE/NAME, an address, node or world"
+            )));
+        };
+        let addresses: Vec<IpAddr> = endpoint.addresses().collect();
+        let address = if let [only] = *addresses { Some(only) } else { None };
+        of(Scope::Internal, address)
+    }
+}
+
+fn refusal(reason: impl Into<String>) -> Refusal {
+    Refusal::new(crate::model::cni::ErrorCode::Failed, reason)
+}
+
+fn place(backend: &crate::model::Backend) -> BackendPlace {
+    BackendPlace {
+        node: backend.node.as_deref().map(str::to_owned),
+        zone: backend.zone.as_deref().map(str::to_owned),
+        is_terminating: backend.is_terminating,
+        weight: backend.weight,
     }
 }
 
@@ -469,6 +522,7 @@ impl Handler for Answers {
             Request::Identities => reply.finish(Ok::<_, Refusal>(known.identity_rows(&self.names))).await,
             Request::Policies => reply.finish(Ok::<_, Refusal>(known.policy_rows())).await,
             Request::Services => reply.finish(Ok::<_, Refusal>(known.service_rows())).await,
+            Request::ServiceTrace(question) => reply.finish(known.service_trace(&question)).await,
             Request::Nodes => reply.finish(Ok::<_, Refusal>(known.node_rows())).await,
         };
         if answered.is_err() {

@@ -10,13 +10,14 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::health_ports::HealthOf;
 use super::local::Local;
 use crate::identity::LabelFilter;
 use crate::kube::Tables;
 use crate::model::{
     AddressEntry, AddressPair, CompiledPolicy, Endpoint, EndpointEntry, EndpointId, EndpointSlice, Frontend,
-    FrontendKey, IdentityId, IdentityLabels, LocalIdentity, Namespace, NetworkDevice, Node, NodeEndpoints,
-    ObjectKey, Pod, Policy, PolicyId, PolicyRef, PrefixEntry, PublishedEndpoint, Service,
+    FrontendKey, IdentityId, IdentityLabels, LocalIdentity, LocalRedirect, Namespace, NetworkDevice, Node,
+    NodeEndpoints, ObjectKey, Pod, Policy, PolicyId, PolicyRef, PrefixEntry, PublishedEndpoint, Service,
 };
 use crate::tables::{Snapshot, Table};
 use crate::{node, policy, service};
@@ -35,6 +36,7 @@ pub struct View {
     endpoints: Snapshot<EndpointId, Arc<Endpoint>>,
     local_addresses: Snapshot<IpAddr, ()>,
     devices: Snapshot<u32, NetworkDevice>,
+    redirects: Snapshot<ObjectKey, Arc<LocalRedirect>>,
 }
 
 impl View {
@@ -53,6 +55,7 @@ impl View {
             endpoints: endpoints.snapshot(),
             local_addresses: local.addresses.snapshot(),
             devices: local.devices.snapshot(),
+            redirects: tables.redirects(),
         }
     }
 }
@@ -90,6 +93,10 @@ pub struct Desired {
     pub held: BTreeMap<IdentityId, Arc<IdentityLabels>>,
     /// Label sets without a number.
     pub unclaimed: Vec<Arc<IdentityLabels>>,
+    /// What load balancers are told, by Service.
+    pub health: HealthOf,
+    /// Where Services are seen from.
+    pub place: Arc<service::Place>,
     /// Objects that contradict one another, said for people.
     pub conflicts: Vec<String>,
 }
@@ -168,12 +175,13 @@ impl Compute {
         }
         let mut desired = Desired::default();
         let endpoints = self.resolve(view, &mut desired);
-        let place = service::Place::of(
+        let mut place = service::Place::of(
             &self.node_name,
             view.nodes.values(),
             view.local_addresses.keys().copied(),
             &self.rules.services,
         );
+        place.redirects = service::redirects(&view.redirects, &view.pods, &view.endpoints);
         let services = self.frontends.update(&view.services, &view.slices, &place);
         // A Service keeps its address, also where a device of the node has it.
         let is_own = |address: &&IpAddr| !services.frontends.contains_key(&FrontendKey::rest_of(**address));
@@ -198,6 +206,8 @@ impl Compute {
             pod_cidrs: &pod_cidrs,
         })?;
         desired.conflicts = conflicts(&owners.conflicts);
+        desired.health = Arc::new(services.health.clone());
+        desired.place = Arc::new(place);
         desired.conflicts.extend(services.conflicts.values().flatten().map(ToString::to_string));
         desired.published = endpoints.values().map(publish).collect();
         desired.coming = coming(&self.node_name, view, &endpoints);
@@ -391,6 +401,7 @@ mod tests {
             node: Some("a".to_owned()),
             host_network: false,
             is_terminal: false,
+            is_ready: true,
             named_ports: BTreeMap::new(),
         };
         tables.pods.apply(key, Arc::new(pod));

@@ -123,6 +123,7 @@ mod tests {
             labels: Default::default(),
             addresses: addresses.iter().map(|address| address.parse().expect("an address")).collect(),
             pod_cidrs: pod_cidrs.iter().map(|cidr| cidr.parse().expect("a CIDR")).collect(),
+            is_leaving: false,
         }
     }
 

@@ -17,6 +17,7 @@ mod args;
 mod compute;
 mod devices;
 mod follow;
+mod health_ports;
 mod ipsec;
 mod local;
 mod node;
@@ -231,7 +232,10 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         config.args.kernel.socket_lb,
         restart.clone(),
     );
+    let (health, service_health) = watch::channel(health_ports::HealthOf::default());
+    answer_load_balancers(&config, &known, service_health);
     let rounds = Rounds {
+        health,
         tables,
         endpoints: known.endpoints.clone(),
         local,
@@ -267,6 +271,24 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         failed = offering => failed.context("offering the node's network to the runtime"),
         error = restart.serve() => Err(error),
     }
+}
+
+/// Begins to answer load balancers, as kube-proxy does.
+fn answer_load_balancers(config: &Config, known: &Known, services: watch::Receiver<health_ports::HealthOf>) {
+    let args = &config.args.services;
+    let health = health_ports::NodeHealth {
+        telemetry: known.telemetry.clone(),
+        tables: known.tables.clone(),
+        node: config.args.node_name.as_str().into(),
+    };
+    if let Some(address) = args.healthz_address.0 {
+        tokio::spawn(health_ports::serve_proxy(address, health.clone()));
+    }
+    if let Some(address) = args.proxy_metrics_address.0 {
+        tokio::spawn(health_ports::serve_proxy(address, health.clone()));
+    }
+    let addresses = args.node_port_addresses.clone();
+    tokio::spawn(health_ports::serve_services(addresses, health, services));
 }
 
 /// Puts the plugin and, once pods can be connected, its configuration where the

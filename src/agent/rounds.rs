@@ -13,6 +13,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, watch};
 
 use super::compute::{Compute, Desired, View};
+use super::health_ports::HealthOf;
 use super::ipsec;
 use super::local::Local;
 use super::publish::{Claims, News};
@@ -66,6 +67,8 @@ pub struct Rounds {
     pub published: watch::Sender<Option<News>>,
     /// What is in force.
     pub current: Arc<Current>,
+    /// What load balancers are told.
+    pub health: watch::Sender<HealthOf>,
     /// Backends whose sockets are to be ended.
     pub removed_backends: mpsc::UnboundedSender<Vec<SocketAddr>>,
     /// Counts and times.
@@ -231,6 +234,13 @@ impl Rounds {
                 *published = Some(news);
             }
             changed
+        });
+        self.health.send_if_modified(|health| {
+            let is_changed = *health != desired.health;
+            if is_changed {
+                *health = desired.health.clone();
+            }
+            is_changed
         });
         let mut waiting = desired.waiting.clone();
         waiting.extend(held_back);

@@ -2,11 +2,14 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::datapath::{MapFill, Usage};
 use crate::flow::RecorderCounts;
-use crate::model::{EndpointId, IdentityId, ObjectKey, PolicyRef};
+use crate::model::{
+    Algorithm, EndpointId, Forwarding, FrontendKind, IdentityId, ObjectKey, PolicyRef, Scope,
+};
 use crate::telemetry::{ObjectCounts, PartRow};
 
 /// How the agent is: the answer to `Status`.
@@ -201,15 +204,52 @@ pub struct NodeRow {
 pub struct ServiceRow {
     /// Namespace and name; of the pod, if it is a host port.
     pub service: ObjectKey,
-    /// A port of this node that is a pod's.
+    /// What gives the service this address.
     #[serde(default)]
-    pub is_host_port: bool,
-    /// A cluster IP, or an address of this node.
+    pub kind: FrontendKind,
+    /// Who asks: pods and nodes, or the network.
+    #[serde(default)]
+    pub scope: Scope,
+    /// A cluster IP, a node's address, a load balancer's or an external one.
     pub address: IpAddr,
     /// The frontend's port.
     pub port: u16,
     /// `TCP`, `UDP` or `SCTP`.
     pub protocol: String,
-    /// Ready backends; none: connections are refused.
+    /// How a backend is chosen.
+    #[serde(default)]
+    pub algorithm: Algorithm,
+    /// How backends of other nodes are reached from the network.
+    #[serde(default)]
+    pub forwarding: Forwarding,
+    /// A client keeps its backend until it was silent for so many seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub affinity_seconds: Option<u32>,
+    /// Clients that are let in; none: all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub source_ranges: Vec<IpNet>,
+    /// Backends that new connections may choose; none: connections are refused.
     pub backends: Vec<SocketAddr>,
+    /// Where they are, in the same order.
+    #[serde(default)]
+    pub places: Vec<BackendPlace>,
+    /// Backends that keep their connections and get no new ones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub draining: Vec<SocketAddr>,
+    /// Without backends packets are dropped, because other nodes have some.
+    #[serde(default)]
+    pub has_others: bool,
+}
+
+/// Where a backend is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackendPlace {
+    /// Its node.
+    pub node: Option<String>,
+    /// Its zone.
+    pub zone: Option<String>,
+    /// It ends, and serves because no other is left.
+    pub is_terminating: bool,
+    /// Its share under Maglev.
+    pub weight: u16,
 }

@@ -25,8 +25,8 @@ pub use client::{Client, Stream};
 pub use server::{Gone, Handler, Reply, bind, serve, serve_on};
 
 use crate::flow;
-use crate::model::cni;
 pub use crate::model::cni::Refusal;
+use crate::model::{ServiceQuestion, cni};
 
 /// Where the agent listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/weir/agent.sock";
@@ -63,6 +63,8 @@ pub enum Request {
     Policies,
     /// Services and their backends.
     Services,
+    /// Where a new connection to a service would go, and why.
+    ServiceTrace(ServiceQuestion),
     /// The nodes of the cluster.
     Nodes,
     /// Flows, past and to come; a stream.

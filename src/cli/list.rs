@@ -1,6 +1,7 @@
 //! `weir endpoint`, `identity`, `policy` and `service`: what the agent knows, as tables.
 
 use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -11,7 +12,10 @@ use super::{Connection, Failure, Format, output, table};
 use crate::api::Request;
 use crate::api::answers::{EndpointRow, IdentityRow, NodeRow, PolicyRow, ServiceRow};
 use crate::datapath::UsageKind;
-use crate::model::{EndpointId, ObjectKey, PolicyRef};
+use crate::model::{
+    EndpointId, FrontendKind, ObjectKey, PolicyRef, Protocol, Scope, ServiceQuestion, ServiceTrace,
+    TracedBackend,
+};
 
 /// The agent answers from memory.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
@@ -44,6 +48,8 @@ pub enum ServiceCommand {
     List(ListArgs),
     /// Everything about one service, as JSON.
     Get(GetArgs),
+    /// Which backend a client would get of a service, and why not the others.
+    Trace(TraceArgs),
 }
 
 #[derive(Subcommand)]
@@ -77,6 +83,73 @@ pub struct GetArgs {
     /// Namespace and name.
     #[arg(value_name = "NAMESPACE/NAME")]
     wanted: String,
+}
+
+#[derive(Args)]
+pub struct TraceArgs {
+    #[command(flatten)]
+    connection: Connection,
+    /// Form of what is printed.
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Format,
+    /// The port's protocol, where one number has several.
+    #[arg(long, value_name = "tcp|udp|sctp", value_parser = protocol)]
+    protocol: Option<Protocol>,
+    /// Who asks: a pod of this node as NAMESPACE/NAME, an address, node or world.
+    client: String,
+    /// A Service as NAMESPACE/NAME, or an address; behind a colon the port, by number or name.
+    #[arg(value_name = "SERVICE[:PORT]")]
+    service: String,
+}
+
+fn protocol(text: &str) -> Result<Protocol, String> {
+    let all = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+    let found = all.into_iter().find(|protocol| protocol.to_string().eq_ignore_ascii_case(text));
+    found.ok_or_else(|| "must be tcp, udp or sctp".to_owned())
+}
+
+impl TraceArgs {
+    /// An IPv6 address with a port is in brackets.
+    fn question(&self) -> ServiceQuestion {
+        let (service, port) = match self.service.parse::<SocketAddr>() {
+            Ok(address) => (address.ip().to_string(), Some(address.port().to_string())),
+            Err(_) if self.service.parse::<IpAddr>().is_ok() => (self.service.clone(), None),
+            Err(_) => match self.service.split_once(':') {
+                Some((service, port)) => (service.to_owned(), Some(port.to_owned())),
+                None => (self.service.clone(), None),
+            },
+        };
+        ServiceQuestion { client: self.client.clone(), service, port, protocol: self.protocol }
+    }
+
+    fn print(&self) -> Result<(), Failure> {
+        let trace: ServiceTrace = self.connection.ask(&Request::ServiceTrace(self.question()))?;
+        if let Format::Json = self.output {
+            return Ok(output::write_json(&mut io::stdout().lock(), &trace)?);
+        }
+        let mut out = io::stdout().lock();
+        writeln!(out, "{} of Service {}, {}", trace.frontend, trace.service, trace.kind)?;
+        writeln!(out, "{}", trace.verdict)?;
+        for fact in &trace.facts {
+            writeln!(out, "  {fact}")?;
+        }
+        if !trace.backends.is_empty() {
+            let line = |row: &TracedBackend| {
+                let text = |name: &Option<String>| name.clone().unwrap_or_default();
+                let chosen = if row.is_chosen { "yes" } else { "no" };
+                [
+                    row.address.to_string(),
+                    text(&row.node),
+                    text(&row.zone),
+                    chosen.to_owned(),
+                    row.why.clone(),
+                ]
+            };
+            let rows: Vec<_> = trace.backends.iter().map(line).collect();
+            table::write(&mut out, ["BACKEND", "NODE", "ZONE", "CHOSEN", "WHY"], &rows)?;
+        }
+        Ok(())
+    }
 }
 
 pub fn endpoint(command: EndpointCommand) -> Result<(), Failure> {
@@ -167,11 +240,25 @@ pub fn service(command: ServiceCommand) -> Result<(), Failure> {
         ServiceCommand::Get(args) => {
             return args.get(&Request::Services, "service", |row: &ServiceRow| row.service.to_string());
         }
+        ServiceCommand::Trace(args) => return args.print(),
     };
-    args.list(&Request::Services, ["SERVICE", "FRONTEND", "PROTOCOL", "BACKENDS"], |row: &ServiceRow| {
-        let frontend = std::net::SocketAddr::new(row.address, row.port);
-        let name = if row.is_host_port { format!("pod {}", row.service) } else { row.service.to_string() };
-        [name, frontend.to_string(), row.protocol.clone(), shorten(&row.backends)]
+    let header = ["SERVICE", "KIND", "FRONTEND", "PROTOCOL", "FOR", "BACKENDS"];
+    args.list(&Request::Services, header, |row: &ServiceRow| {
+        let frontend = SocketAddr::new(row.address, row.port);
+        let name = match row.kind {
+            FrontendKind::HostPort => format!("pod {}", row.service),
+            _ => row.service.to_string(),
+        };
+        let scope = match row.scope {
+            Scope::Internal => "cluster",
+            Scope::External => "network",
+        };
+        let backends = match row.backends.as_slice() {
+            [] if row.has_others => "(of other nodes)".to_owned(),
+            backends => shorten(backends),
+        };
+        let protocol = row.protocol.clone();
+        [name, row.kind.to_string(), frontend.to_string(), protocol, scope.to_owned(), backends]
     })
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
 use kube::{CustomResource, CustomResourceExt, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ use crate::model::{IdentityLabels, PublishedEndpoint};
 
 /// The version of the definitions below, raised by every change: an operator never replaces
 /// definitions of a higher version.
-pub const SCHEMA_VERSION: u32 = 2;
+pub const SCHEMA_VERSION: u32 = 3;
 /// The annotation of a definition that holds its version.
 pub const SCHEMA_VERSION_ANNOTATION: &str = "weir.dev/schema-version";
 /// An IPv4 address, or what may be an IPv6 one: whoever reads it parses it.
@@ -188,6 +188,105 @@ pub struct Tunnel {
     pub port: u16,
 }
 
+/// Addresses that the operator gives to Services of type LoadBalancer. The shape is that of Cilium's
+/// CiliumLoadBalancerIPPool.
+#[derive(Clone, Debug, Default, PartialEq, CustomResource, Serialize, Deserialize, KubeSchema)]
+#[kube(
+    group = "weir.dev",
+    version = "v1alpha1",
+    kind = "LoadBalancerPool",
+    doc = "Addresses that the operator gives to Services of type LoadBalancer.",
+    plural = "loadbalancerpools",
+    shortname = "lbpool",
+    category = "weir",
+    status = "LoadBalancerPoolStatus",
+    derive = "PartialEq",
+    printcolumn = r#"{"name": "Ready", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Ready')].status"}"#,
+    printcolumn = r#"{"name": "In Use", "type": "integer", "jsonPath": ".status.inUse"}"#,
+    printcolumn = r#"{"name": "Disabled", "type": "boolean", "jsonPath": ".spec.disabled"}"#,
+    printcolumn = r#"{"name": "Message", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Ready')].message"}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
+)]
+#[serde(rename_all = "camelCase")]
+pub struct LoadBalancerPoolSpec {
+    /// Ranges of addresses.
+    #[serde(default)]
+    #[schemars(length(max = 64))]
+    pub blocks: Vec<AddressBlock>,
+    /// The Services that the pool is for; none: all. Beside their labels they have
+    /// io.kubernetes.service.namespace and io.kubernetes.service.name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_selector: Option<LabelSelector>,
+    /// No: the first and the last address of each CIDR stay free.
+    #[serde(default, rename = "allowFirstLastIPs", skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^(Yes|No)$"))]
+    pub allow_first_last_ips: Option<String>,
+    /// Nothing new is given of it; what was given stays.
+    #[serde(default)]
+    pub disabled: bool,
+}
+
+/// A CIDR, or addresses from one to another.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct AddressBlock {
+    /// As 192.0.2.0/24.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 43))]
+    pub cidr: Option<String>,
+    /// The lowest address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 45))]
+    pub start: Option<String>,
+    /// The highest address; without it `start` alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 45))]
+    pub stop: Option<String>,
+}
+
+/// What the operator says of a pool.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LoadBalancerPoolStatus {
+    /// Addresses that Services have.
+    #[serde(default)]
+    pub in_use: u64,
+    /// Ready: whether it gives addresses, and why not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// Cilium's pools, which are read where a cluster has them, and never written.
+#[derive(Clone, Debug, Default, PartialEq, CustomResource, Serialize, Deserialize, KubeSchema)]
+#[kube(
+    group = "cilium.io",
+    version = "v2",
+    kind = "CiliumLoadBalancerIPPool",
+    plural = "ciliumloadbalancerippools"
+)]
+#[serde(rename_all = "camelCase")]
+pub struct CiliumLoadBalancerIPPoolSpec {
+    /// As of a LoadBalancerPool, and so are the others.
+    #[serde(default)]
+    pub blocks: Vec<AddressBlock>,
+    /// The Services that the pool is for.
+    #[serde(default)]
+    pub service_selector: Option<LabelSelector>,
+    /// Yes or No.
+    #[serde(default, rename = "allowFirstLastIPs")]
+    pub allow_first_last_ips: Option<String>,
+    /// Nothing new is given of it.
+    #[serde(default)]
+    pub disabled: bool,
+}
+
+impl From<CiliumLoadBalancerIPPoolSpec> for LoadBalancerPoolSpec {
+    fn from(spec: CiliumLoadBalancerIPPoolSpec) -> Self {
+        let CiliumLoadBalancerIPPoolSpec { blocks, service_selector, allow_first_last_ips, disabled } = spec;
+        Self { blocks, service_selector, allow_first_last_ips, disabled }
+    }
+}
+
 impl From<&IdentityLabels> for IdentitySpec {
     fn from(labels: &IdentityLabels) -> Self {
         let ports = |ports: &Vec<crate::model::NamedPort>| {
@@ -216,7 +315,7 @@ impl From<&PublishedEndpoint> for Endpoint {
 
 /// Every definition, as `crds/` holds them.
 pub fn crds() -> Vec<CustomResourceDefinition> {
-    let mut all = vec![Identity::crd(), NodeEndpoints::crd(), WeirNode::crd()];
+    let mut all = vec![Identity::crd(), NodeEndpoints::crd(), WeirNode::crd(), LoadBalancerPool::crd()];
     for definition in &mut all {
         let annotations = definition.metadata.annotations.get_or_insert_default();
         annotations.insert(SCHEMA_VERSION_ANNOTATION.to_owned(), SCHEMA_VERSION.to_string());
@@ -240,7 +339,7 @@ mod tests {
             Sha256::digest(text).iter().take(4).map(|byte| format!("{byte:02x}")).collect::<String>();
         assert_eq!(
             (SCHEMA_VERSION, digest.as_str()),
-            (2, "b34cc844"),
+            (3, "d96c5c73"),
             "raise SCHEMA_VERSION, then note both here"
         );
     }

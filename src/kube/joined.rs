@@ -101,7 +101,13 @@ mod tests {
 
     fn node(pod_cidrs: &[&str]) -> Arc<Node> {
         let pod_cidrs = pod_cidrs.iter().map(|cidr| cidr.parse().expect("a CIDR")).collect();
-        Arc::new(Node { name: "a".to_owned(), labels: Default::default(), addresses: vec![], pod_cidrs })
+        Arc::new(Node {
+            name: "a".to_owned(),
+            labels: Default::default(),
+            addresses: vec![],
+            pod_cidrs,
+            is_leaving: false,
+        })
     }
 
     fn given(pod_cidrs: &[&str]) -> Arc<Allocation> {

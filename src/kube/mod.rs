@@ -50,10 +50,10 @@ pub(crate) use unused::Unused;
 pub(crate) use watched::Watched;
 
 use crate::model::{
-    Allocation, EndpointSlice, IdentityId, IdentityLabels, Namespace, Node, NodeEndpoints, ObjectKey, Pod,
-    Policy, PolicyRef, Service,
+    Allocation, EndpointSlice, IdentityId, IdentityLabels, LocalRedirect, Namespace, Node, NodeEndpoints,
+    ObjectKey, Pod, Policy, PolicyRef, Service,
 };
-use crate::tables::{State, Table};
+use crate::tables::{Snapshot, State, Table};
 
 /// Everything that the sources know, one table per kind.
 #[derive(Default)]
@@ -92,6 +92,11 @@ impl Tables {
     /// Empty tables, none of them synced.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Policies that lead what is for a Service to pods of the client's node.
+    pub fn redirects(&self) -> Snapshot<ObjectKey, Arc<LocalRedirect>> {
+        self.of::<kinds::CiliumLocalRedirectPolicy>().snapshot()
     }
 
     /// The table of a kind that has no field here.

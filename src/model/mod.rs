@@ -13,7 +13,9 @@ pub mod names;
 mod objects;
 mod policy;
 mod port_mapping;
+mod redirect;
 mod service;
+mod trace;
 
 pub use desired::*;
 pub use device::*;
@@ -23,4 +25,6 @@ pub use identity::*;
 pub use objects::*;
 pub use policy::*;
 pub use port_mapping::*;
+pub use redirect::*;
 pub use service::*;
+pub use trace::*;

@@ -91,6 +91,8 @@ pub struct Pod {
     pub host_network: bool,
     /// Succeeded or Failed: its address may already be another's.
     pub is_terminal: bool,
+    /// The condition Ready; true in manifests that have none.
+    pub is_ready: bool,
     /// Named container ports. The same name may stand for one number per protocol.
     pub named_ports: BTreeMap<String, Vec<NamedPort>>,
 }
@@ -115,6 +117,9 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// `spec.podCIDRs`.
     pub pod_cidrs: Vec<IpNet>,
+    /// It is being deleted, or an autoscaler takes it away: load balancers are to leave it.
+    #[serde(default)]
+    pub is_leaving: bool,
 }
 
 /// cilium.io/v2 CiliumCIDRGroup: prefixes that policies name together.

@@ -100,6 +100,7 @@ mod tests {
             labels: Default::default(),
             addresses: vec![address.parse().expect("an address")],
             pod_cidrs: vec![net(pod_cidr)],
+            is_leaving: false,
         };
         (name.into(), Arc::new(node))
     }

@@ -18,6 +18,7 @@ impl World {
             labels: BTreeMap::new(),
             addresses: addresses.iter().map(|text| ip(text)).collect(),
             pod_cidrs: vec![pod_cidr.parse().expect("a prefix")],
+            is_leaving: false,
         };
         self.nodes.insert(name.into(), Arc::new(node));
         self

@@ -21,6 +21,8 @@ pub struct Metrics {
     pub pool_used: Family<PoolLabel, Gauge<f64, AtomicU64>>,
     /// Nodes that should have pod CIDRs and have none.
     pub nodes_without_pod_cidrs: Gauge,
+    /// Services that should have a load balancer's address and have none.
+    pub services_without_address: Gauge,
     /// Nodes by what their agents say.
     pub nodes: Family<StateLabel, Gauge>,
     /// Identities.
@@ -82,6 +84,11 @@ impl Metrics {
             "nodes_without_pod_cidrs",
             "Nodes that no pool had pod CIDRs for",
             self.nodes_without_pod_cidrs.clone(),
+        );
+        registry.register(
+            "services_without_address",
+            "Services of type LoadBalancer that get no address, or not all; a condition on each says why",
+            self.services_without_address.clone(),
         );
         registry.register("nodes", "Nodes with an agent, by its state", self.nodes.clone());
         registry.register("identities", "Identities of the cluster", self.identities.clone());

@@ -4,14 +4,17 @@
 //! election ── leads ──> definitions ──> nodes (watched) ──> cidrs  pod CIDRs from pools
 //!                                            │        └──> life   taint, condition, deleted nodes
 //!                                            ├ identities         garbage collection
-//!                                            └ reports            events on broken objects
+//!                                            ├ reports            events on broken objects
+//!                                            └ balancers          addresses of load balancers from pools
 //! ```
 //!
 //! Pods need no operator: what it does is for nodes and identities that come and go. Replicas that do
 //! not lead do nothing. A leader ends all of its work before it gives the Lease back, and everything
 //! it writes names the version that it replaces.
 
+mod addresses;
 mod args;
+mod balancers;
 mod cidrs;
 mod contact;
 mod definitions;
@@ -185,6 +188,7 @@ async fn work(
         () = filling => Ok(()),
         () = collector.run() => Ok(()),
         () = reports::run(client, &args.operator_name, metrics) => Ok(()),
+        () = balancers::run(client, &args.operator_name, metrics) => Ok(()),
     }
 }
 

@@ -94,7 +94,8 @@ where
     store.state().into_iter().map(|object| (object.name_any().into(), object)).collect()
 }
 
-async fn follow<K>(api: Api<K>, writer: Writer<K>, changed: Option<Arc<Notify>>, strip: fn(&mut K))
+/// Keeps a store as the API has it, for ever; a kind of somebody else's may be missing.
+pub(super) async fn follow<K>(api: Api<K>, writer: Writer<K>, changed: Option<Arc<Notify>>, strip: fn(&mut K))
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
     K::DynamicType: Eq + Hash + Clone,

@@ -39,6 +39,15 @@ pub struct ServiceArgs {
     /// Where load balancers ask whether this node serves, as of kube-proxy: /healthz, /livez; none: nowhere.
     #[arg(long, env = "WEIR_HEALTHZ_ADDRESS", value_name = "ADDRESS:PORT", default_value = "0.0.0.0:10256")]
     pub healthz_address: HealthzAddress,
+
+    /// The same for the node alone, where upstream's tests ask for kube-proxy's mode: /proxyMode; none: nowhere.
+    #[arg(
+        long,
+        env = "WEIR_PROXY_METRICS_ADDRESS",
+        value_name = "ADDRESS:PORT",
+        default_value = "127.0.0.1:10249"
+    )]
+    pub proxy_metrics_address: HealthzAddress,
 }
 
 impl ServiceArgs {

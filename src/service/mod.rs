@@ -13,9 +13,11 @@ mod choice;
 mod claims;
 mod host_ports;
 mod place;
+mod redirects;
 mod rows;
 #[cfg(test)]
 mod tests;
+mod trace;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -29,6 +31,8 @@ pub use choice::{Candidates, Fate, Topology};
 pub use claims::{Conflict, Reason};
 pub use host_ports::host_ports;
 pub use place::{Defaults, Place};
+pub use redirects::{Redirect, redirects};
+pub use trace::Client;
 
 use crate::model::{EndpointSlice, Frontend, FrontendKey, ObjectKey, Service};
 use crate::tables::Snapshot;
@@ -47,6 +51,17 @@ pub struct Output {
     pub frontends: Snapshot<FrontendKey, Frontend>,
     /// Services that name an address of another, in order of their keys.
     pub conflicts: BTreeMap<ObjectKey, BTreeSet<Conflict>>,
+    /// What load balancers are told, by Service.
+    pub health: BTreeMap<ObjectKey, Health>,
+}
+
+/// What load balancers are told of a Service whose traffic stays on the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Health {
+    /// Where they ask.
+    pub port: u16,
+    /// Ready backends of this node.
+    pub local_endpoints: usize,
 }
 
 /// The frontends of all Services at `place`. Headless ones have no address and so none.
@@ -89,6 +104,7 @@ impl Frontends {
                 self.output.frontends.remove(&key);
             }
             self.output.conflicts.remove(&**name);
+            self.output.health.remove(&**name);
         }
         for name in &affected {
             if let Some(service) = services.get(&**name) {
@@ -104,6 +120,9 @@ impl Frontends {
     /// Every Service that is affected where the node or what is around it has changed.
     fn affect_by_place(&self, place: &Place, services: &Services, affected: &mut BTreeSet<Arc<ObjectKey>>) {
         let old = &self.place;
+        let names = old.redirects.keys().chain(place.redirects.keys());
+        let redirected = names.filter(|name| old.redirects.get(*name) != place.redirects.get(*name));
+        affected.extend(redirected.cloned().map(Arc::new));
         if (&old.node, &old.zone, &old.defaults) != (&place.node, &place.zone, &place.defaults) {
             affected.extend(services.keys().map(|key| Arc::new(key.clone())));
         } else if old != place {
@@ -113,6 +132,13 @@ impl Frontends {
 
     /// Makes the rows of one Service that nobody else has.
     fn make(&mut self, name: &Arc<ObjectKey>, service: &Service, slices: &[&EndpointSlice], place: &Place) {
+        if let Some(port) = service.health_port {
+            let backends = slices.iter().flat_map(|slice| &slice.backends);
+            let here = backends.filter(|backend| backend.ready && backend.node.as_ref() == Some(&place.node));
+            let addresses: BTreeSet<IpAddr> = here.map(|backend| backend.address).collect();
+            let health = Health { port, local_endpoints: addresses.len() };
+            self.output.health.insert(ObjectKey::clone(name), health);
+        }
         let mut keys = Vec::new();
         for (key, frontend) in rows::rows(name, service, slices, place) {
             match self.claims.obstacle(name, &key, frontend.kind, place) {

@@ -1,15 +1,20 @@
 //! Where a node is, and which addresses its services have besides their own.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::model::{Algorithm, Forwarding, Node};
+use super::redirects::Redirect;
+use crate::model::{Algorithm, Forwarding, Node, ObjectKey};
 
 /// The label of a Node that names its zone.
 const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// In a larger cluster than this, node ports of other nodes are translated there and not at the client's node: rows
+/// grow with nodes times node ports.
+const OTHERS_MAX: usize = 128;
 
 /// What counts where a Service says nothing itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,6 +48,8 @@ pub struct Place {
     pub others: BTreeSet<IpAddr>,
     /// Where pods have their addresses: no Service may have one of these from outside.
     pub pod_cidrs: BTreeSet<IpNet>,
+    /// Services that lead to pods of this node.
+    pub redirects: BTreeMap<ObjectKey, Redirect>,
 }
 
 impl Place {
@@ -73,9 +80,10 @@ impl Place {
         own.filter(|address| address.is_loopback() || self.defaults.has_node_ports(address))
     }
 
-    /// The addresses of the other nodes that have node ports.
+    /// The addresses of the other nodes that have node ports; none where they are too many.
     pub(super) fn other_node_port_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
-        self.others.iter().copied().filter(|address| self.defaults.has_node_ports(address))
+        let is_small = self.others.len() <= OTHERS_MAX;
+        self.others.iter().copied().filter(move |address| is_small && self.defaults.has_node_ports(address))
     }
 
     pub(super) fn is_a_nodes(&self, address: &IpAddr) -> bool {

@@ -1,14 +1,15 @@
 //! The frontends of one Service, before it is known which of its addresses are another's.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use super::choice::{Candidates, Pool};
 use super::is_usable;
 use super::place::Place;
 use crate::model::{
-    EndpointSlice, Forwarding, Frontend, FrontendKey, FrontendKind, ObjectKey, Protocol, Scope, Service,
-    ServicePort, TrafficPolicy,
+    Backend, EndpointSlice, Forwarding, Frontend, FrontendKey, FrontendKind, ObjectKey, Protocol, Scope,
+    Service, ServicePort, TrafficPolicy,
 };
 
 /// Stands for every node's address in claims on node ports.
@@ -109,6 +110,20 @@ impl Pools {
     }
 }
 
+/// Leads to these instead, if there are any; running connections stay where they are.
+fn redirected(to: &BTreeSet<SocketAddr>, pool: Pool) -> Pool {
+    if to.is_empty() {
+        return pool;
+    }
+    let before = pool.backends.iter().map(|backend| backend.address).chain(pool.draining.iter().copied());
+    let draining: BTreeSet<SocketAddr> = before.filter(|address| !to.contains(address)).collect();
+    Pool {
+        backends: to.iter().copied().map(Backend::at).collect(),
+        draining: draining.into_iter().collect(),
+        has_others: false,
+    }
+}
+
 impl Rows<'_> {
     fn of_port(&mut self, port: &ServicePort, is_ipv4: bool, slices: &[&EndpointSlice]) {
         let (service, place) = (self.service, self.place);
@@ -118,7 +133,10 @@ impl Rows<'_> {
         if !has_family && outer.is_empty() {
             return;
         }
-        let pools = Pools::of(service, &Candidates::of(port, is_ipv4, slices), place);
+        let mut pools = Pools::of(service, &Candidates::of(port, is_ipv4, slices), place);
+        if let Some(redirect) = place.redirects.get(&service.key) {
+            pools.cluster_ip = redirected(&redirect.backends(port, is_ipv4), pools.cluster_ip);
+        }
         for address in service.addresses.iter().filter(|address| is_usable(address) && is_family(address)) {
             let kind = FrontendKind::ClusterIp;
             self.push(*address, port.port, port.protocol, Scope::Internal, kind, &pools.cluster_ip);

@@ -72,6 +72,7 @@ fn place() -> Place {
         own: ["127.0.0.1", "192.0.2.1", "2001:db8::1"].map(ip).into(),
         others: ["192.0.2.2"].map(ip).into(),
         pod_cidrs: ["10.0.0.0/16".parse().expect("a CIDR")].into(),
+        redirects: BTreeMap::new(),
     }
 }
 
@@ -363,6 +364,155 @@ fn addresses_from_outside_capture_nothing() {
     assert_eq!(owner("192.0.2.1").as_deref(), Some("f"));
     assert_eq!(owner("10.0.7.7"), None);
     assert_eq!(owner("10.96.0.2"), None);
+}
+
+/// A trace as its verdict, its facts and its backends, a line each.
+fn traced(
+    following: &Frontends,
+    scope: Scope,
+    address: Option<&str>,
+    service: &str,
+    port: &str,
+) -> Vec<String> {
+    let question = crate::model::ServiceQuestion {
+        client: String::new(),
+        service: service.to_owned(),
+        port: (!port.is_empty()).then(|| port.to_owned()),
+        protocol: None,
+    };
+    match following.trace(Client { scope, address: address.map(ip) }, &question) {
+        Err(reason) => vec![reason],
+        Ok(trace) => {
+            let mut lines =
+                vec![format!("{} {} {}: {}", trace.frontend, trace.kind, trace.service, trace.verdict)];
+            lines.extend(trace.facts);
+            let backend = |it: &crate::model::TracedBackend| {
+                format!("{} {}: {}", if it.is_chosen { "+" } else { "-" }, it.address, it.why)
+            };
+            lines.extend(trace.backends.iter().map(backend));
+            lines
+        }
+    }
+}
+
+#[test]
+fn a_trace_says_which_backend_and_why() {
+    let web = edited("web", "10.96.0.1", |web| {
+        web.ports[0].node_port = Some(30080);
+        web.balancer_addresses = vec![ip("203.0.113.1")];
+        web.external_policy = TrafficPolicy::Local;
+        web.affinity = Some(60);
+        web.source_ranges = ["198.51.100.0/24".parse().expect("a CIDR")].into();
+    });
+    let backends = [
+        on("10.0.0.1", "b", &["z"], &[]),
+        on("10.0.0.2", "b", &["y"], &[]),
+        SliceBackend { ready: false, serving: false, ..on("10.0.0.3", "a", &[], &[]) },
+        SliceBackend { ready: false, terminating: true, ..on("10.0.0.4", "b", &[], &[]) },
+    ];
+    let slices = [slice("web", "web", &[("", TCP, 8080)], &backends)];
+    let mut following = Frontends::default();
+    following.update(&[web].into_iter().collect(), &slices.into_iter().collect(), &place());
+    let asked = |scope, address, service, port| traced(&following, scope, address, service, port);
+    assert_eq!(
+        asked(Scope::Internal, None, "shop/web", ""),
+        [
+            "10.96.0.1:80/TCP ClusterIP shop/web: To 10.0.0.1:8080",
+            "internalTrafficPolicy Cluster: backends of all nodes",
+            "hints: every ready backend has one for zones, and one is for the zone z",
+            "algorithm random: each connection gets any of them",
+            "sessionAffinity ClientIP: a client keeps its backend until it was silent for 60 s",
+            "+ 10.0.0.1:8080: ready",
+            "- 10.0.0.2:8080: its hints are for zones y",
+            "- 10.0.0.3:8080: not ready",
+            "- 10.0.0.4:8080: it ends, and others are ready: running connections stay",
+        ]
+    );
+    let outside = asked(Scope::External, Some("203.0.113.77"), "shop/web", "80");
+    assert_eq!(
+        outside[0],
+        "192.0.2.1:30080/TCP NodePort shop/web: Dropped: no backend is on this node, and those of other nodes are \
+         not for it"
+    );
+    assert_eq!(outside[4], "- 10.0.0.1:8080: on another node, and the policy is Local");
+    let by_balancer = asked(Scope::External, Some("203.0.113.77"), "203.0.113.1", "80");
+    let text = "203.0.113.1:80/TCP LoadBalancer shop/web: Dropped: 203.0.113.77 is in none of loadBalancerSourceRanges";
+    assert_eq!(by_balancer[0], text);
+    let refused = "10.96.0.1:0/any ClusterIP shop/web: The connection is refused";
+    assert_eq!(asked(Scope::Internal, None, "10.96.0.1", "81")[0], refused);
+    let only_inside = "10.96.0.1 port 80 leads to a service for pods and nodes only: for the network it is an address \
+                       like any other";
+    assert_eq!(asked(Scope::External, None, "10.96.0.1", "80"), [only_inside]);
+    assert_eq!(
+        asked(Scope::Internal, None, "shop/none", "80"),
+        ["there is no Service shop/none that Weir serves"]
+    );
+    assert_eq!(asked(Scope::Internal, None, "shop/web", "http"), ["shop/web has no port http"]);
+    let nobodys = "no service has 192.0.2.9 port 80: packets go where the routes say";
+    assert_eq!(asked(Scope::Internal, None, "192.0.2.9", "80"), [nobodys]);
+}
+
+#[test]
+fn health_counts_the_ready_backends_of_this_node() {
+    let web = edited("web", "10.96.0.1", |web| web.health_port = Some(32000));
+    let backends = [
+        on("10.0.0.1", "a", &[], &[]),
+        on("10.0.0.2", "a", &[], &[]),
+        on("10.0.0.3", "b", &[], &[]),
+        SliceBackend { ready: false, ..on("10.0.0.4", "a", &[], &[]) },
+    ];
+    let slices = [slice("web", "web", &[("", TCP, 8080)], &backends)];
+    let health = compiled(&[web], &slices).health;
+    assert_eq!(health.values().collect::<Vec<_>>(), [&Health { port: 32000, local_endpoints: 2 }]);
+}
+
+/// As for a DNS cache on each node: to the node's own pods as long as one is ready.
+#[test]
+fn a_redirected_service_leads_to_pods_of_this_node() {
+    let port = |name: &str, port| crate::model::RedirectPort { name: name.to_owned(), port, protocol: UDP };
+    let policy = crate::model::LocalRedirect {
+        key: ObjectKey::new("shop", "cache"),
+        service: ObjectKey::new("shop", "dns"),
+        service_ports: vec![],
+        selector: crate::model::Selector::default(),
+        ports: vec![port("dns", 5353), port("other", 1)],
+    };
+    let redirect = Redirect { policy: Arc::new(policy), pods: [ip("10.0.9.9")].into() };
+    let redirected = Place { redirects: [(ObjectKey::new("shop", "dns"), redirect)].into(), ..place() };
+    let services: Services =
+        [service("dns", &["10.96.0.10", "fd96::a"], &[("dns", UDP, 53), ("dns-tcp", TCP, 53)])]
+            .into_iter()
+            .collect();
+    let ports = [("dns", UDP, 53), ("dns-tcp", TCP, 53)];
+    let slices: Slices = [
+        slice("dns", "dns", &ports, &[ready("10.0.0.3")]),
+        slice("dns6", "dns", &ports, &[ready("fd00::3")]),
+    ]
+    .into_iter()
+    .collect();
+    let mut following = Frontends::default();
+    let mut at = |place: &Place, address: &str, protocol| {
+        let key = FrontendKey::new(ip(address), 53, protocol, Scope::Internal);
+        cell(following.update(&services, &slices, place).frontends.get(&key))
+    };
+    assert_eq!(at(&place(), "10.96.0.10", UDP), "3");
+    assert_eq!(at(&redirected, "10.96.0.10", UDP), "9 drain 3");
+    // Neither a port nor a family that the pods have not.
+    assert_eq!(at(&redirected, "10.96.0.10", TCP), "3");
+    assert_eq!(at(&redirected, "fd96::a", UDP), "fd00::3");
+    assert_eq!(at(&place(), "10.96.0.10", UDP), "3");
+}
+
+#[test]
+fn rows_do_not_grow_with_nodes_times_node_ports() {
+    let web = edited("web", "10.96.0.1", |web| web.ports[0].node_port = Some(30080));
+    let rows = |nodes: u32| {
+        let addresses = (0..nodes).map(|n| std::net::Ipv4Addr::from(0xc612_0000 + n).into());
+        let place = Place { others: addresses.collect(), ..place() };
+        frontends(&[web.clone()].into_iter().collect(), &Snapshot::new(), &place).frontends.len()
+    };
+    assert_eq!(rows(128) - rows(0), 128);
+    assert_eq!(rows(129), rows(0));
 }
 
 #[derive(Clone, Debug)]

@@ -16,6 +16,7 @@ mod lab;
 mod api_server;
 mod faults;
 mod life;
+mod north_south;
 mod platforms;
 mod pods;
 mod policies;
@@ -41,6 +42,10 @@ const STEPS: &[Step] = &[
     ("host_ports_by_address_and_protocol", pods::host_ports_by_address_and_protocol),
     ("services_of_both_families", services::services_of_both_families),
     ("services_follow_their_pods", services::services_follow_their_pods),
+    ("node_ports_and_traffic_policies", north_south::node_ports_and_traffic_policies),
+    ("one_client_keeps_its_backend", north_south::one_client_keeps_its_backend),
+    ("load_balancers_get_addresses", north_south::load_balancers_get_addresses),
+    ("load_balancers_ask_nodes", north_south::load_balancers_ask_nodes),
     ("names_by_cluster_dns", services::names_by_cluster_dns),
     ("policies_allow_and_deny", policies::policies_allow_and_deny),
     ("policies_follow_labels", policies::policies_follow_labels),

@@ -23,7 +23,7 @@ const LAYERS: &[(&str, &str)] = &[
     ("kube", "identity tables model settings yaml error"),
     ("policy", "identity tables model"),
     ("node", "tables model"),
-    ("service", "model settings"),
+    ("service", "tables model settings"),
     ("identity", "model"),
     ("datapath", "model settings error"),
     ("netlink", "model"),

@@ -1,6 +1,7 @@
 //! The operator against a real API server, with the rights that deploy/base gives it.
 
 mod access;
+mod balancers;
 mod identities;
 mod leaders;
 mod nodes;

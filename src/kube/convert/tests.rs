@@ -412,6 +412,7 @@ fn pods_have_defaults_and_the_ports_of_what_keeps_running() {
         node: None,
         host_network: false,
         is_terminal: false,
+        is_ready: true,
         named_ports: BTreeMap::from([
             ("http".to_owned(), vec![named(Protocol::Tcp, 80), named(Protocol::Udp, 80)]),
             ("side".to_owned(), vec![named(Protocol::Tcp, 9)]),
@@ -432,6 +433,7 @@ fn pods_say_where_they_run_and_when_they_are_over() {
         node: Some("a".to_owned()),
         host_network: true,
         is_terminal: true,
+        is_ready: true,
         named_ports: BTreeMap::new(),
     };
     assert_eq!(object::<kinds::Pod>(yaml), expected);
@@ -466,6 +468,7 @@ fn nodes_have_internal_addresses_and_one_cidr_or_several() {
         labels: labels(&[("zone", "one")]),
         addresses: vec!["10.0.0.1".parse().expect("an address"), "fd00::1".parse().expect("an address")],
         pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().expect("a CIDR")).collect(),
+        is_leaving: false,
     };
     for (spec, expected) in [
         ("{podCIDR: 10.1.0.0/24, podCIDRs: [10.1.0.0/24, 'fd01::/64']}", node(&["10.1.0.0/24", "fd01::/64"])),

@@ -32,6 +32,7 @@ kinds! {
     endpoint_slice::EndpointSlice,
     network_policy::NetworkPolicy,
     cilium_cidr_group::CiliumCIDRGroup,
+    cilium_local_redirect_policy::CiliumLocalRedirectPolicy,
     identity::Identity,
     node_endpoints::NodeEndpoints,
     weir_node::WeirNode,

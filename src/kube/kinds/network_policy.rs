@@ -244,7 +244,7 @@ fn equal_label(equals: &Field, key: &str, value: &Field) -> Result<Requirement> 
 }
 
 /// A label selector; an absent one is the empty one, which selects everything.
-fn selector(field: &Field) -> Result<Selector> {
+pub(super) fn selector(field: &Field) -> Result<Selector> {
     field.only_known(&["matchLabels", "matchExpressions"])?;
     let equals = field.get("matchLabels")?;
     let labels = equals.strings()?;

@@ -26,6 +26,7 @@ impl ObjectKind for Node {
             labels: labels(document)?,
             addresses: internal_addresses(&document.get("status")?)?,
             pod_cidrs: pod_cidrs(&document.get("spec")?)?,
+            is_leaving: is_leaving(document)?,
         }))
     }
 
@@ -71,6 +72,21 @@ fn internal_addresses(status: &Field) -> Result<Vec<IpAddr>> {
         }
     }
     Ok(addresses)
+}
+
+/// Cluster Autoscaler sets this taint before it deletes a node.
+const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
+
+fn is_leaving(document: &Field) -> Result<bool> {
+    if document.get("metadata")?.get("deletionTimestamp")?.is_present() {
+        return Ok(true);
+    }
+    for taint in items(&document.get("spec")?.get("taints")?)? {
+        if taint.get("key")?.string()? == Some(TO_BE_DELETED) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn pod_cidrs(spec: &Field) -> Result<Vec<IpNet>> {

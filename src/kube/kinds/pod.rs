@@ -42,8 +42,19 @@ fn pod(id: &ObjectId, document: &Field) -> Result<model::Pod> {
         node: node.map(str::to_owned),
         host_network: spec.get("hostNetwork")?.boolean()?.unwrap_or(false),
         is_terminal: matches!(phase, Some("Succeeded" | "Failed")),
+        is_ready: is_ready(&document.get("status")?)?,
         named_ports: named_ports(&spec)?,
     })
+}
+
+/// Without a word a pod is ready: kubelet says soon what is so, and of a manifest nobody does.
+fn is_ready(status: &Field) -> Result<bool> {
+    for condition in items(&status.get("conditions")?)? {
+        if condition.get("type")?.string()? == Some("Ready") {
+            return Ok(condition.get("status")?.string()? == Some("True"));
+        }
+    }
+    Ok(true)
 }
 
 /// Named ports of the containers that run as long as the pod does: an init container

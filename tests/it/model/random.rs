@@ -88,6 +88,7 @@ fn place(index: usize, (namespace, labels, named_ports): (&str, Labels, Ports)) 
         node: Some(format!("node-{node}")),
         host_network: false,
         is_terminal: false,
+        is_ready: true,
         named_ports,
     };
     let addresses = [

@@ -10,7 +10,7 @@ use super::*;
 /// What the API server takes although Weir cannot use all of it; kind, name, reason, part of the note.
 const TAKEN: &[(&str, &str, &str, &str)] = &[
     ("Service", "sticky", "PartlyIgnored", "spec.sessionAffinity: ClientIP is not kept"),
-    ("Service", "outer", "PartlyIgnored", "of a NodePort Service Weir serves the cluster IPs only"),
+    ("Service", "outer", "PartlyIgnored", "pods and nodes are served, the network is not yet"),
     ("Service", "outer", "PartlyIgnored", "spec.ports[1].protocol: Weir serves TCP and UDP only"),
     ("EndpointSlice", "names", "PartlyIgnored", "addressType: FQDN names no addresses"),
     (
