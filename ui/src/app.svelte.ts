@@ -60,6 +60,10 @@ class App {
   announcement = $state('');
   model = new Model(this.route.windowMs);
   #skew = 0;
+  /** How many of the newest flows were asked for, by when, and how many of then came. */
+  #asked = Number.POSITIVE_INFINITY;
+  #askedAt = 0;
+  #history = 0;
   #dirty = true;
   #query = '';
   #abort = new AbortController();
@@ -153,6 +157,7 @@ class App {
   #fresh(): void {
     this.model = new Model(this.route.windowMs);
     this.truncated = false;
+    this.#history = 0;
     this.#dirty = true;
   }
 
@@ -168,6 +173,8 @@ class App {
       // Without a place to go on from, the history comes anew.
       if (attempt && !lastId) this.#fresh();
       const query = flowsQuery(this.route, this.status?.nodes.length);
+      this.#asked = Number(query.get('last') ?? Number.POSITIVE_INFINITY);
+      this.#askedAt = this.#clock();
       const end = await request(
         `api/flows?${query}`,
         lastId,
@@ -228,6 +235,7 @@ class App {
     const { view, pod } = this.route;
     // The filter is for names that begin so.
     const isIt = (party: Party) => `${party.namespace}/${party.pod}` === pod;
+    if (row.time < this.#askedAt) this.#history += 1;
     if (view !== 'pod' || isIt(row.source) || isIt(row.destination)) this.model.add(row);
   }
 
@@ -240,6 +248,13 @@ class App {
     } catch (error) {
       this.statusError = error instanceof Error ? error.message : String(error);
     }
+  }
+
+  /** From when on the page knows what happened: the window's begin, or later where more was kept than was asked for. */
+  historyFrom(): number {
+    void this.tick;
+    const start = this.now - this.route.windowMs;
+    return this.#history >= this.#asked ? Math.max(start, Math.min(this.model.oldest, this.now)) : start;
   }
 
   /** Nodes of which nothing comes: what they see is not shown. */

@@ -144,6 +144,19 @@ test('time stops, goes back, and goes on', async () => {
   expect(page.url()).not.toContain('until');
 });
 
+test('a history that is longer than what was asked for is not taken for silence', async () => {
+  const now = Date.now();
+  relay.status = { nodes: Array.from({ length: 200 }, (_, i) => ({ name: `node${i}`, state: 'NODE_CONNECTED', num_flows: '1' })) };
+  relay.history = Array.from({ length: 300 }, (_, i) => denied({ time: now - 290_000 + i * 950 }));
+  const page = await visit('');
+  await page.getByText(/^known from/).waitFor();
+  expect(relay.asked.at(-1)?.get('last')).toBe('100');
+  expect(await page.locator('.drop .since').innerText()).toMatch(/^over[\s\S]*since before/);
+  // Time that stands still is asked for by its times.
+  await page.getByRole('button', { name: 'Stop', exact: true }).click();
+  await page.getByText(/^known from/).waitFor({ state: 'detached' });
+});
+
 test('a relay that dies is said, what was seen stays, and all goes on by itself', async () => {
   relay.history = [denied()];
   const page = await visit('');
