@@ -58,7 +58,8 @@ export function place(plan: Plan, shape = 3): Placed {
     if (placed.height * shape >= placed.width) break;
     placed = position(boxes, pieces, spread);
   }
-  return placed;
+  // Boxes in one row would hide the lines that pass them.
+  return placed.height * shape * 2 < placed.width ? position(boxes, pieces, 3, BOX.height) : placed;
 }
 
 /** The column of every box: behind all that ask it, circles cut where they close. */
@@ -190,7 +191,7 @@ function split(column: Column, most: number): Column[] {
   return columns;
 }
 
-function position(boxes: readonly Named[], columns: Column[], spread: number): Placed {
+function position(boxes: readonly Named[], columns: Column[], spread: number, stagger = 0): Placed {
   const [betweenBoxes, betweenBlocks] = [GAP.box * spread, GAP.block * spread];
   const blockHeight = (block: { namespace: string; members: number[] }) => {
     const rows = block.members.length;
@@ -199,10 +200,10 @@ function position(boxes: readonly Named[], columns: Column[], spread: number): P
   const places = new Map<string, Place>();
   const blocks: Block[] = [];
   const heights = columns.map((column) => column.reduce((sum, block) => sum + blockHeight(block) + betweenBlocks, -betweenBlocks));
-  const height = Math.max(BOX.height, ...heights) + 2 * GAP.margin;
+  const height = Math.max(BOX.height, ...heights) + 2 * GAP.margin + 2 * stagger;
   columns.forEach((column, i) => {
     const x = GAP.margin + i * (BOX.width + 2 * GAP.pad + GAP.column);
-    let y = (height - heights[i]!) / 2;
+    let y = (height - heights[i]!) / 2 + (i % 2 ? stagger : -stagger);
     for (const block of column) {
       const id = `${i}|${block.namespace}|${block.members[0]}`;
       blocks.push({ id, namespace: block.namespace, x, y, width: BOX.width + 2 * GAP.pad, height: blockHeight(block) });
