@@ -13,10 +13,12 @@ use libbpf_rs::Linker;
 fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=bpf");
     println!("cargo:rerun-if-changed=proto");
+    println!("cargo:rerun-if-changed=ui/dist");
     println!("cargo:rerun-if-env-changed=CLANG");
     let clang = find_clang()?;
     let out = PathBuf::from(env::var_os("OUT_DIR").context("OUT_DIR is not set: run cargo")?);
     compile_proto(&out)?;
+    list_assets(&out)?;
     let object = out.join("datapath.bpf.o");
     let mut linker = Linker::new(&object)?;
     for source in sources()? {
@@ -51,6 +53,27 @@ fn compile_proto(out: &Path) -> Result<()> {
         .emit_rerun_if_changed(false)
         .compile_fds(set)
         .context("generating code of proto/")
+}
+
+/// The files of the built page, which become part of the program; none where it was not built.
+fn list_assets(out: &Path) -> Result<()> {
+    let root = env::current_dir().context("finding this directory")?.join("ui/dist");
+    let mut files = Vec::new();
+    let mut directories = vec![root.clone()];
+    while let Some(directory) = directories.pop() {
+        for entry in directory.read_dir().into_iter().flatten() {
+            let path = entry.context("listing ui/dist")?.path();
+            if path.is_dir() { directories.push(path) } else { files.push(path) }
+        }
+    }
+    files.sort();
+    let mut text = "/// Path and content of every file.\nstatic ASSETS: &[(&str, &[u8])] = &[\n".to_owned();
+    for file in files {
+        let name = file.strip_prefix(&root).context("naming a file of ui/dist")?.display();
+        text += &format!("    ({:?}, include_bytes!({:?})),\n", name.to_string(), file);
+    }
+    text += "];\n";
+    std::fs::write(out.join("assets.rs"), text).context("listing the page's files")
 }
 
 fn sources() -> Result<Vec<PathBuf>> {

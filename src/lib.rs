@@ -20,6 +20,7 @@ pub mod netlink;
 pub mod node;
 pub mod operator;
 pub mod policy;
+pub mod relay;
 pub mod service;
 pub mod settings;
 pub mod signals;

@@ -11,6 +11,7 @@ use super::args::{Config, Routing};
 use crate::flow::Names;
 use crate::hubble::convert::Converter;
 use crate::hubble::events::AgentEvents;
+use crate::hubble::page;
 use crate::hubble::serve::{agent_routes, serve_socket, serve_tcp};
 use crate::hubble::service::{NodeObserver, PEERS_WITHIN, PeerNode, Peers, node_name, server_name};
 use crate::hubble::stream::Source;
@@ -34,6 +35,15 @@ pub async fn serve(known: Arc<Known>, names: Arc<Names>, stopping: watch::Receiv
     let (told, peers) = watch::channel(Peers::new());
     tokio::spawn(follow_peers(known.config.clone(), known.tables.clone(), told));
     let observer = NodeObserver::new(source, events, peers);
+    if let Some(address) = hubble.hubble_page_address {
+        let routes = page::routes(Arc::new(observer.clone()), page::Hosts::default());
+        let serving = page::serve(address, routes, stopping.clone());
+        tokio::spawn(async move {
+            if let Err(error) = serving.await {
+                tracing::error!(error = crate::error::chain(&error), "the flows page is not served");
+            }
+        });
+    }
     let routes = agent_routes(observer).await?;
     let path = hubble.socket(&args.socket);
     let socket = serve_socket(&path, routes.clone(), stopping.clone());

@@ -11,6 +11,7 @@ mod node;
 mod observe;
 mod operator;
 mod output;
+mod relay;
 mod settings;
 mod status;
 mod sysdump;
@@ -25,6 +26,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::agent::AgentArgs;
 use crate::api;
 use crate::operator::OperatorArgs;
+use crate::relay::RelayArgs;
 
 /// Networking, security and observability for Kubernetes on eBPF.
 #[derive(Parser)]
@@ -40,6 +42,8 @@ enum Command {
     Agent(Box<AgentArgs>),
     /// Run the operator: what a cluster needs once, not on every node.
     Operator(Box<OperatorArgs>),
+    /// Run the relay: the flows of all nodes in one stream, and the flows page.
+    Relay(Box<RelayArgs>),
     /// Show flows: who talked to whom, what became of it, and why.
     Observe(Box<observe::ObserveArgs>),
     /// Show how the agent is, or with --cluster all of them; exits with 3 when one is not ready.
@@ -148,6 +152,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Command::Agent(args) => agent::run(*args),
         Command::Operator(args) => operator::run(*args),
+        Command::Relay(args) => relay::run(*args),
         Command::Observe(args) => observe::run(*args),
         Command::Status(args) => status::run(&args),
         Command::Connectivity(command) => connectivity::run(command),

@@ -7,14 +7,19 @@ use thiserror::Error;
 
 use crate::agent::AgentArgs;
 use crate::operator::OperatorArgs;
+use crate::relay::RelayArgs;
 
 /// Read before the settings are: what is logged.
 const LOG: &str = "WEIR_LOG";
 
 /// Every program with its settings; a new one is a line here. They share a ConfigMap, so each must
 /// know the others' settings.
-fn programs() -> [Command; 2] {
-    [AgentArgs::augment_args(Command::new("agent")), OperatorArgs::augment_args(Command::new("operator"))]
+fn programs() -> [Command; 3] {
+    [
+        AgentArgs::augment_args(Command::new("agent")),
+        OperatorArgs::augment_args(Command::new("operator")),
+        RelayArgs::augment_args(Command::new("relay")),
+    ]
 }
 
 /// The settings by variable: the argument, and the programs that have it.

@@ -29,7 +29,7 @@ pub(crate) use crate::datapath::abi::ip_of;
 pub use args::FlowArgs;
 pub use clock::{Clock, monotonic_ns};
 pub use label::LabelPattern;
-pub use names::{NameSource, NameTables, Names, reserved_name};
+pub use names::{NameSource, NameTables, Names, reserved_identity, reserved_name};
 pub use query::{Exclusion, Filter, IdentityPattern, NamePattern, Query};
 pub use reason::DropReason;
 pub use record::{

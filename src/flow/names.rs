@@ -349,6 +349,11 @@ pub fn reserved_name(identity: IdentityId) -> Option<&'static str> {
     NAMES.get(usize::try_from(identity.0).ok()?).copied()
 }
 
+/// The reserved identity of that name.
+pub fn reserved_identity(name: &str) -> Option<IdentityId> {
+    (0..IdentityId::FIRST_CLUSTER.0).map(IdentityId).find(|identity| reserved_name(*identity) == Some(name))
+}
+
 const NAMESPACE_LABEL: &str = "k8s:io.kubernetes.pod.namespace=";
 
 /// A cluster identity's labels, under the keys that Hubble's clients know.

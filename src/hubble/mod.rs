@@ -8,6 +8,7 @@
 //! the exporters all speak `proto::flow::Flow`.
 
 pub mod args;
+pub mod ask;
 pub mod certs;
 pub mod client;
 pub mod convert;
@@ -15,6 +16,7 @@ pub mod events;
 pub mod filter;
 pub mod json;
 pub mod mask;
+pub mod page;
 pub mod proto;
 pub mod serve;
 pub mod service;

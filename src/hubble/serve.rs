@@ -34,16 +34,29 @@ pub const REQUEST_BYTES_MAX: usize = 1024 * 1024;
 const HANDSHAKES_MAX: usize = 64;
 /// A client that has not finished its handshake by then is cut off.
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
+/// Answers in progress have so long at shutdown.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 /// A client that is silent for so long is asked whether it is there.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 
-/// A connection of any kind.
-pub struct Connection(Box<dyn Io>);
+/// A connection of any kind; it ends when its server stops, whatever is being answered on it.
+pub struct Connection {
+    stream: Box<dyn Io>,
+    stopped: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+}
 
 impl Connection {
     /// A connection that is ready for HTTP/2.
     pub fn new(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Self {
-        Self(Box::new(stream))
+        Self { stream: Box::new(stream), stopped: None }
+    }
+
+    fn until(mut self, mut shutdown: watch::Receiver<bool>) -> Self {
+        self.stopped = Some(Box::pin(async move {
+            let _ = shutdown.wait_for(|stop| *stop).await;
+            tokio::time::sleep(LAST_WORDS).await;
+        }));
+        self
     }
 }
 
@@ -102,7 +115,7 @@ pub async fn serve_listener(
     let address = listener.local_addr().context("reading the address of the flows socket")?;
     tracing::info!(%address, tls = identity.is_some(), "serving flows");
     let (ready, connections) = mpsc::channel(1);
-    let accepting = tokio::spawn(accept(listener, identity, ready));
+    let accepting = tokio::spawn(accept(listener, identity, ready, shutdown.clone()));
     let served = serve_connections(ReceiverStream::new(connections), routes, shutdown).await;
     accepting.abort();
     served.with_context(|| format!("serving flows at {address}"))
@@ -128,7 +141,7 @@ where
         .serve_with_incoming_shutdown(connections, stopped);
     let cut = async move {
         let _ = shutdown.wait_for(|stop| *stop).await;
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        tokio::time::sleep(2 * LAST_WORDS).await;
     };
     tokio::select! {
         served = serving => served,
@@ -141,6 +154,7 @@ async fn accept(
     listener: TcpListener,
     identity: Option<Arc<Identity>>,
     ready: mpsc::Sender<io::Result<Connection>>,
+    shutdown: watch::Receiver<bool>,
 ) {
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     loop {
@@ -153,10 +167,10 @@ async fn accept(
                 continue;
             }
         };
-        let (identity, ready) = (identity.clone(), ready.clone());
+        let (identity, ready, shutdown) = (identity.clone(), ready.clone(), shutdown.clone());
         tokio::spawn(async move {
             match timeout(HANDSHAKE_WITHIN, prepare(stream, identity)).await {
-                Ok(Ok(connection)) => drop(ready.send(Ok(connection)).await),
+                Ok(Ok(connection)) => drop(ready.send(Ok(connection.until(shutdown))).await),
                 Ok(Err(error)) => {
                     tracing::debug!(error = crate::error::chain(&error), "refused a client of flows");
                 }
@@ -169,10 +183,10 @@ async fn accept(
 
 async fn prepare(stream: TcpStream, identity: Option<Arc<Identity>>) -> Result<Connection> {
     stream.set_nodelay(true).context("setting TCP_NODELAY")?;
-    let Some(identity) = identity else { return Ok(Connection(Box::new(stream))) };
+    let Some(identity) = identity else { return Ok(Connection::new(stream)) };
     let config =
         tokio::task::spawn_blocking(move || identity.server()).await.context("reading certificates")??;
-    Ok(Connection(Box::new(TlsAcceptor::from(config).accept(stream).await.context("the TLS handshake")?)))
+    Ok(Connection::new(TlsAcceptor::from(config).accept(stream).await.context("the TLS handshake")?))
 }
 
 impl Connected for Connection {
@@ -187,7 +201,12 @@ impl AsyncRead for Connection {
         context: &mut std::task::Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.0).poll_read(context, buffer)
+        let this = &mut *self;
+        if this.stopped.as_mut().is_some_and(|stopped| stopped.as_mut().poll(context).is_ready()) {
+            this.stopped = Some(Box::pin(std::future::ready(())));
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut *this.stream).poll_read(context, buffer)
     }
 }
 
@@ -197,14 +216,14 @@ impl AsyncWrite for Connection {
         context: &mut std::task::Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut *self.0).poll_write(context, bytes)
+        Pin::new(&mut *self.stream).poll_write(context, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut std::task::Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.0).poll_flush(context)
+        Pin::new(&mut *self.stream).poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut std::task::Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.0).poll_shutdown(context)
+        Pin::new(&mut *self.stream).poll_shutdown(context)
     }
 }

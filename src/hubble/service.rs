@@ -100,6 +100,25 @@ impl NodeObserver {
         }
     }
 
+    fn this_node(&self) -> GetNodesResponse {
+        let status = self.status();
+        let name = self.source.converter.node.clone();
+        let peer = self.peers.borrow().get(&name).cloned();
+        let server_name = peer.as_ref().and_then(|peer| peer.server_name.clone());
+        let node = Node {
+            tls: Some(Tls { enabled: server_name.is_some(), server_name: server_name.unwrap_or_default() }),
+            address: peer.map(|peer| peer.address).unwrap_or_default(),
+            name,
+            version: status.version,
+            state: NodeState::NodeConnected.into(),
+            uptime_ns: status.uptime_ns,
+            num_flows: status.num_flows,
+            max_flows: status.max_flows,
+            seen_flows: status.seen_flows,
+        };
+        GetNodesResponse { nodes: vec![node] }
+    }
+
     fn namespaces(&self) -> GetNamespacesResponse {
         let names = &self.source.names;
         names.refresh();
@@ -125,6 +144,21 @@ impl NodeObserver {
         let cluster = &self.source.converter.cluster;
         let namespace = |name: Arc<str>| Namespace { cluster: cluster.clone(), namespace: name.to_string() };
         GetNamespacesResponse { namespaces: found.into_iter().map(namespace).collect() }
+    }
+}
+
+#[tonic::async_trait]
+impl super::page::Flows for NodeObserver {
+    fn flows(&self, request: GetFlowsRequest) -> Result<Answers<GetFlowsResponse>, Status> {
+        Self::flows(self, request)
+    }
+
+    async fn status(&self) -> ServerStatusResponse {
+        Self::status(self)
+    }
+
+    async fn nodes(&self) -> GetNodesResponse {
+        self.this_node()
     }
 }
 
@@ -179,22 +213,7 @@ impl Observer for NodeObserver {
     }
 
     async fn get_nodes(&self, _: Request<GetNodesRequest>) -> Result<Response<GetNodesResponse>, Status> {
-        let status = self.status();
-        let name = self.source.converter.node.clone();
-        let peer = self.peers.borrow().get(&name).cloned();
-        let server_name = peer.as_ref().and_then(|peer| peer.server_name.clone());
-        let node = Node {
-            tls: Some(Tls { enabled: server_name.is_some(), server_name: server_name.unwrap_or_default() }),
-            address: peer.map(|peer| peer.address).unwrap_or_default(),
-            name,
-            version: status.version,
-            state: NodeState::NodeConnected.into(),
-            uptime_ns: status.uptime_ns,
-            num_flows: status.num_flows,
-            max_flows: status.max_flows,
-            seen_flows: status.seen_flows,
-        };
-        Ok(versioned(GetNodesResponse { nodes: vec![node] }))
+        Ok(versioned(self.this_node()))
     }
 
     async fn get_namespaces(

@@ -261,7 +261,7 @@ async fn a_follower_sees_each_once_and_learns_what_it_missed() {
     assert_eq!(ports(waiting.await.expect("no panic").expect("what woke it")), [20]);
 }
 
-fn observer(recorder: Arc<Recorder>) -> (NodeObserver, watch::Sender<Peers>) {
+pub(crate) fn observer(recorder: Arc<Recorder>) -> (NodeObserver, watch::Sender<Peers>) {
     let (told, peers) = watch::channel(Peers::new());
     let events = Arc::new(AgentEvents::default());
     events.started();

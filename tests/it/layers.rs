@@ -7,12 +7,16 @@ use std::path::{Path, PathBuf};
 /// The modules from top to bottom, each with those that it uses. A module uses only modules below its own
 /// line, so there are no circles. A new module is a line here; so is a new edge a word.
 const LAYERS: &[(&str, &str)] = &[
-    ("cli", "agent operator cni api endpoint telemetry flow kube datapath netlink model settings yaml error"),
+    (
+        "cli",
+        "agent operator relay cni api endpoint telemetry flow kube datapath netlink model settings yaml error",
+    ),
     (
         "agent",
         "hubble endpoint cni api telemetry flow kube policy node service identity datapath netlink tables model \
          settings signals error",
     ),
+    ("relay", "hubble signals settings error"),
     ("hubble", "api telemetry flow kube datapath tables model settings error"),
     ("operator", "telemetry kube settings signals error"),
     ("endpoint", "cni telemetry ipam netlink tables model"),

@@ -163,7 +163,9 @@ impl One {
         let is_dropped = flow.verdict == i32::from(Verdict::Dropped);
         let reply = flow.is_reply.or(is_dropped.then_some(false));
         let encrypted = flow.ip.as_ref().is_some_and(|ip| ip.encrypted);
+        let event = flow.weir.as_ref().map_or(0, |weir| weir.event);
         any(&self.raw.verdict, |wanted| *wanted == flow.verdict)
+            && any(&self.raw.weir_event, |wanted| *wanted == event)
             && any(&self.raw.drop_reason, |wanted| *wanted == flow.drop_reason_desc)
             && any(&self.raw.direction, |wanted| *wanted == flow.traffic_direction)
             && any(&self.raw.reply, |wanted| reply == Some(*wanted))
@@ -274,6 +276,7 @@ fn raw(wanted: &FlowFilter) -> Result<Raw, BadFilter> {
         reply: wanted.reply.clone(),
         protocol: each("protocol", &wanted.protocol, |field, text| protocol(field, text))?,
         ip_version: wanted.ip_version.clone(),
+        weir_event: wanted.weir_event.clone(),
         is_never: false,
     })
 }
@@ -309,6 +312,7 @@ fn is_raw_alone(wanted: &FlowFilter) -> bool {
         reply: Vec::new(),
         protocol: Vec::new(),
         ip_version: Vec::new(),
+        weir_event: Vec::new(),
         ..wanted.clone()
     };
     rest == FlowFilter::default()

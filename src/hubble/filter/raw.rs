@@ -24,6 +24,7 @@ pub struct Raw {
     pub(super) reply: Vec<bool>,
     pub(super) protocol: Vec<Protocol>,
     pub(super) ip_version: Vec<i32>,
+    pub(super) weir_event: Vec<i32>,
     /// No record matches: it asks for what records of packets do not have.
     pub(super) is_never: bool,
 }
@@ -79,6 +80,7 @@ impl Raw {
         let is_v4 = crate::flow::ip_of(event.source).is_ipv4();
         let version: i32 = if is_v4 { IpVersion::IPv4 } else { IpVersion::IPv6 }.into();
         any(&self.verdict, |wanted| *wanted == verdict)
+            && any(&self.weir_event, |wanted| *wanted == i32::from(event.r#type))
             && any(&self.drop_reason, |wanted| *wanted == i32::from(event.reason))
             && any(&self.direction, |wanted| *wanted == direction)
             && any(&self.reply, |wanted| *wanted == is_reply(event))

@@ -51,6 +51,8 @@ fn fields_of_packets() {
         (json!({"event_type": [{"type": 5}]}), [true, false]),
         (json!({"event_type": [{"type": 1, "match_sub_type": true, "sub_type": 133}]}), [false, true]),
         (json!({"event_type": [{"type": 1, "match_sub_type": true, "sub_type": 0}]}), [false, false]),
+        (json!({"weir_event": ["CONNECTION_NEW"]}), [true, false]),
+        (json!({"weir_event": ["PACKET_DROP", "CONNECTION_END"]}), [false, true]),
         (json!({"protocol": ["tcp"]}), [true, true]),
         (json!({"protocol": ["UDP", "icmp", "icmpv4", "icmpv6", "sctp", "vrrp", "igmp"]}), [false, false]),
         (json!({"protocol": ["http", "dns"]}), [false, false]),
