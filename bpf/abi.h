@@ -75,6 +75,7 @@ enum drop_reason {
 	DROP_IS_CLUSTER_IP = 174,
 	DROP_FRAGMENT_NOT_FOUND = 175,
 	DROP_FORBIDDEN_ICMPV6 = 176,
+	DROP_SOURCE_RANGE = 177,
 	DROP_POLICY_DENY_RULE = 181,
 	DROP_INVALID_VNI = 183,
 	DROP_TTL_EXCEEDED = 196,
@@ -198,40 +199,123 @@ enum policy_verdict {
 	POLICY_DENY = 2,
 };
 
-/* services: frontends. Port 0, protocol 0: the address is a service's; other ports are refused. */
+/*
+ * services: frontends. Port 0, protocol 0: the address is a service's; other
+ * ports are refused. One address and port may lead elsewhere for who asks from
+ * inside than for who asks from outside: two rows.
+ */
 struct service_key {
 	struct addr addr;
 	__be16 port;
 	__u8 protocol;
-	__u8 scope; /* 0: pods and the node's own sockets; 1: the network */
+	__u8 scope; /* enum service_scope */
+};
+
+enum service_scope {
+	SCOPE_INTERNAL = 0, /* pods and the node's own sockets ask */
+	SCOPE_EXTERNAL = 1, /* packets from the network ask */
 };
 
 struct service {
 	__u32 service_id;
-	__u32 generation;     /* which backends rows are in force */
-	__u32 backend_count;  /* 0: refused at once */
-	__u32 flags;	      /* enum service_flags */
+	__u32 generation;     /* which slots rows are in force */
+	__u32 backend_count;  /* that new flows may go to; 0: refused at once */
+	__u32 draining_count; /* further slots: running flows alone */
+	__u32 affinity_seconds; /* one client stays at one backend; 0: it need not */
+	__u16 flags;	      /* enum service_flags */
+	__u8 kind;	      /* enum service_kind */
+	__u8 algorithm;	      /* enum service_algorithm */
 };
+_Static_assert(sizeof(struct service) == 24, "service");
 
 enum service_flags {
-	SERVICE_WILDCARD = 1 << 0,  /* the port 0 entry */
-	SERVICE_HOST_PORT = 1 << 1, /* a port of this node that is a pod's: for everybody who reaches the node */
-	SERVICE_LOOPBACK = 1 << 2,  /* of a loopback address: for sockets of the node's own namespace only */
+	SERVICE_WILDCARD = 1 << 0, /* the port 0 entry */
+	SERVICE_LOOPBACK = 1 << 1, /* of a loopback address: for sockets of the node's own namespace only */
+	SERVICE_HAS_OTHERS = 1 << 2, /* without a backend it is silent: another node may have one */
+	SERVICE_RANGES = 1 << 3,   /* only for who is in source_ranges */
+	SERVICE_DSR = 1 << 4,	   /* the backend's node answers the client */
 };
 
-/* A new set of backends is written under the next generation, then service.generation flips. */
-struct backend_key {
+enum service_kind {
+	SERVICE_CLUSTER_IP = 0,
+	SERVICE_NODE_PORT = 1,
+	SERVICE_LOAD_BALANCER = 2,
+	SERVICE_EXTERNAL_IP = 3,
+	SERVICE_HOST_PORT = 4, /* a port of this node that is a pod's */
+};
+
+enum service_algorithm {
+	SERVICE_RANDOM = 0,
+	SERVICE_MAGLEV = 1, /* of packets from the network, by the rows of maglev */
+};
+
+/*
+ * slots: the backends of a service. A new set is written under the next
+ * generation, then service.generation flips.
+ */
+struct slot_key {
 	__u32 service_id;
 	__u32 generation;
-	__u32 slot; /* 0 .. backend_count - 1, in the order of addresses as numbers, then ports */
+	__u32 slot; /* backends for new flows first; each part in the order of addresses as numbers, then ports */
 };
 
+struct slot {
+	__u32 backend;
+	__u32 service_id; /* the key's: a row that was freed meanwhile may be another's */
+};
+_Static_assert(sizeof(struct slot) == 8, "read as one word");
+
+/* backends[id], for all services that have it. An id is never 0, and means one
+ * backend until no slot and no table says it. */
 struct backend {
 	struct addr addr;
-	__u32 service_id; /* the key's: a row that was freed meanwhile may be another's */
+	__u32 id; /* the key: a row that was freed meanwhile may be another's */
 	__be16 port;
 	__u8 protocol;
-	__u8 flags;
+	__u8 pad;
+};
+_Static_assert(sizeof(struct backend) == 24, "backend");
+
+/* maglev: a service's table of backends, in pieces, under the generation of its
+ * set. */
+struct maglev_key {
+	__u32 service_id;
+	__u32 generation;
+	__u32 piece;
+};
+
+enum maglev_size {
+	MAGLEV_PIECE = 984, /* a row takes the kernel 4096 bytes */
+};
+
+struct maglev_piece {
+	__u32 service_id; /* the key's, as a slot's */
+	__u32 backends[MAGLEV_PIECE];
+};
+
+/* affinity: the backend that a client has had last. */
+struct affinity_key {
+	struct addr client; /* from a socket hook: its network namespace's cookie */
+	__u32 service_id;
+	__u32 kind;	    /* enum affinity_kind */
+};
+
+enum affinity_kind {
+	AFFINITY_ADDRESS = 0,
+	AFFINITY_NAMESPACE = 1,
+};
+
+struct affinity {
+	__u64 used_jiffies;
+	__u32 backend;
+	__u32 pad;
+};
+
+/* source_ranges: who may use a service from outside; IPv4 at 128 + n. */
+struct source_range_key {
+	__u32 prefix_length;
+	__be32 service_id;
+	struct addr addr;
 };
 
 /* sockets: what the socket hooks translated, for getpeername, recvmsg, flows and stale UDP. */
@@ -268,7 +352,8 @@ _Static_assert(sizeof(struct connection_key) == 40, "connection_key");
 
 enum connection_kind {
 	CONNECTION_FLOW = 0,
-	CONNECTION_SERVICE = 1, /* pod -> service address; service holds the chosen backend */
+	CONNECTION_SERVICE = 1, /* client -> service address; service holds the chosen backend */
+	CONNECTION_NODE = 2, /* client -> this node, the backend; service holds the service address */
 };
 
 /* Where packets to an address go. */
@@ -309,12 +394,20 @@ enum packet_mark {
  *   key           10.1.0.1:40000, 10.96.0.1:80     10.1.0.1:33001, 10.1.0.2:8080
  *   service       10.1.0.2:8080, the backend       10.96.0.1:80
  *   other_port    33001, the translated one        40000, the original one
- *   identity[0]   the service's id                 whom the verdict is on
+ *   identity[1]   the service's id                 whom the verdict is on
  *   egress_epoch  of the backends: in which        of policy and addresses
  *                 generation it was found last
  *
  * The client's packets find SERVICE, then FLOW; the backend's find FLOW alone.
  * A flow by a host port has a SERVICE row only if it needs another source port.
+ *
+ * A flow from outside to a backend of another node has no FLOW row here: its
+ * verdict is the other node's. Its SERVICE row has route[1], where the backend
+ * is, and in other_port the port of this node's address, by which it goes there;
+ * the row of `nat` for that port leads back. If the backend is this node itself,
+ * its SERVICE row has CONNECTION_SOCKET, and a row of the kind NODE leads back.
+ * With DSR its SERVICE row has CONNECTION_DIRECT and no other port, and nothing
+ * comes back; the FLOW row at the other node has CONNECTION_DIRECT, too.
  */
 struct connection {
 	__u64 last_seen_jiffies;
@@ -349,12 +442,17 @@ enum connection_flags {
 	CONNECTION_RESET = 1 << 7,	    /* RST, and nothing else since */
 	CONNECTION_REVERSED = 1 << 8,	    /* TRANSLATED, and the backend began it */
 	CONNECTION_OPENING = 1 << 9,	    /* unanswered; TCP: the handshake is not complete */
+	CONNECTION_DIRECT = 1 << 10, /* the node that the client has asked sends the packets on; the answers go by no other */
 	CONNECTION_LATE = 1 << 12,	    /* the highest four bits count packets after the end */
 };
 
 /*
  * nat: two rows a flow, one for each direction (EGRESS out, INGRESS back). A row
  * back whose address is the node's own keeps a port for the node.
+ *
+ * A flow from outside to a backend elsewhere has one row here, for the way back,
+ * which says both of the client and of the frontend. Its SERVICE row in
+ * connections is for the way there.
  */
 struct nat_key {
 	struct addr local;  /* out: pod; back: node */
@@ -367,12 +465,17 @@ struct nat_key {
 };
 
 struct nat {
-	struct addr addr; /* out: node; back: pod, or the node */
+	struct addr addr; /* out: node; back: pod, or the node, or the client */
+	struct addr service; /* back, for a client: the frontend; else zero */
 	__u64 last_seen_jiffies; /* within a second */
 	__be16 port;
+	__be16 service_port; /* 0: not for a client of a service */
 	__u8 tcp_flags; /* every flag seen this way; RST until something else is */
-	__u8 pad[5];
+	__u8 client_flags; /* for a client: every flag seen the other way */
+	__u8 is_answered;  /* for a client: the backend has spoken */
+	__u8 pad;
 };
+_Static_assert(sizeof(struct nat) == 48, "nat");
 
 /*
  * fragments: the first fragment of a packet, for those that follow it. Addresses

@@ -25,6 +25,7 @@ struct settings {
 	__u32 quota_limit[QUOTA_KINDS];    /* of one endpoint */
 	__u32 quota_capacity[QUOTA_KINDS]; /* of all together; 0: not bounded together */
 	__u32 drop_record_cost;	     /* of an endpoint, in 1/1024 jiffies between two; 0: not bounded */
+	__u32 maglev_size;	     /* of a table; prime */
 	__u32 event_buffer_half;     /* bytes of events: when so many wait, records of flows are bounded, too */
 	__u16 nat_port_min;	     /* host order, inclusive */
 	__u16 nat_port_max;
@@ -34,7 +35,7 @@ struct settings {
 	__u8 flow_events;	     /* 0: only counters */
 	__u8 socket_lb;
 	__u8 tunnel_direct;	     /* put on and take off the tunnel's headers, past the VXLAN device */
-	__u8 pad[1];
+	__u8 pad[5];
 };
 
 extern const volatile struct settings settings;
@@ -61,7 +62,12 @@ struct exported_types {
 	enum prefix_flags prefix_flags;
 	enum policy_rule_prefix policy_rule_prefix;
 	enum policy_verdict policy_verdict;
+	enum service_scope service_scope;
 	enum service_flags service_flags;
+	enum service_kind service_kind;
+	enum service_algorithm service_algorithm;
+	enum maglev_size maglev_size;
+	enum affinity_kind affinity_kind;
 	enum connection_kind connection_kind;
 	enum connection_flags connection_flags;
 	enum route route;

@@ -86,6 +86,11 @@ static __always_inline bool connection_is_orphan(const struct connection *of,
 
 	if (!owner || !endpoint || !endpoint->ifindex)
 		return false;
+	/* Of a client outside the pod is the backend. */
+	if (key->kind == CONNECTION_SERVICE &&
+	    (addr_equal(&of->service, &endpoint->ipv4) ||
+	     addr_equal(&of->service, &endpoint->ipv6)))
+		return false;
 	return !addr_equal(&key->addr[0], &endpoint->ipv4) &&
 	       !addr_equal(&key->addr[0], &endpoint->ipv6) &&
 	       !addr_equal(&key->addr[1], &endpoint->ipv4) &&

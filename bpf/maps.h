@@ -63,14 +63,49 @@ struct {
 	__type(value, struct service);
 } services SEC(".maps") __weak;
 
-/* Written by datapath::services: backends by slot. */
+/* Written by datapath::services: the backends of a frontend, by slot. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 262144);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct backend_key);
+	__type(key, struct slot_key);
+	__type(value, struct slot);
+} slots SEC(".maps") __weak;
+
+/* Written by datapath::services: backends by id. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
 	__type(value, struct backend);
 } backends SEC(".maps") __weak;
+
+/* Written by datapath::services: tables of Maglev, in pieces. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct maglev_key);
+	__type(value, struct maglev_piece);
+} maglev SEC(".maps") __weak;
+
+/* Written by datapath::services: who may use a service from outside. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct source_range_key);
+	__type(value, __u32);
+} source_ranges SEC(".maps") __weak;
+
+/* Written by the programs; evicts the oldest. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct affinity_key);
+	__type(value, struct affinity);
+} affinity SEC(".maps") __weak;
 
 /* Written by the socket hooks; evicts the oldest. */
 struct {
@@ -182,6 +217,18 @@ struct {
 	__type(key, struct nat_key);
 	__type(value, struct nat);
 } nat SEC(".maps") __weak;
+
+/*
+ * Written by the programs: when a client outside last spoke to a backend that is
+ * the node itself. Only then the node's answers are looked for. Never pinned,
+ * never read outside.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} node_served SEC(".maps") __weak;
 
 /*
  * Written by the programs: first fragments. A packet has one row, which its

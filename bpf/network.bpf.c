@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /*
  * The node's own devices. from_network gives pods what is theirs: answers to
- * masqueraded packets, what comes for their host ports, by the tunnel for
- * running flows, and with native routing whatever is addressed to them;
- * everything else is the stack's. to_network masquerades what pods send out of
- * the cluster.
+ * masqueraded packets, what comes for services, by the tunnel for running flows,
+ * and with native routing whatever is addressed to them; sends to other nodes
+ * what their pods are to serve; everything else is the stack's. to_network
+ * masquerades what pods send out of the cluster.
  */
 #include "lib/flow.h"
 #include "lib/forward.h"
@@ -12,34 +12,12 @@
 #include "lib/icmp.h"
 #include "lib/nat.h"
 #include "lib/node_socket.h"
+#include "lib/outside.h"
+#include "lib/refuse.h"
 #include "lib/service.h"
 #include "lib/tunnel.h"
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
-
-/* Makes the pod that has this port of the node the destination: true if one
- * has. It keeps nothing: a packet that policy denies must not cost a row. */
-__weak __noinline int network_host_port(struct packet *packet)
-{
-	struct backend pod;
-
-	if (!packet || (packet->protocol != IPPROTO_TCP &&
-			packet->protocol != IPPROTO_UDP))
-		return 0;
-	/* Tunnel packets are the most of what comes, and never a pod's. */
-	if (packet->protocol == IPPROTO_UDP &&
-	    packet->destination_port == bpf_htons(settings.tunnel_port))
-		return 0;
-	if (!service_host_port(&packet->destination, packet->destination_port,
-			       packet->protocol, &pod))
-		return 0;
-	addr_copy(&packet->service, &packet->destination);
-	packet->service_port = packet->destination_port;
-	packet->destination = pod.addr;
-	packet->destination_port = pod.port;
-	packet->flags |= PACKET_HAS_SERVICE | PACKET_NEW_DESTINATION;
-	return 1;
-}
 
 /* An address of this node or of its pods. */
 static __always_inline bool network_is_ours(const struct addr *addr)
@@ -49,48 +27,51 @@ static __always_inline bool network_is_ours(const struct addr *addr)
 	return address && address->flags & ADDRESS_LOCAL;
 }
 
-/* 1: a pod's, go on; 0: the stack's; or a drop. */
-static __always_inline int network_is_for_pod(struct __sk_buff *ctx,
-					      struct packet *packet)
+/* A packet to an address that no pod of this node has: enum outside_way, or a
+ * drop. A packet that cannot be parsed costs no row. */
+static __always_inline int network_find_service(struct __sk_buff *ctx,
+						struct packet *packet,
+						int parsed)
 {
-	struct address *address = address_find(&packet->destination);
 	int ret;
 
-	if (address && address->endpoint_id)
-		return packet->flags & PACKET_CONTROL ? -DROP_FORBIDDEN_ICMPV6
-						      : 1;
+	if (packet->flags & PACKET_ICMP_ERROR)
+		return parsed ? OUTSIDE_STACK
+			      : icmp_translate(ctx, packet, DIRECTION_INGRESS);
+	if (parsed)
+		return outside_translate(packet);
+	ret = outside_find_service(ctx, packet);
+	return ret == OUTSIDE_AWAY ? outside_send(ctx, packet) : ret;
+}
+
+/* Whose the packet is: enum outside_way, or a drop. */
+static __always_inline int network_find_way(struct __sk_buff *ctx,
+					    struct packet *packet, int parsed)
+{
+	struct address *address = address_find(&packet->destination);
+	bool is_local = address && address->flags & ADDRESS_LOCAL;
+	int ret = 0;
+
+	if (address && address->endpoint_id) {
+		if (packet->flags & PACKET_CONTROL)
+			return -DROP_FORBIDDEN_ICMPV6;
+		if (!parsed && direct_may_have_option(packet))
+			direct_read(ctx, packet);
+		return OUTSIDE_POD;
+	}
 	/* The tunnel would make a pod, or the node, of the sender. */
 	if (address && address->flags & (ADDRESS_POD | ADDRESS_INTERNAL) &&
 	    network_is_ours(&packet->source))
 		return -DROP_INVALID_SOURCE_IP;
 	/* A device's address may be newer than what `addresses` says: what a
 	 * mapping or a frontend is for was the node's. */
-	if (packet->flags & PACKET_ICMP_ERROR)
-		return icmp_translate(ctx, packet, DIRECTION_INGRESS);
-	ret = nat_restore(ctx, packet);
-	return ret ? ret : network_host_port(packet);
-}
-
-/*
- * A packet to a host port belongs to none of the host port's flows. It may be
- * for a connection of the node itself, whose source port is the host port: the
- * node's sockets know. A first SYN is the host port's, whoever listens.
- */
-static __always_inline bool network_is_for_node(struct __sk_buff *ctx,
-						const struct packet *packet)
-{
-	struct nat_key end = {
-		.local = packet->service,
-		.remote = packet->source,
-		.local_port = packet->service_port,
-		.remote_port = packet->source_port,
-		.protocol = packet->protocol,
-	};
-
-	if (!(packet->flags & PACKET_HAS_SERVICE) ||
-	    (packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
-		return false;
-	return node_socket_find(ctx, &end) == NODE_SOCKET_TALKS;
+	if (!(packet->flags & PACKET_ICMP_ERROR))
+		ret = nat_restore(ctx, packet);
+	if (!ret)
+		ret = network_find_service(ctx, packet, parsed);
+	if (ret || is_local || packet->flags & PACKET_HAS_SERVICE)
+		return ret;
+	return outside_refuse_rest(packet);
 }
 
 enum network_flow {
@@ -110,7 +91,8 @@ __weak __noinline int network_find_flow(struct __sk_buff *ctx,
 
 	if (!packet)
 		return -DROP_INVALID_PACKET;
-	if (network_is_for_node(ctx, packet))
+	if (packet->flags & PACKET_HAS_SERVICE &&
+	    outside_is_for_node(ctx, packet))
 		return NETWORK_FLOW_NODE;
 	ret = service_avoid_clash(packet);
 	if (ret > 0)
@@ -126,10 +108,26 @@ __weak __noinline int network_find_flow(struct __sk_buff *ctx,
  * they have on the way: new ones to a host port, and what comes late. */
 static __always_inline bool network_may_clash(const struct packet *packet)
 {
+	if (packet->choice > CHOICE_HOST_PORT || packet->flags & PACKET_DIRECT)
+		return false;
 	if (packet->flags & (PACKET_HAS_SERVICE | PACKET_CLASHES))
 		return true;
 	return packet->protocol == IPPROTO_TCP &&
 	       !(packet->tcp_flags & TCP_SYN);
+}
+
+/* The verdict on a packet that begins a flow, or whose flow's is stale. What is
+ * denied leaves no choice of a backend. */
+static __always_inline int network_open(struct __sk_buff *ctx,
+					struct packet *packet)
+{
+	int ret = flow_open_again(ctx, packet);
+
+	if (!ret)
+		ret = flow_open(ctx, packet);
+	if (ret < 0 && packet->choice == CHOICE_NEW)
+		service_forget(packet);
+	return ret;
 }
 
 /* The verdict on a packet for a pod: 0, or a drop; 1 if it is the node's. */
@@ -140,6 +138,11 @@ static __always_inline int network_judge(struct __sk_buff *ctx,
 
 	if (packet->flags & PACKET_ICMP_ERROR)
 		return icmp_judge(ctx, packet);
+	if (packet->choice == CHOICE_NEW) {
+		ret = service_keep(packet);
+		if (ret)
+			return ret;
+	}
 	if (flow_established(ctx, packet))
 		return 0;
 	if (network_may_clash(packet)) {
@@ -148,11 +151,13 @@ static __always_inline int network_judge(struct __sk_buff *ctx,
 			return 1;
 		if (ret)
 			return ret > 0 ? 0 : ret;
+	} else if (packet->choice && packet->flags & PACKET_CLASHES) {
+		ret = service_keep(packet);
+		if (ret)
+			return ret;
 	}
-	ret = flow_open_again(ctx, packet);
-	if (ret)
-		return ret > 0 ? 0 : ret;
-	return flow_open(ctx, packet);
+	ret = network_open(ctx, packet);
+	return ret > 0 ? 0 : ret;
 }
 
 /* With native routing: what comes for a running flow goes to its pod. An action
@@ -230,16 +235,24 @@ int from_network(struct __sk_buff *ctx)
 		parsed = network_find_fragment(ctx, packet, share);
 	if (parsed > 0)
 		return parsed;
-	ret = network_is_for_pod(ctx, packet);
+	ret = network_find_way(ctx, packet, parsed);
 	if (!ret) {
 		/* Of what is the stack's later fragments are, too. */
 		if (!parsed)
 			fragment_keep(packet, share);
 		wait_end(ctx);
-		return TC_ACT_OK;
+		if (packet->choice == CHOICE_NODE)
+			ret = rewrite_apply(ctx, packet);
+		return ret ? finish(ctx, packet, ret) : TC_ACT_OK;
 	}
 	if (ret > 0)
 		ret = parsed;
+	if (ret < 0 && packet->choice == CHOICE_REFUSED)
+		return refuse(ctx, packet, ret);
+	if (!ret && packet_passes_by(packet)) {
+		fragment_keep(packet, share);
+		return finish(ctx, packet, outside_forward(ctx, packet));
+	}
 	if (!ret)
 		ret = network_judge(ctx, packet);
 	if (ret > 0) {
@@ -319,7 +332,10 @@ int to_network(struct __sk_buff *ctx)
 		if (network_is_forged(ctx, packet))
 			return finish(ctx, packet,
 				      -DROP_ENCAPSULATION_PROHIBITED);
-		if (!parsed)
+		ret = parsed ? 0 : outside_answer_of_node(ctx, packet);
+		if (ret < 0)
+			return finish(ctx, packet, ret);
+		if (!parsed && !ret)
 			nat_keep_for_node(ctx, packet);
 		return TC_ACT_OK;
 	}

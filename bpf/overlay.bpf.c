@@ -8,6 +8,7 @@
 #include "lib/forward.h"
 #include "lib/fragment.h"
 #include "lib/icmp.h"
+#include "lib/outside.h"
 #include "lib/tunnel.h"
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
@@ -81,15 +82,31 @@ static __always_inline int overlay_is_for_node(const struct packet *packet)
 	return packet_is_tunnel(packet) ? -DROP_ENCAPSULATION_PROHIBITED : 1;
 }
 
+/* A backend of another node answers a client outside, which it knows by this
+ * node's address: 1, 0 if it does not, or a drop. */
+__weak __noinline int overlay_answer_client(struct __sk_buff *ctx,
+					    struct packet *packet)
+{
+	if (!packet || !own_has_addr(&packet->destination))
+		return 0;
+	return packet->flags & PACKET_ICMP_ERROR
+		       ? icmp_translate(ctx, packet, DIRECTION_INGRESS)
+		       : nat_restore(ctx, packet);
+}
+
 /* Most packets belong to a flow whose verdict stands. */
 static __always_inline int overlay_judge(struct __sk_buff *ctx,
 					 struct packet *packet)
 {
 	int ret;
 
+	if (!(packet->flags & PACKET_ICMP_ERROR) &&
+	    flow_established(ctx, packet))
+		return 0;
+	ret = overlay_answer_client(ctx, packet);
+	if (ret < 0 || packet_passes_by(packet))
+		return ret < 0 ? ret : 0;
 	if (!(packet->flags & PACKET_ICMP_ERROR)) {
-		if (flow_established(ctx, packet))
-			return 0;
 		ret = flow_open_again(ctx, packet);
 		if (ret)
 			return ret > 0 ? 0 : ret;
@@ -121,6 +138,8 @@ int from_overlay(struct __sk_buff *ctx)
 		ret = overlay_check_sender(ctx, packet);
 	if (!ret && packet->flags & PACKET_CONTROL)
 		ret = -DROP_FORBIDDEN_ICMPV6;
+	if (!ret && direct_may_have_option(packet))
+		direct_read(ctx, packet);
 	share = fragment_share_of_sender(packet);
 	if (!ret)
 		ret = fragment_find_or_wait(ctx, packet, ctx->ifindex * 2,
@@ -132,6 +151,8 @@ int from_overlay(struct __sk_buff *ctx)
 	if (ret)
 		return finish(ctx, packet, ret);
 	fragment_keep(packet, share);
+	if (packet_passes_by(packet))
+		return finish(ctx, packet, outside_forward(ctx, packet));
 
 	/* The inner frame is addressed to nobody here. */
 	if (bpf_skb_change_type(ctx, PACKET_HOST))

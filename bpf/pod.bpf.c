@@ -43,6 +43,8 @@ __weak __noinline int from_pod_translate(struct __sk_buff *ctx,
 	if (!packet)
 		return -DROP_INVALID_PACKET;
 	ret = service_translate(packet);
+	if (ret == SERVICE_TO_CHOOSE)
+		ret = service_translate_new(packet);
 	if (!ret && from_pod_may_clash(packet))
 		ret = service_avoid_clash(packet);
 	if (ret > 0)

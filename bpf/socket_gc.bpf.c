@@ -78,16 +78,18 @@ static __always_inline void socket_name(struct sock_common *common,
 
 struct search {
 	const struct socket_key *wanted;
-	struct backend_key key;
+	struct slot_key key;
 	bool is_found;
 };
 
 static long search_slot(__u32 slot, struct search *search)
 {
 	struct backend *backend;
+	__u32 id;
 
 	search->key.slot = slot;
-	backend = bpf_map_lookup_elem(&backends, &search->key);
+	id = slot_backend(&search->key);
+	backend = bpf_map_lookup_elem(&backends, &id);
 	search->is_found = backend && backend->port == search->wanted->port &&
 			   addr_equal(&backend->addr, &search->wanted->backend);
 	return search->is_found;
@@ -105,15 +107,17 @@ socket_is_current(const struct socket_key *key,
 	struct service service;
 
 	if (!service_find(&origin->service, origin->port, key->protocol,
-			  &service))
+			  SCOPE_INTERNAL, &service))
 		return false;
 	search.key.service_id = service.service_id;
 	search.key.generation = service.generation;
-	bpf_loop(service.backend_count, search_slot, &search, 0);
+	/* A backend that drains keeps what it has. */
+	bpf_loop(service.backend_count + service.draining_count, search_slot,
+		 &search, 0);
 	if (search.is_found)
 		return true;
 	return service_find(&origin->service, origin->port, key->protocol,
-			    &service) &&
+			    SCOPE_INTERNAL, &service) &&
 	       (service.service_id != search.key.service_id ||
 		service.generation != search.key.generation);
 }

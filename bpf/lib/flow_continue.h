@@ -98,8 +98,11 @@ flow_has_frontend(const struct connection *connection,
 	bool is_translated = connection->flags &
 			     (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK);
 
+	/* Of a TCP connection only the SYN says the frontend. */
 	if (!(packet->flags & PACKET_HAS_SERVICE))
-		return !is_translated || packet->flags & PACKET_FROM_POD ||
+		return !is_translated ||
+		       connection->flags & CONNECTION_DIRECT ||
+		       packet->flags & PACKET_FROM_POD ||
 		       sender != connection_client_side(connection);
 	return is_translated && sender == connection_client_side(connection) &&
 	       connection->service_port == packet->service_port &&

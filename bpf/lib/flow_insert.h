@@ -96,6 +96,8 @@ static __noinline int flow_insert(struct __sk_buff *ctx,
 		fresh->flags |= CONNECTION_SOCKET;
 	else if (packet->flags & PACKET_HAS_SERVICE)
 		fresh->flags |= CONNECTION_TRANSLATED;
+	if (packet->flags & PACKET_DIRECT)
+		fresh->flags |= CONNECTION_DIRECT;
 	if (packet->tcp_flags & TCP_RST)
 		fresh->flags |= CONNECTION_RESET;
 	if (packet->tcp_flags & TCP_SYN &&

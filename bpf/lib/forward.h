@@ -93,6 +93,10 @@ __weak __noinline int forward_to_route(struct __sk_buff *ctx,
 	if (may_pass && (ret != BPF_FIB_LKUP_RET_SUCCESS ||
 			 !own_device_find(fib.ifindex)))
 		return leave_to_stack(ctx);
+	/* The stack takes the node's own address, and a service's, from no
+	 * device. */
+	if (packet_passes_by(packet) && ret == BPF_FIB_LKUP_RET_FRAG_NEEDED)
+		return -DROP_FRAGMENT_UNSUPPORTED;
 	if (ret == BPF_FIB_LKUP_RET_FRAG_NEEDED)
 		return forward_is_answer(packet)
 			       ? forward_too_long_answer(ctx, packet)
@@ -100,7 +104,8 @@ __weak __noinline int forward_to_route(struct __sk_buff *ctx,
 	if (ret != BPF_FIB_LKUP_RET_SUCCESS)
 		return -DROP_FIB_LOOKUP_FAILED;
 	if (!hop_take(ctx, packet->flags & PACKET_IPV6))
-		return leave_to_stack(ctx);
+		return packet_passes_by(packet) ? -DROP_TTL_EXCEEDED
+						: leave_to_stack(ctx);
 	if (forward_is_answer(packet)) {
 		ret = rewrite_apply(ctx, packet);
 		if (ret)
@@ -122,7 +127,7 @@ static __always_inline int forward_by_route(struct __sk_buff *ctx,
 	int action;
 
 	/* A service answers: its address may have another way. */
-	if (packet->flags & PACKET_NEW_SOURCE)
+	if (packet->flags & PACKET_NEW_SOURCE || packet_passes_by(packet))
 		return forward_to_route(ctx, packet, false);
 	length = packet_wire_length(ctx, packet->l4_offset, packet->protocol);
 	action = route_leave(ctx, &packet->source, &packet->destination,
@@ -149,12 +154,26 @@ forward_node(const struct packet *packet)
 	return prefix && prefix->flags & PREFIX_POD_CIDR ? &prefix->node : NULL;
 }
 
+/*
+ * The identity that the packet bears in the tunnel; 0: there is none. What comes
+ * from outside to a service is not the node's, whose address it may have.
+ */
+static __always_inline __u32 forward_identity(const struct packet *packet)
+{
+	struct endpoint *endpoint;
+
+	if (packet_passes_by(packet))
+		return IDENTITY_WORLD;
+	endpoint = endpoint_by_id(packet->source_endpoint);
+	return endpoint ? endpoint->identity : 0;
+}
+
 /* To the node that has the pod. */
 __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 				      struct packet *packet)
 {
 	const struct addr *node;
-	struct endpoint *endpoint;
+	__u32 identity;
 	int ret;
 
 	if (!packet)
@@ -166,25 +185,25 @@ __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 		return -DROP_UNROUTABLE_IP;
 	if (addr_is_zero(node))
 		return -DROP_NO_TUNNEL_ENDPOINT;
-	endpoint = endpoint_by_id(packet->source_endpoint);
-	if (!endpoint)
+	identity = forward_identity(packet);
+	if (!identity)
 		return -DROP_INVALID_IDENTITY;
 	if (!hop_take(ctx, packet->flags & PACKET_IPV6))
-		return leave_to_stack(ctx);
+		return packet_passes_by(packet) ? -DROP_TTL_EXCEEDED
+						: leave_to_stack(ctx);
 	if (forward_is_answer(packet)) {
 		ret = rewrite_apply(ctx, packet);
 		if (ret)
 			return ret;
 	}
 	if (tunnel_is_direct() && addr_is_ipv4(node)) {
-		ret = tunnel_send(ctx, packet, node->w[3],
-				  endpoint->identity,
+		ret = tunnel_send(ctx, packet, node->w[3], identity,
 				  packet_wire_length(ctx, packet->l4_offset,
 						     packet->protocol));
 		if (ret != TUNNEL_BY_DEVICE)
 			return ret;
 	}
-	ret = forward_set_tunnel_key(ctx, node, endpoint->identity);
+	ret = forward_set_tunnel_key(ctx, node, identity);
 	if (ret)
 		return ret;
 	return leave(ctx, settings.tunnel_ifindex, 0, NULL);

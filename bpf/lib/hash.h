@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * Hashes with the node's secret. Pods choose their own ports and peers; what
+ * Hashes, most of them with the node's secret. Pods choose their own ports and peers; what
  * such a tuple decides beyond the pod (a port of the node, a slot that pods
  * share) must not be a number that a pod can compute.
  */
@@ -41,6 +41,15 @@ static __always_inline void hash_begin(struct hash *hash)
 	hash->v1 = settings.secret[1] ^ 0x646f72616e646f6d;
 	hash->v2 = settings.secret[0] ^ 0x6c7967656e657261;
 	hash->v3 = settings.secret[1] ^ 0x7465646279746573;
+}
+
+/* Without the secret: for what every node must come to alike. */
+static __always_inline void hash_begin_public(struct hash *hash)
+{
+	hash->v0 = 0x736f6d6570736575;
+	hash->v1 = 0x646f72616e646f6d;
+	hash->v2 = 0x6c7967656e657261;
+	hash->v3 = 0x7465646279746573;
 }
 
 static __always_inline void hash_add(struct hash *hash, __u64 word)

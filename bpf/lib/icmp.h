@@ -224,9 +224,145 @@ static __always_inline bool icmp_has_host_port_flow(const struct packet *inner,
 }
 
 /*
- * Translates an ICMP error like the flow it tells of, masqueraded or of a host
- * port: coming in, the node's address becomes the pod's; going out, the pod's
- * the node's. 1 if it did, 0 if the flow is none of ours, or a drop.
+ * A backend elsewhere, or a router on the way there, quotes what has gone there
+ * from the node's address for a client: 1, or a drop.
+ */
+static __noinline int icmp_to_client(struct __sk_buff *ctx,
+				     struct packet *packet,
+				     struct packet *inner,
+				     const struct nat *row)
+{
+	int ret;
+
+	addr_copy(&inner->source, &row->addr);
+	inner->source_port = row->port;
+	ret = icmp_rewrite_inner(ctx, packet, inner, REWRITE_SOURCE);
+	if (addr_equal(&packet->source, &inner->destination)) {
+		addr_copy(&packet->source, &row->service);
+		packet->flags |= PACKET_NEW_SOURCE;
+	}
+	addr_copy(&inner->destination, &row->service);
+	inner->destination_port = row->service_port;
+	if (!ret)
+		ret = icmp_rewrite_inner(ctx, packet, inner,
+					 REWRITE_DESTINATION);
+	addr_copy(&packet->destination, &row->addr);
+	packet->flags |= PACKET_NEW_DESTINATION;
+	packet->choice = CHOICE_ANSWER;
+	return ret ? ret : 1;
+}
+
+/*
+ * A client, or a router on the way there, quotes what a service has answered:
+ * 1, 0 if the flow is not known, or a drop.
+ */
+static __noinline int icmp_to_backend(struct __sk_buff *ctx,
+				      struct packet *packet,
+				      struct packet *inner)
+{
+	struct scratch *room = scratch_get();
+	__be16 own_port = inner->destination_port;
+	struct connection *chosen;
+	int ret;
+
+	if (!room)
+		return 0;
+	connection_key_fill((const void *)&inner->destination,
+			    (const void *)&inner->source,
+			    inner->destination_port, inner->source_port,
+			    inner->protocol, &room->service_key);
+	room->service_key.kind = CONNECTION_SERVICE;
+	chosen = bpf_map_lookup_elem(&connections, &room->service_key);
+	if (!chosen || connection_is_expired(chosen, inner->protocol,
+					     bpf_jiffies64()))
+		return 0;
+	addr_copy(&inner->source, &chosen->service);
+	inner->source_port = chosen->service_port;
+	addr_copy(&packet->destination, &chosen->service);
+	packet->flags |= PACKET_NEW_DESTINATION;
+	if (chosen->other_port)
+		inner->destination_port = chosen->other_port;
+	if (chosen->flags & CONNECTION_SOCKET) {
+		packet->choice = CHOICE_NODE;
+	} else if (chosen->flags & CONNECTION_DIRECT) {
+		packet->route = chosen->route[1];
+		packet->choice = CHOICE_DIRECT;
+	} else if (chosen->route[1]) {
+		if (!nat_node_addr(packet, &inner->destination))
+			return 0;
+		addr_copy(&packet->source, &inner->destination);
+		packet->flags |= PACKET_NEW_SOURCE;
+		packet->route = chosen->route[1];
+		packet->choice = CHOICE_AWAY;
+	}
+	ret = icmp_rewrite_inner(ctx, packet, inner, REWRITE_SOURCE);
+	if (!ret && inner->destination_port != own_port)
+		ret = icmp_rewrite_inner(ctx, packet, inner,
+					 REWRITE_DESTINATION);
+	return ret ? ret : 1;
+}
+
+/* What comes in quotes a pod's answer by its host port: 1, 0 if it does not, or
+ * a drop. */
+static __always_inline int icmp_to_host_port(struct __sk_buff *ctx,
+					     struct packet *packet,
+					     struct packet *inner)
+{
+	struct backend pod;
+	int ret;
+
+	if (!service_host_port(&inner->source, inner->source_port,
+			       inner->protocol, &pod) ||
+	    !icmp_has_host_port_flow(inner, &pod))
+		return 0;
+	inner->source = pod.addr;
+	inner->source_port = pod.port;
+	packet->destination = pod.addr;
+	packet->flags |= PACKET_NEW_DESTINATION;
+	ret = icmp_rewrite_inner(ctx, packet, inner, REWRITE_SOURCE);
+	return ret ? ret : 1;
+}
+
+/* The quoted packet has a mapping of masquerading: 1 or a drop. */
+static __always_inline int icmp_masquerade(struct __sk_buff *ctx,
+					   struct packet *packet,
+					   struct packet *inner,
+					   const struct nat *row, bool out)
+{
+	int ret;
+
+	if (out) {
+		inner->destination = row->addr;
+		inner->destination_port = row->port;
+		packet->source = row->addr;
+		packet->flags |= PACKET_NEW_SOURCE;
+	} else {
+		inner->source = row->addr;
+		inner->source_port = row->port;
+		packet->destination = row->addr;
+		packet->flags |= PACKET_NEW_DESTINATION;
+	}
+	ret = icmp_rewrite_inner(ctx, packet, inner,
+				 out ? REWRITE_DESTINATION : REWRITE_SOURCE);
+	return ret ? ret : 1;
+}
+
+/* Of what comes in without a mapping: a service has sent what it quotes. */
+static __always_inline int icmp_to_service(struct __sk_buff *ctx,
+					   struct packet *packet,
+					   struct packet *inner)
+{
+	int ret = icmp_to_backend(ctx, packet, inner);
+
+	return ret ? ret : icmp_to_host_port(ctx, packet, inner);
+}
+
+/*
+ * Translates an ICMP error like the flow it tells of, masqueraded or of a
+ * service for clients outside: coming in, the node's address becomes the pod's
+ * or the client's; going out, the pod's the node's. 1 if it did
+ * (packet_passes_by says whether it is for a pod of this node), 0 if the packet
+ * is the stack's, or a drop.
  */
 __weak __noinline int icmp_translate(struct __sk_buff *ctx,
 				     struct packet *packet, __u32 direction)
@@ -235,9 +371,7 @@ __weak __noinline int icmp_translate(struct __sk_buff *ctx,
 	struct packet *inner;
 	struct nat_key key = {};
 	bool out = direction == DIRECTION_EGRESS;
-	struct backend pod;
-	struct nat *other;
-	struct nat to = {};
+	struct nat *row;
 	int ret;
 
 	if (!packet || !room)
@@ -255,36 +389,21 @@ __weak __noinline int icmp_translate(struct __sk_buff *ctx,
 	key.remote_port = out ? inner->source_port : inner->destination_port;
 	key.protocol = inner->protocol;
 	key.direction = direction;
-	other = bpf_map_lookup_elem(&nat, &key);
-	if (other && !out && nat_is_nodes(other, &key))
+	row = bpf_map_lookup_elem(&nat, &key);
+	if (row && !out && nat_is_nodes(row, &key))
 		return 0;
-	if (other) {
-		to = *other;
-	} else {
-		if (out ||
-		    !service_host_port(&inner->source, inner->source_port,
-				       inner->protocol, &pod) ||
-		    !icmp_has_host_port_flow(inner, &pod))
-			return 0;
-		to.addr = pod.addr;
-		to.port = pod.port;
-	}
-	if (out) {
-		inner->destination = to.addr;
-		inner->destination_port = to.port;
-		packet->source = to.addr;
-		packet->flags |= PACKET_NEW_SOURCE;
-		ret = icmp_rewrite_inner(ctx, packet, inner,
-					 REWRITE_DESTINATION);
-	} else {
-		inner->source = to.addr;
-		inner->source_port = to.port;
-		packet->destination = to.addr;
-		packet->flags |= PACKET_NEW_DESTINATION;
-		ret = icmp_rewrite_inner(ctx, packet, inner, REWRITE_SOURCE);
-	}
-	if (!ret)
-		ret = rewrite_apply(ctx, packet);
+	if (row && row->service_port)
+		ret = icmp_to_client(ctx, packet, inner, row);
+	else if (row)
+		ret = icmp_masquerade(ctx, packet, inner, row, out);
+	else
+		ret = out ? 0 : icmp_to_service(ctx, packet, inner);
+	if (ret <= 0)
+		return ret;
+	ret = rewrite_apply(ctx, packet);
 	packet->flags &= ~(PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION);
-	return ret ? ret : 1;
+	if (ret)
+		return ret;
+	/* What is for a socket of the node is the stack's. */
+	return packet->choice == CHOICE_NODE ? 0 : 1;
 }

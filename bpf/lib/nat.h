@@ -10,6 +10,19 @@
 #include "own.h"
 #include "rewrite.h"
 
+/* The address from which this node sends on what clients outside ask services:
+ * false if it has none of the packet's family. */
+static __always_inline bool nat_node_addr(const struct packet *packet,
+					  struct addr *node)
+{
+	struct own_addresses *own = own_addresses_find();
+
+	if (!own)
+		return false;
+	*node = *own_addr(own, packet->flags & PACKET_IPV6);
+	return !addr_is_zero(node);
+}
+
 static __always_inline bool nat_has_port(const struct packet *packet)
 {
 	switch (packet->protocol) {
@@ -50,7 +63,7 @@ static __always_inline bool nat_is_whole(struct nat_mapping *to,
 	to->back.local_port = known->port;
 	row = bpf_map_lookup_elem(&nat, &to->back);
 	if (row)
-		return nat_row_is(row, &to->pod.addr, to->pod.port);
+		return nat_row_equal(row, &to->pod);
 	to->pod.tcp_flags = known->tcp_flags & TCP_ACK;
 	return !bpf_map_update_elem(&nat, &to->back, &to->pod, BPF_NOEXIST);
 }
@@ -210,9 +223,47 @@ static __always_inline struct nat *nat_find_back(struct __sk_buff *ctx,
 	return NULL;
 }
 
+/* The backend has spoken to a client, or has ended their connection: the row for
+ * the way there is to know. */
+static __always_inline void nat_tell_client_row(const struct packet *packet,
+						struct nat *row)
+{
+	struct connection_key key __attribute__((aligned(8)));
+	struct connection *choice;
+
+	connection_key_fill((const void *)&row->addr,
+			    (const void *)&row->service, row->port,
+			    row->service_port, packet->protocol, &key);
+	key.kind = CONNECTION_SERVICE;
+	choice = bpf_map_lookup_elem(&connections, &key);
+	if (!choice)
+		return;
+	if (choice->flags & CONNECTION_OPENING)
+		connection_answer(choice);
+	if (packet->tcp_flags & TCP_RST ||
+	    row->tcp_flags & row->client_flags & TCP_FIN)
+		choice->flags |= CONNECTION_CLOSING;
+}
+
+/* The packet comes from a backend elsewhere: the client knows the frontend. */
+static __always_inline void nat_answer_client(struct packet *packet,
+					      struct nat *row)
+{
+	if (!row->is_answered || packet->tcp_flags & (TCP_FIN | TCP_RST) ||
+	    row->tcp_flags & row->client_flags & TCP_FIN) {
+		row->is_answered = 1;
+		nat_tell_client_row(packet, row);
+	}
+	addr_copy(&packet->source, &row->service);
+	packet->source_port = row->service_port;
+	packet->flags |= PACKET_NEW_SOURCE;
+	packet->choice = CHOICE_ANSWER;
+}
+
 /*
- * If the packet answers a masqueraded one: makes the pod its destination.
- * 1 if it did, 0 if the packet is none of ours, or a drop.
+ * If the packet answers a masqueraded one, or one that went to a backend
+ * elsewhere from the node's address: makes the pod, or the client, its
+ * destination. 1 if it did, 0 if the packet is none of ours, or a drop.
  */
 __weak __noinline int nat_restore(struct __sk_buff *ctx, struct packet *packet)
 {
@@ -237,10 +288,12 @@ __weak __noinline int nat_restore(struct __sk_buff *ctx, struct packet *packet)
 	if (!pod)
 		return 0;
 	nat_note(pod, packet->tcp_flags);
+	if (pod->service_port)
+		nat_answer_client(packet, pod);
 	packet->destination = pod->addr;
 	packet->destination_port = pod->port;
 	packet->flags |= PACKET_NEW_DESTINATION;
 	ret = rewrite_apply(ctx, packet);
-	packet->flags &= ~PACKET_NEW_DESTINATION;
+	packet->flags &= ~(PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION);
 	return ret ? ret : 1;
 }

@@ -34,6 +34,15 @@ static __always_inline bool nat_row_is(const struct nat *row,
 	return row->port == port && addr_equal(&row->addr, addr);
 }
 
+/* Both rows say the same end, and of a client's flow the same frontend. */
+static __always_inline bool nat_row_equal(const struct nat *a,
+					  const struct nat *b)
+{
+	return nat_row_is(a, &b->addr, b->port) &&
+	       a->service_port == b->service_port &&
+	       addr_equal(&a->service, &b->service);
+}
+
 /* The port is the node's: a packet to it is for the stack. */
 static __always_inline bool nat_is_nodes(const struct nat *back,
 					 const struct nat_key *key)
@@ -67,25 +76,40 @@ static __always_inline bool nat_is_older(const struct nat *row, __u64 now,
 }
 
 /*
- * How long a flow may be silent: as long as its connection. `other` is the row
- * of the other direction, or NULL if that is lost.
+ * How long a flow may be silent, of which these flags were seen one way and the
+ * other way: as long as its connection. What was seen the other way may not be
+ * known.
  */
-static __always_inline __u32 nat_timeout(const struct nat *row,
-					 const struct nat *other,
-					 __u8 protocol, __u32 closing_seconds)
+static __always_inline __u32 nat_timeout(__u8 flags, bool other_is_known,
+					 __u8 other_flags, __u8 protocol,
+					 __u32 closing_seconds)
 {
-	__u8 other_flags = other ? other->tcp_flags : 0;
-
 	if (protocol != IPPROTO_TCP)
 		return settings.other_timeout_seconds;
-	if ((row->tcp_flags | other_flags) & TCP_RST ||
-	    row->tcp_flags & other_flags & TCP_FIN)
+	if ((flags | other_flags) & TCP_RST || flags & other_flags & TCP_FIN)
 		return closing_seconds;
 	/* Both directions were used; of a lost row the other one tells. */
-	if (other ? row->tcp_flags && other->tcp_flags
-		  : row->tcp_flags & TCP_ACK)
+	if (other_is_known ? flags && other_flags : flags & TCP_ACK)
 		return settings.tcp_timeout_seconds;
 	return settings.tcp_opening_seconds;
+}
+
+/*
+ * A client's flow that nobody has answered, and whose way there is forgotten: of
+ * those the newest count (connection_open), so a flood of questions keeps no
+ * ports.
+ */
+static __noinline bool nat_is_forgotten(const struct nat *row, __u8 protocol)
+{
+	struct connection_key key __attribute__((aligned(8)));
+
+	if (row->is_answered)
+		return false;
+	connection_key_fill((const void *)&row->addr,
+			    (const void *)&row->service, row->port,
+			    row->service_port, protocol, &key);
+	key.kind = CONNECTION_SERVICE;
+	return !bpf_map_lookup_elem(&connections, &key);
 }
 
 /* The flow of a row is over, and nothing of it is on its way any more. */
@@ -101,12 +125,22 @@ static __always_inline bool nat_is_over(const struct nat_key *key,
 		return nat_is_older(row, now, settings.other_timeout_seconds);
 	if (!nat_is_older(row, now, NAT_REST_SECONDS))
 		return false;
+	/* A client's flow has this one row. */
+	if (row->service_port)
+		return nat_is_forgotten(row, key->protocol) ||
+		       nat_is_older(row, now,
+				    nat_timeout(row->tcp_flags, true,
+						row->client_flags,
+						key->protocol,
+						closing_seconds));
 	nat_key_turn(key, row, &turned);
 	other = bpf_map_lookup_elem(&nat, &turned);
 	/* A row that another one has replaced. */
 	if (other && !nat_row_is(other, &key->local, key->local_port))
 		return true;
-	seconds = nat_timeout(row, other, key->protocol, closing_seconds);
+	seconds = nat_timeout(row->tcp_flags, other,
+			      other ? other->tcp_flags : 0, key->protocol,
+			      closing_seconds);
 	return nat_is_older(row, now, seconds) &&
 	       (!other || nat_is_older(other, now, seconds));
 }
@@ -157,7 +191,7 @@ __weak __noinline int nat_take_port(struct __sk_buff *ctx, __u32 port)
 	to->back.local_port = bpf_htons(port);
 	row = bpf_map_lookup_elem(&nat, &to->back);
 	/* The other half of this flow's mapping was lost, or is on its way. */
-	if (row && nat_row_is(row, &to->pod.addr, to->pod.port))
+	if (row && nat_row_equal(row, &to->pod))
 		return 1;
 	if (row && !nat_is_over(&to->back, row, to->pod.last_seen_jiffies,
 				NAT_REST_SECONDS))

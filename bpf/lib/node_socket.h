@@ -61,15 +61,15 @@ __weak __noinline int node_socket_find(struct __sk_buff *ctx,
 }
 
 /* Answers to this address and port of the node are not masquerading's to have:
- * the node has a socket for them, a tunnel ends there, or a pod's host port. */
+ * the node has a socket for them, a tunnel ends there, or a service begins. */
 static __always_inline bool node_has_port(struct __sk_buff *ctx,
 					  const struct nat_key *back)
 {
-	struct backend pod;
+	struct service service;
 
 	return (back->protocol == IPPROTO_UDP &&
 		back->local_port == bpf_htons(settings.tunnel_port)) ||
-	       service_host_port(&back->local, back->local_port,
-				 back->protocol, &pod) ||
+	       service_find(&back->local, back->local_port, back->protocol,
+			    SCOPE_EXTERNAL, &service) ||
 	       node_socket_find(ctx, back);
 }

@@ -47,6 +47,20 @@ enum packet_flags {
 	PACKET_FROM_STACK = 1 << 20, /* to_pod: the node's stack sends it */
 	PACKET_FORWARDED = 1 << 21,  /* to_pod: it came to the stack by a device */
 	PACKET_QUOTED = 1 << 22,     /* an ICMP error quotes it: its end is missing */
+	PACKET_DIRECT = 1 << 23,     /* another node sends it on; an option says the frontend */
+};
+
+/* Of a packet from the network: what it has to do with a service. */
+enum packet_choice {
+	CHOICE_NONE = 0,
+	CHOICE_HOST_PORT = 1, /* there is nothing to choose */
+	CHOICE_KNOWN = 2,     /* its flow has a backend here */
+	CHOICE_NEW = 3,	      /* its flow gets a backend with this packet */
+	CHOICE_AWAY = 4,      /* it goes to a backend elsewhere, from the node's address */
+	CHOICE_ANSWER = 5,    /* it comes from there, and goes to the client */
+	CHOICE_NODE = 6,      /* its backend is this node itself */
+	CHOICE_DIRECT = 7,    /* it goes to a backend elsewhere, which answers itself */
+	CHOICE_REFUSED = 8,   /* there is nobody to choose, and the client is told */
 };
 
 struct packet {
@@ -74,7 +88,16 @@ struct packet {
 	__u8 direction;
 	__u8 route;	   /* enum route, of the destination */
 	__u8 source_route; /* enum route, back to the source */
+	__u8 choice;	   /* enum packet_choice */
 } __attribute__((aligned(8)));
+
+/* It passes this node, from a client to a backend elsewhere or back. */
+static __always_inline bool packet_passes_by(const struct packet *packet)
+{
+	return packet->choice == CHOICE_AWAY ||
+	       packet->choice == CHOICE_ANSWER ||
+	       packet->choice == CHOICE_DIRECT;
+}
 
 static __always_inline bool addr_equal(const struct addr *a,
 				       const struct addr *b)

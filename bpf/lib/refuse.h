@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * Drops that the pod is told of at once: a service without backends, or a port
+ * Drops that the sender is told of at once: a service without backends, or a port
  * that it does not have. The packet is turned into its own answer, TCP RST or
  * ICMP port unreachable, and goes back by the way it came; so the application
  * gets its error now and not after a minute of silence.
@@ -159,7 +159,22 @@ static __always_inline int refuse_with_icmp(struct __sk_buff *ctx,
 	return 0;
 }
 
-/* Drops a pod's packet, and tells the pod if a service has refused it. */
+/* Back by the device that the packet came by; what is to the pod that sent it
+ * goes straight into its namespace. An action of tc. */
+static __always_inline int refuse_send(struct __sk_buff *ctx,
+				       const struct packet *packet,
+				       const __u8 from[6], const __u8 to[6])
+{
+	if (packet->flags & PACKET_FROM_POD)
+		return neighbour_reply(ctx, from, to);
+	if (bpf_skb_store_bytes(ctx, 0, to, 6, 0) ||
+	    bpf_skb_store_bytes(ctx, 6, from, 6, 0))
+		return -DROP_WRITE_ERROR;
+	mark_set(ctx, MARK_LEAVE);
+	return bpf_redirect(ctx->ifindex, 0);
+}
+
+/* Drops a packet, and tells its sender if a service has refused it. */
 __weak __noinline int refuse(struct __sk_buff *ctx, struct packet *packet,
 			     int reason)
 {
@@ -185,6 +200,6 @@ __weak __noinline int refuse(struct __sk_buff *ctx, struct packet *packet,
 	if (ret || bpf_skb_load_bytes(ctx, 0, from, 6) ||
 	    bpf_skb_load_bytes(ctx, 6, to, 6))
 		return TC_ACT_SHOT;
-	ret = neighbour_reply(ctx, from, to);
+	ret = refuse_send(ctx, packet, from, to);
 	return ret < 0 ? TC_ACT_SHOT : ret;
 }

@@ -36,6 +36,17 @@ struct nat_mapping {
 	struct nat pod;	     /* for the way back */
 };
 
+/* A backend is chosen for a flow to a service: who asks for what, and the one. */
+struct service_choice {
+	struct service_key frontend;
+	struct service service;
+	struct affinity_key client;
+	struct backend backend;
+	__u64 hash;   /* of the flow, the same on every node; 0: chosen at random */
+	__u32 number; /* evenly over all numbers */
+	__u32 id;     /* of the backend */
+};
+
 struct scratch {
 	__u32 fence; /* 0; for order_reads() */
 	__u32 pad;
@@ -46,6 +57,7 @@ struct scratch {
 	struct flow flow;
 	struct nat_mapping mapping;
 	struct connection_key service_key; /* of a CONNECTION_SERVICE row */
+	struct service_choice choice;
 	struct connection connection; /* to be inserted */
 	struct share_room share;      /* who comes and who goes of an endpoint's own */
 	struct ended ended;	      /* a connection on its way from or to `ended` */

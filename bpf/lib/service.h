@@ -10,11 +10,9 @@
  * the backend's own address. The backend would see one connection. So the row of
  * the flow says by which frontend it came, and the second frontend's flow gets
  * another source port on the way. The port is kept in a SERVICE row, whose key
- * is the client and the frontend, as the client knows them. Pods' flows to
- * services always have a SERVICE row, since it holds the choice of the backend;
- * flows from outside have one only when they need a port of their own. A node
- * port, whose backend is chosen among many, needs the SERVICE row for each flow
- * from outside, under the same key.
+ * is the client and the frontend, as the client knows them. Flows to services
+ * have a SERVICE row, since it holds the choice of the backend; flows to host
+ * ports have one only when they need a port of their own.
  */
 #pragma once
 
@@ -27,19 +25,10 @@
 #define SERVICE_PORT_MIN 32768
 #define SERVICE_PORT_TRIES 8
 
-/*
- * Copies the frontend's row: true if there is one. A copy, taken at once: a row
- * that the agent replaces or deletes may be another frontend's the next moment.
- */
-static __always_inline bool service_find(const struct addr *addr, __be16 port,
-					 __u8 protocol, struct service *service)
+static __always_inline bool service_find_key(const struct service_key *key,
+					     struct service *service)
 {
-	struct service_key key = {
-		.addr = *addr,
-		.port = port,
-		.protocol = protocol,
-	};
-	struct service *row = bpf_map_lookup_elem(&services, &key);
+	struct service *row = bpf_map_lookup_elem(&services, key);
 
 	if (!row)
 		return false;
@@ -47,56 +36,47 @@ static __always_inline bool service_find(const struct addr *addr, __be16 port,
 	return true;
 }
 
-/* Copies the backend of a number that is even over them all: true if there is
- * one. */
-static __always_inline bool service_select(const struct service *service,
-					   __u32 number,
-					   struct backend *backend)
+/*
+ * Copies the frontend's row: true if there is one. A copy, taken at once: a row
+ * that the agent replaces or deletes may be another frontend's the next moment.
+ */
+static __always_inline bool service_find(const struct addr *addr, __be16 port,
+					 __u8 protocol, __u8 scope,
+					 struct service *service)
 {
-	struct backend_key key = {
-		.service_id = service->service_id,
-		.generation = service->generation,
-		/* As even as a remainder, without division. */
-		.slot = ((__u64)number * service->backend_count) >> 32,
+	struct service_key key = {
+		.addr = *addr,
+		.port = port,
+		.protocol = protocol,
+		.scope = scope,
 	};
-	struct backend *row;
 
-	if (!service->backend_count)
-		return false;
-	row = bpf_map_lookup_elem(&backends, &key);
+	return service_find_key(&key, service);
+}
+
+/* Copies the backend with an id: true if there is one. */
+static __always_inline bool backend_copy(__u32 id, struct backend *backend)
+{
+	struct backend *row = bpf_map_lookup_elem(&backends, &id);
+
 	if (!row)
 		return false;
 	*backend = *row;
-	return backend->service_id == service->service_id;
+	return backend->id == id;
 }
 
-/*
- * The same of the service with this frontend, whose row was copied. The set of
- * backends may have changed since: then the row is read once more.
- */
-static __always_inline bool service_select_backend(const struct addr *addr,
-						   __be16 port, __u8 protocol,
-						   struct service *service,
-						   __u32 number,
-						   struct backend *backend)
+/* The id of the backend in a slot; 0: there is none. */
+static __always_inline __u32 slot_backend(const struct slot_key *key)
 {
-	return service_select(service, number, backend) ||
-	       (service_find(addr, port, protocol, service) &&
-		service_select(service, number, backend));
-}
+	const volatile __u64 *row = bpf_map_lookup_elem(&slots, key);
+	struct slot slot;
+	__u64 word;
 
-/* Copies the pod that has a port of this node: true if there is one. */
-static __always_inline bool service_host_port(const struct addr *addr,
-					      __be16 port, __u8 protocol,
-					      struct backend *pod)
-{
-	struct service service;
-
-	/* Addresses of services are for the cluster only. */
-	return service_find(addr, port, protocol, &service) &&
-	       service.flags & SERVICE_HOST_PORT &&
-	       !(service.flags & SERVICE_LOOPBACK) &&
-	       service_select_backend(addr, port, protocol, &service, 0, pod);
+	if (!row)
+		return 0;
+	word = *row;
+	__builtin_memcpy(&slot, &word, sizeof(slot));
+	return slot.service_id == key->service_id ? slot.backend : 0;
 }
 
 /* The backend comes before this address and port, in the order of slots. */
@@ -111,32 +91,203 @@ static __always_inline bool backend_is_before(const struct backend *backend,
 	return bpf_ntohs(backend->port) < bpf_ntohs(port);
 }
 
-/* A backend that was chosen is still one of the service's. */
-static __always_inline bool service_has_backend(const struct service *service,
-						const struct addr *addr,
-						__be16 port)
+/* A backend that was chosen is one that new flows may go to. */
+__weak __noinline int service_has_backend(const struct service *service,
+					  const struct addr *addr, __u32 port)
 {
-	struct backend_key key = {
-		.service_id = service->service_id,
-		.generation = service->generation,
-	};
-	__u32 low = 0, high = service->backend_count;
 	struct backend *backend;
+	struct slot_key key = {};
+	__u32 low = 0, high, id;
 
+	if (!service || !addr)
+		return 0;
+	key.service_id = service->service_id;
+	key.generation = service->generation;
+	high = service->backend_count;
 	for (int step = 0; step < SERVICE_SEARCH_STEPS && low < high; step++) {
 		key.slot = low + (high - low) / 2;
-		backend = bpf_map_lookup_elem(&backends, &key);
-		if (!backend || backend->service_id != key.service_id)
-			return false;
+		id = slot_backend(&key);
+		backend = bpf_map_lookup_elem(&backends, &id);
+		if (!backend || backend->id != id)
+			return 0;
 		if (backend_is_before(backend, addr, port))
 			low = key.slot + 1;
-		else if (backend->port == port &&
+		else if (backend->port == (__be16)port &&
 			 addr_equal(&backend->addr, addr))
-			return true;
+			return 1;
 		else
 			high = key.slot;
 	}
-	return false;
+	return 0;
+}
+
+/* The backend that this client has had last, while affinity says so. */
+static __always_inline bool service_stay(struct service_choice *choice)
+{
+	/* By a copy: older verifiers take no key out of an argument. */
+	struct affinity_key key = choice->client;
+	struct affinity *row = bpf_map_lookup_elem(&affinity, &key);
+	__u64 now = bpf_jiffies64();
+	struct affinity last;
+
+	if (!row)
+		return false;
+	last = *row;
+	if ((__s64)(now - last.used_jiffies) >
+		    (__s64)seconds_to_jiffies(choice->service.affinity_seconds) ||
+	    !backend_copy(last.backend, &choice->backend) ||
+	    !service_has_backend(&choice->service, &choice->backend.addr,
+				 choice->backend.port))
+		return false;
+	row->used_jiffies = now;
+	return true;
+}
+
+/* By the table that is the same on every node. */
+static __always_inline __u32 service_by_table(const struct service *service,
+					      __u64 hash)
+{
+	__u32 place = (hash >> 32) * settings.maglev_size >> 32;
+	struct maglev_key key = {
+		.service_id = service->service_id,
+		.generation = service->generation,
+		.piece = place / MAGLEV_PIECE,
+	};
+	struct maglev_piece *piece = bpf_map_lookup_elem(&maglev, &key);
+	__u32 id;
+
+	place %= MAGLEV_PIECE;
+	/* Or clang leaves out what the verifier does not know. */
+	barrier_var(place);
+	if (!piece || place >= MAGLEV_PIECE)
+		return 0;
+	id = piece->backends[place];
+	return piece->service_id == service->service_id ? id : 0;
+}
+
+/* The backend of a number that is even over them all. */
+static __always_inline __u32 service_by_number(const struct service *service,
+					       __u32 number)
+{
+	struct slot_key key = {
+		.service_id = service->service_id,
+		.generation = service->generation,
+		/* As even as a remainder, without division. */
+		.slot = ((__u64)number * service->backend_count) >> 32,
+	};
+
+	return slot_backend(&key);
+}
+
+static __always_inline bool service_choose_in(struct service_choice *choice)
+{
+	const struct service *service = &choice->service;
+
+	if (!service->backend_count)
+		return false;
+	choice->client.service_id = service->service_id;
+	if (service->affinity_seconds && service_stay(choice))
+		return true;
+	choice->id = choice->hash && service->algorithm == SERVICE_MAGLEV
+			     ? service_by_table(service, choice->hash)
+			     : service_by_number(service, choice->number);
+	return choice->id && backend_copy(choice->id, &choice->backend);
+}
+
+/*
+ * Chooses a backend of the service whose row is in `choice`: 1 if there is one.
+ * The set of backends may have changed since the row was read: then it is read
+ * once more.
+ */
+__weak __noinline int service_choose(struct service_choice *choice)
+{
+	struct affinity chosen = {};
+	struct affinity_key client;
+	struct service_key key;
+
+	if (!choice)
+		return 0;
+	choice->id = 0;
+	if (!service_choose_in(choice)) {
+		key = choice->frontend;
+		if (!service_find_key(&key, &choice->service) ||
+		    !service_choose_in(choice))
+			return 0;
+	}
+	if (!choice->service.affinity_seconds || !choice->id)
+		return 1;
+	chosen.used_jiffies = bpf_jiffies64();
+	chosen.backend = choice->id;
+	client = choice->client;
+	map_insert(&affinity, &client, &chosen);
+	return 1;
+}
+
+/* The same for a packet to `packet->service`: makes its destination the
+ * backend. */
+static __always_inline bool service_choose_for(struct packet *packet,
+					       struct service_choice *choice)
+{
+	if (!service_choose(choice))
+		return false;
+	addr_copy(&packet->destination, &choice->backend.addr);
+	packet->destination_port = choice->backend.port;
+	return true;
+}
+
+/*
+ * Of a packet's client and frontend: the same on every node, and with affinity
+ * the same for all of a client's flows. No secret: a client that computes it
+ * chooses its backend, which it can by trying, too.
+ */
+static __always_inline __u64 service_hash(const struct packet *packet,
+					  const struct service *service)
+{
+	__u64 ports = (__u64)packet->service_port << 8 | packet->protocol;
+	struct hash hash;
+
+	if (!service->affinity_seconds)
+		ports |= (__u64)packet->source_port << 32;
+	hash_begin_public(&hash);
+	hash_add_addr(&hash, &packet->source);
+	hash_add_addr(&hash, &packet->service);
+	hash_add(&hash, ports);
+	return hash_end(&hash) | 1;
+}
+
+/* What a choice for the packet needs; its service is set. */
+static __always_inline void service_prepare(const struct packet *packet,
+					    const struct service *service,
+					    __u8 scope,
+					    struct service_choice *choice)
+{
+	addr_copy(&choice->frontend.addr, &packet->service);
+	choice->frontend.port = packet->service_port;
+	choice->frontend.protocol = packet->protocol;
+	choice->frontend.scope = scope;
+	choice->service = *service;
+	addr_copy(&choice->client.client, &packet->source);
+	choice->client.kind = AFFINITY_ADDRESS;
+	choice->number = bpf_get_prandom_u32();
+	choice->hash = service->algorithm == SERVICE_MAGLEV
+			       ? service_hash(packet, service)
+			       : 0;
+}
+
+/* Copies the pod that has a port of this node: true if one has. */
+static __always_inline bool service_host_port(const struct addr *addr,
+					      __be16 port, __u8 protocol,
+					      struct backend *pod)
+{
+	struct service service;
+	__u32 id;
+
+	if (!service_find(addr, port, protocol, SCOPE_EXTERNAL, &service) ||
+	    service.kind != SERVICE_HOST_PORT ||
+	    service.flags & SERVICE_LOOPBACK)
+		return false;
+	id = service_by_number(&service, 0);
+	return id && backend_copy(id, pod);
 }
 
 /* An earlier choice that still holds for this packet, or NULL. */
@@ -147,7 +298,7 @@ service_recall(const struct service *service, const struct packet *packet,
 	struct connection *chosen = bpf_map_lookup_elem(&connections, key);
 	bool begins = packet->protocol != IPPROTO_TCP;
 
-	if (!chosen || chosen->identity[0] != service->service_id ||
+	if (!chosen || chosen->identity[1] != service->service_id ||
 	    connection_is_expired(chosen, packet->protocol, now))
 		return NULL;
 	if (packet->tcp_flags & TCP_SYN) {
@@ -272,11 +423,14 @@ __weak __noinline int service_keep(struct packet *packet)
 	addr_copy(&chosen->service, &packet->destination);
 	chosen->service_port = packet->destination_port;
 	if (service_find(&packet->service, packet->service_port,
-			 packet->protocol, &service)) {
+			 packet->protocol,
+			 packet->choice ? SCOPE_EXTERNAL : SCOPE_INTERNAL,
+			 &service)) {
 		chosen->egress_epoch = service.generation;
-		chosen->identity[0] = service.service_id;
+		chosen->identity[1] = service.service_id;
 	}
 	chosen->endpoint[0] = packet->source_endpoint;
+	chosen->endpoint[1] = packet->destination_endpoint;
 	chosen->tcp_flags[0] = packet->tcp_flags;
 	if (packet->own_port) {
 		chosen->other_port = packet->source_port;
@@ -296,6 +450,20 @@ __weak __noinline int service_keep(struct packet *packet)
 	return connection_insert(key, chosen, false);
 }
 
+/* The flow of a choice that service_keep has kept just now is denied: it leaves
+ * nothing. */
+static __always_inline void service_forget(const struct packet *packet)
+{
+	struct scratch *room = scratch_get();
+
+	if (room)
+		connection_delete(&room->service_key,
+				  packet->source_endpoint
+					  ? packet->source_endpoint
+					  : room->connection.endpoint[1],
+				  0);
+}
+
 /* To itself a pod speaks from the loopback address. */
 static __always_inline void service_use_loopback(struct packet *packet)
 {
@@ -306,10 +474,14 @@ static __always_inline void service_use_loopback(struct packet *packet)
 	packet->flags |= PACKET_NEW_SOURCE | PACKET_LOOPBACK;
 }
 
+/* What service_translate leaves to service_translate_new: a chain of calls has
+ * little stack. */
+#define SERVICE_TO_CHOOSE 2
+
 /*
  * If the packet goes to a service: makes its destination the backend, and its
- * source the loopback address when that is the sender itself. 0, 1 if the choice
- * is new (service_keep), or a drop.
+ * source the loopback address when that is the sender itself. 0,
+ * SERVICE_TO_CHOOSE if its flow has no backend, or a drop.
  */
 __weak __noinline int service_translate(struct packet *packet)
 {
@@ -317,15 +489,15 @@ __weak __noinline int service_translate(struct packet *packet)
 	struct connection_key *key;
 	struct connection *chosen;
 	struct service service;
-	struct backend backend;
 	__u64 now = bpf_jiffies64();
 
 	if (!packet || !room)
 		return -DROP_INVALID_PACKET;
 	key = &room->service_key;
 	if (!service_find(&packet->destination, packet->destination_port,
-			  packet->protocol, &service))
-		return service_find(&packet->destination, 0, 0, &service)
+			  packet->protocol, SCOPE_INTERNAL, &service))
+		return service_find(&packet->destination, 0, 0, SCOPE_INTERNAL,
+				    &service)
 			       ? -DROP_IS_CLUSTER_IP
 			       : 0;
 	/* A port of the node's own loopback address is for its sockets. */
@@ -348,12 +520,17 @@ __weak __noinline int service_translate(struct packet *packet)
 		service_follow(chosen, packet, now);
 		return 0;
 	}
-	if (!service_select_backend(&packet->service, packet->service_port,
-				    packet->protocol, &service,
-				    bpf_get_prandom_u32(), &backend))
+	service_prepare(packet, &service, SCOPE_INTERNAL, &room->choice);
+	return SERVICE_TO_CHOOSE;
+}
+
+/* The same with a backend that is chosen now: 1, for service_keep, or a drop. */
+static __always_inline int service_translate_new(struct packet *packet)
+{
+	struct scratch *room = scratch_get();
+
+	if (!room || !service_choose_for(packet, &room->choice))
 		return -DROP_NO_SERVICE_BACKEND;
-	packet->destination = backend.addr;
-	packet->destination_port = backend.port;
 	service_use_loopback(packet);
 	return 1;
 }

@@ -358,6 +358,7 @@ fn options(config: &Config, devices: &Devices, ports: &Ports, secret: [u64; 2]) 
             tunnel_direct: args.network.tunnel_direct,
             mark_mask: args.kernel.mark_mask.0,
             quotas: args.quotas.quotas(),
+            maglev_size: args.services.maglev_table_size,
             ..Settings::default()
         },
     }

@@ -5,14 +5,16 @@ use std::mem::{offset_of, size_of};
 use std::net::{IpAddr, Ipv6Addr};
 
 pub use super::types::{
-    addr as Addr, address as Address, backend as Backend, backend_key as BackendKey,
+    addr as Addr, address as Address, affinity as Affinity, affinity_key as AffinityKey, backend as Backend,
     collect_request as CollectRequest, connection as Connection, connection_key as ConnectionKey,
     ended as Ended, endpoint as Endpoint, event as Event, event_count as EventCount, fragment as Fragment,
-    metric as Metric, nat as Nat, nat_key as NatKey, node_state as NodeState, own_addresses as OwnAddresses,
-    policy_peer as PolicyPeer, policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule,
-    policy_rule_key as PolicyRuleKey, prefix as Prefix, prefix_key as PrefixKey,
-    recount_request as RecountRequest, service as Service, service_key as ServiceKey, settings as Settings,
-    socket_key as SocketKey, socket_origin as SocketOrigin, stale_socket as StaleSocket, usage as Usage,
+    maglev_key as MaglevKey, maglev_piece as MaglevPiece, metric as Metric, nat as Nat, nat_key as NatKey,
+    node_state as NodeState, own_addresses as OwnAddresses, policy_peer as PolicyPeer,
+    policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule, policy_rule_key as PolicyRuleKey,
+    prefix as Prefix, prefix_key as PrefixKey, recount_request as RecountRequest, service as Service,
+    service_key as ServiceKey, settings as Settings, slot as Slot, slot_key as SlotKey,
+    socket_key as SocketKey, socket_origin as SocketOrigin, source_range_key as SourceRangeKey,
+    stale_socket as StaleSocket, usage as Usage,
 };
 
 /// Types that are nothing but their bytes: every bit pattern is a value, and
@@ -71,9 +73,15 @@ plain! {
     PolicyRuleKey { prefix_length, policy_id, class, direction, protocol, port }
     PolicyRule { rule_id, proxy_port, verdict, reserved }
     ServiceKey { addr, port, protocol, scope }
-    Service { service_id, generation, backend_count, flags }
-    BackendKey { service_id, generation, slot }
-    Backend { addr, service_id, port, protocol, flags }
+    Service { service_id, generation, backend_count, draining_count, affinity_seconds, flags, kind, algorithm }
+    SlotKey { service_id, generation, slot }
+    Slot { backend, service_id }
+    Backend { addr, id, port, protocol, pad }
+    MaglevKey { service_id, generation, piece }
+    MaglevPiece { service_id, backends }
+    AffinityKey { client, service_id, kind }
+    Affinity { used_jiffies, backend, pad }
+    SourceRangeKey { prefix_length, service_id, addr }
     SocketKey { cookie, backend, port, protocol, pad }
     SocketOrigin { service, service_id, port, pad }
     ConnectionKey { addr, port, protocol, kind, asker, pad }
@@ -83,7 +91,7 @@ plain! {
     }
     Ended { key, connection, check }
     NatKey { local, remote, local_port, remote_port, protocol, direction, pad }
-    Nat { addr, last_seen_jiffies, port, tcp_flags, pad }
+    Nat { addr, service, last_seen_jiffies, port, service_port, tcp_flags, client_flags, is_answered, pad }
     Fragment { source, destination, seen_jiffies, id, way, source_port, destination_port, protocol, asks, answers, pad, check }
     Metric { packets, bytes }
     NodeState { address_epoch, flags }
@@ -102,7 +110,7 @@ plain! {
     Settings {
         loopback_ipv4, loopback_ipv6, secret, netns_cookie, jiffies_per_second,
         tunnel_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,
-        other_timeout_seconds, mark_mask, wait_ifindex, quota_limit, quota_capacity, drop_record_cost, event_buffer_half,
+        other_timeout_seconds, mark_mask, wait_ifindex, quota_limit, quota_capacity, drop_record_cost, maglev_size, event_buffer_half,
         nat_port_min, nat_port_max, tunnel_port, masquerade_ipv4,
         masquerade_ipv6, flow_events, socket_lb, tunnel_direct, pad,
     }

@@ -140,7 +140,7 @@ impl FromStr for MapSize {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let sized = ["addresses", "backends", "policy_peers", "policy_rules", "prefixes", "services"];
+        let sized = super::reuse::GROWING;
         let (map, rows) = text.split_once('=').ok_or("must be MAP=N")?;
         if !sized.contains(&map) {
             return Err(format!("must name one of {}", sized.join(", ")));

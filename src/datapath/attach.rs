@@ -31,8 +31,18 @@ const NETWORK_PROGRAMS: [&str; 2] = ["from_network", "to_network"];
 const OVERLAY_PROGRAMS: [&str; 2] = ["from_overlay", "to_overlay"];
 
 /// Programs of sockets.
-const SOCKET_PROGRAMS: [&str; 8] =
-    ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
+const SOCKET_PROGRAMS: [&str; 10] = [
+    "connect4",
+    "connect6",
+    "sendmsg4",
+    "sendmsg6",
+    "recvmsg4",
+    "recvmsg6",
+    "getpeername4",
+    "getpeername6",
+    "bound4",
+    "bound6",
+];
 
 /// The place of our filters among those of a clsact queueing discipline.
 const CLSACT_HANDLE: u32 = 1;

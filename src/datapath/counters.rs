@@ -51,8 +51,18 @@ pub struct MapFill {
 }
 
 /// Maps that writers of ours fill and count.
-const WRITTEN: [&str; 7] =
-    ["addresses", "backends", "endpoints", "policy_peers", "policy_rules", "prefixes", "services"];
+const WRITTEN: [&str; 10] = [
+    "addresses",
+    "backends",
+    "endpoints",
+    "maglev",
+    "policy_peers",
+    "policy_rules",
+    "prefixes",
+    "services",
+    "slots",
+    "source_ranges",
+];
 
 /// Maps that the programs fill: counting walks them, so it is not done often.
 const WALKED: [&str; 3] = ["connections", "nat", "sockets"];

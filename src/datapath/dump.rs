@@ -16,14 +16,16 @@ use super::types::{
 use crate::model::MacAddress;
 
 /// The maps that can be dumped.
-pub const MAP_NAMES: [&str; 16] = [
+pub const MAP_NAMES: [&str; 20] = [
     "addresses",
+    "affinity",
     "backends",
     "connections",
     "devices",
     "endpoints",
     "event_counts",
     "fragments",
+    "maglev",
     "metrics",
     "nat",
     "node_state",
@@ -31,7 +33,9 @@ pub const MAP_NAMES: [&str; 16] = [
     "policy_rules",
     "prefixes",
     "services",
+    "slots",
     "sockets",
+    "source_ranges",
     "this_node",
 ];
 
@@ -46,12 +50,14 @@ pub fn dump(pins: &Path, map: &str) -> Result<Vec<Value>> {
         .with_context(|| format!("opening {}: has an agent run on this node?", path.display()))?;
     match map {
         "addresses" => rows(handle, address_row),
+        "affinity" => rows(handle, affinity_row),
         "backends" => rows(handle, backend_row),
         "connections" => rows(handle, connection_row),
         "devices" => rows(handle, device_row),
         "endpoints" => rows(handle, endpoint_row),
         "event_counts" => event_counts(&handle),
         "fragments" => rows(handle, fragment_row),
+        "maglev" => rows(handle, maglev_row),
         "metrics" => metrics(&handle),
         "nat" => rows(handle, nat_row),
         "node_state" => rows(handle, node_state_row),
@@ -59,6 +65,8 @@ pub fn dump(pins: &Path, map: &str) -> Result<Vec<Value>> {
         "policy_rules" => rows(handle, policy_rule_row),
         "prefixes" => rows(handle, prefix_row),
         "services" => rows(handle, service_row),
+        "slots" => rows(handle, slot_row),
+        "source_ranges" => rows(handle, source_range_row),
         "this_node" => rows(handle, device_row),
         _ => rows(handle, socket_row),
     }
@@ -207,32 +215,92 @@ fn policy_rule_row(key: abi::PolicyRuleKey, row: abi::PolicyRule) -> Row {
 }
 
 fn service_row(key: abi::ServiceKey, row: abi::Service) -> Row {
+    const KINDS: [&str; 5] = ["ClusterIP", "NodePort", "LoadBalancer", "ExternalIP", "HostPort"];
+    let named =
+        |names: &[&str], number: u8| names.get(usize::from(number)).map_or(json!(number), |name| json!(name));
     let value = json!({
         "address": ip_of(key.addr),
         "port": u16::from_be(key.port),
         "protocol": protocol(key.protocol),
+        "scope": named(&["internal", "external"], key.scope),
         "service": row.service_id,
         "generation": row.generation,
         "backends": row.backend_count,
-        "flags": names(row.flags, &[
+        "draining": row.draining_count,
+        "affinity_seconds": row.affinity_seconds,
+        "kind": named(&KINDS, row.kind),
+        "algorithm": named(&["random", "maglev"], row.algorithm),
+        "flags": names(row.flags.into(), &[
             (service_flags::SERVICE_WILDCARD.0, "wildcard"),
-            (service_flags::SERVICE_HOST_PORT.0, "host-port"),
             (service_flags::SERVICE_LOOPBACK.0, "loopback"),
+            (service_flags::SERVICE_HAS_OTHERS.0, "has-others"),
+            (service_flags::SERVICE_RANGES.0, "source-ranges"),
+            (service_flags::SERVICE_DSR.0, "dsr"),
         ]),
     });
     Some((key.as_bytes().to_vec(), value))
 }
 
-fn backend_row(key: abi::BackendKey, row: abi::Backend) -> Row {
+fn slot_row(key: abi::SlotKey, row: abi::Slot) -> Row {
     let value = json!({
         "service": key.service_id,
         "generation": key.generation,
         "slot": key.slot,
+        "backend": row.backend,
+    });
+    Some((sort_key(&[key.service_id, key.generation, key.slot]), value))
+}
+
+fn backend_row(id: u32, row: abi::Backend) -> Row {
+    let value = json!({
+        "id": id,
         "address": ip_of(row.addr),
         "port": u16::from_be(row.port),
         "protocol": protocol(row.protocol),
     });
-    Some((sort_key(&[key.service_id, key.generation, key.slot]), value))
+    Some((sort_key(&[id]), value))
+}
+
+/// A table is long: of each backend how many places it has in the piece.
+fn maglev_row(key: abi::MaglevKey, row: abi::MaglevPiece) -> Row {
+    let mut places = std::collections::BTreeMap::<u32, u32>::new();
+    for id in row.backends.into_iter().filter(|id| *id != 0) {
+        *places.entry(id).or_default() += 1;
+    }
+    let value = json!({
+        "service": key.service_id,
+        "generation": key.generation,
+        "piece": key.piece,
+        "places": places,
+    });
+    Some((sort_key(&[key.service_id, key.generation, key.piece]), value))
+}
+
+fn affinity_row(key: abi::AffinityKey, row: abi::Affinity) -> Row {
+    let words = key.client.w;
+    let cookie = u64::from(words[1]) << 32 | u64::from(words[0]);
+    let client = match key.kind {
+        0 => json!(ip_of(key.client)),
+        _ => json!(format!("namespace {cookie}")),
+    };
+    let value = json!({
+        "service": key.service_id,
+        "client": client,
+        "backend": row.backend,
+        "used_jiffies": row.used_jiffies,
+    });
+    Some(([sort_key(&[key.service_id]), key.as_bytes().to_vec()].concat(), value))
+}
+
+fn source_range_row(key: abi::SourceRangeKey, _row: u32) -> Row {
+    let address = ip_of(key.addr);
+    let before = if address.is_ipv4() { 32 + 96 } else { 32 };
+    let id = u32::from_be(key.service_id);
+    let value = json!({
+        "service": id,
+        "range": format!("{address}/{}", key.prefix_length.saturating_sub(before)),
+    });
+    Some(([sort_key(&[id]), key.as_bytes().to_vec()].concat(), value))
 }
 
 fn socket_row(key: abi::SocketKey, row: abi::SocketOrigin) -> Row {

@@ -16,6 +16,7 @@ pub mod abi;
 mod addresses;
 mod args;
 mod attach;
+mod backends;
 #[cfg(test)]
 mod btf;
 #[cfg(test)]
@@ -28,6 +29,7 @@ mod events;
 mod gc;
 mod load;
 mod loaded_program;
+pub mod maglev;
 mod map;
 mod messages;
 mod mirror;
@@ -37,6 +39,7 @@ mod probe;
 mod quota;
 mod refused;
 mod reuse;
+mod service_rows;
 mod services;
 mod settings;
 mod settle;
@@ -69,9 +72,11 @@ pub use settings::{AttachMode, MARK_MASK, MapSizes, Options, Settings};
 pub use skeleton::types;
 pub use verify::{STACK_LIMIT_BYTES, Verification, verify};
 
+use backends::Backends;
 use counters::Fills;
 use mirror::{Fill, Mirror};
 use pins::Pins;
+use services::ServiceMaps;
 use settle::Unsettled;
 
 use crate::model::IdentityId;
@@ -87,6 +92,7 @@ pub struct Datapath {
     fills: Fills,
     cgroup_root: Option<PathBuf>,
     unsettled: Unsettled,
+    maglev_size: u32,
     /// `None`: the maps are private to this value and go with it.
     pins: Option<Pins>,
 }
@@ -99,7 +105,7 @@ pub struct Writers {
     pub addresses: AddressWriter,
     /// Of `policy_rules` and `policy_peers`.
     pub policies: PolicyWriter,
-    /// Of `services` and `backends`.
+    /// Of `services`, `slots`, `backends`, `maglev` and `source_ranges`.
     pub services: ServiceWriter,
     /// Of the flags in `node_state`.
     pub stack: StackWriter,
@@ -131,6 +137,7 @@ impl Datapath {
             fills: Fills::default(),
             cgroup_root: options.cgroup_root.clone(),
             unsettled: Unsettled::default(),
+            maglev_size: options.settings.maglev_size,
             pins: Some(pins),
         })
     }
@@ -147,6 +154,7 @@ impl Datapath {
             fills: Fills::default(),
             cgroup_root: None,
             unsettled: Unsettled::default(),
+            maglev_size: settings.maglev_size,
             pins: None,
         })
     }
@@ -173,7 +181,14 @@ impl Datapath {
             (self.typed("policy_peers")?, self.fills.of("policy_peers")),
             &endpoints.policies_in_force(),
         )?;
-        let services = ServiceWriter::new(self.mirror("services")?, self.mirror("backends")?);
+        let maps = ServiceMaps {
+            services: self.mirror("services")?,
+            slots: self.mirror("slots")?,
+            backends: Backends::read(self.typed("backends")?, self.fills.of("backends"))?,
+            maglev: self.mirror("maglev")?,
+            source_ranges: self.mirror("source_ranges")?,
+        };
+        let services = ServiceWriter::new(maps, self.maglev_size)?;
         let stack = StackWriter::new(self.typed("node_state")?);
         let devices = DeviceWriter::new(self.mirror("devices")?, self.typed("this_node")?);
         Ok(Writers { endpoints, addresses, policies, services, stack, devices })

@@ -15,7 +15,17 @@ use super::messages::with_messages;
 use super::pins::Pins;
 
 /// Maps that are empty or wrong when nobody but the programs has written them.
-const GROWING: [&str; 6] = ["addresses", "backends", "policy_peers", "policy_rules", "prefixes", "services"];
+pub(super) const GROWING: [&str; 9] = [
+    "addresses",
+    "backends",
+    "maglev",
+    "policy_peers",
+    "policy_rules",
+    "prefixes",
+    "services",
+    "slots",
+    "source_ranges",
+];
 
 /// Where a map's content is to come from.
 pub(super) enum Origin {

@@ -1,4 +1,4 @@
-//! Writes `services` and `backends`: where a frontend's address leads.
+//! Writes `services`, `slots`, `backends`, `maglev` and `source_ranges`: where a frontend's address leads.
 //!
 //! A changed set of backends is written under the next generation, then the
 //! frontend's row flips, then the old rows go; in between every CPU is awaited,
@@ -11,31 +11,49 @@ use anyhow::Result;
 use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
 
-use super::abi::{Backend, BackendKey, Service, ServiceKey, addr_of, ip_of};
+use super::abi::{MaglevKey, MaglevPiece, Service, ServiceKey, Slot, SlotKey, SourceRangeKey};
+use super::backends::Backends;
 use super::map::{Bytes, MapError};
 use super::mirror::Mirror;
 use super::refused::Refused;
+use super::service_rows::{self, service_key};
 use super::settled::Settled;
 use super::types::service_flags;
-use crate::model::{Frontend, FrontendKey, FrontendKind, Scope};
+use crate::model::{Algorithm, Frontend, FrontendKey};
 
-/// The one writer of `services` and `backends`.
+/// The maps of services, as they are read back.
+pub(super) struct ServiceMaps {
+    pub(super) services: Mirror<ServiceKey, Service>,
+    pub(super) slots: Mirror<SlotKey, Slot>,
+    pub(super) backends: Backends,
+    pub(super) maglev: Mirror<MaglevKey, MaglevPiece>,
+    pub(super) source_ranges: Mirror<SourceRangeKey, u32>,
+}
+
+/// The one writer of the maps of services.
 pub struct ServiceWriter {
-    services: Mirror<ServiceKey, Service>,
-    backends: Mirror<BackendKey, Backend>,
+    maps: ServiceMaps,
+    table_size: u32,
     next_id: u32,
     settled: Settled<FrontendKey, Frontend>,
     refused: Refused<FrontendKey, Frontend>,
-    /// Rows that no frontend leads to any more.
-    retired: Vec<BackendKey>,
+    /// Sets that no frontend leads to any more.
+    retired: Vec<Service>,
 }
 
 impl ServiceWriter {
-    pub(super) fn new(services: Mirror<ServiceKey, Service>, backends: Mirror<BackendKey, Backend>) -> Self {
-        let next_id = services.rows().values().map(|row| row.service_id).max().unwrap_or(0) + 1;
-        // Left by a process that died between two steps.
-        let retired = unreached(&services, &backends);
-        Self { services, backends, next_id, settled: Settled::Unknown, refused: Refused::default(), retired }
+    pub(super) fn new(maps: ServiceMaps, table_size: u32) -> Result<Self> {
+        let next_id = maps.services.rows().values().map(|row| row.service_id).max().unwrap_or(0) + 1;
+        let mut writer = Self {
+            maps,
+            table_size,
+            next_id,
+            settled: Settled::Unknown,
+            refused: Refused::default(),
+            retired: Vec::new(),
+        };
+        writer.clean()?;
+        Ok(writer)
     }
 
     /// Writes frontends that differ; removes none. Returns the backends that were taken out of a
@@ -82,12 +100,18 @@ impl ServiceWriter {
 
     /// Reads the maps again: by map, how many rows somebody else changed. The next write and prune
     /// mend them.
-    pub fn compare(&mut self) -> Result<[(&'static str, u64); 2]> {
-        let changed =
-            [("map services", self.services.refresh()?), ("map backends", self.backends.refresh()?)];
+    pub fn compare(&mut self) -> Result<[(&'static str, u64); 5]> {
+        let changed = [
+            ("map services", self.maps.services.refresh()?),
+            ("map slots", self.maps.slots.refresh()?),
+            ("map backends", self.maps.backends.refresh()?),
+            ("map maglev", self.maps.maglev.refresh()?),
+            ("map source_ranges", self.maps.source_ranges.refresh()?),
+        ];
+        // Reading the backends again has forgotten who uses them.
+        self.clean()?;
         if changed.iter().any(|(_, rows)| *rows > 0) {
             self.settled = Settled::Unknown;
-            self.retired = unreached(&self.services, &self.backends);
         }
         Ok(changed)
     }
@@ -123,9 +147,10 @@ impl ServiceWriter {
         removed: &mut BTreeSet<SocketAddr>,
     ) -> Result<()> {
         for key in keys {
-            if let Some(old) = self.services.take(key)? {
+            if let Some(old) = self.maps.services.take(key)? {
                 removed.extend(self.backends_of(&old));
-                self.retired.extend(backend_keys(&old));
+                self.retired.push(old);
+                self.keep_ranges(&old, &BTreeSet::new())?;
             }
         }
         self.delete_retired()
@@ -133,7 +158,7 @@ impl ServiceWriter {
 
     fn stale_in_map(&self, frontends: &OrdMap<FrontendKey, Frontend>) -> Vec<ServiceKey> {
         let desired: BTreeSet<_> = frontends.keys().map(|key| Bytes(service_key(key))).collect();
-        let rows = self.services.rows().keys();
+        let rows = self.maps.services.rows().keys();
         rows.filter(|key| !desired.contains(key)).map(|key| key.0).collect()
     }
 
@@ -144,42 +169,86 @@ impl ServiceWriter {
         removed: &mut BTreeSet<SocketAddr>,
     ) -> Result<(), MapError> {
         let row_key = service_key(key);
-        let old = self.services.rows().get(&Bytes(row_key)).copied();
-        let old_backends = old.map(|old| self.backends_of(&old)).unwrap_or_default();
-        let flags = flags_of(key, frontend);
-        if old.is_some_and(|old| old.flags == flags) && old_backends.iter().copied().eq(frontend.addresses())
-        {
-            return Ok(());
-        }
+        let old = self.maps.services.rows().get(&Bytes(row_key)).copied();
         let service = Service {
             service_id: old.map_or(self.next_id, |old| old.service_id),
             generation: old.map_or(1, |old| old.generation.wrapping_add(1)),
-            backend_count: u32::try_from(frontend.backends.len()).unwrap_or(u32::MAX),
-            flags,
+            ..service_rows::service(key, frontend)
         };
-        self.next_id += u32::from(old.is_none());
-        for (row_key, backend) in backend_keys(&service).zip(frontend.addresses()) {
-            let row = backend_row(key, backend, service.service_id);
-            if let Err(error) = self.backends.put(row_key, row) {
-                self.retired.extend(backend_keys(&service));
-                return Err(error);
-            }
+        if old.is_some_and(|old| self.is_written(frontend, &old, &service)) {
+            return Ok(());
         }
-        if let Err(error) = self.services.put(row_key, service) {
-            self.retired.extend(backend_keys(&service));
+        self.next_id += u32::from(old.is_none());
+        let written = self.write_set(key, frontend, &service);
+        let written = written.and_then(|()| self.maps.services.put(row_key, service));
+        if let Err(error) = written {
+            self.retired.push(service);
             return Err(error);
         }
         if let Some(old) = old {
-            self.retired.extend(backend_keys(&old));
-            let is_there = |backend: &SocketAddr| frontend.addresses().any(|there| there == *backend);
-            removed.extend(old_backends.into_iter().filter(|backend| !is_there(backend)));
+            let still: BTreeSet<_> = frontend.addresses().chain(frontend.draining.iter().copied()).collect();
+            removed.extend(self.backends_of(&old).filter(|backend| !still.contains(backend)));
+            self.retired.push(old);
+            self.keep_ranges(&old, &service_rows::ranges(frontend, service.service_id).map(Bytes).collect())?;
         }
         Ok(())
     }
 
-    fn backends_of(&self, service: &Service) -> Vec<SocketAddr> {
-        let rows = backend_keys(service).filter_map(|key| self.backends.rows().get(&Bytes(key)));
-        rows.map(|row| SocketAddr::new(ip_of(row.addr), u16::from_be(row.port))).collect()
+    /// The row in the map, and what it leads to, is what `new` would be.
+    fn is_written(&self, frontend: &Frontend, old: &Service, new: &Service) -> bool {
+        let same_row = Service { generation: new.generation, ..*old };
+        let is_table = frontend.algorithm == Algorithm::Maglev;
+        Bytes(same_row) == Bytes(*new)
+            && self.backends_of(old).eq(service_rows::backends(frontend))
+            && self.ranges_of(old) == service_rows::ranges(frontend, old.service_id).map(Bytes).collect()
+            && (!is_table || self.has_table(frontend, old))
+    }
+
+    fn has_table(&self, frontend: &Frontend, old: &Service) -> bool {
+        let ids: Vec<u32> = service_rows::slot_keys(old).filter_map(|key| self.slot(key)).collect();
+        let rows = self.maps.maglev.rows();
+        let is_there = |(key, piece): &(MaglevKey, MaglevPiece)| {
+            rows.get(&Bytes(*key)).is_some_and(|row| Bytes(*row) == Bytes(*piece))
+        };
+        service_rows::pieces(frontend, old, &ids, self.table_size).iter().all(is_there)
+    }
+
+    /// Everything that the row of a frontend leads to.
+    fn write_set(
+        &mut self,
+        key: &FrontendKey,
+        frontend: &Frontend,
+        service: &Service,
+    ) -> Result<(), MapError> {
+        let protocol = key.protocol.map_or(0, |protocol| protocol.number());
+        let mut ids = Vec::new();
+        for (slot_key, backend) in service_rows::slot_keys(service).zip(service_rows::backends(frontend)) {
+            let id = self.maps.backends.take((backend, protocol))?;
+            ids.push(id);
+            let slot = Slot { backend: id, service_id: service.service_id };
+            if let Err(error) = self.maps.slots.put(slot_key, slot) {
+                self.maps.backends.give(id)?;
+                return Err(error);
+            }
+        }
+        for (piece_key, piece) in service_rows::pieces(frontend, service, &ids, self.table_size) {
+            self.maps.maglev.put(piece_key, piece)?;
+        }
+        for range in service_rows::ranges(frontend, service.service_id) {
+            self.maps.source_ranges.put(range, 1)?;
+        }
+        Ok(())
+    }
+
+    fn slot(&self, key: SlotKey) -> Option<u32> {
+        self.maps.slots.rows().get(&Bytes(key)).map(|slot| slot.backend)
+    }
+
+    /// The backends of a set, those that drain at the end.
+    fn backends_of(&self, service: &Service) -> impl Iterator<Item = SocketAddr> + '_ {
+        service_rows::slot_keys(service)
+            .filter_map(|key| self.maps.backends.name(self.slot(key)?))
+            .map(|(address, _)| address)
     }
 
     fn delete_retired(&mut self) -> Result<()> {
@@ -187,60 +256,76 @@ impl ServiceWriter {
             return Ok(());
         }
         super::await_programs();
-        while let Some(key) = self.retired.pop() {
-            if let Err(error) = self.backends.take(key) {
-                self.retired.push(key);
-                return Err(error.into());
+        while let Some(service) = self.retired.last().copied() {
+            self.delete_set(&service)?;
+            self.retired.pop();
+        }
+        Ok(())
+    }
+
+    /// Deletes the rows of a set that is not in force.
+    fn delete_set(&mut self, service: &Service) -> Result<(), MapError> {
+        for key in service_rows::slot_keys(service) {
+            if let Some(slot) = self.maps.slots.take(key)? {
+                self.maps.backends.give(slot.backend)?;
+            }
+        }
+        let Service { service_id, generation, .. } = *service;
+        for piece in 0.. {
+            if self.maps.maglev.take(MaglevKey { service_id, generation, piece })?.is_none() {
+                break;
             }
         }
         Ok(())
     }
-}
 
-/// The rows of backends that no frontend leads to.
-fn unreached(
-    services: &Mirror<ServiceKey, Service>,
-    backends: &Mirror<BackendKey, Backend>,
-) -> Vec<BackendKey> {
-    let in_force: BTreeMap<u32, Service> =
-        services.rows().values().map(|row| (row.service_id, *row)).collect();
-    let is_reached = |key: &BackendKey| {
-        in_force
-            .get(&key.service_id)
-            .is_some_and(|service| key.generation == service.generation && key.slot < service.backend_count)
-    };
-    backends.rows().keys().map(|key| key.0).filter(|key| !is_reached(key)).collect()
-}
-
-fn service_key(key: &FrontendKey) -> ServiceKey {
-    ServiceKey {
-        addr: addr_of(key.address),
-        port: key.port.to_be(),
-        protocol: key.protocol.map_or(0, |protocol| protocol.number()),
-        scope: u8::from(key.scope == Scope::External),
+    /// The ranges in the map of a service that has some.
+    fn ranges_of(&self, service: &Service) -> BTreeSet<Bytes<SourceRangeKey>> {
+        if u32::from(service.flags) & service_flags::SERVICE_RANGES.0 == 0 {
+            return BTreeSet::new();
+        }
+        let rows = self.maps.source_ranges.rows().keys();
+        rows.filter(|key| u32::from_be(key.0.service_id) == service.service_id).copied().collect()
     }
-}
 
-fn flags_of(key: &FrontendKey, frontend: &Frontend) -> u32 {
-    let wildcard = if key.protocol.is_none() { service_flags::SERVICE_WILDCARD.0 } else { 0 };
-    let is_host_port = frontend.kind == FrontendKind::HostPort;
-    let host_port = if is_host_port { service_flags::SERVICE_HOST_PORT.0 } else { 0 };
-    let is_loopback = is_host_port && key.address.is_loopback();
-    let loopback = if is_loopback { service_flags::SERVICE_LOOPBACK.0 } else { 0 };
-    wildcard | host_port | loopback
-}
+    /// Deletes the ranges that a service had, but for these.
+    fn keep_ranges(&mut self, old: &Service, kept: &BTreeSet<Bytes<SourceRangeKey>>) -> Result<(), MapError> {
+        for key in self.ranges_of(old).difference(kept) {
+            self.maps.source_ranges.take(key.0)?;
+        }
+        Ok(())
+    }
 
-fn backend_keys(service: &Service) -> impl Iterator<Item = BackendKey> + use<> {
-    let Service { service_id, generation, backend_count, .. } = *service;
-    (0..backend_count).map(move |slot| BackendKey { service_id, generation, slot })
-}
-
-fn backend_row(frontend: &FrontendKey, backend: SocketAddr, service_id: u32) -> Backend {
-    Backend {
-        addr: addr_of(backend.ip()),
-        service_id,
-        port: backend.port().to_be(),
-        protocol: frontend.protocol.map_or(0, |protocol| protocol.number()),
-        flags: 0,
+    /// Deletes what no frontend leads to: a process died between two steps, or somebody else wrote it.
+    fn clean(&mut self) -> Result<()> {
+        let in_force: BTreeMap<u32, Service> =
+            self.maps.services.rows().values().map(|row| (row.service_id, *row)).collect();
+        let is_reached = |id: u32, generation: u32| {
+            in_force.get(&id).is_some_and(|service| service.generation == generation)
+        };
+        let of_set = |key: &SlotKey| {
+            in_force.get(&key.service_id).is_some_and(|service| {
+                key.generation == service.generation
+                    && key.slot < service.backend_count + service.draining_count
+            })
+        };
+        let slots: Vec<_> = self.maps.slots.rows().keys().map(|key| key.0).collect();
+        for key in slots {
+            match self.slot(key) {
+                Some(id) if of_set(&key) => self.maps.backends.retake(id),
+                _ => drop(self.maps.slots.take(key)?),
+            }
+        }
+        let pieces: Vec<_> = self.maps.maglev.rows().keys().map(|key| key.0).collect();
+        for key in pieces.into_iter().filter(|key| !is_reached(key.service_id, key.generation)) {
+            self.maps.maglev.take(key)?;
+        }
+        let ranges: Vec<_> = self.maps.source_ranges.rows().keys().map(|key| key.0).collect();
+        for key in ranges.into_iter().filter(|key| !in_force.contains_key(&u32::from_be(key.service_id))) {
+            self.maps.source_ranges.take(key)?;
+        }
+        // No program that has read an id of these is running any more.
+        super::await_programs();
+        Ok(self.maps.backends.free_unused()?)
     }
 }

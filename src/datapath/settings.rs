@@ -110,6 +110,8 @@ pub struct Settings {
     pub mark_mask: u32,
     /// What one pod may have of what all share.
     pub quotas: Quotas,
+    /// Places in a table of Maglev: a prime number, the same on every node.
+    pub maglev_size: u32,
 }
 
 /// Weir's bits of `skb->mark` by default; docs/decisions/002-packet-mark.md has those of others.
@@ -138,6 +140,7 @@ impl Default for Settings {
             wait_ifindex: None,
             mark_mask: MARK_MASK,
             quotas: Quotas::default(),
+            maglev_size: super::maglev::TABLE_SIZE,
         }
     }
 }
@@ -163,6 +166,7 @@ impl Settings {
             quota_limit: limits.of_one,
             quota_capacity: limits.of_all,
             drop_record_cost: self.quotas.drop_record_cost(jiffies_per_second),
+            maglev_size: self.maglev_size,
             event_buffer_half: limits.event_buffer_bytes / 2,
             nat_port_min: *self.nat_ports.start(),
             nat_port_max: *self.nat_ports.end(),
@@ -172,7 +176,7 @@ impl Settings {
             flow_events: self.flow_events.into(),
             socket_lb: self.socket_lb.into(),
             tunnel_direct: self.tunnel_direct.into(),
-            pad: [0; 1],
+            pad: [0; 5],
         }
     }
 }

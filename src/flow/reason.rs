@@ -30,6 +30,7 @@ const REASONS: &[(u8, &str, &str)] = &[
     (174, "IS_A_CLUSTERIP", "Not a port of this service"),
     (175, "FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND", "First fragment was not seen"),
     (176, "FORBIDDEN_ICMPV6_MESSAGE", "Forbidden ICMPv6 message"),
+    (177, "DENIED_BY_LB_SRC_RANGE_CHECK", "Denied by LB source range check"),
     (181, "POLICY_DENY", "Denied by a deny rule"),
     (183, "INVALID_VNI", "Tunnel packet with an invalid VNI"),
     (196, "TTL_EXCEEDED", "Time to live exceeded"),

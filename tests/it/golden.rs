@@ -18,8 +18,8 @@ use crate::lab::{Lab, Node, Pod, Setup, wait_for};
 use crate::require::require_lab;
 
 /// What is compared: everything that is computed.
-const MAPS: [&str; 7] =
-    ["endpoints", "addresses", "prefixes", "policy_peers", "policy_rules", "services", "backends"];
+const MAPS: [&str; 8] =
+    ["endpoints", "addresses", "prefixes", "policy_peers", "policy_rules", "services", "slots", "backends"];
 
 type Dump = BTreeMap<String, Vec<Value>>;
 
@@ -161,9 +161,15 @@ fn normalise(dump: &mut Dump) {
         services.replace(&mut row["service"]);
         row.as_object_mut().map(|row| row.remove("generation"));
     }
-    for row in dump.get_mut("backends").into_iter().flatten() {
+    let backends = dump.get_mut("backends").into_iter().flatten();
+    let backends: BTreeMap<String, Value> = backends
+        .filter_map(|row| Some((row.as_object_mut()?.remove("id")?.to_string(), row.clone())))
+        .collect();
+    for row in dump.get_mut("slots").into_iter().flatten() {
         services.replace(&mut row["service"]);
         row.as_object_mut().map(|row| row.remove("generation"));
+        let backend = &backends[&row["backend"].to_string()];
+        row["backend"] = format!("{} {}", backend["address"], backend["port"]).replace('"', "").into();
     }
     for map in ["policy_peers", "policy_rules"] {
         for row in dump.get_mut(map).into_iter().flatten() {

@@ -18,8 +18,8 @@ const BATCHES: usize = 30;
 const BATCH: usize = 10;
 
 /// Maps whose rows belong to pods, services and policies; the others hold traffic.
-const MAPS: [&str; 7] =
-    ["endpoints", "addresses", "prefixes", "policy_peers", "policy_rules", "services", "backends"];
+const MAPS: [&str; 8] =
+    ["endpoints", "addresses", "prefixes", "policy_peers", "policy_rules", "services", "slots", "backends"];
 
 /// Everything that a pod could leave behind.
 #[derive(Debug, PartialEq, Eq)]

@@ -21,6 +21,7 @@ mod loaded_policy;
 mod malformed;
 mod masquerade;
 mod model;
+mod node_ports;
 mod operator;
 mod packets;
 mod policies;

@@ -15,6 +15,7 @@ mod late;
 mod masquerade;
 mod network;
 mod newcomers;
+mod outside;
 mod pieces;
 mod queries;
 mod quoted;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use ipnet::IpNet;
 use serde_json::{Value, json};
+use weir::datapath::abi::{NodeState, Slot, SlotKey};
 use weir::datapath::{Datapath, MapSizes, Options, Writers, dump};
 use weir::model::*;
 use weir::tables::Snapshot;
@@ -113,8 +114,8 @@ fn write_all(writers: &mut Writers, policy_id: PolicyId) -> Result<()> {
 
 const NOTHING_IN_FORCE: BTreeSet<PolicyId> = BTreeSet::new();
 
-const WRITTEN: [&str; 7] =
-    ["addresses", "prefixes", "endpoints", "policy_peers", "policy_rules", "services", "backends"];
+const WRITTEN: [&str; 8] =
+    ["addresses", "prefixes", "endpoints", "policy_peers", "policy_rules", "services", "slots", "backends"];
 
 fn dumps(pins: &Path, maps: &[&str]) -> Result<Vec<Vec<Value>>> {
     maps.iter().map(|map| dump(pins, map)).collect()
@@ -141,14 +142,20 @@ fn expected(policy: u32, first_rule: u32) -> Vec<Value> {
         json!([{ "policy": policy, "direction": "ingress", "identity": 257, "class": 1 }]),
         json!([rule(json!(80), "TCP"), rule(json!("8080-8095"), "TCP"), rule(json!("any"), "UDP")]),
         json!([
-            { "address": "10.96.0.1", "port": 0, "protocol": 0, "service": 1, "generation": 1, "backends": 0,
+            { "address": "10.96.0.1", "port": 0, "protocol": 0, "scope": "internal", "service": 1, "generation": 1,
+              "backends": 0, "draining": 0, "affinity_seconds": 0, "kind": "ClusterIP", "algorithm": "random",
               "flags": ["wildcard"] },
-            { "address": "10.96.0.1", "port": 80, "protocol": "TCP", "service": 2, "generation": 1, "backends": 2,
+            { "address": "10.96.0.1", "port": 80, "protocol": "TCP", "scope": "internal", "service": 2, "generation": 1,
+              "backends": 2, "draining": 0, "affinity_seconds": 0, "kind": "ClusterIP", "algorithm": "random",
               "flags": [] },
         ]),
         json!([
-            { "service": 2, "generation": 1, "slot": 0, "address": "10.0.0.1", "port": 8080, "protocol": "TCP" },
-            { "service": 2, "generation": 1, "slot": 1, "address": "fd00::2", "port": 8080, "protocol": "TCP" },
+            { "service": 2, "generation": 1, "slot": 0, "backend": 1 },
+            { "service": 2, "generation": 1, "slot": 1, "backend": 2 },
+        ]),
+        json!([
+            { "id": 1, "address": "10.0.0.1", "port": 8080, "protocol": "TCP" },
+            { "id": 2, "address": "fd00::2", "port": 8080, "protocol": "TCP" },
         ]),
     ]
 }
@@ -168,7 +175,7 @@ fn maps_hold_what_is_desired_and_a_restart_changes_only_policy_ids() -> Result<(
         );
         let fill: BTreeMap<_, _> =
             datapath.map_fill()?.into_iter().map(|fill| (fill.map, fill.used)).collect();
-        assert_eq!(WRITTEN.map(|map| fill[map]), [3, 3, 1, 1, 3, 2, 2]);
+        assert_eq!(WRITTEN.map(|map| fill[map]), [3, 3, 1, 1, 3, 2, 2, 2]);
         let epoch = dump(pins, "node_state")?;
         drop((writers, datapath));
 
@@ -197,7 +204,7 @@ fn maps_hold_what_is_desired_and_a_restart_changes_only_policy_ids() -> Result<(
         assert_eq!(dumps(pins, &WRITTEN)?, vec![Vec::<Value>::new(); WRITTEN.len()]);
         let fill: BTreeMap<_, _> =
             datapath.map_fill()?.into_iter().map(|fill| (fill.map, fill.used)).collect();
-        assert_eq!(WRITTEN.map(|map| fill[map]), [0; 7]);
+        assert_eq!(WRITTEN.map(|map| fill[map]), [0; WRITTEN.len()]);
         Ok(())
     })
 }
@@ -207,7 +214,7 @@ fn the_address_epoch_rises_when_an_identity_may_have_changed() -> Result<()> {
     require_lab!();
     let datapath = private(small_maps())?;
     let mut writer = datapath.writers()?.addresses;
-    let state = datapath.typed::<u32, weir::datapath::abi::NodeState>("node_state")?;
+    let state = datapath.typed::<u32, NodeState>("node_state")?;
     let mut epoch = state.get(&0)?.context("the row of node_state")?.address_epoch;
     assert!(epoch > 1_700_000_000, "a new map does not begin where an old connection may have been judged");
     let mut risen = || -> Result<bool> {
@@ -353,8 +360,10 @@ fn a_changed_set_of_backends_is_a_new_generation() -> Result<()> {
         let datapath = Datapath::load(&options(pins))?;
         let mut writer = datapath.writers()?.services;
         let slots = || -> Result<Vec<(u64, String)>> {
-            let rows = dump(pins, "backends")?;
-            let slot = |row: &Value| Some((row["generation"].as_u64()?, row["address"].as_str()?.to_owned()));
+            let (rows, backends) = (dump(pins, "slots")?, dump(pins, "backends")?);
+            let address = |id: &Value| backends.iter().find(|row| row["id"] == *id)?["address"].as_str();
+            let slot =
+                |row: &Value| Some((row["generation"].as_u64()?, address(&row["backend"])?.to_owned()));
             rows.iter().map(|row| slot(row).context("a row of backends")).collect()
         };
         assert_eq!(writer.write(&frontends(&["10.0.0.1:8080", "10.0.0.2:8080"])?)?, []);
@@ -366,15 +375,15 @@ fn a_changed_set_of_backends_is_a_new_generation() -> Result<()> {
         assert_eq!(slots()?.len(), 2, "an unchanged set is not written again");
         drop(writer);
         // Rows of a generation that never came into force.
-        let rows =
-            datapath.typed::<weir::datapath::abi::BackendKey, weir::datapath::abi::Backend>("backends")?;
-        let stray = weir::datapath::abi::BackendKey { service_id: 2, generation: 3, slot: 0 };
+        let rows = datapath.typed::<SlotKey, Slot>("slots")?;
+        let stray = SlotKey { service_id: 2, generation: 3, slot: 0 };
         rows.insert(&stray, &Default::default())?;
         let mut writer = datapath.writers()?.services;
         writer.write(&frontends(&["10.0.0.2:8080", "10.0.0.3:8080"])?)?;
         assert_eq!(slots()?, [(2, "10.0.0.2".to_owned()), (2, "10.0.0.3".to_owned())]);
         assert_eq!(writer.prune(&Frontends::new())?, ["10.0.0.2:8080".parse()?, "10.0.0.3:8080".parse()?]);
         assert_eq!((slots()?, dump(pins, "services")?), (vec![], vec![]));
+        assert_eq!(dump(pins, "backends")?, Vec::<Value>::new());
         Ok(())
     })
 }
@@ -383,18 +392,18 @@ fn a_changed_set_of_backends_is_a_new_generation() -> Result<()> {
 fn a_set_of_backends_that_does_not_fit_leaves_the_old_one_in_force() -> Result<()> {
     require_lab!();
     isolated(|pins| {
-        let map_sizes = small_maps().with("backends", 4);
+        let map_sizes = small_maps().with("slots", 4);
         let datapath = Datapath::load(&Options { map_sizes, ..options(pins) })?;
         let mut writer = datapath.writers()?.services;
         writer.write(&frontends(&["10.0.0.1:80", "10.0.0.2:80"])?)?;
-        let before = dumps(pins, &["services", "backends"])?;
+        let before = dumps(pins, &["services", "slots", "backends"])?;
         let many: Vec<String> = (1..=5).map(|host| format!("10.0.1.{host}:80")).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
         writer.write(&frontends(&many)?)?;
         let (key, cause) = writer.refused().next().context("seven backends in a map of four")?;
         assert_eq!(key.port, 80);
-        assert!(cause.starts_with("map backends is full (4 rows)"), "{cause}");
-        assert_eq!(dumps(pins, &["services", "backends"])?, before);
+        assert!(cause.starts_with("map slots is full (4 rows)"), "{cause}");
+        assert_eq!(dumps(pins, &["services", "slots", "backends"])?, before);
         // It recovers as soon as it fits.
         writer.write(&frontends(&["10.0.0.3:80"])?)?;
         assert_eq!(writer.refused().count(), 0);

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use anyhow::{Result, ensure};
-use weir::datapath::abi::{Backend, BackendKey};
+use weir::datapath::abi::{Slot, SlotKey};
 
 use super::frame::{ACK, FIN, Layer4, Packet, RST, SYN, tcp, udp};
 use super::services::{becomes, destination_of};
@@ -83,10 +83,10 @@ fn a_row_of_another_service_is_no_backend() -> Result<()> {
         world.service((cast.service, 80, 17), 500, 1, &[(cast.b, 8080)])?;
         backend_of(world, &udp(client, service).by(1))?;
         // As if the row had been freed and taken by another one.
-        let backends = world.datapath.typed::<BackendKey, Backend>("backends")?;
-        let key = BackendKey { service_id: 500, generation: 1, slot: 0 };
-        let row = backends.get(&key)?.expect("it was written");
-        backends.insert(&key, &Backend { service_id: 501, ..row })?;
+        let slots = world.datapath.typed::<SlotKey, Slot>("slots")?;
+        let key = SlotKey { service_id: 500, generation: 1, slot: 0 };
+        let row = slots.get(&key)?.expect("it was written");
+        slots.insert(&key, &Slot { service_id: 501, ..row })?;
         world.forget_flows()?;
         let outcome = world.send("from_pod", &udp(client, service).by(1))?;
         ensure!(outcome.counted[0].0 == 158, "{outcome:?}");

@@ -314,6 +314,10 @@ fn rows() -> Vec<Row> {
             |c| tcp((c.a, 1), (c.service, 99), SYN).by(1)).answered(),
         row("ping to a service", "from_pod", 174, |c| echo(c.a, c.service, 9).by(1)),
 
+        row("a client's packet to a backend elsewhere, at its last hop", "from_network", 196,
+            |c| Packet { ttl: 1, ..tcp((c.world, 1), (c.node, 30080), SYN) })
+            .given(|w, c| w.outside((c.node, 30080, 6), 900, 1, &[(c.remote, 8080)])),
+
         row("a fragment whose first was not seen", "from_pod", 175,
             |c| udp((c.a, 1), (c.b, 2)).by(1).fragment(99, 1480, false)),
 
@@ -351,9 +355,10 @@ fn rows() -> Vec<Row> {
 }
 
 /// Reasons that other tests cause, or that only a kernel out of memory does.
-const ELSEWHERE: [(u8, &str); 5] = [
+const ELSEWHERE: [(u8, &str); 6] = [
     (141, "rewriting a header that was just read fails only without memory"),
     (155, "an LRU map takes every entry as long as there is memory"),
+    (177, "outside::a_service_serves_whom_its_source_ranges_name"),
     (198, "fairness::who_has_his_share_of_connections_gets_no_more"),
     (240, "fairness::who_has_his_share_of_ports_gets_no_more"),
     (169, "network::native_routing_needs_a_route"),

@@ -304,17 +304,6 @@ fn an_error_from_the_backend_seems_to_be_about_the_service() -> Result<()> {
 }
 
 #[test]
-fn a_service_reached_from_outside_is_nothing() -> Result<()> {
-    require_lab!();
-    in_both_families(|world, cast| {
-        // A cluster IP means something to pods of this node only.
-        let outcome = world.send("from_network", &tcp((cast.world, 1), (cast.service, 80), SYN))?;
-        ensure!(outcome.action == 0 && outcome.events.is_empty(), "{outcome:?}");
-        Ok(())
-    })
-}
-
-#[test]
 fn one_source_port_towards_a_service_and_its_backend_is_two_flows() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {

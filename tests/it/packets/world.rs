@@ -3,6 +3,8 @@
 //! the real programs over private maps, run by BPF_PROG_TEST_RUN in a network
 //! namespace of the test's own.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::Command;
@@ -11,13 +13,13 @@ use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, ProgramInput, ProgramMut};
 use nix::sched::{CloneFlags, unshare};
 use weir::datapath::abi::{
-    Address, Backend, BackendKey, Connection, ConnectionKey, Ended, Endpoint, Event, NodeState, OwnAddresses,
-    PolicyPeer, PolicyPeerKey, PolicyRule, PolicyRuleKey, Prefix, PrefixKey, Service, ServiceKey,
+    Address, Backend, Connection, ConnectionKey, Ended, Endpoint, Event, NodeState, OwnAddresses, PolicyPeer,
+    PolicyPeerKey, PolicyRule, PolicyRuleKey, Prefix, PrefixKey, Service, ServiceKey, Slot, SlotKey,
 };
 use weir::datapath::abi::{Fragment, Nat, NatKey, Plain, SocketKey, SocketOrigin};
 use weir::datapath::types::{
     address_flags, direction as way, endpoint_flags, node_flags, policy_bits, policy_verdict, prefix_flags,
-    service_flags,
+    service_flags, service_kind, service_scope,
 };
 use weir::datapath::{Datapath, EventReader, GarbageReport, MapSizes, Settings, addr_of};
 
@@ -42,6 +44,11 @@ const NETWORK: [u32; 3] = [1, 2, 3];
 pub const INGRESS: u32 = way::DIRECTION_INGRESS.0;
 /// A direction of policy.
 pub const EGRESS: u32 = way::DIRECTION_EGRESS.0;
+
+/// Pods and the node's own sockets ask.
+pub const INTERNAL: u8 = service_scope::SCOPE_INTERNAL.0 as u8;
+/// Packets from the network ask.
+pub const EXTERNAL: u8 = service_scope::SCOPE_EXTERNAL.0 as u8;
 
 /// Identities.
 pub const A: u32 = 301;
@@ -188,6 +195,7 @@ pub struct World {
     /// The programs and their maps.
     pub datapath: Datapath,
     events: EventReader,
+    backends: RefCell<BTreeMap<(IpAddr, u16, u8), u32>>,
     arrive: Object,
     _directory: tempfile::TempDir,
 }
@@ -245,7 +253,7 @@ impl World {
         let events = datapath.events()?;
         let directory = tempfile::tempdir()?;
         let arrive = load_arrive(directory.path(), datapath.features().has_tcx)?;
-        Ok(Self { datapath, events, arrive, _directory: directory })
+        Ok(Self { datapath, events, backends: RefCell::default(), arrive, _directory: directory })
     }
 
     fn populate(&self) -> Result<()> {
@@ -347,39 +355,68 @@ impl World {
         Ok(())
     }
 
-    /// Writes a service with its backends as one generation.
+    /// Writes a service for pods with its backends as one generation.
     pub fn service(
         &self,
-        (address, port, protocol): (IpAddr, u16, u8),
+        frontend: (IpAddr, u16, u8),
         service_id: u32,
         generation: u32,
         backends: &[(IpAddr, u16)],
     ) -> Result<()> {
+        let flags = if frontend.1 == 0 { service_flags::SERVICE_WILDCARD.0 as u16 } else { 0 };
+        let row = Service { service_id, generation, flags, ..Service::default() };
+        self.frontend(frontend, INTERNAL, row, backends)
+    }
+
+    /// Writes a row of `services` with its backends.
+    pub fn frontend(
+        &self,
+        (address, port, protocol): (IpAddr, u16, u8),
+        scope: u8,
+        row: Service,
+        backends: &[(IpAddr, u16)],
+    ) -> Result<()> {
         let mut backends = backends.to_vec();
         backends.sort();
-        for (slot, (address, port)) in backends.iter().enumerate() {
-            let key = BackendKey { service_id, generation, slot: slot as u32 };
-            let row = Backend { addr: addr_of(*address), service_id, port: port.to_be(), protocol, flags: 0 };
-            self.put("backends", &key, &row)?;
+        let Service { service_id, generation, .. } = row;
+        for (slot, backend) in backends.iter().enumerate() {
+            let key = SlotKey { service_id, generation, slot: slot as u32 };
+            self.put("slots", &key, &Slot { backend: self.backend(*backend, protocol)?, service_id })?;
         }
-        let key = ServiceKey { addr: addr_of(address), port: port.to_be(), protocol, scope: 0 };
-        let row = Service {
-            service_id,
-            generation,
-            backend_count: backends.len() as u32,
-            flags: u32::from(port == 0),
-        };
-        self.put("services", &key, &row)
+        let key = ServiceKey { addr: addr_of(address), port: port.to_be(), protocol, scope };
+        self.put("services", &key, &Service { backend_count: backends.len() as u32, ..row })
+    }
+
+    /// The id of a backend.
+    pub fn backend(&self, (address, port): (IpAddr, u16), protocol: u8) -> Result<u32> {
+        let mut ids = self.backends.borrow_mut();
+        let next = ids.len() as u32 + 1;
+        let id = *ids.entry((address, port, protocol)).or_insert(next);
+        let row = Backend { addr: addr_of(address), id, port: port.to_be(), protocol, ..Backend::default() };
+        self.put("backends", &id, &row)?;
+        Ok(id)
+    }
+
+    /// A service's port for clients outside.
+    pub fn outside(
+        &self,
+        frontend: (IpAddr, u16, u8),
+        service_id: u32,
+        generation: u32,
+        backends: &[(IpAddr, u16)],
+    ) -> Result<()> {
+        let kind = service_kind::SERVICE_NODE_PORT.0 as u8;
+        let row = Service { service_id, generation, kind, ..Service::default() };
+        self.frontend(frontend, EXTERNAL, row, backends)
     }
 
     /// Gives a port of this node to a pod.
     pub fn host_port(&self, frontend: (IpAddr, u16, u8), service_id: u32, pod: (IpAddr, u16)) -> Result<()> {
-        self.service(frontend, service_id, 1, &[pod])?;
-        let (address, port, protocol) = frontend;
-        let key = ServiceKey { addr: addr_of(address), port: port.to_be(), protocol, scope: 0 };
-        let loopback = if address.is_loopback() { service_flags::SERVICE_LOOPBACK.0 } else { 0 };
-        let flags = service_flags::SERVICE_HOST_PORT.0 | loopback;
-        self.put("services", &key, &Service { service_id, generation: 1, backend_count: 1, flags })
+        let loopback = if frontend.0.is_loopback() { service_flags::SERVICE_LOOPBACK.0 as u16 } else { 0 };
+        let kind = service_kind::SERVICE_HOST_PORT.0 as u8;
+        let row = Service { service_id, generation: 1, flags: loopback, kind, ..Service::default() };
+        self.frontend(frontend, INTERNAL, row, &[pod])?;
+        self.frontend(frontend, EXTERNAL, Service { service_id: service_id + 10_000, ..row }, &[pod])
     }
 
     /// Changes an endpoint's row and raises its epoch.

@@ -1,0 +1,283 @@
+//! Node ports and load balancers' addresses: every place of a client, every place of a backend.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use crate::lab::{Lab, OUTSIDE, Pod, ServicePort, Setup, Space, Via, backend, probe, wait_for};
+use crate::require::require_lab;
+use crate::verdicts::{Expected, Row, expect_all};
+
+const CLUSTER_IPS: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
+const BALANCER_IPS: [&str; 2] = ["203.0.113.10", "2001:db8:cb::10"];
+const NODE_PORT: u16 = 30080;
+
+struct World {
+    near: Pod,
+    far: Pod,
+    client: Pod,
+    /// Its sockets are outside the node's cgroup.
+    packets: Pod,
+    far_client: Pod,
+    lab: Lab,
+}
+
+impl World {
+    fn start(routing: &str) -> Result<Self> {
+        let lab = Lab::start(Setup { nodes: 2, routing: routing.to_owned(), ..Setup::default() })?;
+        let near = lab.pod(1, "shop/near").label("app", "server").create()?;
+        let far = lab.pod(2, "shop/far").label("app", "server").create()?;
+        let client = lab.pod(1, "shop/client").create()?;
+        let packets = lab.pod(1, "shop/packets").outside_cgroup().create()?;
+        let far_client = lab.pod(2, "shop/far-client").create()?;
+        for (balancer, node) in BALANCER_IPS.iter().zip(lab.node(1).addresses()) {
+            lab.outside().ip(&format!("route add {balancer} via {node}"))?;
+        }
+        Ok(Self { near, far, client, packets, far_client, lab })
+    }
+
+    /// A Service of the type LoadBalancer with these backends.
+    fn serve(&self, policy: &str, pods: &[&Pod]) -> Result<()> {
+        self.serve_so(policy, pods, "None", "snat")
+    }
+
+    /// The same with session affinity and forwarding.
+    fn serve_so(&self, policy: &str, pods: &[&Pod], affinity: &str, forwarding: &str) -> Result<()> {
+        let ports = [("web", "TCP", 1080, 80), ("query", "UDP", 1080, 8080)];
+        let spec_ports: Vec<_> = ports
+            .iter()
+            .map(|(name, protocol, port, target)| {
+                json!({ "name": name, "protocol": protocol, "port": port, "targetPort": target,
+                        "nodePort": NODE_PORT })
+            })
+            .collect();
+        self.lab.manifests().write(&json!({
+            "apiVersion": "v1", "kind": "Service",
+            "metadata": {
+                "name": "server", "namespace": "shop", "annotations": { "weir.dev/forwarding": forwarding },
+            },
+            "spec": {
+                "type": "LoadBalancer", "clusterIP": CLUSTER_IPS[0], "clusterIPs": CLUSTER_IPS,
+                "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack",
+                "externalTrafficPolicy": policy, "sessionAffinity": affinity, "ports": spec_ports,
+            },
+            "status": { "loadBalancer": { "ingress": BALANCER_IPS.map(|ip| json!({ "ip": ip })) } },
+        }))?;
+        let backends: Vec<_> = pods.iter().map(|pod| backend(pod, true)).collect();
+        self.lab.manifests().slices(("shop", "server"), &ports.map(ServicePort::from), &backends)
+    }
+
+    /// The node ports of a node.
+    fn node_ports(&self, number: usize) -> Vec<(Via, SocketAddr)> {
+        let addresses = self.lab.node(number).addresses().iter();
+        addresses.flat_map(|address| both(*address, NODE_PORT)).collect()
+    }
+
+    fn balancers(&self) -> Result<Vec<(Via, SocketAddr)>> {
+        let mut targets = Vec::new();
+        for address in BALANCER_IPS {
+            targets.extend(both(address.parse()?, 1080));
+        }
+        Ok(targets)
+    }
+
+    fn everything(&self) -> Result<Vec<(Via, SocketAddr)>> {
+        Ok([self.node_ports(1), self.node_ports(2), self.balancers()?].concat())
+    }
+
+    /// Everybody within the cluster.
+    fn inside(&self) -> [(&Space, &str); 5] {
+        [
+            (self.client.space(), "client"),
+            (self.packets.space(), "packets"),
+            (self.far_client.space(), "far-client"),
+            (self.lab.node(1).space(), "node1"),
+            (self.lab.node(2).space(), "node2"),
+        ]
+    }
+}
+
+fn both(address: IpAddr, port: u16) -> [(Via, SocketAddr); 2] {
+    [Via::Tcp, Via::Udp].map(|via| (via, SocketAddr::new(address, port)))
+}
+
+fn rows<'a>(
+    (space, name): (&'a Space, &str),
+    targets: &[(Via, SocketAddr)],
+    expected: Expected,
+) -> Vec<Row<'a>> {
+    let row = |(via, target): &(Via, SocketAddr)| Row::from_space(space, name, *via, *target, expected);
+    targets.iter().map(row).collect()
+}
+
+/// Probes from outside until this pod answers; as whom it saw the client.
+fn answer(world: &World, pod: &Pod, via: Via, target: SocketAddr) -> Result<IpAddr> {
+    let mut seen = None;
+    wait_for(&format!("an answer of {} from {target}", pod.name()), || {
+        let outcome = world.lab.outside().run(move || probe(via, target));
+        seen = outcome.answered_by().filter(|name| *name == pod.name()).and_then(|_| outcome.seen_as());
+        Ok(seen.is_some())
+    })?;
+    seen.context("an answer that says whom")
+}
+
+#[test]
+fn everybody_reaches_a_service_by_every_address_wherever_its_backend_is() -> Result<()> {
+    require_lab!();
+    for routing in ["tunnel", "native"] {
+        let world = World::start(routing)?;
+        let targets = world.everything()?;
+        for backend in [&world.near, &world.far] {
+            world.serve("Cluster", &[backend])?;
+            let mut table = rows((world.lab.outside(), "outside"), &targets, Expected::Answered);
+            for place in world.inside() {
+                table.extend(rows(place, &targets, Expected::Answered));
+            }
+            expect_all(&table).with_context(|| format!("{routing}, backend {}", backend.name()))?;
+            // A backend of the node that is asked sees the client, another node's sees that node.
+            for (via, target) in world.node_ports(1) {
+                let seen = answer(&world, backend, via, target)?;
+                let is_near = backend.name() == "near";
+                let family = usize::from(target.is_ipv6());
+                let expected = if is_near { OUTSIDE[family].parse()? } else { target.ip() };
+                ensure!(seen == expected, "{routing} {target}: {} saw {seen}", backend.name());
+            }
+        }
+        // What nobody serves is refused, by everybody's way.
+        world.serve("Cluster", &[])?;
+        let mut table = rows((world.lab.outside(), "outside"), &targets, Expected::Refused);
+        for place in world.inside() {
+            table.extend(rows(place, &targets, Expected::Refused));
+        }
+        expect_all(&table).with_context(|| format!("{routing}, no backend"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_local_policy_keeps_the_client_and_to_the_node() -> Result<()> {
+    require_lab!();
+    for routing in ["tunnel", "native"] {
+        let world = World::start(routing)?;
+        world.serve("Local", &[&world.near])?;
+        let here = [world.node_ports(1), world.balancers()?].concat();
+        let elsewhere = world.node_ports(2);
+        let mut table = rows((world.lab.outside(), "outside"), &here, Expected::Answered);
+        table.extend(rows((world.lab.outside(), "outside"), &elsewhere, Expected::Denied));
+        // From within the cluster it leads to every backend.
+        for place in world.inside() {
+            table.extend(rows(place, &[&here[..], &elsewhere].concat(), Expected::Answered));
+        }
+        expect_all(&table).with_context(|| routing.to_owned())?;
+        for (via, target) in here {
+            let seen = answer(&world, &world.near, via, target)?;
+            let outside: IpAddr = OUTSIDE[usize::from(target.is_ipv6())].parse()?;
+            ensure!(seen == outside, "{routing} {target}: near saw {seen}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_policy_for_nodes_lets_nobody_in_from_outside() -> Result<()> {
+    require_lab!();
+    let world = World::start("tunnel")?;
+    world.serve("Cluster", &[&world.far])?;
+    let targets = world.node_ports(1);
+    expect_all(&rows((world.lab.outside(), "outside"), &targets, Expected::Answered))?;
+    let nodes: Vec<String> = world
+        .lab
+        .nodes()
+        .iter()
+        .flat_map(|node| node.addresses())
+        .map(|address| {
+            format!("{{ipBlock: {{cidr: '{address}/{}'}}}}", if address.is_ipv4() { 32 } else { 128 })
+        })
+        .collect();
+    let policy = |from: &str| {
+        format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
+             metadata: {{name: from, namespace: shop}}\n\
+             spec: {{podSelector: {{matchLabels: {{app: server}}}}, ingress: [{{from: [{from}]}}]}}\n"
+        )
+    };
+    // The client is nobody that the policy names.
+    world.lab.manifests().apply(&policy("{podSelector: {}}"))?;
+    expect_all(&rows((world.lab.outside(), "outside"), &targets, Expected::Denied))?;
+    // A rule with the nodes' addresses is one for what bears them.
+    world.lab.manifests().apply(&policy(&nodes.join(", ")))?;
+    expect_all(&rows((world.lab.outside(), "outside"), &targets, Expected::Answered))
+}
+
+#[test]
+fn with_dsr_a_backend_elsewhere_sees_the_client() -> Result<()> {
+    require_lab!();
+    for routing in ["tunnel", "native"] {
+        let world = World::start(routing)?;
+        world.serve_so("Cluster", &[&world.far], "None", "dsr")?;
+        let targets = [world.node_ports(1), world.balancers()?].concat();
+        let outside = (world.lab.outside(), "outside");
+        expect_all(&rows(outside, &targets, Expected::Answered)).with_context(|| routing.to_owned())?;
+        for (via, target) in targets {
+            let seen = answer(&world, &world.far, via, target)?;
+            let client: IpAddr = OUTSIDE[usize::from(target.is_ipv6())].parse()?;
+            ensure!(seen == client, "{routing} {target}: far saw {seen}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn one_client_has_one_backend_by_every_way() -> Result<()> {
+    require_lab!();
+    let world = World::start("tunnel")?;
+    world.serve_so("Cluster", &[&world.near, &world.far], "ClientIP", "snat")?;
+    let targets = [world.node_ports(1), world.balancers()?].concat();
+    let clients = [
+        (world.lab.outside(), "outside"),
+        (world.client.space(), "client"),
+        (world.packets.space(), "packets"),
+        (world.lab.node(2).space(), "node2"),
+    ];
+    for (space, name) in clients {
+        expect_all(&rows((space, name), &targets, Expected::Answered))?;
+        for (via, target) in targets.iter().copied() {
+            let names: Vec<_> = (0..8)
+                .filter_map(|_| space.run(move || probe(via, target)).answered_by().map(str::to_owned))
+                .collect();
+            ensure!(
+                names.len() == 8 && names.iter().all(|one| *one == names[0]),
+                "{name} {target}: {names:?}"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn nobody_on_the_node_binds_a_node_port() -> Result<()> {
+    require_lab!();
+    let world = World::start("tunnel")?;
+    world.serve("Cluster", &[&world.near])?;
+    expect_all(&rows((world.lab.outside(), "outside"), &world.node_ports(1), Expected::Answered))?;
+    let bind = |space: &Space, address: IpAddr, port: u16| {
+        space.run(move || {
+            let tcp = TcpListener::bind((address, port)).map(drop).map_err(|error| error.kind());
+            let udp = UdpSocket::bind((address, port)).map(drop).map_err(|error| error.kind());
+            [tcp, udp]
+        })
+    };
+    let node = world.lab.node(1);
+    let everywhere = [IpAddr::from(Ipv4Addr::UNSPECIFIED), IpAddr::from(Ipv6Addr::UNSPECIFIED)];
+    for address in everywhere.iter().chain(node.addresses()).copied() {
+        assert_eq!(bind(node.space(), address, NODE_PORT), [Err(ErrorKind::AddrInUse); 2], "{address}");
+        assert_eq!(bind(node.space(), address, NODE_PORT + 1), [Ok(()); 2], "{address}");
+    }
+    // A pod's ports are its own.
+    for address in everywhere {
+        assert_eq!(bind(world.client.space(), address, NODE_PORT), [Ok(()); 2], "{address}");
+    }
+    Ok(())
+}
