@@ -388,6 +388,70 @@ fn a_changed_set_of_backends_is_a_new_generation() -> Result<()> {
     })
 }
 
+/// A port for the network, by Maglev and for these clients.
+fn outside(backends: &[&str], draining: &[&str], ranges: &[&str]) -> Result<Frontends> {
+    let inside = frontends(backends)?;
+    let inside = inside.values().next_back().cloned().context("the port")?;
+    let key = FrontendKey::new("192.0.2.1".parse()?, 80, Protocol::Tcp, Scope::External);
+    let draining = draining.iter().map(|backend| backend.parse()).collect::<Result<Vec<SocketAddr>, _>>()?;
+    let ranges = ranges.iter().map(|range| range.parse()).collect::<Result<Vec<IpNet>, _>>()?;
+    let frontend = Frontend {
+        algorithm: Algorithm::Maglev,
+        draining: draining.into(),
+        source_ranges: ranges.into(),
+        ..inside
+    };
+    Ok(Frontends::from_iter([(key, frontend)]))
+}
+
+#[test]
+fn what_drains_is_not_removed_and_tables_and_ranges_go_with_their_frontend() -> Result<()> {
+    require_lab!();
+    isolated(|pins| {
+        let datapath = Datapath::load(&options(pins))?;
+        let mut writer = datapath.writers()?.services;
+        let ranges = |expected: &[&str]| -> Result<()> {
+            let rows = dump(pins, "source_ranges")?;
+            assert_eq!(
+                rows.iter().map(|row| row["range"].as_str()).collect::<Vec<_>>(),
+                expected.iter().copied().map(Some).collect::<Vec<_>>()
+            );
+            Ok(())
+        };
+        let both = ["10.0.0.1:80", "10.0.0.2:80"];
+        assert_eq!(writer.write(&outside(&both, &[], &["198.51.100.0/24"])?)?, []);
+        ranges(&["198.51.100.0/24"])?;
+        let pieces = dump(pins, "maglev")?;
+        assert_eq!(pieces.len(), 17);
+        for id in ["1", "2"] {
+            let places: u64 = pieces.iter().filter_map(|piece| piece["places"][id].as_u64()).sum();
+            assert!((8190..=8191).contains(&places), "{id} has {places} places");
+        }
+        let one_drains = outside(&both[1..], &both[..1], &["2001:db8::/32"])?;
+        assert_eq!(writer.write(&one_drains)?, [], "a backend that drains is there");
+        ranges(&["2001:db8::/32"])?;
+        let row = &dump(pins, "services")?[0];
+        assert_eq!(
+            (&row["backends"], &row["draining"], &row["kind"]),
+            (&json!(1), &json!(1), &json!("ClusterIP"))
+        );
+        assert_eq!(dump(pins, "maglev")?[0]["places"], json!({ "2": 984 }));
+        // A new process knows it all.
+        drop(writer);
+        let mut writer = datapath.writers()?.services;
+        assert_eq!(writer.write(&one_drains)?, []);
+        assert_eq!(dump(pins, "services")?[0]["generation"], 2);
+        assert_eq!(writer.write(&outside(&both[1..], &[], &[])?)?, ["10.0.0.1:80".parse()?]);
+        ranges(&[])?;
+        assert_eq!(dump(pins, "backends")?.len(), 1);
+        assert_eq!(writer.prune(&Frontends::new())?, ["10.0.0.2:80".parse()?]);
+        for map in ["services", "slots", "backends", "maglev", "source_ranges"] {
+            assert_eq!(dump(pins, map)?, Vec::<Value>::new(), "{map}");
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn a_set_of_backends_that_does_not_fit_leaves_the_old_one_in_force() -> Result<()> {
     require_lab!();
