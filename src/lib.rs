@@ -5,11 +5,13 @@
 
 pub mod agent;
 pub mod api;
+pub mod backoff;
 pub mod cli;
 pub mod cni;
 pub mod datapath;
 pub mod endpoint;
 pub mod error;
+pub mod files;
 pub mod flow;
 pub mod hubble;
 pub mod identity;

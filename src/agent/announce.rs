@@ -9,6 +9,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
 use super::args::{Config, Routing};
 use super::node::Devices;
+use crate::backoff::Backoff;
 use crate::kube::Publisher;
 use crate::kube::crd::{Tunnel, WeirNodeStatus};
 use crate::model::Node;
@@ -58,7 +59,7 @@ async fn announce(
 ) {
     let _ = timeout(QUIET_START, telemetry.ready().wait()).await;
     let mut said = None;
-    let mut retry = FIRST_RETRY;
+    let mut retry = Backoff::new(FIRST_RETRY, LAST_RETRY);
     let mut degraded = Degraded::default();
     loop {
         let mut status = status(config, &facts.borrow(), &telemetry.pending());
@@ -76,14 +77,13 @@ async fn announce(
             Ok(()) => {
                 tracing::info!(ready = status.ready, message = status.message, "said how this node is");
                 said = Some(status);
-                retry = FIRST_RETRY;
+                retry.reset();
                 // What was just made is shown a moment later.
                 sleep(LOOK).await;
             }
             Err(error) => {
                 tracing::warn!(error = crate::error::chain(&error), "saying how this node is");
-                sleep(retry).await;
-                retry = (retry * 2).min(LAST_RETRY);
+                sleep(retry.wait()).await;
             }
         }
     }

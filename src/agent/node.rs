@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
 
 use super::args::{Config, Routing};
+use crate::files::{self, Survives};
 use crate::kube::Tables;
 use crate::model::Node;
 use crate::netlink;
@@ -123,9 +124,8 @@ fn remembered(facts: &Path, name: &str) -> Option<Node> {
 
 fn write_facts(facts: &Path, node: &Node) -> Result<()> {
     let text = serde_json::to_vec(node).context("encoding this node's facts")?;
-    let draft = facts.with_extension("json.new");
-    std::fs::write(&draft, text).with_context(|| format!("writing {}", draft.display()))?;
-    std::fs::rename(&draft, facts).with_context(|| format!("writing {}", facts.display()))
+    files::replace(facts, &text, 0o600, Survives::Process)
+        .with_context(|| format!("writing {}", facts.display()))
 }
 
 /// Makes and sets up what is to be attached to: forwarding, the tunnel device,

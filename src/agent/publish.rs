@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::time::timeout_at;
 
+use crate::backoff::Backoff;
 use crate::kube::{Publisher, Tables};
 use crate::model::{IdentityLabels, NodeEndpoints};
 use crate::telemetry::Parts;
@@ -65,7 +66,7 @@ impl Claims {
     }
 
     async fn claim(self, labels: Arc<IdentityLabels>) {
-        let mut pause = FIRST_RETRY;
+        let mut pause = Backoff::new(FIRST_RETRY, LAST_RETRY);
         loop {
             match self.publisher.claim_identity(&labels).await {
                 Ok(number) => {
@@ -78,8 +79,7 @@ impl Claims {
                         namespace = labels.namespace,
                         "claiming an identity"
                     );
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(LAST_RETRY);
+                    tokio::time::sleep(pause.wait()).await;
                 }
             }
             // The pods may have gone, or have other labels.
@@ -113,7 +113,7 @@ pub async fn publish_endpoints(
     parts: Parts,
 ) {
     parts.add(PUBLISHING);
-    let mut pause = FIRST_RETRY;
+    let mut pause = Backoff::new(FIRST_RETRY, LAST_RETRY);
     let mut pace = Pace::default();
     let mut written = None;
     loop {
@@ -134,7 +134,7 @@ pub async fn publish_endpoints(
             }
             match publisher.publish_endpoints(&endpoints).await {
                 Ok(()) => {
-                    pause = FIRST_RETRY;
+                    pause.reset();
                     written = Some(endpoints);
                     parts.works(PUBLISHING);
                     break;
@@ -144,8 +144,7 @@ pub async fn publish_endpoints(
                     if parts.fails(PUBLISHING, vec![cause.clone()], false, true) {
                         tracing::warn!(error = cause, "publishing this node's endpoints");
                     }
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(LAST_RETRY);
+                    tokio::time::sleep(pause.wait()).await;
                 }
             }
         }

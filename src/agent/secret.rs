@@ -1,11 +1,12 @@
 //! The node's secret: what pods must not be able to compute depends on it.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::Path;
 
 use anyhow::{Context, Result};
+
+use crate::files::{self, Survives};
 
 const FILE: &str = "secret";
 const BYTES: usize = 16;
@@ -32,10 +33,7 @@ pub fn of(state_directory: &Path) -> Result<[u64; 2]> {
 fn make(path: &Path) -> io::Result<[u8; BYTES]> {
     let mut bytes = [0; BYTES];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    let aside = path.with_extension("new");
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
-    file.write_all(&bytes)?;
-    fs::rename(aside, path)?;
+    files::replace(path, &bytes, 0o600, Survives::Process)?;
     Ok(bytes)
 }
 

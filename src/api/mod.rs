@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use client::{Client, Stream};
-pub use server::{Gone, Handler, Reply, bind, serve, serve_on};
+pub use server::{Gone, Handler, OTHERS_MAX, Reply, bind, serve, serve_on};
 
 use crate::flow;
 pub use crate::model::cni::Refusal;
@@ -69,6 +69,16 @@ pub enum Request {
     Nodes,
     /// Flows, past and to come; a stream.
     Observe(flow::Query),
+}
+
+impl Request {
+    /// Whether the container runtime asks: its requests have room of their own.
+    fn is_runtimes(&self) -> bool {
+        matches!(
+            self,
+            Self::CniAdd(_) | Self::CniDel(_) | Self::CniCheck(_) | Self::CniGc { .. } | Self::CniStatus
+        )
+    }
 }
 
 /// Why a call brought no result.

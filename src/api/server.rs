@@ -20,8 +20,10 @@ use tracing::{debug, warn};
 use super::{Line, REQUEST_BYTES_MAX, Refusal, Request, directory_of};
 use crate::model::cni;
 
-/// At most so many requests are worked on at once; a full node starts its pods with fewer.
-const CONNECTIONS_MAX: usize = 512;
+/// Requests of the container runtime that are worked on at once; a full node starts its pods with fewer.
+const RUNTIMES_MAX: usize = 512;
+/// Requests of people and their tools; a flow that is followed is one. They take nothing from the runtime's.
+pub const OTHERS_MAX: usize = 128;
 /// A client that has connected and says nothing for so long is cut off.
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
 /// A client that takes no answer for so long is cut off.
@@ -140,7 +142,7 @@ pub async fn serve_on(
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<()> {
     let ours = fs::metadata(path).with_context(|| format!("reading {}", path.display()))?.ino();
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let slots = Arc::new(Slots { runtime: Semaphore::new(RUNTIMES_MAX), others: Semaphore::new(OTHERS_MAX) });
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -167,8 +169,19 @@ pub async fn serve_on(
     Ok(())
 }
 
-async fn connection(mut stream: UnixStream, handler: Arc<impl Handler>, slots: Arc<Semaphore>) {
-    let slot = slots.try_acquire();
+/// Room for requests, so that many followers of flows cannot keep a pod from starting.
+struct Slots {
+    runtime: Semaphore,
+    others: Semaphore,
+}
+
+impl Slots {
+    fn of(&self, request: &Request) -> &Semaphore {
+        if request.is_runtimes() { &self.runtime } else { &self.others }
+    }
+}
+
+async fn connection(mut stream: UnixStream, handler: Arc<impl Handler>, slots: Arc<Slots>) {
     let is_root = stream.peer_cred().is_ok_and(|peer| peer.uid() == 0);
     // Read in any case: to hang up on what was not read would take our answer from the client.
     let request = match timeout(REQUEST_WITHIN, read_request(&mut stream)).await {
@@ -181,14 +194,15 @@ async fn connection(mut stream: UnixStream, handler: Arc<impl Handler>, slots: A
         let refusal = Refusal::new(cni::ErrorCode::InvalidEnvironment, "only root may talk to the agent");
         return refuse(stream, refusal).await;
     }
-    if slot.is_err() {
+    let request: Request = match serde_json::from_slice(&request) {
+        Ok(request) => request,
+        Err(error) => return refuse(stream, not_understood(&error)).await,
+    };
+    let Ok(_slot) = slots.of(&request).try_acquire() else {
         let refusal = Refusal::new(cni::ErrorCode::TryAgainLater, "the agent has too many requests at once");
         return refuse(stream, refusal).await;
-    }
-    match serde_json::from_slice(&request) {
-        Ok(request) => handler.handle(request, Reply { stream }).await,
-        Err(error) => refuse(stream, not_understood(&error)).await,
-    }
+    };
+    handler.handle(request, Reply { stream }).await;
 }
 
 fn not_understood(error: &dyn std::error::Error) -> Refusal {

@@ -5,14 +5,16 @@
 //! may not notice a file that is moved in from another). Neither is taken away when the agent
 //! stops: a pod that is created meanwhile is refused with "try again", and started a moment later.
 
-use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::json;
 use tracing::info;
+
+use crate::files::{Draft, Survives};
 
 /// The plugin's file name, and its `type` in the network configuration.
 pub const PLUGIN: &str = "weir-cni";
@@ -143,20 +145,10 @@ fn put(target: &Path, content: &[u8], mode: u32) -> io::Result<bool> {
     let directory = target.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(directory)?;
     let name = target.file_name().unwrap_or_default().to_string_lossy();
+    // Always the same name: what an earlier run left that died while it wrote is replaced.
     let draft = directory.join(format!(".{name}.new"));
-    // An earlier run may have died while it wrote.
-    match fs::remove_file(&draft) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft)?;
-    // The process's umask does not count.
-    file.set_permissions(Permissions::from_mode(mode))?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    drop(file);
-    fs::rename(&draft, target)?;
-    File::open(directory)?.sync_all()?;
+    Draft::new(draft, content, mode, Survives::Machine)?.replace(target)?;
+    fs::File::open(directory)?.sync_all()?;
     Ok(true)
 }
 
@@ -243,7 +235,7 @@ mod tests {
         assert_eq!(fs::metadata(&target).expect("the plugin").ino(), first.ino());
 
         // A running plugin keeps its file: another one takes its name.
-        let running = File::open(&target).expect("opening the plugin");
+        let running = fs::File::open(&target).expect("opening the plugin");
         fs::write(&source, "two").expect("writing a plugin");
         install_binary_from(&source, &node.directories).expect("installing");
         assert_eq!(fs::read_to_string(&target).ok().as_deref(), Some("two"));

@@ -4,14 +4,15 @@
 //! appears complete, by rename; its name is a hash, so that a repeated DEL is
 //! the same file and nothing a runtime says is part of a path.
 
-use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
 use super::Request;
+use crate::files::{self, Survives};
 
 /// The directory of queued deletions.
 #[derive(Clone, Debug)]
@@ -35,13 +36,7 @@ impl DeleteQueue {
     pub fn push(&self, request: &Request) -> io::Result<()> {
         let directory = self.directory()?;
         let name = name_of(request);
-        let aside = directory.join(format!(".{name}.{}", std::process::id()));
-        let _ = fs::remove_file(&aside);
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside)?;
-        file.write_all(&serde_json::to_vec(request)?)?;
-        file.sync_all()?;
-        fs::rename(&aside, directory.join(name))?;
-        fs::File::open(directory)?.sync_all()
+        files::replace(&directory.join(name), &serde_json::to_vec(request)?, 0o600, Survives::Machine)
     }
 
     /// What is queued: each file, and its request where it can be read.

@@ -16,7 +16,7 @@ use super::{Enforced, Progress, host_interface_name, is_host_interface_name, pod
 use crate::cni::DeleteQueue;
 use crate::ipam::Ipam;
 use crate::model::cni::{self, AddResult, Attachment, Error, ErrorCode, Request};
-use crate::model::{Endpoint, EndpointId, MacAddress, PortMapping, Protocol};
+use crate::model::{Endpoint, EndpointId, MacAddress, ObjectKey, PortMapping, Protocol};
 use crate::netlink::{self, PodLinkSpec};
 use crate::tables::Table;
 use crate::telemetry::Parts;
@@ -144,7 +144,7 @@ impl Manager {
         let turn = self.turn(&request.attachment).await;
         let deletions = turn.work.deletions.subscribe();
         if let Some(endpoint) = self.find(&request.attachment) {
-            return self.answer_again(&request, endpoint).await;
+            return Err(connected(&endpoint.interface, &endpoint.pod));
         }
         let (mut endpoint, mtu) = self.allocate(&request)?;
         let created = {
@@ -217,21 +217,6 @@ impl Manager {
         self.table.snapshot().values().cloned().collect()
     }
 
-    /// A repeated ADD: the same answer, if all is as it was answered.
-    async fn answer_again(&self, request: &Request, endpoint: Arc<Endpoint>) -> Result<AddResult, Error> {
-        let is_same = request.netns.as_ref() == Some(&endpoint.netns)
-            && request.pod.as_ref() == Some(&endpoint.pod)
-            && request.port_mappings == endpoint.port_mappings;
-        if !is_same {
-            return Err(failed("this container is connected already, as another pod")
-                .with_details(endpoint.pod.to_string()));
-        }
-        self.verify(endpoint).await.map_err(|error| {
-            failed("this container is connected already, but not intact: it must be deleted first")
-                .with_details(error.to_string())
-        })
-    }
-
     async fn verify(&self, endpoint: Arc<Endpoint>) -> Result<AddResult, Error> {
         if !self.progress.borrow().enforced.contains(&endpoint.id) {
             return Err(failed("the pod's policy is not enforced"));
@@ -253,6 +238,7 @@ impl Manager {
         let pod = request.pod.clone().ok_or_else(|| missing("the pod's namespace and name"))?;
         let attachment = &request.attachment;
         let mut allocations = self.allocations();
+        self.refuse_second(attachment, &allocations)?;
         self.reserve(&request.port_mappings, &allocations)?;
         let id = allocations.free_id(&self.progress.borrow()).ok_or_else(|| {
             later("this node has as many pods as it can have").with_details(LAST_ID.to_string())
@@ -280,6 +266,16 @@ impl Manager {
         };
         allocations.port_mappings.insert(id, endpoint.port_mappings.clone());
         Ok((endpoint, allocations.mtu))
+    }
+
+    /// Refuses another interface for a container that has one: both would want the same default routes.
+    fn refuse_second(&self, wanted: &Attachment, allocations: &Allocations) -> Result<(), Error> {
+        let of_container = |held: &&Attachment| held.container_id == wanted.container_id;
+        let Some(held) = allocations.by_id.values().find(of_container) else { return Ok(()) };
+        Err(failed("a container has one interface of Weir's").with_details(format!(
+            "it is connected by {}, and {} is wanted, too: another interface needs another plugin",
+            held.interface, wanted.interface
+        )))
     }
 
     /// Refuses host ports that somebody has: the scheduler knows of pods only, and of those that are ending not.
@@ -425,8 +421,18 @@ fn create(store: &Store, endpoint: &Endpoint, mtu: u32) -> Result<u32, Error> {
             Err(Error::new(ErrorCode::InvalidEnvironment, "CNI_NETNS is no network namespace of a pod")
                 .with_details(format!("{}: {reason}", path.display())))
         }
+        Err(netlink::Error::Taken(interface)) => {
+            Err(failed("the container has an interface of this name, and it is not Weir's")
+                .with_details(interface))
+        }
         Err(error) => Err(failed("making the pod's link").with_details(error.to_string())),
     }
+}
+
+/// The specification: "If the requested interface name is already present, the plugin MUST return an error".
+fn connected(interface: &str, pod: &ObjectKey) -> Error {
+    failed("this container is connected already: a DEL must come before another ADD")
+        .with_details(format!("{interface} is {pod}'s"))
 }
 
 fn spec_of(endpoint: &Endpoint, mtu: u32) -> PodLinkSpec {

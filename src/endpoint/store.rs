@@ -1,13 +1,14 @@
 //! The endpoints on disk: `STATE-DIRECTORY/endpoints/ID.json`, each complete or absent.
 
-use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use tracing::warn;
 
+use crate::files::{self, Survives};
 use crate::model::{Endpoint, EndpointId};
 
 /// The directory of endpoint files; one agent writes it.
@@ -52,11 +53,8 @@ impl Store {
     /// Writes an endpoint, by rename. A crash of the agent loses nothing; after a crash of the machine
     /// there are no pods, so that nothing waits for the disk here.
     pub fn write(&self, endpoint: &Endpoint) -> io::Result<()> {
-        let aside = self.directory.join(format!(".{}", endpoint.id));
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
-        file.write_all(&serde_json::to_vec(endpoint)?)?;
-        drop(file);
-        fs::rename(&aside, self.path_of(endpoint.id))
+        let text = serde_json::to_vec(endpoint)?;
+        files::replace(&self.path_of(endpoint.id), &text, 0o600, Survives::Process)
     }
 
     /// Removes an endpoint; none such is fine.

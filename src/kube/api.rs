@@ -11,7 +11,6 @@
 //! tells nobody that it is connected again, and asks again at once when a stream ends at once.)
 
 use std::collections::BTreeMap;
-use std::hash::{BuildHasher, RandomState};
 use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,6 +32,7 @@ use super::kind::{Kind, ObjectKind};
 use super::kinds::{self, Visitor};
 use super::rows::Rows;
 use super::watched::Watched;
+use crate::backoff::{Backoff, jittered};
 
 /// Objects in one page of a list: as much text as is in memory at a time.
 const PAGE: u32 = 250;
@@ -178,7 +178,7 @@ impl<K: ObjectKind> Watch<K> {
     }
 
     async fn run(mut self) {
-        let mut delay = DELAY_MIN;
+        let mut delay = Backoff::new(DELAY_MIN, DELAY_MAX);
         let mut refusals = 0;
         let mut was_silent = false;
         let mut said = String::new();
@@ -192,7 +192,8 @@ impl<K: ObjectKind> Watch<K> {
                 other => other,
             };
             if self.version.is_some() && self.version != before {
-                (delay, refusals) = (DELAY_MIN, 0);
+                delay.reset();
+                refusals = 0;
                 said.clear();
             }
             let Err(error) = ended else { continue };
@@ -212,7 +213,7 @@ impl<K: ObjectKind> Watch<K> {
                     continue;
                 }
                 // It is well: a list can come soon, if this was not the answer to one.
-                Interruption::Expired if self.version.take().is_some() => delay = DELAY_MIN,
+                Interruption::Expired if self.version.take().is_some() => delay.reset(),
                 _ if error.is_refusal() => refusals += 1,
                 _ => {}
             }
@@ -222,7 +223,7 @@ impl<K: ObjectKind> Watch<K> {
             let (is_absence, is_silent) = (error.is_absence(), error.is_silence());
             // One that has just come back may refuse until it has read its storage.
             if mem::replace(&mut was_silent, is_silent) && !is_silent {
-                delay = DELAY_MIN;
+                delay.reset();
             }
             // Once per outage; what the server last said stands.
             let text = crate::error::chain(&anyhow::Error::new(error));
@@ -232,8 +233,7 @@ impl<K: ObjectKind> Watch<K> {
                 warn!(kind = %K::KIND, error = text, "watching the API is interrupted");
                 said = text;
             }
-            self.pause(jittered(delay), is_absence).await;
-            delay = (delay * 2).min(delay_max);
+            self.pause(jittered(delay.wait_up_to(delay_max)), is_absence).await;
         }
     }
 
@@ -282,8 +282,7 @@ impl<K: ObjectKind> Watch<K> {
     }
 
     fn parameters(&self) -> WatchParams {
-        let spread = random() % 60;
-        let parameters = WatchParams::default().timeout(WATCH_SECONDS - spread as u32);
+        let parameters = WatchParams::default().timeout(WATCH_SECONDS - fastrand::u32(..60));
         match &self.fields {
             Some(fields) => parameters.fields(fields),
             None => parameters,
@@ -411,17 +410,6 @@ async fn next<S: Stream + Unpin>(stream: &mut S, is_listing: bool) -> Result<Opt
         false => (SILENCE_MAX, Interruption::Silent),
     };
     timeout(limit, stream.next()).await.map_err(|_| silent)
-}
-
-/// Half to all of `delay`.
-fn jittered(delay: Duration) -> Duration {
-    let half = delay / 2;
-    half + Duration::from_nanos(random() % (half.as_nanos() as u64).max(1))
-}
-
-/// Good enough to spread load; keyed by the system's randomness.
-fn random() -> u64 {
-    RandomState::new().hash_one(0)
 }
 
 #[cfg(test)]

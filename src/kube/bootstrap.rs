@@ -34,6 +34,7 @@ use tower::{BoxError, Service, ServiceExt};
 use tracing::{debug, info, warn};
 
 use super::Tables;
+use crate::files::{self, Survives};
 use crate::model::ObjectKey;
 
 /// The addresses known from the API, in the state directory.
@@ -244,9 +245,7 @@ fn remembered(file: &Path) -> Vec<SocketAddr> {
 }
 
 fn write(file: &Path, servers: &[SocketAddr]) -> io::Result<()> {
-    let draft = file.with_extension("json.new");
-    fs::write(&draft, serde_json::to_vec(servers)?)?;
-    fs::rename(&draft, file)
+    files::replace(file, &serde_json::to_vec(servers)?, 0o600, Survives::Process)
 }
 
 /// A client as a kubeconfig file says.

@@ -6,8 +6,8 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, OpenOptions};
-use std::io::{self, ErrorKind, Write};
+use std::fs;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -20,6 +20,7 @@ use super::crd::{Identity, IdentitySpec, UNUSED_SINCE};
 use super::document::Content;
 use super::kinds::ClaimedIdentity;
 use super::manifests;
+use crate::files::{Draft, Survives};
 use crate::model::{IdentityId, IdentityLabels};
 use crate::yaml;
 
@@ -99,7 +100,7 @@ impl Files {
         let path = self.identity(id);
         let object = Identity::new(&id.to_string(), IdentitySpec::from(labels));
         let temporary = self.temporary(&to_yaml([&object])?)?;
-        match fs::hard_link(&temporary.0, &path) {
+        match temporary.claim(&path) {
             Ok(()) => return Ok(Claim::Ours),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error).with_context(|| format!("creating {}", path.display())),
@@ -133,22 +134,17 @@ impl Files {
     /// Makes `text` the content of a file, in one step.
     pub fn replace(&self, path: &Path, text: &str) -> Result<()> {
         let temporary = self.temporary(text)?;
-        fs::rename(&temporary.0, path).with_context(|| format!("replacing {}", path.display()))
+        temporary.replace(path).with_context(|| format!("replacing {}", path.display()))
     }
 
-    fn temporary(&self, text: &str) -> Result<Temporary> {
+    fn temporary(&self, text: &str) -> Result<Draft> {
         static COUNTER: AtomicU64 = AtomicU64::new(0);
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         // In containers, agents of several nodes have the same process id.
         let name = format!(".weir-new-{}-{}-{number}", self.node, std::process::id());
         let path = self.directory.join(name);
-        // Left by an agent that was killed while it had this process id.
-        let _ = fs::remove_file(&path);
-        let file = OpenOptions::new().write(true).create_new(true).open(&path);
-        let mut file = file.with_context(|| format!("creating {}", path.display()))?;
-        let temporary = Temporary(path);
-        file.write_all(text.as_bytes()).with_context(|| format!("writing {}", temporary.0.display()))?;
-        Ok(temporary)
+        let context = format!("writing {}", path.display());
+        Draft::new(path, text.as_bytes(), 0o644, Survives::Process).context(context)
     }
 }
 
@@ -179,15 +175,6 @@ pub(super) fn with_mark(mut identity: Identity, since: Option<String>) -> Result
     annotations.extend(since.map(|since| (UNUSED_SINCE.to_owned(), since)));
     identity.metadata.annotations = Some(annotations).filter(|annotations| !annotations.is_empty());
     to_yaml([identity])
-}
-
-/// A file that no source reads and that is gone when this is.
-struct Temporary(PathBuf);
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
 }
 
 /// One document each.

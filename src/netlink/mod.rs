@@ -80,6 +80,9 @@ pub enum Error {
         /// There is nothing at that path.
         is_absent: bool,
     },
+    /// The pod has a device of that name already.
+    #[error("the pod has a device {0} already")]
+    Taken(String),
     /// A device, address or route is not what it was made to be.
     #[error("{0}")]
     Different(String),

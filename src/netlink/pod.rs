@@ -130,8 +130,11 @@ pub fn create_pod_link(spec: &PodLinkSpec) -> Result<PodLink> {
     ];
     let action = format!("making {} for {} of the pod", spec.host_interface, spec.interface);
     let request = Request::new(action, RouteNetlinkMessage::NewLink(message)).create();
-    Connection::open()?.execute(vec![request])?;
-
+    if let Err(error) = Connection::open()?.execute(vec![request]) {
+        let is_taken =
+            namespace::within(&namespace, || link(&spec.interface)).is_ok_and(|there| there.is_some());
+        return Err(if is_taken { Error::Taken(spec.interface.clone()) } else { error });
+    }
     let configure = || {
         let host_ifindex = index_of(&spec.host_interface)?;
         configure_host_side(&spec.host_interface)?;

@@ -13,7 +13,6 @@ use anyhow::{Context, Result, ensure};
 use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Client, ResourceExt};
-use serde::Deserialize;
 use serde_json::json;
 use weir::identity;
 use weir::kube::crd::{Identity, IdentitySpec, NodeEndpoints as NodeEndpointsObject, crds};

@@ -14,17 +14,17 @@ const LAYERS: &[(&str, &str)] = &[
     (
         "agent",
         "hubble endpoint cni api telemetry flow kube policy node service identity datapath netlink tables model \
-         settings signals error",
+         settings signals backoff files error",
     ),
     ("relay", "hubble signals settings error"),
     ("hubble", "api telemetry flow kube datapath tables model settings error"),
     ("operator", "telemetry kube settings signals error"),
-    ("endpoint", "cni telemetry ipam netlink tables model"),
-    ("cni", "api netlink model settings"),
+    ("endpoint", "cni telemetry ipam netlink tables model files"),
+    ("cni", "api netlink model settings files"),
     ("api", "telemetry flow datapath model"),
     ("telemetry", "flow datapath error"),
     ("flow", "datapath tables model settings error"),
-    ("kube", "identity tables model settings yaml error"),
+    ("kube", "identity tables model settings yaml backoff files error"),
     ("policy", "identity tables model"),
     ("node", "tables model"),
     ("service", "tables model settings"),
@@ -37,6 +37,8 @@ const LAYERS: &[(&str, &str)] = &[
     ("settings", ""),
     ("signals", ""),
     ("yaml", ""),
+    ("backoff", ""),
+    ("files", ""),
     ("error", ""),
 ];
 

@@ -10,7 +10,6 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use serde::Deserialize;
 use serde_json::Value;
 
 use crate::lab::{

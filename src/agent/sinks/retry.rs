@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::backoff::Backoff;
+
 /// The first wait; each further one is twice as long.
 const FIRST: Duration = Duration::from_millis(50);
 /// No wait is longer.
@@ -10,8 +12,8 @@ const LAST: Duration = Duration::from_secs(5);
 /// The back-off of one sink.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Retry {
-    /// The last wait, and when it ends; `None`: the last try succeeded.
-    waiting: Option<(Duration, Instant)>,
+    /// How long the waits are, and when this one ends; `None`: the last try succeeded.
+    waiting: Option<(Backoff, Instant)>,
 }
 
 impl Retry {
@@ -37,8 +39,9 @@ impl Retry {
 
     /// A try failed at `now`.
     pub fn failed(&mut self, now: Instant) {
-        let wait = self.waiting.map_or(FIRST, |(wait, _)| (wait * 2).min(LAST));
-        self.waiting = Some((wait, now + wait));
+        let mut backoff = self.waiting.map_or(Backoff::new(FIRST, LAST), |(backoff, _)| backoff);
+        let wait = backoff.wait();
+        self.waiting = Some((backoff, now + wait));
     }
 }
 

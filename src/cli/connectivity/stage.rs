@@ -1,7 +1,6 @@
 //! The test's life in the cluster: choose nodes, make the pods, try, ask for reasons, remove.
 
 use std::collections::BTreeMap;
-use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -68,7 +67,7 @@ impl<'a> Stage<'a> {
             ));
         }
         let image = Image { name: agents[0].image.clone(), pull_policy: agents[0].pull_policy.clone() };
-        let number = RandomState::new().hash_one(names) & 0xf_ffff;
+        let number = fastrand::u32(..1 << 20);
         let namespace = format!("weir-connectivity-{number:05x}");
         Ok(Self { cluster, args, namespace, places, agents, image })
     }

@@ -90,10 +90,22 @@ fn root_add_check_and_del() {
 
         let with_result = runtime.clone().config("prevResult", result.clone());
         with_result.call_async("CHECK").await.expect("CHECK");
-        assert_eq!(runtime.call_async("ADD").await.expect("ADD again"), result);
-
-        let other = runtime.clone().with("CNI_ARGS", "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=other");
-        assert_eq!(other.call_async("ADD").await.expect_err("another pod in one container")["code"], 100);
+        let error = runtime.call_async("ADD").await.expect_err("the specification wants an error");
+        let message = "this container is connected already: a DEL must come before another ADD";
+        assert_eq!((&error["code"], &error["msg"]), (&json!(100), &json!(message)));
+        assert_eq!(error["details"], "eth0 is shop/web-0's");
+        let second = runtime.clone().with("CNI_IFNAME", "eth1").call_async("ADD").await;
+        let error = second.expect_err("a second interface in one container");
+        assert_eq!(
+            (&error["msg"], &error["details"]),
+            (
+                &json!("a container has one interface of Weir's"),
+                &json!(
+                    "it is connected by eth0, and eth1 is wanted, too: another interface needs another plugin"
+                )
+            )
+        );
+        with_result.call_async("CHECK").await.expect("what is refused changes nothing");
 
         for _ in 0..2 {
             assert_eq!(runtime.call_async("DEL").await.expect("DEL"), Value::Null);
@@ -102,6 +114,28 @@ fn root_add_check_and_del() {
         }
         let error = with_result.call_async("CHECK").await.expect_err("CHECK of nobody");
         assert_eq!(error["code"], 3);
+        agent.stop().await;
+    });
+}
+
+#[test]
+fn root_an_interface_that_somebody_else_made_is_not_taken_over() {
+    on_a_node_with_directory(|directory| async move {
+        let agent = Agent::start(&directory, &CIDRS, Enforcing::AtOnce).await;
+        let namespace = Namespace::new();
+        namespace.run(|| {
+            netlink::ensure_vxlan("eth0", 4789, 1450, None).map(drop).expect("another plugin's device");
+        });
+        let runtime = Runtime::new(&directory, "web-0", &namespace);
+        let error = runtime.call_async("ADD").await.expect_err("eth0 is there");
+        let message = "the container has an interface of this name, and it is not Weir's";
+        assert_eq!(
+            (&error["code"], &error["msg"], &error["details"]),
+            (&json!(100), &json!(message), &json!("eth0"))
+        );
+        assert_eq!(traces(&directory), nothing());
+        namespace.run(|| assert!(netlink::delete_link("eth0").expect("deleting")));
+        runtime.call_async("ADD").await.expect("ADD when the name is free");
         agent.stop().await;
     });
 }

@@ -20,7 +20,7 @@ struct Handler;
 impl api::Handler for Handler {
     async fn handle(&self, request: Request, mut reply: Reply) {
         match request {
-            Request::Status => {
+            Request::Status | Request::CniStatus => {
                 let _ = reply.send(&"well").await;
             }
             Request::Endpoints => {
@@ -147,6 +147,28 @@ fn root_only_root_is_answered() {
         let output = child.wait_with_output().expect("waiting");
         let error: Value = serde_json::from_slice(&output.stdout).expect("an error object");
         assert_eq!((&error["code"], &error["msg"]), (&json!(4), &json!("only root may talk to the agent")));
+    });
+}
+
+#[test]
+fn root_a14_followers_of_flows_cannot_keep_a_pod_from_starting() {
+    if skip_without_root("root_a14_followers_of_flows_cannot_keep_a_pod_from_starting") {
+        return;
+    }
+    with_server(|socket| {
+        let client = || Client::connect(socket).expect("connecting");
+        let follow = || client().stream::<Value>(&Request::Observe(Default::default())).expect("asking");
+        let _followers: Vec<_> = (0..api::OTHERS_MAX).map(|_| follow()).collect();
+        // The server works on them in its own time.
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        let refusal = loop {
+            match client().call::<String>(&Request::Status) {
+                Err(Error::Refused(refusal)) => break refusal,
+                answered => assert!(std::time::Instant::now() < deadline, "{answered:?}"),
+            }
+        };
+        assert_eq!((refusal.code, refusal.message.as_str()), (11, "the agent has too many requests at once"));
+        assert_eq!(client().call::<String>(&Request::CniStatus).expect("the runtime is answered"), "well");
     });
 }
 
