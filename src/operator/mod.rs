@@ -16,6 +16,7 @@ mod addresses;
 mod args;
 mod balancers;
 mod cidrs;
+mod closed;
 mod contact;
 mod definitions;
 mod election;
@@ -166,8 +167,10 @@ async fn work(
             seconds(args.node_forget_seconds),
             metrics.clone(),
         );
+        let mut closed = closed::Closed::new(client, recorder(client, &args.operator_name));
         info!(nodes = stores.view().nodes.len(), "looking after nodes");
         while !*resigning.borrow() {
+            closed.round(&stores.view()).await;
             if let Err(error) = round(&stores, &mut cidrs, &mut keeper).await {
                 metrics.errors.inc();
                 warn!(error = crate::error::chain(&error), "looking after nodes");

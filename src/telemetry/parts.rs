@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::PolicyRef;
+
 /// A fault counts when it has lasted this long: most are gone with the first retry.
 const GRACE: Duration = Duration::from_secs(2);
 /// For how long it is remembered what was repaired.
@@ -33,6 +35,7 @@ struct Failing {
     since: Instant,
     causes: Vec<String>,
     stops_pods: bool,
+    closed: Vec<(PolicyRef, String)>,
 }
 
 /// How a part is, for people.
@@ -74,8 +77,25 @@ impl Parts {
         part.errors_total += u64::from(is_try);
         let is_news = part.failing.as_ref().is_none_or(|failing| failing.causes != causes);
         let since = part.failing.take().map_or_else(Instant::now, |failing| failing.since);
-        part.failing = Some(Failing { since, causes, stops_pods });
+        part.failing = Some(Failing { since, causes, stops_pods, closed: Vec::new() });
         is_news
+    }
+
+    /// Policies that the part cannot put into force, and why; until the part works.
+    pub fn closes(&self, part: &'static str, policies: Vec<(PolicyRef, String)>) {
+        if let Some(failing) = self.lock().get_mut(part).and_then(|part| part.failing.as_mut()) {
+            failing.closed = policies;
+        }
+    }
+
+    /// The policies that parts have not put into force for longer than a retry takes, and why.
+    pub fn closed(&self) -> Vec<(PolicyRef, String)> {
+        let parts = self.lock();
+        let failing = parts.values().filter_map(|part| part.failing.as_ref());
+        failing
+            .filter(|failing| failing.since.elapsed() >= GRACE)
+            .flat_map(|failing| failing.closed.clone())
+            .collect()
     }
 
     /// These things were not as the part had left them; it puts them back.

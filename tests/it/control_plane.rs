@@ -65,7 +65,8 @@ pub fn start(test: &str) -> Result<Option<ControlPlane>> {
     ControlPlane::start(programs, one).map(Some)
 }
 
-fn find(name: &str) -> Option<PathBuf> {
+/// Where a program is.
+pub fn find(name: &str) -> Option<PathBuf> {
     let mut folders: Vec<PathBuf> =
         std::env::var_os("WEIR_CLUSTER_PROGRAMS").map(PathBuf::from).into_iter().collect();
     folders.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));

@@ -22,7 +22,7 @@ const LAYERS: &[(&str, &str)] = &[
     ("endpoint", "cni telemetry ipam netlink tables model files"),
     ("cni", "api netlink model settings files"),
     ("api", "telemetry flow datapath model"),
-    ("telemetry", "flow datapath error"),
+    ("telemetry", "flow datapath model error"),
     ("flow", "datapath tables model settings error"),
     ("kube", "identity tables model settings yaml backoff files error"),
     ("policy", "identity tables model"),

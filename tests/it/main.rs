@@ -27,6 +27,7 @@ mod packets;
 mod policies;
 mod policy_changes;
 mod policy_model;
+mod real_node;
 mod require;
 mod restart;
 mod same_node;
@@ -38,3 +39,6 @@ mod sinks;
 mod tools;
 mod two_nodes;
 mod verdicts;
+#[allow(dead_code)]
+#[path = "../bench/cluster/world.rs"]
+mod world;

@@ -17,7 +17,7 @@ use crate::require::require_lab;
 use crate::verdicts::{Expected, Row, expect_all, expect_full_mesh};
 
 /// A policy on the namespace's pods with so many ports that are no neighbours.
-fn many_ports(namespace: &str, ports: usize) -> String {
+pub fn many_ports(namespace: &str, ports: usize) -> String {
     let mut yaml = format!(
         "
 apiVersion: networking.k8s.io/v1
@@ -151,7 +151,8 @@ fn a4_one_node_off_the_link_costs_only_the_route_to_it() -> Result<()> {
 }
 
 /// How often something was put back, by part.
-fn repairs(node: &Node, name: &str) -> Result<u64> {
+/// How often a part has put something back.
+pub fn repairs(node: &Node, name: &str) -> Result<u64> {
     part(node, name)?["repairs_total"].as_u64().context("a number")
 }
 

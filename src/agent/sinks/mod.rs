@@ -35,7 +35,7 @@ use anyhow::Result;
 use super::compute::Desired;
 use super::ipsec;
 use crate::datapath::{Datapath, Writers};
-use crate::model::{EndpointId, PolicyId};
+use crate::model::{EndpointId, PolicyId, PolicyRef};
 use crate::netlink::News;
 use crate::telemetry::Parts;
 
@@ -118,12 +118,14 @@ impl Drift {
 pub struct Problem {
     /// Which object, and why not.
     pub cause: String,
+    /// The policies that it closes, for events on them.
+    pub closes: Vec<(PolicyRef, String)>,
 }
 
 impl Problem {
     /// What people read.
     pub fn new(cause: impl Into<String>) -> Self {
-        Self { cause: cause.into() }
+        Self { cause: cause.into(), closes: Vec::new() }
     }
 }
 

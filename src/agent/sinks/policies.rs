@@ -126,8 +126,12 @@ fn problem(desired: &Desired, id: PolicyId, cause: &str) -> Problem {
         pods.push(entry.endpoint.pod.to_string());
         objects.extend(desired.selected_by.get(endpoint).into_iter().flat_map(|by| by.iter()));
     }
-    let objects: Vec<String> = objects.into_iter().map(ToString::to_string).collect();
-    Problem::new(format!("NetworkPolicy {}, which selects {}: {cause}", objects.join(", "), few(&pods)))
+    let selects = format!("which selects {}: {cause}", few(&pods));
+    let names: Vec<String> = objects.iter().map(ToString::to_string).collect();
+    let closes = objects
+        .into_iter()
+        .map(|object| (object.clone(), format!("is not enforced for {}: {cause}", few(&pods))));
+    Problem { closes: closes.collect(), ..Problem::new(format!("{}, {selects}", names.join(", "))) }
 }
 
 /// The first few of many names.

@@ -21,6 +21,9 @@ const SETTLE: Duration = Duration::from_millis(200);
 /// After news, where somebody keeps taking away what the sink puts back.
 const FOUGHT_OVER: Duration = Duration::from_secs(1);
 
+/// So many closed policies are named on a node, at most.
+const CLOSED_MAX: usize = 16;
+
 /// What one round did.
 #[derive(Debug, Default)]
 pub struct Applied {
@@ -245,6 +248,8 @@ impl Row {
         let causes = failure.iter().cloned().chain(problems).collect();
         let stops_pods = self.sink.is_for_pods() && failure.is_some();
         let is_news = parts.fails(name, causes, stops_pods, self.is_try);
+        let closed = self.problems.iter().flat_map(|problem| problem.closes.iter().cloned());
+        parts.closes(name, closed.take(CLOSED_MAX).collect());
         if let (true, Some(error)) = (is_news, failure) {
             tracing::error!(sink = name, error, "programming the kernel");
         }

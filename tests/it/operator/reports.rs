@@ -154,3 +154,50 @@ fn malformed_objects_are_refused_or_reported_on_the_object() -> Result<()> {
         .await
     })
 }
+
+#[test]
+fn a1_a_policy_that_a_node_cannot_enforce_gets_an_event() -> Result<()> {
+    with_plane("a1_a_policy_that_a_node_cannot_enforce_gets_an_event", |plane| async move {
+        plane.apply_base().await?;
+        let client = plane.client().await?;
+        let operator = Replica::start(&plane, "one", &[]).await?;
+        until("the operator to look after nodes", || async {
+            Ok(operator.log().contains("looking after nodes").then_some(()))
+        })
+        .await?;
+        let policy = "{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, \
+                      metadata: {name: many, namespace: default}, spec: {podSelector: {}}}";
+        plane.apply(policy).await?;
+        until("the definition to be served", || async {
+            Ok(plane
+                .apply("{apiVersion: weir.dev/v1alpha1, kind: WeirNode, metadata: {name: n1}, spec: {}}")
+                .await
+                .ok())
+        })
+        .await?;
+        let reason = "is not enforced for default/web: 46000 rows, and one policy may have 16384";
+        let closed = |kind: &str, name: &str| json!({"kind": kind, "namespace": "default", "name": name, "reason": reason});
+        // One that is gone, and a kind that is none: said by nobody.
+        let all =
+            [closed("NetworkPolicy", "many"), closed("NetworkPolicy", "gone"), closed("Secret", "many")];
+        let nodes: Api<WeirNode> = Api::all(client.clone());
+        let status = Patch::Merge(json!({"status": {"ready": true, "closedPolicies": all}}));
+        nodes.patch_status("n1", &PatchParams::default(), &status).await?;
+        let events: Api<Event> = Api::all(client.clone());
+        until("the event", || async {
+            let said = events.list(&ListParams::default()).await?.items.into_iter().any(|event| {
+                let regarding = event.regarding.unwrap_or_default();
+                regarding.name.as_deref() == Some("many")
+                    && regarding.uid.is_some()
+                    && event.reason.as_deref() == Some("NotEnforced")
+                    && event.note.is_some_and(|note| note == format!("Node n1: {reason}"))
+            });
+            Ok(said.then_some(()))
+        })
+        .await?;
+        let all = events.list(&ListParams::default()).await?.items;
+        let not_enforced = all.iter().filter(|event| event.reason.as_deref() == Some("NotEnforced"));
+        ensure!(not_enforced.count() == 1, "{all:?}");
+        Ok(())
+    })
+}
