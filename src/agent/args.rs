@@ -238,6 +238,11 @@ impl TryFrom<AgentArgs> for Config {
         args.network.check()?;
         args.nat.check()?;
         args.services.check()?;
+        let node_ports = args.services.node_port_range;
+        if args.nat.nat_port_min <= node_ports.last && node_ports.first <= args.nat.nat_port_max {
+            let given = format!("{}-{}", args.nat.nat_port_min, args.nat.nat_port_max);
+            return Err(SettingError::new("nat-port-max", given, "must be apart from --node-port-range"));
+        }
         args.maps.check()?;
         args.quotas.check()?;
         args.flows.check()?;
@@ -302,6 +307,10 @@ mod tests {
         assert!(config(&["--cni-bin-dir", "opt/cni/bin"]).is_err());
         assert!(config(&["--node-name", "../etc"]).is_err());
         assert!(config(&["--routing", "magic"]).is_err());
+        assert!(
+            config(&["--nat-port-max", "30000"])
+                .is_err_and(|error| error.contains("apart from --node-port-range"))
+        );
         assert!(config(&["--map-size", "addresses=0"]).is_err());
         assert!(config(&["--map-size", "weird=5"]).is_err_and(|error| error.contains("must name one of")));
         assert!(config(&["--map-size", "addresses=5"]).is_ok());

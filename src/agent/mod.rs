@@ -159,6 +159,10 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     };
     facts.send_modify(|facts| facts.node = Some(node.clone()));
     let ports = Ports::choose(config.args.nat.nat_port_min..=config.args.nat.nat_port_max);
+    let node_ports = config.args.services.node_port_range;
+    if let Err(error) = ports::reserve(node_ports.first..=node_ports.last) {
+        tracing::warn!(%error, "keeping node ports from the node's own sockets");
+    }
     let (devices, datapath) = tokio::task::block_in_place(|| load(&config, &node, &ports))?;
     facts.send_modify(|facts| facts.devices = Some(devices.clone()));
     let mut writers = datapath.writers().context("reading the maps back")?;

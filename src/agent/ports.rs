@@ -67,6 +67,29 @@ impl Ports {
     }
 }
 
+/// Keeps the kernel from giving node ports to the node's own sockets, where `ip_local_port_range` has some.
+pub fn reserve(node_ports: RangeInclusive<u16>) -> netlink::Result<()> {
+    const RESERVED: &str = "net/ipv4/ip_local_reserved_ports";
+    let sockets = netlink::get_sysctl("net/ipv4/ip_local_port_range")?.unwrap_or_default();
+    let reserved = netlink::get_sysctl(RESERVED)?.unwrap_or_default();
+    match with_reserved(&node_ports, &sockets, &reserved) {
+        Some(reserved) => netlink::set_sysctl(RESERVED, &reserved),
+        None => Ok(()),
+    }
+}
+
+/// What is reserved and these, unless that is so or sockets get none of them anyway.
+fn with_reserved(node_ports: &RangeInclusive<u16>, sockets: &str, reserved: &str) -> Option<String> {
+    let sockets = pair(sockets, char::is_whitespace)?;
+    let (first, last) = (*node_ports.start().max(sockets.start()), *node_ports.end().min(sockets.end()));
+    let is_reserved = |range: RangeInclusive<u16>| *range.start() <= first && last <= *range.end();
+    if first > last || reserved.split(',').filter_map(port_or_range).any(is_reserved) {
+        return None;
+    }
+    let ours = format!("{}-{}", node_ports.start(), node_ports.end());
+    Some(if reserved.trim().is_empty() { ours } else { format!("{},{ours}", reserved.trim()) })
+}
+
 impl std::fmt::Display for Ports {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(out, "{}-{}", self.range.start(), self.range.end())?;
@@ -90,6 +113,16 @@ fn port_or_range(text: &str) -> Option<RangeInclusive<u16>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn node_ports_are_reserved_where_sockets_would_get_them() {
+        let with = |sockets, reserved| with_reserved(&(30000..=32767), sockets, reserved);
+        assert_eq!(with("32768\t60999", ""), None);
+        assert_eq!(with("1024\t65535", "").as_deref(), Some("30000-32767"));
+        assert_eq!(with("32000\t60999", "8080,9148").as_deref(), Some("8080,9148,30000-32767"));
+        assert_eq!(with("1024\t65535", "30000-32767"), None);
+        assert_eq!(with("32000\t60999", "1,32000-33000"), None);
+    }
 
     fn chosen(wanted: RangeInclusive<u16>, sockets: &str, reserved: &str) -> (RangeInclusive<u16>, bool) {
         let ports = Ports::apart_from(wanted, sockets, reserved);

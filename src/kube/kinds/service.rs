@@ -79,7 +79,7 @@ fn service(
     service.algorithm = annotated(&annotations, ["weir.dev/algorithm", "service.cilium.io/lb-algorithm"], warnings)?;
     service.forwarding =
         annotated(&annotations, ["weir.dev/forwarding", "service.cilium.io/forwarding-mode"], warnings)?;
-    warn_of_unserved(&spec, type_, warnings)?;
+    warn_of_unserved(&spec, warnings)?;
     Ok(Some(service))
 }
 
@@ -185,15 +185,7 @@ fn annotated<T: FromStr<Err = String>>(
 }
 
 /// What a Service may ask for and does not get: whoever wrote it should not find out by himself.
-fn warn_of_unserved(spec: &Field, type_: Type, warnings: &mut Vec<FieldError>) -> Result<()> {
-    if type_ != Type::ClusterIp {
-        let field = spec.get("type")?;
-        warnings.push(field.error("pods and nodes are served, the network is not yet"));
-    }
-    let affinity = spec.get("sessionAffinity")?;
-    if affinity.string()? == Some("ClientIP") {
-        warnings.push(affinity.error("ClientIP is not kept: each connection may reach another backend"));
-    }
+fn warn_of_unserved(spec: &Field, warnings: &mut Vec<FieldError>) -> Result<()> {
     for port in items(&spec.get("ports")?)? {
         let protocol = port.get("protocol")?;
         if protocol.protocol()? == Protocol::Sctp {

@@ -9,8 +9,12 @@ use super::*;
 
 /// What the API server takes although Weir cannot use all of it; kind, name, reason, part of the note.
 const TAKEN: &[(&str, &str, &str, &str)] = &[
-    ("Service", "sticky", "PartlyIgnored", "spec.sessionAffinity: ClientIP is not kept"),
-    ("Service", "outer", "PartlyIgnored", "pods and nodes are served, the network is not yet"),
+    (
+        "Service",
+        "sticky",
+        "PartlyIgnored",
+        "metadata.annotations.weir.dev/algorithm: \"least\" is not random or maglev",
+    ),
     ("Service", "outer", "PartlyIgnored", "spec.ports[1].protocol: Weir serves TCP and UDP only"),
     ("EndpointSlice", "names", "PartlyIgnored", "addressType: FQDN names no addresses"),
     (
@@ -26,7 +30,7 @@ const TAKEN: &[(&str, &str, &str, &str)] = &[
 ];
 
 const DOCUMENTS: &[&str] = &[
-    "{apiVersion: v1, kind: Service, metadata: {name: sticky, namespace: default}, \
+    "{apiVersion: v1, kind: Service, metadata: {name: sticky, namespace: default, annotations: {weir.dev/algorithm: least}}, \
       spec: {sessionAffinity: ClientIP, ports: [{port: 80}]}}",
     "{apiVersion: v1, kind: Service, metadata: {name: outer, namespace: default}, \
       spec: {type: NodePort, ports: [{name: a, port: 80}, {name: b, port: 81, protocol: SCTP}]}}",
@@ -145,7 +149,7 @@ fn malformed_objects_are_refused_or_reported_on_the_object() -> Result<()> {
         let services = "weir_operator_objects_reported{kind=\"Service\"}";
         ensure!(operator.metric(services).await? == 2.0);
         let sticky: Api<Service> = Api::namespaced(client.clone(), "default");
-        let patch = Patch::Merge(json!({"spec": {"sessionAffinity": "None"}}));
+        let patch = Patch::Merge(json!({"metadata": {"annotations": {"weir.dev/algorithm": null}}}));
         sticky.patch("sticky", &PatchParams::default(), &patch).await?;
         sticky.delete("outer", &Default::default()).await?;
         until("both Services to be well", || async {
