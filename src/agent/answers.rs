@@ -111,7 +111,7 @@ impl Known {
             identities: count(self.tables.identities.snapshot().len()),
             local_identities: count(current.local_identities.len()),
             nodes: count(self.tables.nodes.snapshot().len()),
-            policies: count(self.tables.policies.snapshot().len()),
+            policies: count(self.tables.policy_sources().all().count()),
             compiled_policies: count(current.policies.len()),
             services: count(self.tables.services.snapshot().len()),
             addresses: count(current.addresses.len()),
@@ -308,15 +308,16 @@ impl Known {
             selected.map(|(endpoint, _)| *endpoint).collect()
         };
         let rules = |direction: &Option<PolicyDirection>| direction.as_ref().map(|it| it.rules.len());
-        let row = |(key, policy): (&PolicyRef, &Arc<Policy>)| PolicyRow {
-            policy: key.clone(),
+        let row = |policy: &Policy| PolicyRow {
+            policy: policy.reference.clone(),
             tier: format!("{:?}", policy.tier),
             ingress_rules: rules(&policy.ingress),
             egress_rules: rules(&policy.egress),
-            endpoints: selects(key),
+            endpoints: selects(&policy.reference),
             doubts: policy.doubts.clone(),
         };
-        self.tables.policies.snapshot().iter().map(row).collect()
+        let sources = self.tables.policy_sources();
+        sources.all().map(row).collect()
     }
 
     fn node_rows(&self) -> Vec<NodeRow> {

@@ -29,7 +29,8 @@ pub struct View {
     nodes: Snapshot<Arc<str>, Arc<Node>>,
     services: Snapshot<ObjectKey, Arc<Service>>,
     slices: Snapshot<ObjectKey, Arc<EndpointSlice>>,
-    policies: Snapshot<PolicyRef, Arc<Policy>>,
+    policies: policy::Sources,
+    references: policy::References,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     to_claim: Snapshot<IdentityId, ()>,
     node_endpoints: Snapshot<Arc<str>, Arc<NodeEndpoints>>,
@@ -48,7 +49,8 @@ impl View {
             nodes: tables.nodes.snapshot(),
             services: tables.services.snapshot(),
             slices: tables.slices.snapshot(),
-            policies: tables.policies.snapshot(),
+            policies: tables.policy_sources(),
+            references: tables.policy_references(),
             identities: tables.identities.snapshot(),
             to_claim: tables.to_claim.snapshot(),
             node_endpoints: tables.node_endpoints.snapshot(),
@@ -127,6 +129,7 @@ pub struct Compute {
     owners: node::Addresses,
     prefixes: node::Prefixes,
     frontends: service::Frontends,
+    resolver: policy::Resolver,
     compiler: policy::Compiler,
     numbers: HashMap<Arc<IdentityLabels>, IdentityId>,
     numbers_from: (Snapshot<IdentityId, Arc<IdentityLabels>>, Snapshot<IdentityId, ()>),
@@ -157,6 +160,7 @@ impl Compute {
             owners: node::Addresses::default(),
             prefixes: node::Prefixes::new(guarded),
             frontends: service::Frontends::default(),
+            resolver: policy::Resolver::default(),
             compiler,
             numbers: HashMap::new(),
             numbers_from: Default::default(),
@@ -169,9 +173,10 @@ impl Compute {
     /// What `view` asks of the kernel.
     pub fn desired(&mut self, view: &View) -> Result<Desired, policy::Error> {
         self.learn_numbers(&view.identities, &view.to_claim);
-        if !self.asked_by.ptr_eq(&view.policies) {
-            self.asked_labels = policy::asked_labels(&view.policies, &self.rules.labels);
-            self.asked_by = view.policies.clone();
+        let policies = self.resolver.update(view.policies.clone(), view.references.clone());
+        if !self.asked_by.ptr_eq(&policies) {
+            self.asked_labels = policy::asked_labels(&policies, &self.rules.labels);
+            self.asked_by = policies.clone();
         }
         let mut desired = Desired::default();
         let endpoints = self.resolve(view, &mut desired);
@@ -199,7 +204,7 @@ impl Compute {
         let identities = endpoints.iter().map(|(id, (_, identity))| (*id, *identity)).collect();
         let pod_cidrs: Vec<IpNet> = view.nodes.values().flat_map(|node| node.pod_cidrs.clone()).collect();
         let compiled = self.compiler.compile(&policy::Input {
-            policies: &view.policies,
+            policies: &policies,
             identities: &view.identities,
             endpoints: &identities,
             addresses: &owners.addresses,

@@ -16,6 +16,7 @@
 mod api;
 pub mod args;
 pub mod bootstrap;
+mod cilium;
 mod claims;
 mod collect;
 mod convert;
@@ -53,6 +54,7 @@ use crate::model::{
     Allocation, EndpointSlice, IdentityId, IdentityLabels, LocalRedirect, Namespace, Node, NodeEndpoints,
     ObjectKey, Pod, Policy, PolicyRef, Service,
 };
+use crate::policy;
 use crate::tables::{Snapshot, State, Table};
 
 /// Everything that the sources know, one table per kind.
@@ -68,7 +70,7 @@ pub struct Tables {
     pub services: Arc<Table<ObjectKey, Arc<Service>>>,
     /// By the slice's own name.
     pub slices: Arc<Table<ObjectKey, Arc<EndpointSlice>>>,
-    /// Of every kind.
+    /// NetworkPolicies; [`Tables::policy_sources`] has those of every kind.
     pub policies: Arc<Table<PolicyRef, Arc<Policy>>>,
     /// Those that any node claimed; this node's own at once.
     pub identities: Arc<Table<IdentityId, Arc<IdentityLabels>>>,
@@ -104,6 +106,27 @@ impl Tables {
         let mut others = self.others.lock().expect("nobody panics while holding the lock");
         let table = others.entry(TypeId::of::<K>()).or_insert_with(|| Arc::new(ObjectTable::<K::Row>::new()));
         table.clone().downcast().expect("a kind has one type of rows")
+    }
+
+    /// The policies of every kind, as they were read.
+    pub fn policy_sources(&self) -> policy::Sources {
+        policy::Sources {
+            network: self.policies.snapshot(),
+            others: vec![
+                self.of::<kinds::CiliumNetworkPolicy>().snapshot(),
+                self.of::<kinds::CiliumClusterwideNetworkPolicy>().snapshot(),
+            ],
+        }
+    }
+
+    /// What the names in policies stand for.
+    pub fn policy_references(&self) -> policy::References {
+        policy::References {
+            groups: self.of::<kinds::CiliumCIDRGroup>().snapshot(),
+            services: self.services.snapshot(),
+            slices: self.slices.snapshot(),
+            nodes: self.nodes.snapshot(),
+        }
     }
 
     /// Every source has delivered its first full list.

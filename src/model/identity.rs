@@ -24,6 +24,8 @@ impl IdentityId {
     pub const HOST: Self = Self(1);
     /// Everything outside the cluster.
     pub const WORLD: Self = Self(2);
+    /// An address of the pod network that no pod is known to have.
+    pub const UNMANAGED: Self = Self(3);
     /// Another node of the cluster.
     pub const REMOTE_NODE: Self = Self(6);
     /// The first number that a cluster identity may have.
@@ -67,6 +69,19 @@ pub struct IdentityLabels {
     /// Named ports: part of the identity, so that a rule on a port name is exact for every peer.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub named_ports: BTreeMap<String, Vec<NamedPort>>,
+}
+
+/// The key by which Cilium's selectors ask for the service account.
+pub const SERVICE_ACCOUNT_KEY: &str = "io.cilium.k8s.policy.serviceaccount";
+
+impl IdentityLabels {
+    /// What a selector of pods sees under `key`. Keys of Cilium's own are never the pod's to set.
+    pub fn pod_label(&self, key: &str) -> Option<&str> {
+        match key {
+            SERVICE_ACCOUNT_KEY => Some(&self.service_account),
+            _ => self.pod_labels.get(key).map(String::as_str),
+        }
+    }
 }
 
 /// The pods of one node, packed into one object (K8).

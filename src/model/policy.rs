@@ -30,7 +30,20 @@ pub enum Requirement {
     DoesNotExist(String),
 }
 
+impl Requirement {
+    /// The label's key.
+    pub fn key(&self) -> &str {
+        match self {
+            Self::In(key, _) | Self::NotIn(key, _) | Self::Exists(key) | Self::DoesNotExist(key) => key,
+        }
+    }
+}
+
 impl Selector {
+    /// Selects nothing: no label has one of no values.
+    pub fn nothing() -> Self {
+        Self { requirements: vec![Requirement::In(String::new(), BTreeSet::new())] }
+    }
     /// The selector of these requirements; equal ones are one.
     pub fn new(mut requirements: Vec<Requirement>) -> Self {
         requirements.sort_unstable();
@@ -40,11 +53,16 @@ impl Selector {
 
     /// True if every requirement holds for `labels`.
     pub fn matches(&self, labels: &Labels) -> bool {
+        self.matches_by(|key| labels.get(key).map(String::as_str))
+    }
+
+    /// True if every requirement holds, where `value` is what a label has.
+    pub fn matches_by<'a>(&self, value: impl Fn(&str) -> Option<&'a str>) -> bool {
         self.requirements.iter().all(|requirement| match requirement {
-            Requirement::In(key, values) => labels.get(key).is_some_and(|value| values.contains(value)),
-            Requirement::NotIn(key, values) => labels.get(key).is_none_or(|value| !values.contains(value)),
-            Requirement::Exists(key) => labels.contains_key(key),
-            Requirement::DoesNotExist(key) => !labels.contains_key(key),
+            Requirement::In(key, values) => value(key).is_some_and(|value| values.contains(value)),
+            Requirement::NotIn(key, values) => value(key).is_none_or(|value| !values.contains(value)),
+            Requirement::Exists(key) => value(key).is_some(),
+            Requirement::DoesNotExist(key) => value(key).is_none(),
         })
     }
 }
@@ -84,13 +102,25 @@ pub struct PolicyRef {
     pub namespace: Option<Arc<str>>,
     /// The object's name.
     pub name: Arc<str>,
+    /// Which of the object's specs, where it has several.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub spec: u16,
+}
+
+fn is_first(spec: &u16) -> bool {
+    *spec == 0
 }
 
 impl PolicyRef {
+    /// A policy of a kind; the key of a cluster's policy has no namespace.
+    pub fn new(kind: PolicyKind, key: &ObjectKey) -> Self {
+        let ObjectKey { namespace, name } = key.clone();
+        Self { kind, namespace: Some(namespace).filter(|namespace| !namespace.is_empty()), name, spec: 0 }
+    }
+
     /// A NetworkPolicy.
     pub fn network_policy(key: &ObjectKey) -> Self {
-        let ObjectKey { namespace, name } = key.clone();
-        Self { kind: PolicyKind::NetworkPolicy, namespace: Some(namespace), name }
+        Self::new(PolicyKind::NetworkPolicy, key)
     }
 }
 
@@ -121,7 +151,10 @@ pub struct Policy {
     pub ingress: Option<PolicyDirection>,
     /// What it says of what goes out; `None`: nothing.
     pub egress: Option<PolicyDirection>,
-    /// What could not be read of the object, for people.
+    /// What the object's other specs say, each a policy by itself.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<Policy>,
+    /// What could not be read of the object or is not enforced of it, for people.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub doubts: Vec<String>,
 }
@@ -154,6 +187,8 @@ pub enum Subject {
         /// Asked of the pod's labels.
         pods: Selector,
     },
+    /// Nodes by label. They are not enforced.
+    Nodes(Selector),
 }
 
 /// What a policy says of one direction.
@@ -204,14 +239,135 @@ pub enum Peer {
         /// `ipBlock.except`, each within `cidr`.
         except: Vec<IpNet>,
     },
+    /// Addresses of nobody in the cluster: Cilium's CIDR rules do not speak of pods and nodes.
+    Outside {
+        /// Within this prefix,
+        cidr: IpNet,
+        /// but not within one of these.
+        except: Vec<IpNet>,
+    },
+    /// Whom a name of Cilium's stands for.
+    Entity(Entity),
+    /// Nodes by label: their addresses.
+    Nodes(Selector),
+    /// Nodes that have one of these addresses: what became of `Nodes`.
+    NodeAddresses(BTreeSet<IpNet>),
+    /// The prefixes of groups, outside of the cluster.
+    Groups {
+        /// Which groups.
+        groups: GroupSelector,
+        /// But not within one of these.
+        except: Vec<IpNet>,
+    },
+    /// Who is behind Services.
+    Services(ServiceSelector),
+}
+
+/// CiliumCIDRGroups, by name or by label.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub enum GroupSelector {
+    /// The one of this name.
+    Named(Arc<str>),
+    /// Those with labels.
+    Labelled(Selector),
+}
+
+/// Services, by name or by label.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct ServiceSelector {
+    /// `None`: of every namespace.
+    pub namespace: Option<Arc<str>>,
+    /// Which ones.
+    pub services: ServiceName,
+}
+
+/// How Services are named.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub enum ServiceName {
+    /// By name.
+    Named(Arc<str>),
+    /// By label.
+    Labelled(Selector),
+}
+
+/// The names that stand for peers without labels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub enum Entity {
+    /// Whatever is outside of the cluster.
+    World,
+    /// Pods and nodes of the cluster.
+    Cluster,
+    /// This node.
+    Host,
+    /// The other nodes.
+    RemoteNode,
+    /// The API server's addresses, whoever has them.
+    KubeApiServer,
+    /// What Weir has none of: `init`, `health`, `unmanaged`, `ingress`, `none`.
+    Nobody,
+}
+
+/// An IP protocol by its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct IpProtocol(pub u8);
+
+impl IpProtocol {
+    /// The protocols that have ports.
+    pub const WITH_PORTS: [Self; 3] = [Self(6), Self(17), Self(132)];
+    /// 1; a port of it is a message's type.
+    pub const ICMP: Self = Self(1);
+    /// 58; a port of it is a message's type.
+    pub const ICMPV6: Self = Self(58);
+
+    const NAMES: [(&str, u8); 12] = [
+        ("TCP", 6),
+        ("UDP", 17),
+        ("SCTP", 132),
+        ("ICMP", 1),
+        ("ICMPv6", 58),
+        ("IGMP", 2),
+        ("IPIP", 4),
+        ("IPV6", 41),
+        ("GRE", 47),
+        ("ESP", 50),
+        ("AH", 51),
+        ("VRRP", 112),
+    ];
+
+    /// The protocol that is called so, in any case.
+    pub fn named(name: &str) -> Option<Self> {
+        let known = Self::NAMES.iter().find(|(known, _)| known.eq_ignore_ascii_case(name));
+        known.map(|(_, number)| Self(*number))
+    }
+}
+
+impl From<Protocol> for IpProtocol {
+    fn from(protocol: Protocol) -> Self {
+        Self(protocol.number())
+    }
+}
+
+impl fmt::Display for IpProtocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match Self::NAMES.iter().find(|(_, number)| *number == self.0) {
+            Some((name, _)) => f.write_str(name),
+            None => write!(f, "protocol {}", self.0),
+        }
+    }
+}
+
+impl Serialize for IpProtocol {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
 }
 
 /// Which ports.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct PortMatch {
     /// TCP when absent.
-    pub protocol: Protocol,
-    /// The ports of it.
+    pub protocol: IpProtocol,
+    /// The ports of it; of ICMP the types.
     pub port: PortSelector,
 }
 
@@ -268,6 +424,9 @@ pub struct CompiledDirection {
     pub peers: OrdMap<IdentityId, u32>,
     /// The verdicts of a class.
     pub rules: BTreeMap<CompiledRuleKey, CompiledRule>,
+    /// Some peer may get less than class 0: whoever is not known to be in it is let in by nothing.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub refuses_strangers: bool,
 }
 
 /// What a packet must have to meet a rule. Shown as `class/protocol/port/prefix length`.

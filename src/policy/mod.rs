@@ -14,8 +14,10 @@
 //! is another number. The compiler remembers its last answer and works out differences:
 //! a new identity is held against each distinct peer once.
 
+mod owners;
 mod peers;
 mod prefixes;
+mod resolve;
 mod rules;
 mod select;
 #[cfg(test)]
@@ -37,8 +39,10 @@ use crate::model::{
 };
 use crate::tables::Snapshot;
 
+use owners::Owners;
 use peers::{Member, Peers};
 use prefixes::{Assigned, Locals, Tree};
+pub use resolve::{References, Resolver, Sources};
 pub use select::asked_labels;
 use select::{Definition, Selections};
 use value::Value;
@@ -99,6 +103,7 @@ pub struct Compiler {
     tree: Tree,
     locals: Locals,
     addresses: Snapshot<IpAddr, BaseAddress>,
+    owners: Owners,
     pod_cidrs: Vec<IpNet>,
     assigned: Assigned,
     peers: Peers,
@@ -120,6 +125,7 @@ impl Compiler {
             tree: Tree::default(),
             locals: Locals::new(first_local),
             addresses: Snapshot::new(),
+            owners: Owners::default(),
             pod_cidrs: Vec::new(),
             assigned: Assigned::default(),
             peers: Peers::new(filter),
@@ -142,9 +148,14 @@ impl Compiler {
     fn compile_difference(&mut self, input: &Input<'_>) -> Result<Output, Error> {
         let relabelled = self.relabelled(input.identities);
         let is_selection_changed = self.select(input, &relabelled);
+        let mut owners = self.owners.follow(&self.addresses, input.addresses);
+        owners.extend(relabelled.keys());
         let mut changes = self.assign(input, is_selection_changed, &relabelled)?;
-        changes.extend(relabelled.into_iter().map(|(id, labels)| {
-            (id, labels.map(|labels| Member { labels: Some(labels), prefixes: Arc::default() }))
+        changes.extend(owners.into_iter().map(|id| {
+            // Who has an address and no labels yet is somebody all the same.
+            let labels = input.identities.get(&id).cloned();
+            let is_there = labels.is_some() || self.owners.has(id);
+            (id, is_there.then(|| Member { base: Some(id), labels, prefixes: Arc::default() }))
         }));
         let touched = self.peers.apply(&changes);
         if is_selection_changed {
@@ -228,6 +239,7 @@ impl Compiler {
             !before.contains_key(*id) || local.base.is_some_and(|base| relabelled.contains_key(&base))
         });
         let member = |local: &LocalIdentity| Member {
+            base: local.base,
             labels: local.base.and_then(|base| input.identities.get(&base)).cloned(),
             prefixes: local.prefixes.clone(),
         };

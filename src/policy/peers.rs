@@ -3,13 +3,13 @@
 //! Policies share peers ("all pods of this namespace"), and a new identity has to be
 //! held against each distinct peer once, not against each policy.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
 use crate::identity::LabelFilter;
-use crate::model::{IdentityId, IdentityLabels, Peer, Protocol, Selector};
+use crate::model::{Entity, IdentityId, IdentityLabels, IpProtocol, Peer, Requirement, Selector};
 
 /// What a rule asks of the other side.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -30,12 +30,25 @@ pub enum PeerKey {
         /// but not within one of these.
         except: Vec<IpNet>,
     },
+    /// The same, but only of who is not in the cluster.
+    Outside {
+        /// Within this prefix,
+        cidr: IpNet,
+        /// but not within one of these.
+        except: Vec<IpNet>,
+    },
+    /// Whom a name stands for.
+    Entity(Entity),
+    /// Nodes with one of these addresses.
+    Nodes(BTreeSet<IpNet>),
+    /// Pods of which it is not known whether the peer matches them.
+    Doubtful(Box<PeerKey>),
     /// Pods that have a port of this name.
     Port {
         /// The name.
         name: String,
         /// Its protocol.
-        protocol: Protocol,
+        protocol: IpProtocol,
     },
 }
 
@@ -54,25 +67,63 @@ impl PeerKey {
             Peer::Block { cidr, except } => {
                 Self::Block { cidr: cidr.trunc(), except: except.iter().map(IpNet::trunc).collect() }
             }
+            Peer::Outside { cidr, except } => {
+                Self::Outside { cidr: cidr.trunc(), except: except.iter().map(IpNet::trunc).collect() }
+            }
+            Peer::Entity(entity) => Self::Entity(*entity),
+            Peer::NodeAddresses(addresses) => Self::Nodes(addresses.clone()),
+            // Names that nobody has resolved are nobody's.
+            Peer::Nodes(_) | Peer::Groups { .. } | Peer::Services(_) => Self::Entity(Entity::Nobody),
         }
+    }
+
+    /// Of whom it may be unknown whether the peer matches them.
+    pub fn doubtful(&self) -> Option<Self> {
+        matches!(self, Self::Pods { .. } | Self::Port { .. }).then(|| Self::Doubtful(Box::new(self.clone())))
     }
 
     fn matches(&self, member: &Member, filter: &LabelFilter) -> bool {
         let labels = member.labels.as_deref();
+        let is_within = |cidr, except: &[IpNet]| {
+            member.prefixes.contains(cidr) && !except.iter().any(|hole| member.prefixes.contains(hole))
+        };
         match self {
             Self::Pods { namespace, namespaces, pods } => labels.is_some_and(|labels| {
                 namespace.as_deref().is_none_or(|namespace| *namespace == *labels.namespace)
-                    && pods.matches(&labels.pod_labels)
+                    && pods.matches_by(|key| labels.pod_label(key))
                     && namespaces.matches(&labels.namespace_labels)
                     // Whether a pod is without such a label is not known: nobody is let in for it.
                     && filter.undecidable(pods).next().is_none()
             }),
-            Self::Block { cidr, except } => {
-                member.prefixes.contains(cidr) && !except.iter().any(|hole| member.prefixes.contains(hole))
+            Self::Block { cidr, except } => is_within(cidr, except),
+            Self::Outside { cidr, except } => member.is_outside() && is_within(cidr, except),
+            Self::Nodes(addresses) => {
+                member.is_node() && member.prefixes.iter().any(|prefix| addresses.contains(prefix))
             }
+            Self::Entity(entity) => match entity {
+                Entity::World => member.is_outside(),
+                Entity::Cluster | Entity::KubeApiServer => !member.is_outside() && *entity == Entity::Cluster,
+                Entity::Host => member.base == Some(IdentityId::HOST),
+                Entity::RemoteNode => member.base == Some(IdentityId::REMOTE_NODE),
+                Entity::Nobody => false,
+            },
+            Self::Doubtful(peer) => match (&**peer, labels) {
+                (Self::Pods { namespace, namespaces, pods }, Some(labels)) => {
+                    let mut doubtful = filter.undecidable(pods).peekable();
+                    let is_possible = |requirement: &Requirement| {
+                        let one = Selector { requirements: vec![requirement.clone()] };
+                        filter.drops(requirement.key()) || one.matches_by(|key| labels.pod_label(key))
+                    };
+                    doubtful.peek().is_some()
+                        && namespace.as_deref().is_none_or(|namespace| *namespace == *labels.namespace)
+                        && namespaces.matches(&labels.namespace_labels)
+                        && pods.requirements.iter().all(is_possible)
+                }
+                _ => member.is_unlabelled(),
+            },
             Self::Port { name, protocol } => labels
                 .and_then(|labels| labels.named_ports.get(name))
-                .is_some_and(|ports| ports.iter().any(|port| port.protocol == *protocol)),
+                .is_some_and(|ports| ports.iter().any(|port| *protocol == port.protocol.into())),
         }
     }
 }
@@ -80,10 +131,28 @@ impl PeerKey {
 /// What of an identity peers can match.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
-    /// The pod's; `None` for nodes and for addresses of nobody known.
+    /// Who it is on every node; `None` for addresses of nobody known.
+    pub base: Option<IdentityId>,
+    /// The pod's; `None` for nodes, for addresses of nobody known, and where they are not known yet.
     pub labels: Option<Arc<IdentityLabels>>,
     /// The rules' prefixes that cover the address.
     pub prefixes: Arc<[IpNet]>,
+}
+
+impl Member {
+    fn is_outside(&self) -> bool {
+        self.base.is_none_or(|base| base == IdentityId::WORLD)
+    }
+
+    fn is_node(&self) -> bool {
+        matches!(self.base, Some(IdentityId::HOST | IdentityId::REMOTE_NODE))
+    }
+
+    /// A pod, and nothing else is known.
+    fn is_unlabelled(&self) -> bool {
+        let is_pod = |base: IdentityId| !base.is_reserved() || base == IdentityId::UNMANAGED;
+        self.labels.is_none() && self.base.is_some_and(is_pod)
+    }
 }
 
 /// Names a peer while something uses it.
@@ -110,9 +179,11 @@ struct Set {
 }
 
 impl Peers {
-    /// Knows nobody; identities have the labels that `filter` says.
+    /// Knows those who are always there; identities have the labels that `filter` says.
     pub fn new(filter: Arc<LabelFilter>) -> Self {
-        Self { filter, ..Self::default() }
+        let reserved = [IdentityId::HOST, IdentityId::WORLD, IdentityId::REMOTE_NODE, IdentityId::UNMANAGED];
+        let member = |id| (id, Member { base: Some(id), labels: None, prefixes: Arc::default() });
+        Self { filter, members: reserved.into_iter().map(member).collect(), ..Self::default() }
     }
 
     /// The index of `key`; a peer that is new is held against every identity.

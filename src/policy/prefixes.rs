@@ -117,11 +117,13 @@ impl Locals {
         let cluster = Tree::new(&pod_cidrs);
         let mut prefixes = BTreeMap::new();
         for net in tree.nets.iter().chain(&pod_cidrs) {
+            let is_pod_cidr = cluster.longest(net).is_some();
+            // A pod that nobody has heard of is not outside of the cluster.
+            let base = is_pod_cidr.then_some(IdentityId::UNMANAGED);
             let identity = match tree.longest(net) {
-                Some(cover) => self.number(tree, None, cover, &mut used)?,
+                Some(cover) => self.number(tree, base, cover, &mut used)?,
                 None => IdentityId::WORLD,
             };
-            let is_pod_cidr = cluster.longest(net).is_some();
             prefixes.insert(*net, PrefixEntry { identity, is_pod_cidr, ..PrefixEntry::default() });
         }
         keep_families_apart(&mut prefixes);

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::model::{Action, NamedPort, Origins, PolicyRef, Protocol, Tier};
+use crate::model::{Action, IpProtocol, NamedPort, Origins, PolicyRef, Tier};
 
 /// Protocol and port of a row. The fields stand in the order in which the kernel matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -67,8 +67,8 @@ impl Match {
     pub const ANY: Self = Self { protocol: None, port: 0, port_prefix_length: 0 };
 
     /// Every port of a protocol.
-    pub fn protocol(protocol: Protocol) -> Self {
-        Self { protocol: Some(protocol.number()), port: 0, port_prefix_length: 0 }
+    pub fn protocol(protocol: IpProtocol) -> Self {
+        Self { protocol: Some(protocol.0), port: 0, port_prefix_length: 0 }
     }
 
     /// One port.
@@ -77,7 +77,7 @@ impl Match {
     }
 
     /// The ports `from` to `to`, both included, in as few prefixes as there can be.
-    pub fn range(protocol: Protocol, from: u16, to: u16) -> impl Iterator<Item = Self> {
+    pub fn range(protocol: IpProtocol, from: u16, to: u16) -> impl Iterator<Item = Self> {
         let (mut next, to) = (u32::from(from), u32::from(to));
         std::iter::from_fn(move || {
             if next > to {
@@ -90,7 +90,7 @@ impl Match {
             let port = u16::try_from(next).expect("ports end at 65535");
             next += 1 << bits;
             Some(Self {
-                protocol: Some(protocol.number()),
+                protocol: Some(protocol.0),
                 port,
                 port_prefix_length: u8::try_from(16 - bits).expect("at most 16"),
             })
@@ -215,9 +215,12 @@ fn merge(rows: &mut Rows) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Protocol;
+
+    const TCP_PROTOCOL: IpProtocol = IpProtocol(6);
 
     fn range(from: u16, to: u16) -> Vec<(u16, u8)> {
-        Match::range(Protocol::Tcp, from, to).map(|row| (row.port, row.port_prefix_length)).collect()
+        Match::range(TCP_PROTOCOL, from, to).map(|row| (row.port, row.port_prefix_length)).collect()
     }
 
     #[test]
@@ -235,7 +238,7 @@ mod tests {
     #[test]
     fn ranges_cover_exactly_their_ports() {
         for (from, to) in [(1, 65534), (1023, 1025), (30000, 32767), (5, 5), (32768, 65535)] {
-            let rows: Vec<Match> = Match::range(Protocol::Udp, from, to).collect();
+            let rows: Vec<Match> = Match::range(IpProtocol(17), from, to).collect();
             for port in 0..=u16::MAX {
                 let count = rows
                     .iter()
@@ -253,7 +256,12 @@ mod tests {
     const EQUAL: Order = Order { tier: Tier::Namespaced, priority: 0, position: 0 };
 
     fn policy(name: &str) -> PolicyRef {
-        PolicyRef { kind: crate::model::PolicyKind::NetworkPolicy, namespace: None, name: name.into() }
+        PolicyRef {
+            kind: crate::model::PolicyKind::NetworkPolicy,
+            namespace: None,
+            name: name.into(),
+            spec: 0,
+        }
     }
 
     fn claim(matched: Match, order: Order, action: Action, name: &str) -> Claim {
@@ -339,7 +347,7 @@ mod tests {
         let mut claims: Vec<Claim> =
             (1..=46_000).map(|port| claim(tcp(port), EQUAL, Action::Allow, "many")).collect();
         claims.push(deny_by_default());
-        assert_eq!(flatten(&claims).len(), Match::range(Protocol::Tcp, 1, 46_000).count());
+        assert_eq!(flatten(&claims).len(), Match::range(TCP_PROTOCOL, 1, 46_000).count());
         claims.extend((0..=u16::MAX).map(|port| claim(tcp(port), EQUAL, Action::Allow, "more")));
         let claims: Vec<Claim> = claims
             .into_iter()
@@ -353,7 +361,7 @@ mod tests {
         use proptest::prelude::*;
         let matched = prop_oneof![
             1 => Just(Match::ANY),
-            2 => prop::sample::select(vec![Protocol::Tcp, Protocol::Udp]).prop_map(Match::protocol),
+            2 => prop::sample::select(vec![IpProtocol(6), IpProtocol(17)]).prop_map(Match::protocol),
             6 => (0..8_u16, 13..=16_u8).prop_map(|(port, length)| tcp(port).cut(length)),
         ];
         let tier = prop::sample::select(vec![Tier::Admin, Tier::Namespaced, Tier::Baseline]);

@@ -8,8 +8,8 @@ use ipnet::IpNet;
 
 use crate::identity::LabelFilter;
 use crate::model::{
-    IdentityId, IdentityLabels, Peer, Policy, PolicyDirection, PolicyRef, PolicyRule, PortSelector, Protocol,
-    Selector, Subject,
+    IdentityId, IdentityLabels, IpProtocol, Peer, Policy, PolicyDirection, PolicyRef, PolicyRule,
+    PortSelector, Selector, Subject,
 };
 use crate::tables::Snapshot;
 
@@ -21,7 +21,7 @@ pub struct Definition {
     /// The revisions of the policies that select the pod.
     pub revisions: Vec<Revision>,
     /// What the port names of their ingress rules stand for in the pod.
-    ports: Vec<(String, Protocol, u16)>,
+    ports: Vec<(String, IpProtocol, u16)>,
 }
 
 /// Names one state of one policy's rules; never used again for others.
@@ -52,14 +52,17 @@ struct State {
     /// Every cidr and except of its rules.
     prefixes: BTreeSet<IpNet>,
     /// Port names of its ingress rules.
-    names: BTreeSet<(String, Protocol)>,
+    names: BTreeSet<(String, IpProtocol)>,
 }
 
 /// The labels that the filter drops and that policies ask pods for: identities have them then.
 pub fn asked_labels(policies: &Snapshot<PolicyRef, Arc<Policy>>, filter: &LabelFilter) -> BTreeSet<String> {
     let selectors = policies.values().flat_map(|policy| {
-        let Subject::Pods { pods, .. } = &policy.subject;
-        std::iter::once(pods).chain(peers_of(policy))
+        let subject = match &policy.subject {
+            Subject::Pods { pods, .. } => Some(pods),
+            Subject::Nodes(_) => None,
+        };
+        subject.into_iter().chain(peers_of(policy))
     });
     selectors.flat_map(|selector| filter.dropped(selector)).map(str::to_owned).collect()
 }
@@ -70,7 +73,7 @@ fn peers_of(policy: &Policy) -> impl Iterator<Item = &Selector> {
         .flat_map(|rule| rule.peers.iter().flatten())
         .filter_map(|peer| match peer {
             Peer::Pods { pods, .. } => Some(pods),
-            Peer::Block { .. } => None,
+            _ => None,
         })
 }
 
@@ -155,7 +158,8 @@ impl Selections {
         let names: BTreeSet<_> = states.iter().flat_map(|state| &state.names).collect();
         let mut ports = Vec::new();
         for (name, protocol) in names {
-            let resolved = value::resolve(labels, name).iter().filter(|port| port.protocol == *protocol);
+            let resolved =
+                value::resolve(labels, name).iter().filter(|port| *protocol == port.protocol.into());
             ports.extend(resolved.map(|port| (name.clone(), *protocol, port.port)));
         }
         ports.sort_unstable();
@@ -209,15 +213,19 @@ impl State {
     }
 
     fn selects(&self, labels: &IdentityLabels) -> bool {
-        let Subject::Pods { namespaces, pods } = &self.policy.subject;
-        pods.matches(&labels.pod_labels) && namespaces.matches(&labels.namespace_labels)
+        let Subject::Pods { namespaces, pods } = &self.policy.subject else { return false };
+        pods.matches_by(|key| labels.pod_label(key)) && namespaces.matches(&labels.namespace_labels)
     }
 
     fn add_peers(&mut self, rule: &PolicyRule) {
         for peer in rule.peers.iter().flatten() {
-            if let Peer::Block { cidr, except } = peer {
-                self.prefixes.insert(cidr.trunc());
-                self.prefixes.extend(except.iter().map(IpNet::trunc));
+            match peer {
+                Peer::Block { cidr, except } | Peer::Outside { cidr, except } => {
+                    self.prefixes.insert(cidr.trunc());
+                    self.prefixes.extend(except.iter().map(IpNet::trunc));
+                }
+                Peer::NodeAddresses(addresses) => self.prefixes.extend(addresses),
+                _ => {}
             }
         }
     }

@@ -5,6 +5,8 @@ use crate::model::{
     Tier,
 };
 
+mod deny;
+
 /// A small cluster, from which compilers are fed.
 #[derive(Clone, Default)]
 struct World {
@@ -104,6 +106,7 @@ fn policy(name: &str, selector: Selector) -> Policy {
         priority: 0,
         ingress: None,
         egress: None,
+        others: vec![],
         doubts: vec![],
     }
 }
@@ -133,11 +136,11 @@ fn block(cidr: &str, except: &[&str]) -> Peer {
 }
 
 fn tcp(port: u16) -> PortMatch {
-    PortMatch { protocol: Protocol::Tcp, port: PortSelector::Range(port, port) }
+    PortMatch { protocol: Protocol::Tcp.into(), port: PortSelector::Range(port, port) }
 }
 
 fn named(name: &str) -> PortMatch {
-    PortMatch { protocol: Protocol::Tcp, port: PortSelector::Named(name.to_owned()) }
+    PortMatch { protocol: Protocol::Tcp.into(), port: PortSelector::Named(name.to_owned()) }
 }
 
 /// By these policies, separated by commas.
@@ -162,6 +165,7 @@ fn direction<const P: usize, const R: usize>(
     CompiledDirection {
         peers: peers.into_iter().map(|(id, class)| (IdentityId(id), class)).collect(),
         rules: rules.into(),
+        ..CompiledDirection::default()
     }
 }
 
@@ -276,7 +280,10 @@ fn ingress_port_names_are_the_selected_pods() {
     let output = world.compile(&mut compiler());
     let compiled = |rules: &[(CompiledRuleKey, CompiledRule)]| {
         let rules = rules.iter().cloned().collect();
-        CompiledPolicy { ingress: Some(CompiledDirection { peers: Snapshot::new(), rules }), egress: None }
+        CompiledPolicy {
+            ingress: Some(CompiledDirection { rules, ..CompiledDirection::default() }),
+            egress: None,
+        }
     };
     let of = |endpoint: u16| &*output.policies[&output.of_endpoint[&EndpointId(endpoint)]];
     assert_eq!(*of(1), compiled(&[row(0, 6, 8080, "web")]));
@@ -342,7 +349,8 @@ fn blocks_cover_pods_nodes_and_the_world() {
         (IdentityId(LOCAL), local(Some(300), &[one, two])),
         (IdentityId(LOCAL + 1), local(Some(300), &[one])),
         (IdentityId(LOCAL + 2), local(None, &[one])),
-        (IdentityId(LOCAL + 3), local(None, &[one, two])),
+        (IdentityId(LOCAL + 3), local(Some(3), &[one, two])),
+        (IdentityId(LOCAL + 4), local(Some(3), &[one])),
     ]);
     assert_eq!(*output.local_identities, expected);
     let entry = |identity, is_pod_cidr| PrefixEntry {
@@ -354,7 +362,7 @@ fn blocks_cover_pods_nodes_and_the_world() {
         *output.prefixes,
         BTreeMap::from([
             (one, entry(LOCAL + 2, false)),
-            (net("10.0.0.0/16"), entry(LOCAL + 2, true)),
+            (net("10.0.0.0/16"), entry(LOCAL + 4, true)),
             (two, entry(LOCAL + 3, true)),
         ])
     );
@@ -362,7 +370,7 @@ fn blocks_cover_pods_nodes_and_the_world() {
     assert_eq!(identities, [LOCAL, LOCAL + 1, 1, 300]);
     assert_eq!(
         output.policies[&PolicyId(1)].egress,
-        Some(direction([(LOCAL + 1, 1), (LOCAL + 2, 1)], [any(1, "out")]))
+        Some(direction([(LOCAL + 1, 1), (LOCAL + 2, 1), (LOCAL + 4, 1)], [any(1, "out")]))
     );
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::model::{
     Action, CompiledDirection, CompiledPolicy, CompiledRule, CompiledRuleKey, IdentityId, IdentityLabels,
-    NamedPort, Origins, Policy, PolicyDirection, PolicyId, PolicyRule, PortSelector, Protocol,
+    IpProtocol, NamedPort, Origins, Policy, PolicyDirection, PolicyId, PolicyRule, PortSelector,
 };
 
 use super::peers::{PeerIndex, PeerKey, Peers, Touched};
@@ -32,6 +32,7 @@ struct Direction {
     classes: HashMap<Rows, u32>,
     /// Saves building the rows of a combination again.
     known: HashMap<Combination, u32>,
+    refuses_strangers: bool,
 }
 
 /// What a rule says, wherever it says so.
@@ -55,7 +56,7 @@ struct Rule {
     peers: Vec<PeerIndex>,
     matches: Vec<Match>,
     /// Port names, resolved in the peer.
-    named: Vec<(String, Protocol)>,
+    named: Vec<(String, IpProtocol)>,
 }
 
 /// The rules that an identity meets (sorted), and what its port names stand for in them.
@@ -133,6 +134,7 @@ impl Direction {
             everyone: Vec::new(),
             classes: HashMap::new(),
             known: HashMap::new(),
+            refuses_strangers: false,
         }
     }
 
@@ -175,11 +177,10 @@ impl Direction {
         let Some(rule_peers) = &rule.peers else {
             self.everyone.extend(matches.into_iter().map(|matched| saying.of(matched)));
             if !named.is_empty() {
-                let with_port = named
-                    .iter()
-                    .map(|(name, protocol)| PeerKey::Port { name: name.clone(), protocol: *protocol })
-                    .map(|key| peers.intern(key))
-                    .collect();
+                if saying.action != Action::Allow {
+                    self.refuse_doubtful(saying, &[Match::ANY], named.iter().map(port_key), peers);
+                }
+                let with_port = named.iter().map(port_key).map(|key| peers.intern(key)).collect();
                 self.push_rule(Rule { saying: saying.clone(), peers: with_port, matches: Vec::new(), named });
             }
             return;
@@ -188,8 +189,31 @@ impl Direction {
             return;
         }
         let namespace = saying.namespace.as_ref();
-        let rule_peers = rule_peers.iter().map(|peer| peers.intern(PeerKey::new(namespace, peer))).collect();
+        let keys: Vec<PeerKey> = rule_peers.iter().map(|peer| PeerKey::new(namespace, peer)).collect();
+        if saying.action != Action::Allow {
+            let all = if named.is_empty() { &matches[..] } else { &[Match::ANY] };
+            self.refuse_doubtful(saying, all, keys.iter().cloned(), peers);
+        }
+        let rule_peers = keys.into_iter().map(|key| peers.intern(key)).collect();
         self.push_rule(Rule { saying: saying.clone(), peers: rule_peers, matches, named });
+    }
+
+    /// Of whom it is not known whether a rule that does not allow means him gets nothing, whatever else
+    /// would allow him.
+    fn refuse_doubtful(
+        &mut self,
+        saying: &Saying,
+        matches: &[Match],
+        keys: impl Iterator<Item = PeerKey>,
+        peers: &mut Peers,
+    ) {
+        self.refuses_strangers = true;
+        let doubtful: Vec<PeerIndex> =
+            keys.filter_map(|key| key.doubtful()).map(|key| peers.intern(key)).collect();
+        if !doubtful.is_empty() {
+            let saying = Saying { action: Action::Deny, ..saying.clone() };
+            self.push_rule(Rule { saying, peers: doubtful, matches: matches.to_vec(), named: Vec::new() });
+        }
     }
 
     fn push_rule(&mut self, rule: Rule) {
@@ -206,7 +230,8 @@ impl Direction {
         }
         met.sort_unstable();
         met.dedup();
-        let mut compiled = CompiledDirection::default();
+        let refuses_strangers = self.refuses_strangers;
+        let mut compiled = CompiledDirection { refuses_strangers, ..CompiledDirection::default() };
         for same in met.chunk_by(|a, b| a.0 == b.0) {
             let id = same[0].0;
             let class = self.class_of(id, same.iter().map(|(_, rule)| *rule).collect(), peers);
@@ -246,7 +271,7 @@ impl Direction {
                 named.extend(
                     resolved
                         .iter()
-                        .filter(|port| port.protocol == *protocol)
+                        .filter(|port| *protocol == port.protocol.into())
                         .map(|port| (*index, Match::port(*port))),
                 );
             }
@@ -283,8 +308,12 @@ impl Direction {
     }
 }
 
+fn port_key((name, protocol): &(String, IpProtocol)) -> PeerKey {
+    PeerKey::Port { name: name.clone(), protocol: *protocol }
+}
+
 /// The rows of a rule's ports, and the names that only a peer can resolve.
-fn ports_of(rule: &PolicyRule, subject: Option<&IdentityLabels>) -> (Vec<Match>, Vec<(String, Protocol)>) {
+fn ports_of(rule: &PolicyRule, subject: Option<&IdentityLabels>) -> (Vec<Match>, Vec<(String, IpProtocol)>) {
     let Some(ports) = &rule.ports else { return (vec![Match::ANY], Vec::new()) };
     let mut matches = Vec::new();
     let mut named = Vec::new();
@@ -295,7 +324,7 @@ fn ports_of(rule: &PolicyRule, subject: Option<&IdentityLabels>) -> (Vec<Match>,
             (PortSelector::Named(name), Some(labels)) => matches.extend(
                 resolve(labels, name)
                     .iter()
-                    .filter(|known| known.protocol == port.protocol)
+                    .filter(|known| port.protocol == known.protocol.into())
                     .map(|p| Match::port(*p)),
             ),
             (PortSelector::Named(name), None) => named.push((name.clone(), port.protocol)),

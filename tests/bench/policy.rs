@@ -138,7 +138,7 @@ impl World {
             namespaces: Some(is("team", format!("team-{}", (namespace + app) % 10))),
             pods: is("app", format!("app-{}", app % APPS)),
         };
-        let tcp = |port| vec![PortMatch { protocol: Protocol::Tcp, port }];
+        let tcp = |port| vec![PortMatch { protocol: Protocol::Tcp.into(), port }];
         let rule = |peers, ports| PolicyRule { action: Action::Allow, peers: Some(peers), ports };
         let mut egress = vec![
             rule(vec![own(app + 3)], Some(tcp(PortSelector::Named("http".to_owned())))),
@@ -164,6 +164,7 @@ impl World {
             priority: 0,
             ingress: isolating(ingress),
             egress: isolating(egress),
+            others: Vec::new(),
             doubts: Vec::new(),
         };
         self.policies.insert(policy.reference.clone(), Arc::new(policy));

@@ -129,7 +129,7 @@ impl Cluster {
 
     fn is_subject(&self, policy: &Policy, pod: &ClusterPod) -> bool {
         let namespace = &pod.pod.key.namespace;
-        let Subject::Pods { namespaces, pods } = &policy.subject;
+        let Subject::Pods { namespaces, pods } = &policy.subject else { return false };
         policy.reference.namespace.as_ref().is_none_or(|own| own == namespace)
             && self.is_namespace(namespaces, namespace)
             && selects(pods, &pod.pod.labels)
@@ -158,6 +158,7 @@ impl Cluster {
                     is_namespace && selects(pods, &pod.pod.labels)
                 }
                 (Peer::Pods { .. }, None) => false,
+                (other, _) => panic!("not made by the generator: {other:?}"),
             };
             if is_match {
                 return true;
@@ -171,7 +172,7 @@ fn has_port(rule: &PolicyRule, destination: Side<'_>, payload: Payload) -> bool 
     let Some(ports) = &rule.ports else { return true };
     let Payload::Port(protocol, number) = payload else { return false };
     for port in ports {
-        if port.protocol != protocol {
+        if port.protocol != protocol.into() {
             continue;
         }
         let is_match = match &port.port {

@@ -160,6 +160,7 @@ mod tests {
         let direction = CompiledDirection {
             peers: (0..peers).map(|peer| (IdentityId(300 + peer), 1_u32)).collect(),
             rules: (0..rules).map(rule).collect(),
+            ..CompiledDirection::default()
         };
         Arc::new(CompiledPolicy { ingress: Some(direction), egress: None })
     }

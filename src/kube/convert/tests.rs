@@ -83,7 +83,7 @@ fn doubtful(spec: &str, is_strict: bool) -> (Policy, Vec<String>) {
 }
 
 fn selected_pods(policy: &Policy) -> &Selector {
-    let Subject::Pods { pods, .. } = &policy.subject;
+    let Subject::Pods { pods, .. } = &policy.subject else { panic!("pods: {policy:?}") };
     pods
 }
 
@@ -108,6 +108,7 @@ fn policy_types_default_to_ingress_and_to_egress_with_rules() {
         priority: 0,
         ingress: ingress.map(isolating),
         egress: egress.map(isolating),
+        others: vec![],
         doubts: vec![],
     };
     let all = || Some(vec![PolicyRule { action: Action::Allow, peers: None, ports: None }]);
@@ -202,7 +203,7 @@ fn blocks_are_canonical() {
 
 #[test]
 fn ports_are_numbers_names_ranges_or_all() {
-    let port = |protocol, port| PortMatch { protocol, port };
+    let port = |protocol: Protocol, port| PortMatch { protocol: protocol.into(), port };
     for (given, expected) in [
         ("{}", port(Protocol::Tcp, PortSelector::Any)),
         ("{protocol: SCTP}", port(Protocol::Sctp, PortSelector::Any)),

@@ -31,6 +31,8 @@ kinds! {
     service::Service,
     endpoint_slice::EndpointSlice,
     network_policy::NetworkPolicy,
+    cilium_network_policy::CiliumNetworkPolicy,
+    cilium_clusterwide_network_policy::CiliumClusterwideNetworkPolicy,
     cilium_cidr_group::CiliumCIDRGroup,
     cilium_local_redirect_policy::CiliumLocalRedirectPolicy,
     identity::Identity,

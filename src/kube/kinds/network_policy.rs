@@ -50,6 +50,7 @@ impl ObjectKind for NetworkPolicy {
             priority: 0,
             ingress: isolating(),
             egress: isolating(),
+            others: Vec::new(),
             doubts: notes.texts(),
         })
     }
@@ -75,6 +76,7 @@ fn network_policy(id: &ObjectId, document: &Field, notes: &mut Notes) -> Policy 
         priority: 0,
         ingress: ingress.map(isolating),
         egress: egress.map(isolating),
+        others: Vec::new(),
         doubts: notes.texts(),
     }
 }
@@ -189,7 +191,7 @@ fn ip_block(block: &Field) -> Result<Peer> {
 
 fn port(field: &Field) -> Result<PortMatch> {
     field.only_known(&["protocol", "port", "endPort"])?;
-    let protocol = field.get("protocol")?.protocol()?;
+    let protocol = field.get("protocol")?.protocol()?.into();
     let (first, last) = (field.get("port")?, field.get("endPort")?);
     let end = last.port()?;
     let port = match (port_name(&first)?, end) {

@@ -56,6 +56,7 @@ fn policy(origin: &str, peers: &[u32]) -> Arc<CompiledPolicy> {
     let ingress = CompiledDirection {
         peers: peers.iter().map(|identity| (IdentityId(*identity), 1_u32)).collect(),
         rules: [rule(80, 16, Some(6)), rule(8080, 12, Some(6)), rule(0, 0, Some(17))].into(),
+        ..CompiledDirection::default()
     };
     Arc::new(CompiledPolicy { ingress: Some(ingress), egress: None })
 }

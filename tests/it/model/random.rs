@@ -202,6 +202,7 @@ fn policy() -> impl Strategy<Value = Policy> {
             priority: 0,
             ingress: ingress.map(isolating),
             egress: egress.map(isolating),
+            others: Vec::new(),
             doubts: Vec::new(),
         }
     })
@@ -242,7 +243,8 @@ fn port() -> impl Strategy<Value = PortMatch> {
             .prop_map(|(a, b)| PortSelector::Range(a.min(b), a.max(b))),
         2 => select(&PORT_NAMES[..]).prop_map(|name| PortSelector::Named(name.to_owned())),
     ];
-    (select(&PROTOCOLS[..]), selector).prop_map(|(protocol, port)| PortMatch { protocol, port })
+    (select(&PROTOCOLS[..]), selector)
+        .prop_map(|(protocol, port)| PortMatch { protocol: protocol.into(), port })
 }
 
 fn net(text: &str) -> IpNet {
@@ -262,7 +264,7 @@ pub fn manifests(cluster: &Cluster) -> Vec<Value> {
 }
 
 fn policy_manifest(policy: &Policy) -> Value {
-    let Subject::Pods { pods, .. } = &policy.subject;
+    let Subject::Pods { pods, .. } = &policy.subject else { panic!("only pods are made") };
     let rules = |direction: &Option<PolicyDirection>, side: &str| {
         direction.as_ref().map(|direction| {
             direction
@@ -301,6 +303,7 @@ fn peer_manifest(peer: &Peer) -> Value {
             json!({"namespaceSelector": selector_manifest(namespaces), "podSelector": selector_manifest(pods)})
         }
         Peer::Block { cidr, except } => json!({"ipBlock": {"cidr": cidr, "except": except}}),
+        other => panic!("no peer of a NetworkPolicy: {other:?}"),
     }
 }
 

@@ -1,0 +1,215 @@
+//! Policies of every kind, with the names in them replaced by what they stand for now: CIDR groups by
+//! their prefixes, Services by who is behind them, nodes by their addresses.
+//!
+//! What a name stands for that nobody knows is nobody: a rule that allows it allows nothing by it, and
+//! never everything. A rule that denies a group of which something cannot be read denies everything.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use imbl::ordmap::DiffItem;
+use ipnet::IpNet;
+
+use crate::model::{
+    Action, CidrGroup, EndpointSlice, Entity, GroupSelector, Node, ObjectKey, Peer, Policy, PolicyDirection,
+    PolicyRef, PolicyRule, Service, ServiceName, ServiceSelector,
+};
+use crate::tables::Snapshot;
+
+/// What names in policies stand for.
+#[derive(Clone, Default)]
+pub struct References {
+    /// CiliumCIDRGroups.
+    pub groups: Snapshot<ObjectKey, Arc<CidrGroup>>,
+    /// Services.
+    pub services: Snapshot<ObjectKey, Arc<Service>>,
+    /// Their backends.
+    pub slices: Snapshot<ObjectKey, Arc<EndpointSlice>>,
+    /// Nodes.
+    pub nodes: Snapshot<Arc<str>, Arc<Node>>,
+}
+
+/// The policies of every kind as they were read, by kind.
+#[derive(Clone, Default)]
+pub struct Sources {
+    /// NetworkPolicies.
+    pub network: Snapshot<PolicyRef, Arc<Policy>>,
+    /// Those of the other kinds.
+    pub others: Vec<Snapshot<ObjectKey, Arc<Policy>>>,
+}
+
+impl Sources {
+    /// Every object.
+    pub fn all(&self) -> impl Iterator<Item = &Policy> {
+        let others = self.others.iter().flat_map(Snapshot::values);
+        self.network.values().chain(others).map(AsRef::as_ref)
+    }
+}
+
+/// Resolves again and again; what did not change shares memory with the last answer.
+#[derive(Default)]
+pub struct Resolver {
+    sources: Sources,
+    references: References,
+    /// The policies that name something, as they were read.
+    naming: BTreeMap<PolicyRef, Arc<Policy>>,
+    resolved: Snapshot<PolicyRef, Arc<Policy>>,
+}
+
+impl Resolver {
+    /// Every policy, a row for each of its specs.
+    pub fn update(&mut self, sources: Sources, references: References) -> Snapshot<PolicyRef, Arc<Policy>> {
+        let before = std::mem::replace(&mut self.sources, sources.clone());
+        let old = std::mem::replace(&mut self.references, references);
+        let is_same = self.references.groups.ptr_eq(&old.groups)
+            && self.references.services.ptr_eq(&old.services)
+            && self.references.slices.ptr_eq(&old.slices)
+            && self.references.nodes.ptr_eq(&old.nodes);
+        if !is_same {
+            for policy in self.naming.values() {
+                let now = resolve(policy, &self.references);
+                let known = self.resolved.get(&policy.reference);
+                if known.is_none_or(|known| **known != now) {
+                    self.resolved.insert(policy.reference.clone(), Arc::new(now));
+                }
+            }
+        }
+        self.follow(&before.network, &sources.network);
+        let none = Snapshot::new();
+        for index in 0..before.others.len().max(sources.others.len()) {
+            let of = |sources: &Sources| sources.others.get(index).unwrap_or(&none).clone();
+            self.follow(&of(&before), &of(&sources));
+        }
+        self.resolved.clone()
+    }
+
+    fn follow<K: Ord + Clone>(&mut self, before: &Snapshot<K, Arc<Policy>>, now: &Snapshot<K, Arc<Policy>>) {
+        for item in before.diff(now) {
+            let (gone, come) = match &item {
+                DiffItem::Add(_, policy) => (None, Some(*policy)),
+                DiffItem::Update { old: (_, old), new: (_, new) } => (Some(*old), Some(*new)),
+                DiffItem::Remove(_, policy) => (Some(*policy), None),
+            };
+            let come: Vec<Arc<Policy>> = come.into_iter().flat_map(specs).collect();
+            for spec in gone.into_iter().flat_map(specs) {
+                if come.iter().all(|policy| policy.reference != spec.reference) {
+                    self.naming.remove(&spec.reference);
+                    self.resolved.remove(&spec.reference);
+                }
+            }
+            for policy in come {
+                self.take(policy);
+            }
+        }
+    }
+
+    fn take(&mut self, policy: Arc<Policy>) {
+        let reference = policy.reference.clone();
+        let mut rules = policy.ingress.iter().chain(&policy.egress).flat_map(|direction| &direction.rules);
+        let is_naming = rules.any(|rule| rule.peers.iter().flatten().any(is_name));
+        if is_naming {
+            self.resolved.insert(reference.clone(), Arc::new(resolve(&policy, &self.references)));
+            self.naming.insert(reference, policy);
+        } else {
+            self.naming.remove(&reference);
+            self.resolved.insert(reference, policy);
+        }
+    }
+}
+
+/// An object's specs, the first without the others.
+fn specs(policy: &Arc<Policy>) -> Vec<Arc<Policy>> {
+    if policy.others.is_empty() {
+        return vec![policy.clone()];
+    }
+    let first = Policy { others: Vec::new(), ..Policy::clone(policy) };
+    std::iter::once(first).chain(policy.others.iter().cloned()).map(Arc::new).collect()
+}
+
+fn is_name(peer: &Peer) -> bool {
+    match peer {
+        Peer::Pods { .. } | Peer::Block { .. } | Peer::Outside { .. } | Peer::NodeAddresses(_) => false,
+        Peer::Nodes(_) | Peer::Groups { .. } | Peer::Services(_) => true,
+        Peer::Entity(entity) => matches!(entity, Entity::KubeApiServer | Entity::Cluster),
+    }
+}
+
+fn resolve(policy: &Policy, references: &References) -> Policy {
+    let direction = |direction: &Option<PolicyDirection>| {
+        direction.as_ref().map(|PolicyDirection { default, rules }| PolicyDirection {
+            default: *default,
+            rules: rules.iter().map(|rule| references.rule(rule)).collect(),
+        })
+    };
+    Policy { ingress: direction(&policy.ingress), egress: direction(&policy.egress), ..policy.clone() }
+}
+
+impl References {
+    fn rule(&self, rule: &PolicyRule) -> PolicyRule {
+        let mut peers = Vec::new();
+        for peer in rule.peers.iter().flatten() {
+            match peer {
+                Peer::Groups { groups, except } => {
+                    let all: Vec<&CidrGroup> = self.groups(groups).collect();
+                    if rule.action != Action::Allow && all.iter().any(|group| group.is_partial) {
+                        return PolicyRule { peers: None, ..rule.clone() };
+                    }
+                    let cidrs = all.iter().flat_map(|group| &group.cidrs);
+                    let outside =
+                        cidrs.map(|cidr| Peer::Outside { cidr: *cidr, except: within(except, cidr) });
+                    peers.extend(outside);
+                }
+                Peer::Nodes(selector) => {
+                    let nodes = self.nodes.values().filter(|node| selector.matches(&node.labels));
+                    let addresses = nodes.flat_map(|node| &node.addresses).map(|it| IpNet::from(*it));
+                    peers.push(Peer::NodeAddresses(addresses.collect()));
+                }
+                Peer::Services(selector) => peers.extend(self.services(selector)),
+                Peer::Entity(Entity::KubeApiServer) => peers.extend(self.api_server()),
+                Peer::Entity(Entity::Cluster) => {
+                    peers.push(peer.clone());
+                    peers.extend(self.api_server());
+                }
+                known => peers.push(known.clone()),
+            }
+        }
+        PolicyRule { peers: rule.peers.is_some().then_some(peers), ..rule.clone() }
+    }
+
+    fn groups(&self, wanted: &GroupSelector) -> impl Iterator<Item = &CidrGroup> {
+        let is_wanted = move |(key, group): &(&ObjectKey, &Arc<CidrGroup>)| match wanted {
+            GroupSelector::Named(name) => key.name == *name,
+            GroupSelector::Labelled(selector) => selector.matches(&group.labels),
+        };
+        self.groups.iter().filter(is_wanted).map(|(_, group)| &**group)
+    }
+
+    /// Who is behind Services: their backends, whoever has the addresses.
+    fn services(&self, wanted: &ServiceSelector) -> Vec<Peer> {
+        let is_here = |key: &ObjectKey| wanted.namespace.as_ref().is_none_or(|own| *own == key.namespace);
+        let is_wanted = |key: &ObjectKey| match &wanted.services {
+            ServiceName::Named(name) => key.name == *name,
+            ServiceName::Labelled(_) => false,
+        };
+        self.backends(|key| is_here(key) && is_wanted(key))
+    }
+
+    fn api_server(&self) -> Vec<Peer> {
+        self.backends(|service| &*service.namespace == "default" && &*service.name == "kubernetes")
+    }
+
+    fn backends(&self, is_wanted: impl Fn(&ObjectKey) -> bool) -> Vec<Peer> {
+        let slices = self.slices.values().filter(|slice| is_wanted(&slice.service));
+        let addresses: BTreeSet<IpAddr> =
+            slices.flat_map(|slice| &slice.backends).map(|backend| backend.address).collect();
+        let block = |address: IpAddr| Peer::Block { cidr: address.into(), except: Vec::new() };
+        addresses.into_iter().map(block).collect()
+    }
+}
+
+/// The holes that lie in a prefix, or hold all of it.
+fn within(except: &[IpNet], cidr: &IpNet) -> Vec<IpNet> {
+    let touches = |hole: &&IpNet| cidr.contains(*hole) || hole.contains(cidr);
+    except.iter().filter(touches).copied().collect()
+}

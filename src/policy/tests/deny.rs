@@ -1,0 +1,213 @@
+//! What denies, and whom a peer is: rows asked as the kernel asks them.
+
+use super::*;
+use crate::model::{CidrGroup, EndpointSlice, Entity, GroupSelector, Node, ServiceName, ServiceSelector};
+
+/// An address of the world, one of a node of the cluster, and two pods of which one has no labels yet.
+fn cluster() -> World {
+    World::default()
+        .identity(300, "shop", "web")
+        .identity(301, "shop", "client")
+        .endpoint(1, 300)
+        .pod_cidr("10.0.0.0/16")
+        .address("10.0.0.1", 300, AddressKind::Pod)
+        .address("10.0.0.2", 301, AddressKind::Pod)
+        .address("10.0.0.3", 302, AddressKind::Pod)
+        .address("192.168.0.2", 6, AddressKind::Node)
+}
+
+fn rule(action: Action, peers: Vec<Peer>, ports: Option<Vec<PortMatch>>) -> PolicyRule {
+    PolicyRule { action, peers: Some(peers), ports }
+}
+
+fn cilium(name: &str, default: Action, rules: Vec<PolicyRule>) -> Policy {
+    let ingress = Some(PolicyDirection { default, rules });
+    Policy { ingress, ..policy(name, app("web")) }
+}
+
+fn outside(cidr: &str) -> Peer {
+    Peer::Outside { cidr: net(cidr), except: vec![] }
+}
+
+/// Who may come in to TCP port 80, of these addresses.
+fn admitted<'a>(output: &Output, addresses: &[&'a str]) -> Vec<&'a str> {
+    let policy = &output.policies[&output.of_endpoint[&EndpointId(1)]];
+    let Some(direction) = &policy.ingress else { return addresses.to_vec() };
+    let is_admitted = |address: &&&str| {
+        let address = ip(address);
+        let covers = |net: &&IpNet| net.contains(&address);
+        let prefix = || output.prefixes.keys().filter(covers).max_by_key(|net| net.prefix_len());
+        let identity = match output.addresses.get(&address) {
+            Some(entry) => entry.identity,
+            None => prefix().map_or(IdentityId::WORLD, |net| output.prefixes[net].identity),
+        };
+        let class = direction.peers.get(&identity).copied().unwrap_or(0);
+        let matches = |key: &&CompiledRuleKey| {
+            key.class == class
+                && key.protocol.is_none_or(|protocol| protocol == 6)
+                && u32::from(key.port ^ 80) >> (16 - key.port_prefix_length) == 0
+        };
+        let longest = |key: &&CompiledRuleKey| (key.protocol, key.port_prefix_length);
+        let found = direction.rules.keys().filter(matches).max_by_key(longest);
+        found.is_some_and(|key| direction.rules[key].action == Action::Allow)
+    };
+    addresses.iter().filter(is_admitted).copied().collect()
+}
+
+const ALL: [&str; 5] = ["10.0.0.2", "10.0.0.3", "10.0.0.9", "192.168.0.2", "203.0.113.9"];
+
+#[test]
+fn bypass_13_a_deny_beats_a_narrower_allow() {
+    use Action::{Allow, Deny};
+    let world = cluster().policy(cilium(
+        "web",
+        Deny,
+        vec![
+            rule(Allow, vec![outside("203.0.113.9/32")], Some(vec![tcp(80)])),
+            rule(Deny, vec![outside("203.0.0.0/8")], None),
+            rule(Allow, vec![outside("198.51.100.0/24")], None),
+        ],
+    ));
+    let output = world.compile(&mut compiler());
+    assert_eq!(admitted(&output, &["203.0.113.9", "203.1.1.1", "198.51.100.7"]), ["198.51.100.7"]);
+}
+
+#[test]
+fn cidrs_of_cilium_do_not_speak_of_pods_and_nodes_and_entities_do() {
+    use Action::{Allow, Deny};
+    let of = |peer: Peer| {
+        let world = cluster().policy(cilium("web", Deny, vec![rule(Allow, vec![peer], None)]));
+        admitted(&world.compile(&mut compiler()), &ALL)
+    };
+    assert_eq!(of(outside("0.0.0.0/0")), ["203.0.113.9"]);
+    assert_eq!(of(block("0.0.0.0/0", &[])), ALL);
+    assert_eq!(of(Peer::Entity(Entity::World)), ["10.0.0.9", "203.0.113.9"]);
+    assert_eq!(of(Peer::Entity(Entity::RemoteNode)), ["192.168.0.2"]);
+    assert_eq!(of(Peer::Entity(Entity::Cluster)), ["10.0.0.2", "10.0.0.3", "192.168.0.2"]);
+    assert_eq!(of(Peer::Entity(Entity::Nobody)), [""; 0]);
+    // The address alone is not enough: a pod that has a node's address is no node.
+    let nodes = BTreeSet::from([net("192.168.0.2/32"), net("10.0.0.2/32")]);
+    assert_eq!(of(Peer::NodeAddresses(nodes)), ["192.168.0.2"]);
+}
+
+#[test]
+fn bypass_12_who_has_no_labels_yet_is_denied_what_anyone_is_denied() {
+    use Action::{Allow, Deny, Pass};
+    let denying = cilium("web", Pass, vec![rule(Deny, vec![pods("client")], None)]);
+    let world = cluster().policy(denying);
+    let mut compiler = compiler();
+    let output = world.compile(&mut compiler);
+    // Nobody isolates: others are let in. Of 10.0.0.3 only the identity's number is known.
+    assert_eq!(admitted(&output, &ALL), ["10.0.0.9", "192.168.0.2", "203.0.113.9"]);
+    let policy = &output.policies[&output.of_endpoint[&EndpointId(1)]];
+    assert!(policy.ingress.as_ref().is_some_and(|direction| direction.refuses_strangers));
+    let known = world.clone().identity(302, "shop", "other");
+    let output = known.compile(&mut compiler);
+    assert_eq!(admitted(&output, &ALL), ["10.0.0.3", "10.0.0.9", "192.168.0.2", "203.0.113.9"]);
+    assert_eq!(admitted(&world.compile(&mut compiler), &["10.0.0.3"]), [""; 0], "its labels are gone again");
+    // Who only allows needs none of it.
+    let allowing = cilium("web", Deny, vec![rule(Allow, vec![pods("client")], None)]);
+    let output = cluster().policy(allowing).compile(&mut self::compiler());
+    let policy = &output.policies[&output.of_endpoint[&EndpointId(1)]];
+    assert!(policy.ingress.as_ref().is_some_and(|direction| !direction.refuses_strangers));
+}
+
+#[test]
+fn bypass_13_a_service_account_is_no_label_that_a_pod_may_have() {
+    let asked =
+        Requirement::In(crate::model::SERVICE_ACCOUNT_KEY.into(), BTreeSet::from(["root".to_owned()]));
+    let peer = Peer::Pods { namespaces: None, pods: Selector { requirements: vec![asked] } };
+    let world = cluster().label(301, crate::model::SERVICE_ACCOUNT_KEY, "root").policy(cilium(
+        "web",
+        Action::Deny,
+        vec![rule(Action::Allow, vec![peer], None)],
+    ));
+    assert_eq!(admitted(&world.compile(&mut compiler()), &ALL), [""; 0]);
+}
+
+fn key(name: &str) -> ObjectKey {
+    ObjectKey::new("", name)
+}
+
+/// The peers of the one rule, resolved.
+fn resolved(resolver: &mut Resolver, action: Action, peer: Peer, references: &References) -> PolicyRule {
+    let policy = cilium("web", Action::Deny, vec![rule(action, vec![peer], None)]);
+    let network = Snapshot::from_iter([(policy.reference.clone(), Arc::new(policy.clone()))]);
+    let sources = Sources { network, others: vec![] };
+    let all = resolver.update(sources, references.clone());
+    all[&policy.reference].ingress.as_ref().expect("ingress").rules[0].clone()
+}
+
+#[test]
+fn names_stand_for_what_is_there_now_and_bypass_13_an_empty_group_is_nobody() {
+    let mut resolver = Resolver::default();
+    let mut references = References::default();
+    let group =
+        Peer::Groups { groups: GroupSelector::Named("office".into()), except: vec![net("10.1.0.0/16")] };
+    let peers = |rule: PolicyRule| rule.peers.expect("never everyone");
+    let allow = |resolver: &mut Resolver, references: &References, peer: &Peer| {
+        peers(resolved(resolver, Action::Allow, peer.clone(), references))
+    };
+    assert_eq!(allow(&mut resolver, &references, &group), []);
+    let office = |is_partial| {
+        let cidrs = vec![net("10.0.0.0/8"), net("192.0.2.0/24")];
+        Arc::new(CidrGroup { cidrs, is_partial, ..CidrGroup::default() })
+    };
+    references.groups.insert(key("office"), office(false));
+    let holed = Peer::Outside { cidr: net("10.0.0.0/8"), except: vec![net("10.1.0.0/16")] };
+    assert_eq!(allow(&mut resolver, &references, &group), [holed, outside("192.0.2.0/24")]);
+    // What was not read of it may be denied.
+    references.groups.insert(key("office"), office(true));
+    assert_eq!(resolved(&mut resolver, Action::Deny, group.clone(), &references).peers, None);
+
+    let node = |name: &str, zone: &str, address: &str| {
+        let labels = Labels::from([("zone".to_owned(), zone.to_owned())]);
+        let node = Node { name: name.into(), labels, addresses: vec![ip(address)], pod_cidrs: vec![] };
+        (Arc::from(name), Arc::new(node))
+    };
+    references.nodes.extend([node("a", "one", "192.168.0.1"), node("b", "two", "192.168.0.2")]);
+    let zone = Requirement::In("zone".to_owned(), BTreeSet::from(["two".to_owned()]));
+    let nodes = Peer::Nodes(Selector { requirements: vec![zone] });
+    let expected = Peer::NodeAddresses(BTreeSet::from([net("192.168.0.2/32")]));
+    assert_eq!(allow(&mut resolver, &references, &nodes), [expected]);
+
+    let services = ServiceName::Named("kubernetes".into());
+    let named = Peer::Services(ServiceSelector { namespace: Some("default".into()), services });
+    assert_eq!(allow(&mut resolver, &references, &named), []);
+    let backend = |address| crate::model::SliceBackend {
+        address: ip(address),
+        ready: false,
+        serving: false,
+        terminating: false,
+    };
+    let service = ObjectKey::new("default", "kubernetes");
+    let slice = EndpointSlice {
+        key: service.clone(),
+        service,
+        ports: vec![],
+        backends: vec![backend("192.168.0.1")],
+    };
+    references.slices.insert(slice.key.clone(), Arc::new(slice));
+    assert_eq!(allow(&mut resolver, &references, &named), [block("192.168.0.1/32", &[])]);
+    let api = allow(&mut resolver, &references, &Peer::Entity(Entity::KubeApiServer));
+    assert_eq!(api, [block("192.168.0.1/32", &[])]);
+}
+
+#[test]
+fn every_spec_of_an_object_is_a_row_and_goes_with_it() {
+    let mut resolver = Resolver::default();
+    let mut first = ingress(policy("web", app("web")), None, None);
+    let mut second = ingress(policy("web", app("client")), None, None);
+    second.reference.spec = 1;
+    first.others = vec![second];
+    let sources = |policy: &Policy| Sources {
+        network: Snapshot::new(),
+        others: vec![Snapshot::from_iter([(key("web"), Arc::new(policy.clone()))])],
+    };
+    let both = resolver.update(sources(&first), References::default());
+    assert_eq!(both.keys().map(|reference| reference.spec).collect::<Vec<_>>(), [0, 1]);
+    assert!(both.values().all(|policy| policy.others.is_empty()));
+    first.others.clear();
+    assert_eq!(resolver.update(sources(&first), References::default()).len(), 1);
+    assert!(resolver.update(Sources::default(), References::default()).is_empty());
+}
