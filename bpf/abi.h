@@ -112,7 +112,12 @@ enum endpoint_flags {
 };
 
 enum policy_bits {
-	POLICY_ID_MASK = 0x3fffffff,
+	POLICY_ID_MASK = 0x0fffffff,
+	/* What it denies at egress is answered, not only dropped. */
+	POLICY_REJECT = 1 << 28,
+	/* Some peer gets less than class 0: at ingress a sender that no row of
+	 * `addresses` names is never judged by class 0. */
+	POLICY_REFUSE_STRANGERS = 1 << 29,
 	POLICY_ENFORCE_EGRESS = 1 << 30,
 	POLICY_ENFORCE_INGRESS = 1U << 31,
 };
@@ -171,6 +176,7 @@ struct policy_peer {
 /*
  * Longest match over (policy, class, direction) + protocol + port. The first
  * three are always exact, so a shorter entry means: any port, or any protocol.
+ * The port of ICMP is the type of what asks.
  */
 struct policy_rule_key {
 	__u32 prefix_length; /* 72 any protocol, 80 any port, 80 + n port prefix */

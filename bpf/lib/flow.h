@@ -63,7 +63,7 @@ static __always_inline int flow_resolve_translated(struct __sk_buff *ctx,
 
 /* By the tunnel: tunnel_check_sender has said whether the sender may have the
  * source, and who that is. */
-static __always_inline void flow_resolve_tunnel(const struct packet *packet,
+static __always_inline void flow_resolve_tunnel(struct packet *packet,
 						struct peer *source)
 {
 	__u32 identity = packet->source_identity;
@@ -73,6 +73,7 @@ static __always_inline void flow_resolve_tunnel(const struct packet *packet,
 		if (!identity)
 			return;
 		source->identity = identity;
+		packet->flags |= PACKET_STRANGER;
 	} else if (identity == IDENTITY_WORLD &&
 		   !(source->flags & ADDRESS_POD) &&
 		   source->identity < IDENTITY_FIRST_LOCAL) {
@@ -84,7 +85,7 @@ static __always_inline void flow_resolve_tunnel(const struct packet *packet,
 
 /* Who has sent the packet, by the way it came: 0, or a drop if he may not. */
 static __always_inline int flow_resolve_source(struct __sk_buff *ctx,
-					       const struct packet *packet,
+					       struct packet *packet,
 					       struct peer *source)
 {
 	if (packet->flags & PACKET_FROM_POD)
@@ -110,8 +111,10 @@ static __always_inline int flow_resolve_source(struct __sk_buff *ctx,
 		return -DROP_INVALID_SOURCE_IP;
 	/* A pod that this node has not heard of yet: by the route to its pod
 	 * CIDR the answers reach it. */
-	if (source->route == ROUTE_NOWHERE)
+	if (source->route == ROUTE_NOWHERE) {
 		source->route = ROUTE_NODE;
+		packet->flags |= PACKET_STRANGER;
+	}
 	return 0;
 }
 
@@ -176,6 +179,7 @@ flow_keep_newcomer(struct packet *packet, const struct connection *connection,
 	    connection->route[0] != ROUTE_NODE)
 		return;
 	destination->identity = connection->identity[0];
+	packet->flags |= PACKET_STRANGER;
 	destination->route = ROUTE_NODE;
 	packet->destination_identity = destination->identity;
 	packet->route = ROUTE_NODE;

@@ -48,6 +48,7 @@ enum packet_flags {
 	PACKET_FORWARDED = 1 << 21,  /* to_pod: it came to the stack by a device */
 	PACKET_QUOTED = 1 << 22,     /* an ICMP error quotes it: its end is missing */
 	PACKET_DIRECT = 1 << 23,     /* another node sends it on; an option says the frontend */
+	PACKET_STRANGER = 1 << 24,   /* no row of `addresses` names the initiator's pod */
 };
 
 /* Of a packet from the network: what it has to do with a service. */
@@ -197,6 +198,20 @@ static __always_inline __u32 icmp_role(__u8 protocol, __u8 type)
 		return PACKET_ANSWERS;
 	}
 	return 0;
+}
+
+/* The type of the query that an answer of ICMP belongs to; other types are
+ * themselves. */
+static __always_inline __u8 icmp_asked(const struct packet *packet)
+{
+	__u8 type = packet->icmp_type;
+
+	if (!(packet->flags & PACKET_ANSWERS))
+		return type;
+	if (packet->protocol == IPPROTO_ICMPV6 ||
+	    type == ICMP_EXTENDED_ECHO_REPLY)
+		return type - 1;
+	return type == ICMP_ECHO_REPLY ? ICMP_ECHO : type - 1;
 }
 
 /*

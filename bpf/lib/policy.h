@@ -42,13 +42,17 @@ static __always_inline int policy_check(__u32 policy,
 
 	if (!(policy & enforced))
 		return 0;
-	/* An ICMP identifier is no port: only rules for any port match it. */
+	/* An ICMP identifier is no port: rules name types. */
 	if (packet->protocol == IPPROTO_ICMP ||
 	    packet->protocol == IPPROTO_ICMPV6)
-		rule_key.port = 0;
+		rule_key.port = bpf_htons(icmp_asked(packet));
 	peer = bpf_map_lookup_elem(&policy_peers, &peer_key);
 	if (peer)
 		rule_key.class = bpf_htonl(peer->class);
+	else if (policy & POLICY_REFUSE_STRANGERS &&
+		 packet->flags & PACKET_STRANGER &&
+		 direction == DIRECTION_INGRESS)
+		return -DROP_POLICY_DENIED;
 	rule = bpf_map_lookup_elem(&policy_rules, &rule_key);
 	if (!rule)
 		return -DROP_POLICY_DENIED;

@@ -126,8 +126,10 @@ static __always_inline int refuse_with_reset(struct __sk_buff *ctx,
 	return 0;
 }
 
+/* `is_policy`: administratively prohibited, else the port is unreachable. */
 static __always_inline int refuse_with_icmp(struct __sk_buff *ctx,
-					    const struct packet *packet)
+					    const struct packet *packet,
+					    bool is_policy)
 {
 	bool is_ipv6 = packet->flags & PACKET_IPV6;
 	/* An IP header and 8 bytes: both lengths are constants to the verifier.
@@ -137,7 +139,10 @@ static __always_inline int refuse_with_icmp(struct __sk_buff *ctx,
 	__s64 sum = 0;
 
 	answer.icmp.type = is_ipv6 ? ICMPV6_UNREACHABLE : ICMP_UNREACHABLE;
-	answer.icmp.code = is_ipv6 ? 4 : 3;
+	if (is_policy)
+		answer.icmp.code = is_ipv6 ? 1 : 13;
+	else
+		answer.icmp.code = is_ipv6 ? 4 : 3;
 	if (is_ipv6 ? bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, answer.inner, 48)
 		    : bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, answer.inner,
 					 28))
@@ -174,17 +179,36 @@ static __always_inline int refuse_send(struct __sk_buff *ctx,
 	return bpf_redirect(ctx->ifindex, 0);
 }
 
-/* Drops a packet, and tells its sender if a service has refused it. */
+/* The pod is told what its policy denies it to send. */
+static __always_inline bool refuse_is_rejected(const struct packet *packet,
+					       int reason)
+{
+	struct endpoint *endpoint;
+
+	if (reason != -DROP_POLICY_DENIED && reason != -DROP_POLICY_DENY_RULE)
+		return false;
+	if (packet->direction != DIRECTION_EGRESS ||
+	    packet->flags & (PACKET_REPLY | PACKET_ICMP_ERROR))
+		return false;
+	endpoint = endpoint_by_id(packet->source_endpoint);
+	return endpoint && endpoint->policy & POLICY_REJECT;
+}
+
+/* Drops a packet, and tells its sender if a service has refused it or the pod's
+ * policy says so. */
 __weak __noinline int refuse(struct __sk_buff *ctx, struct packet *packet,
 			     int reason)
 {
+	bool is_policy;
 	__u8 from[6], to[6];
 	int ret = -1;
 
 	if (!packet)
 		return TC_ACT_SHOT;
 	finish(ctx, packet, reason);
-	if (reason != -DROP_NO_SERVICE_BACKEND && reason != -DROP_IS_CLUSTER_IP)
+	is_policy = refuse_is_rejected(packet, reason);
+	if (!is_policy && reason != -DROP_NO_SERVICE_BACKEND &&
+	    reason != -DROP_IS_CLUSTER_IP)
 		return TC_ACT_SHOT;
 	/* Only what has no options and no fragments is worth an answer. */
 	if (packet->flags & (PACKET_FRAGMENT | PACKET_LATER_FRAGMENT) ||
@@ -195,8 +219,8 @@ __weak __noinline int refuse(struct __sk_buff *ctx, struct packet *packet,
 		return TC_ACT_SHOT;
 	if (packet->protocol == IPPROTO_TCP)
 		ret = refuse_with_reset(ctx, packet);
-	else if (packet->protocol == IPPROTO_UDP)
-		ret = refuse_with_icmp(ctx, packet);
+	else if (packet->protocol == IPPROTO_UDP || is_policy)
+		ret = refuse_with_icmp(ctx, packet, is_policy);
 	if (ret || bpf_skb_load_bytes(ctx, 0, from, 6) ||
 	    bpf_skb_load_bytes(ctx, 6, to, 6))
 		return TC_ACT_SHOT;

@@ -349,6 +349,10 @@ fn endpoint_entries(endpoints: &Resolved, compiled: &policy::Output) -> BTreeMap
             policy,
             enforces_ingress: rules.is_some_and(|rules| rules.ingress.is_some()),
             enforces_egress: rules.is_some_and(|rules| rules.egress.is_some()),
+            refuses_strangers: rules
+                .and_then(|rules| rules.ingress.as_ref())
+                .is_some_and(|ingress| ingress.refuses_strangers),
+            rejects: false,
         };
         Some((*id, entry))
     };

@@ -130,6 +130,8 @@ fn endpoint_row(id: u32, row: abi::Endpoint) -> Row {
         "enforces": names(row.policy & !policy_bits::POLICY_ID_MASK.0, &[
             (policy_bits::POLICY_ENFORCE_INGRESS.0, "ingress"),
             (policy_bits::POLICY_ENFORCE_EGRESS.0, "egress"),
+            (policy_bits::POLICY_REFUSE_STRANGERS.0, "strangers"),
+            (policy_bits::POLICY_REJECT.0, "reject"),
         ]),
         "ipv4": ip(row.ipv4),
         "ipv6": ip(row.ipv6),

@@ -103,6 +103,12 @@ fn row(entry: &EndpointEntry) -> Endpoint {
     if entry.enforces_egress {
         policy |= policy_bits::POLICY_ENFORCE_EGRESS.0;
     }
+    if entry.refuses_strangers {
+        policy |= policy_bits::POLICY_REFUSE_STRANGERS.0;
+    }
+    if entry.rejects {
+        policy |= policy_bits::POLICY_REJECT.0;
+    }
     Endpoint {
         epoch: 0,
         policy,
@@ -142,6 +148,8 @@ mod tests {
             policy: PolicyId(5),
             enforces_ingress: true,
             enforces_egress: false,
+            refuses_strangers: false,
+            rejects: false,
         }
     }
 

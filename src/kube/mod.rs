@@ -115,6 +115,7 @@ impl Tables {
             others: vec![
                 self.of::<kinds::CiliumNetworkPolicy>().snapshot(),
                 self.of::<kinds::CiliumClusterwideNetworkPolicy>().snapshot(),
+                self.of::<kinds::ClusterNetworkPolicy>().snapshot(),
             ],
         }
     }

@@ -80,4 +80,8 @@ pub struct EndpointEntry {
     pub enforces_ingress: bool,
     /// That policy has rules for what goes out.
     pub enforces_egress: bool,
+    /// Some peer may get less by it than one of whom nothing is known.
+    pub refuses_strangers: bool,
+    /// The pod is told what is denied of what it sends.
+    pub rejects: bool,
 }

@@ -382,13 +382,13 @@ pub enum PortSelector {
     Named(String),
 }
 
-/// The number of a compiled policy; 0 is "nothing enforced". At most 2^30 - 2.
+/// The number of a compiled policy; 0 is "nothing enforced". At most 2^28 - 2.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct PolicyId(pub u32);
 
 impl PolicyId {
     /// Has no rows and never gets any: an endpoint with this policy is closed in both directions.
-    pub const CLOSED: Self = Self((1 << 30) - 1);
+    pub const CLOSED: Self = Self((1 << 28) - 1);
 }
 
 /// The rows of one policy, as they stand in the maps.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::Serialize;
 
-use super::{Algorithm, Forwarding, ObjectKey, Protocol};
+use super::{Algorithm, Forwarding, Labels, ObjectKey, Protocol};
 
 /// A Service with at least one cluster IP, or a headless one (no `addresses`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -37,6 +37,12 @@ pub struct Service {
     pub algorithm: Option<Algorithm>,
     /// How backends of other nodes are reached, where the Service says so itself.
     pub forwarding: Option<Forwarding>,
+    /// `metadata.labels`, by which policies select Services.
+    #[serde(skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
+    /// `spec.selector`: whose pods are behind it; empty: its slices say it.
+    #[serde(skip_serializing_if = "Labels::is_empty")]
+    pub selector: Labels,
 }
 
 impl Service {
@@ -56,6 +62,8 @@ impl Service {
             health_port: None,
             algorithm: None,
             forwarding: None,
+            labels: Labels::new(),
+            selector: Labels::new(),
         }
     }
 }

@@ -87,7 +87,7 @@ pub enum Error {
         "every local identity number has been used: restart the agent, or name fewer prefixes in policies"
     )]
     LocalIdentitiesExhausted,
-    /// Policy numbers are never used twice, and 2^30 were.
+    /// Policy numbers are never used twice, and 2^28 were.
     #[error("every policy number has been used: restart the agent")]
     PoliciesExhausted,
 }

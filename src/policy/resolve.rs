@@ -13,7 +13,7 @@ use ipnet::IpNet;
 
 use crate::model::{
     Action, CidrGroup, EndpointSlice, Entity, GroupSelector, Node, ObjectKey, Peer, Policy, PolicyDirection,
-    PolicyRef, PolicyRule, Service, ServiceName, ServiceSelector,
+    PolicyRef, PolicyRule, Requirement, Selector, Service, ServiceName, ServiceSelector,
 };
 use crate::tables::Snapshot;
 
@@ -185,27 +185,45 @@ impl References {
         self.groups.iter().filter(is_wanted).map(|(_, group)| &**group)
     }
 
-    /// Who is behind Services: their backends, whoever has the addresses.
+    /// Who is behind Services: the pods that they select; of those without a selector the backends, whoever
+    /// has the addresses.
     fn services(&self, wanted: &ServiceSelector) -> Vec<Peer> {
-        let is_here = |key: &ObjectKey| wanted.namespace.as_ref().is_none_or(|own| *own == key.namespace);
-        let is_wanted = |key: &ObjectKey| match &wanted.services {
-            ServiceName::Named(name) => key.name == *name,
-            ServiceName::Labelled(_) => false,
+        let is_wanted = |service: &&Arc<Service>| {
+            wanted.namespace.as_ref().is_none_or(|own| *own == service.key.namespace)
+                && match &wanted.services {
+                    ServiceName::Named(name) => service.key.name == *name,
+                    ServiceName::Labelled(selector) => selector.matches(&service.labels),
+                }
         };
-        self.backends(|key| is_here(key) && is_wanted(key))
+        let mut peers = Vec::new();
+        for service in self.services.values().filter(is_wanted) {
+            if service.selector.is_empty() {
+                peers.extend(self.backends(&service.key));
+            } else {
+                peers.push(selected_by(service));
+            }
+        }
+        peers
     }
 
     fn api_server(&self) -> Vec<Peer> {
-        self.backends(|service| &*service.namespace == "default" && &*service.name == "kubernetes")
+        self.backends(&ObjectKey::new("default", "kubernetes"))
     }
 
-    fn backends(&self, is_wanted: impl Fn(&ObjectKey) -> bool) -> Vec<Peer> {
-        let slices = self.slices.values().filter(|slice| is_wanted(&slice.service));
+    fn backends(&self, service: &ObjectKey) -> Vec<Peer> {
+        let slices = self.slices.values().filter(|slice| slice.service == *service);
         let addresses: BTreeSet<IpAddr> =
             slices.flat_map(|slice| &slice.backends).map(|backend| backend.address).collect();
         let block = |address: IpAddr| Peer::Block { cidr: address.into(), except: Vec::new() };
         addresses.into_iter().map(block).collect()
     }
+}
+
+fn selected_by(service: &Service) -> Peer {
+    let is = |key: &str, value: &str| Requirement::In(key.to_owned(), BTreeSet::from([value.to_owned()]));
+    let namespace = is("kubernetes.io/metadata.name", &service.key.namespace);
+    let pods = service.selector.iter().map(|(key, value)| is(key, value)).collect();
+    Peer::Pods { namespaces: Some(Selector::new(vec![namespace])), pods: Selector::new(pods) }
 }
 
 /// The holes that lie in a prefix, or hold all of it.

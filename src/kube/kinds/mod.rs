@@ -33,6 +33,7 @@ kinds! {
     network_policy::NetworkPolicy,
     cilium_network_policy::CiliumNetworkPolicy,
     cilium_clusterwide_network_policy::CiliumClusterwideNetworkPolicy,
+    cluster_network_policy::ClusterNetworkPolicy,
     cilium_cidr_group::CiliumCIDRGroup,
     cilium_local_redirect_policy::CiliumLocalRedirectPolicy,
     identity::Identity,

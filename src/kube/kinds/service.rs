@@ -64,7 +64,9 @@ fn service(
     if type_ == Type::ClusterIp || addresses.is_empty() {
         ports.iter_mut().for_each(|port| port.node_port = None);
     }
-    let mut service = model::Service { addresses, ports, ..model::Service::new(id.key.clone()) };
+    let selector = spec.get("selector")?.strings()?;
+    let mut service =
+        model::Service { addresses, ports, labels, selector, ..model::Service::new(id.key.clone()) };
     read_traffic(&spec, &mut service)?;
     if !service.addresses.is_empty() {
         service.external_addresses = outer_addresses(&items(&spec.get("externalIPs")?)?, warnings)?;

@@ -179,8 +179,13 @@ fn names_stand_for_what_is_there_now_and_bypass_13_an_empty_group_is_nobody() {
         ready: false,
         serving: false,
         terminating: false,
+        node: None,
+        zone: None,
+        hints: None,
+        weight: 1,
     };
     let service = ObjectKey::new("default", "kubernetes");
+    references.services.insert(service.clone(), Arc::new(crate::model::Service::new(service.clone())));
     let slice = EndpointSlice {
         key: service.clone(),
         service,

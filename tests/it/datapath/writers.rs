@@ -82,6 +82,8 @@ fn endpoints(policy: PolicyId) -> BTreeMap<EndpointId, EndpointEntry> {
         policy,
         enforces_ingress: true,
         enforces_egress: false,
+        refuses_strangers: false,
+        rejects: false,
     };
     [(EndpointId(1), entry)].into()
 }
