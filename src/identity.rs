@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use crate::model::{IdentityId, IdentityLabels, Labels, Namespace, Pod, Requirement, Selector};
 
 /// The label that every namespace has, with its name as the value.
-const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+pub const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 
 /// Pod labels that controllers set anew for every revision or run, and that hardly anybody selects by: left
 /// out unless a pattern says otherwise. A StatefulSet's `pod-name` and `pod-index` stay: policies do

@@ -11,7 +11,9 @@ use tokio::sync::watch;
 
 use super::args::{Config, Routing};
 use super::compute::Desired;
+use super::ends::Ends;
 use super::node::OVERLAY_DEVICE;
+use super::policy_diff;
 use super::ports::Ports;
 use super::rounds::Current;
 use crate::api::answers::{
@@ -22,15 +24,18 @@ use crate::api::{Handler, Refusal, Reply, Request};
 use crate::datapath::{Datapath, MapFill, RuleOrigins, Usage, UsageKind};
 use crate::endpoint::{Manager, Progress};
 use crate::flow::{Direction, NameSource, NameTables, Names, Query, Recorder, Stream};
+use crate::kube::foreign::ForeignPolicy;
 use crate::kube::{Health, Tables};
 use crate::model::{
     Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Origins, Policy,
     PolicyDirection, PolicyRef, Protocol, Scope, ServiceQuestion, ServiceTrace,
 };
-use crate::netlink;
+use crate::policy::diff::Change;
+use crate::policy::explain::{Explanation, Packet, Question};
 use crate::service::Client;
-use crate::tables::Table;
+use crate::tables::{Snapshot, Table};
 use crate::telemetry::{ObjectCounts, Telemetry, WatchHealth};
+use crate::{netlink, policy};
 
 /// Everything that the agent knows, to be read from anywhere.
 pub struct Known {
@@ -320,6 +325,35 @@ impl Known {
         sources.all().map(row).collect()
     }
 
+    fn foreign_policies(&self) -> Vec<ForeignPolicy> {
+        let found = self.tables.foreign.snapshot();
+        found.values().flat_map(|policies| policies.iter().cloned()).collect()
+    }
+
+    fn explain(&self, from: &str, to: &str, packet: Packet) -> Result<Explanation, String> {
+        let policies =
+            policy::Resolver::default().update(self.tables.policy_sources(), self.tables.policy_references());
+        let filter = &self.config.args.rules.identity_labels;
+        let asked = policy::asked_labels(&policies, filter);
+        let endpoints = self.endpoints.snapshot();
+        let local = endpoints.values().map(|it| (it.pod.clone(), it.addresses().collect())).collect();
+        let node = self.config.args.node_name.as_str();
+        let ends = Ends { tables: &self.tables, filter, asked: &asked, local, node };
+        let (from, to) = (ends.find(from)?, ends.find(to)?);
+        Ok(Question { policies: &policies, filter, from: &from, to: &to, packet }.answer())
+    }
+
+    fn policy_diff(&self, manifests: &str) -> Result<Vec<Change>, String> {
+        let current = self.current.load();
+        let endpoints = current.endpoints.iter().map(|(id, entry)| (*id, entry.identity)).collect();
+        let identities = self.tables.identities.snapshot();
+        let addresses = Snapshot::new();
+        let pods =
+            policy_diff::Pods { identities: &identities, endpoints: &endpoints, addresses: &addresses };
+        let filter = Arc::new(self.config.args.rules.identity_labels.clone());
+        policy_diff::of_endpoints(&self.tables, manifests, &pods, &filter)
+    }
+
     fn node_rows(&self) -> Vec<NodeRow> {
         let this_node = self.config.args.node_name.as_str();
         let published = self.tables.node_endpoints.snapshot();
@@ -522,6 +556,13 @@ impl Handler for Answers {
             Request::Endpoints => reply.finish(Ok::<_, Refusal>(known.endpoint_rows(&self.names))).await,
             Request::Identities => reply.finish(Ok::<_, Refusal>(known.identity_rows(&self.names))).await,
             Request::Policies => reply.finish(Ok::<_, Refusal>(known.policy_rows())).await,
+            Request::ForeignPolicies => reply.finish(Ok::<_, Refusal>(known.foreign_policies())).await,
+            Request::PolicyExplain { from, to, packet } => {
+                reply.finish(known.explain(&from, &to, packet).map_err(refused)).await
+            }
+            Request::PolicyDiff { manifests } => {
+                reply.finish(known.policy_diff(&manifests).map_err(refused)).await
+            }
             Request::Services => reply.finish(Ok::<_, Refusal>(known.service_rows())).await,
             Request::ServiceTrace(question) => reply.finish(known.service_trace(&question)).await,
             Request::Nodes => reply.finish(Ok::<_, Refusal>(known.node_rows())).await,
@@ -530,6 +571,10 @@ impl Handler for Answers {
             tracing::debug!("a client went away before its answer");
         }
     }
+}
+
+fn refused(message: String) -> Refusal {
+    Refusal { code: 100, message, details: String::new() }
 }
 
 /// Rules of the node's netfilter that pods' packets do not meet: they go past the stack.

@@ -16,12 +16,14 @@ mod answers;
 mod args;
 mod compute;
 mod devices;
+mod ends;
 mod follow;
 mod health_ports;
 mod ipsec;
 mod local;
 mod node;
 mod observer;
+pub mod policy_diff;
 mod ports;
 mod publish;
 mod restart;
@@ -38,6 +40,7 @@ use tokio::sync::{mpsc, watch};
 
 pub use args::{AgentArgs, Config, Routing};
 pub use compute::{Compute, Desired, Rules, View};
+pub use ends::Ends;
 pub use node::Devices;
 
 use crate::api;

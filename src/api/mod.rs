@@ -27,6 +27,7 @@ pub use server::{Gone, Handler, OTHERS_MAX, Reply, bind, serve, serve_on};
 use crate::flow;
 pub use crate::model::cni::Refusal;
 use crate::model::{ServiceQuestion, cni};
+use crate::policy::explain::Packet;
 
 /// Where the agent listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/weir/agent.sock";
@@ -61,6 +62,22 @@ pub enum Request {
     Identities,
     /// The policies in force.
     Policies,
+    /// Policies of kinds that are not enforced.
+    ForeignPolicies,
+    /// Why one end may speak to another or not.
+    PolicyExplain {
+        /// Who begins.
+        from: String,
+        /// Who is spoken to.
+        to: String,
+        /// By what.
+        packet: Packet,
+    },
+    /// What the policies of a file would change for the pods of this node.
+    PolicyDiff {
+        /// The file's text.
+        manifests: String,
+    },
     /// Services and their backends.
     Services,
     /// Where a new connection to a service would go, and why.

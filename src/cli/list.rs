@@ -12,6 +12,7 @@ use super::{Connection, Failure, Format, output, table};
 use crate::api::Request;
 use crate::api::answers::{EndpointRow, IdentityRow, NodeRow, PolicyRow, ServiceRow};
 use crate::datapath::UsageKind;
+use crate::kube::foreign::ForeignPolicy;
 use crate::model::{
     EndpointId, FrontendKind, ObjectKey, PolicyRef, Protocol, Scope, ServiceQuestion, ServiceTrace,
     TracedBackend,
@@ -32,14 +33,6 @@ pub enum EndpointCommand {
 pub enum IdentityCommand {
     /// One line for each identity.
     List(ListArgs),
-}
-
-#[derive(Subcommand)]
-pub enum PolicyCommand {
-    /// One line for each policy.
-    List(ListArgs),
-    /// Everything about one policy, as JSON.
-    Get(GetArgs),
 }
 
 #[derive(Subcommand)]
@@ -197,15 +190,15 @@ fn key_of(policy: &PolicyRef) -> String {
     policy.namespace.as_ref().map_or_else(|| name.to_string(), |namespace| format!("{namespace}/{name}"))
 }
 
-pub fn policy(command: PolicyCommand) -> Result<(), Failure> {
-    let args = match command {
-        PolicyCommand::List(args) => args,
-        PolicyCommand::Get(args) => {
-            return args.get(&Request::Policies, "policy", |row: &PolicyRow| key_of(&row.policy));
-        }
-    };
+/// Everything about one policy.
+pub fn policy(args: &GetArgs) -> Result<(), Failure> {
+    args.get(&Request::Policies, "policy", |row: &PolicyRow| key_of(&row.policy))
+}
+
+/// A line for each policy, and what others' policies are not enforced.
+pub fn policies(args: &ListArgs) -> Result<(), Failure> {
     let endpoints: Vec<EndpointRow> = args.connection.ask(&Request::Endpoints)?;
-    let header = ["KIND", "POLICY", "TIER", "INGRESS", "EGRESS", "PODS", "NOT READ"];
+    let header = ["KIND", "POLICY", "TIER", "INGRESS", "EGRESS", "PODS", "NOT ENFORCED"];
     args.list(&Request::Policies, header, |row: &PolicyRow| {
         let rules = |count: Option<usize>| match count {
             None => String::new(),
@@ -222,7 +215,21 @@ pub fn policy(command: PolicyCommand) -> Result<(), Failure> {
             shorten(&pods(row, &endpoints)),
             row.doubts.join("; "),
         ]
-    })
+    })?;
+    let foreign: Vec<ForeignPolicy> = args.connection.ask(&Request::ForeignPolicies)?;
+    if args.output == Format::Table && !foreign.is_empty() {
+        let line = |policy: &ForeignPolicy| {
+            let ForeignPolicy { kind, namespace, name } = policy.clone();
+            let name = if namespace.is_empty() { name } else { format!("{namespace}/{name}") };
+            [kind, name]
+        };
+        let mut out = io::BufWriter::new(io::stdout().lock());
+        writeln!(out)?;
+        let lines: Vec<_> = foreign.iter().map(line).collect();
+        table::write(&mut out, ["NOT ENFORCED BY WEIR", "POLICY"], &lines)?;
+        out.flush()?;
+    }
+    Ok(())
 }
 
 /// The pods of this node that a policy selects.
@@ -271,7 +278,7 @@ pub fn node(command: NodeCommand) -> Result<(), Failure> {
 }
 
 impl Connection {
-    fn ask<T: DeserializeOwned>(&self, request: &Request) -> Result<T, Failure> {
+    pub fn ask<T: DeserializeOwned>(&self, request: &Request) -> Result<T, Failure> {
         Ok(self.connect()?.with_timeout(ANSWER_WITHIN)?.call(request)?)
     }
 }

@@ -11,6 +11,7 @@ mod node;
 mod observe;
 mod operator;
 mod output;
+mod policy;
 mod relay;
 mod settings;
 mod status;
@@ -61,7 +62,7 @@ enum Command {
     Identity(list::IdentityCommand),
     /// Show network policies and whom they select.
     #[command(subcommand)]
-    Policy(list::PolicyCommand),
+    Policy(policy::PolicyCommand),
     /// Show services and their backends.
     #[command(subcommand)]
     Service(list::ServiceCommand),
@@ -159,7 +160,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Sysdump(args) => sysdump::run(&args),
         Command::Endpoint(command) => list::endpoint(command),
         Command::Identity(command) => list::identity(command),
-        Command::Policy(command) => list::policy(command),
+        Command::Policy(command) => policy::run(command),
         Command::Service(command) => list::service(command),
         Command::Node(command) => list::node(command),
         Command::Map(command) => map::run(command),

@@ -7,6 +7,7 @@
 use serde_json::Value;
 
 use super::convert::{self, Converted, Field, FieldError, ObjectId};
+use super::foreign::{self, ForeignPolicy};
 use super::kind::{Kind, Object, ObjectKind};
 use super::kinds::NetworkPolicy;
 use crate::yaml::{self, YamlError};
@@ -38,6 +39,8 @@ pub enum Content {
     Broken(FieldError),
     /// An object of a kind that does not concern us: `apiVersion/kind`.
     Unknown(String),
+    /// A policy of a kind that is not enforced.
+    Foreign(ForeignPolicy),
 }
 
 /// Reads all documents of a file.
@@ -123,7 +126,7 @@ fn interpret(value: &Value, implied: Option<(&str, &str)>, depth: usize, content
 
 fn object(root: &Field, value: &Value, api_version: &str, kind: &str) -> Content {
     let known = Kind::named(kind).filter(|known| has_group(*known, api_version));
-    let Some(known) = known else { return Content::Unknown(format!("{api_version}/{kind}")) };
+    let Some(known) = known else { return unknown(root, format!("{api_version}/{kind}")) };
     let id = match convert::identify(known, root) {
         Ok(id) => id,
         Err(error) => return Content::Broken(error),
@@ -139,6 +142,17 @@ fn object(root: &Field, value: &Value, api_version: &str, kind: &str) -> Content
         Ok(converted) => Content::Object(id, converted),
         Err(error) => Content::BrokenObject(id, error),
     }
+}
+
+fn unknown(root: &Field, kind: String) -> Content {
+    if !foreign::is_policy(&kind) {
+        return Content::Unknown(kind);
+    }
+    let text = |name: &str| {
+        let text = root.get("metadata").and_then(|metadata| Ok(metadata.get(name)?.string()?.unwrap_or("")));
+        text.unwrap_or_default().to_owned()
+    };
+    Content::Foreign(ForeignPolicy { kind, namespace: text("namespace"), name: text("name") })
 }
 
 fn has_group(kind: Kind, api_version: &str) -> bool {

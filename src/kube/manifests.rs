@@ -26,6 +26,7 @@ use tracing::{debug, info, warn};
 use super::Tables;
 use super::convert::{Converted, FieldError, ObjectId};
 use super::document::{self, Content, Document};
+use super::foreign::ForeignPolicies;
 use super::health::{Health, Report, closed};
 use super::kind::{Kind, Object};
 use super::rows::AnyRows;
@@ -178,6 +179,7 @@ struct Directory {
     path: PathBuf,
     rows: BTreeMap<Kind, Box<dyn AnyRows>>,
     health: Arc<Health>,
+    foreign: Arc<ForeignPolicies>,
     files: BTreeMap<OsString, File>,
     /// The files that define an object; the first one is believed.
     owners: BTreeMap<ObjectId, BTreeSet<OsString>>,
@@ -192,6 +194,7 @@ impl Directory {
             path,
             rows: Kind::ALL.iter().map(|kind| (*kind, kind.rows(&tables))).collect(),
             health,
+            foreign: tables.foreign.clone(),
             files: BTreeMap::new(),
             owners: BTreeMap::new(),
             is_synced: false,
@@ -278,6 +281,7 @@ impl Directory {
             touched.insert(id);
         }
         self.health.replace(&name.to_string_lossy(), Vec::new());
+        self.foreign.delete(&Arc::from(&*name.to_string_lossy()));
     }
 
     /// Makes the file's objects what `documents` say.
@@ -293,6 +297,7 @@ impl Directory {
         let mut reports = Vec::new();
         let mut stays: BTreeSet<ObjectId> = BTreeSet::new();
         let mut stays_all = false;
+        let mut foreign = BTreeSet::new();
         for document in documents {
             let at = Some((document.number, document.line));
             let mut report = |object: Option<&ObjectId>, reason: String| {
@@ -320,6 +325,10 @@ impl Directory {
                     report(None, outcome(&error, !before.is_empty()));
                     stays_all = true;
                 }
+                Content::Foreign(policy) => {
+                    report(None, format!("{} {} is not enforced", policy.kind, policy.name));
+                    foreign.insert(policy);
+                }
                 Content::Unknown(kind) => {
                     if self.unknown_kinds.insert(kind.clone()) {
                         info!(kind, file = %name.to_string_lossy(), "objects of this kind are not read");
@@ -340,6 +349,7 @@ impl Directory {
             touched.insert(id.clone());
         }
         self.health.replace(&name.to_string_lossy(), reports);
+        self.foreign.apply(Arc::from(&*name.to_string_lossy()), Arc::new(foreign));
         self.files.insert(name.clone(), File { stamp: Some(stamp), objects });
     }
 

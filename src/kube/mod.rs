@@ -16,6 +16,7 @@
 mod api;
 pub mod args;
 pub mod bootstrap;
+pub mod check;
 mod cilium;
 mod claims;
 mod collect;
@@ -23,6 +24,7 @@ mod convert;
 pub mod crd;
 mod document;
 mod files;
+pub mod foreign;
 mod health;
 mod joined;
 mod kind;
@@ -81,6 +83,8 @@ pub struct Tables {
     /// Identities that are to be claimed before a pod begins to use them, although they are in
     /// `identities`: they are marked as unused, or their object is gone while pods have them.
     pub to_claim: Arc<Table<IdentityId, ()>>,
+    /// Policies that are not enforced, by where they were found.
+    pub foreign: Arc<foreign::ForeignPolicies>,
     claims: claims::Claims,
     joining: joined::Joining,
     /// Of kinds that no field above names.
@@ -159,6 +163,27 @@ impl Tables {
     }
 }
 
+/// The policies that a file of manifests holds, of every kind; an error where something of it is no
+/// policy, or cannot be read.
+pub fn read_policies(text: &str) -> Result<Vec<crate::model::Policy>, String> {
+    let documents = document::read(text).map_err(|error| error.to_string())?;
+    let mut policies = Vec::new();
+    for document::Document { line, content, .. } in documents {
+        let object = match content {
+            document::Content::Object(_, converted) => converted.row,
+            document::Content::BrokenObject(id, error) => return Err(format!("line {line}: {id}: {error}")),
+            document::Content::Broken(error) => return Err(format!("line {line}: {error}")),
+            document::Content::Unknown(_) | document::Content::Foreign(_) => None,
+        };
+        let policy = object.and_then(|object| object.row::<Policy>());
+        policies.extend(policy.map(|policy| Policy::clone(&policy)));
+    }
+    match policies.is_empty() {
+        true => Err("holds no policy of a kind that is enforced".to_owned()),
+        false => Ok(policies),
+    }
+}
+
 /// Where objects come from, and where the agent's own go.
 #[derive(Clone)]
 pub enum Source {
@@ -171,7 +196,10 @@ pub enum Source {
 /// Keeps `tables` equal to what the source says. Never returns.
 pub async fn run(source: Source, tables: Arc<Tables>, health: Arc<Health>) {
     match source {
-        Source::Kubernetes(client, node) => api::run(client, &node, tables, health).await,
+        Source::Kubernetes(client, node) => {
+            let looking = foreign::run(client.clone(), tables.foreign.clone());
+            tokio::join!(looking, api::run(client, &node, tables, health));
+        }
         Source::Manifests(directory) => manifests::run(directory, tables, health).await,
     }
 }

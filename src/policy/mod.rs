@@ -14,12 +14,15 @@
 //! is another number. The compiler remembers its last answer and works out differences:
 //! a new identity is held against each distinct peer once.
 
+pub mod diff;
+pub mod explain;
 mod owners;
 mod peers;
 mod prefixes;
 mod resolve;
 mod rules;
 mod select;
+pub mod suggest;
 #[cfg(test)]
 mod tests;
 mod value;

@@ -82,7 +82,8 @@ impl PeerKey {
         matches!(self, Self::Pods { .. } | Self::Port { .. }).then(|| Self::Doubtful(Box::new(self.clone())))
     }
 
-    fn matches(&self, member: &Member, filter: &LabelFilter) -> bool {
+    /// True if it means `member`.
+    pub fn matches(&self, member: &Member, filter: &LabelFilter) -> bool {
         let labels = member.labels.as_deref();
         let is_within = |cidr, except: &[IpNet]| {
             member.prefixes.contains(cidr) && !except.iter().any(|hole| member.prefixes.contains(hole))

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 
 use crate::model::{
     Action, CidrGroup, EndpointSlice, Entity, GroupSelector, Node, ObjectKey, Peer, Policy, PolicyDirection,
-    PolicyRef, PolicyRule, Requirement, Selector, Service, ServiceName, ServiceSelector,
+    PolicyKind, PolicyRef, PolicyRule, Requirement, Selector, Service, ServiceName, ServiceSelector,
 };
 use crate::tables::Snapshot;
 
@@ -44,6 +44,27 @@ impl Sources {
     pub fn all(&self) -> impl Iterator<Item = &Policy> {
         let others = self.others.iter().flat_map(Snapshot::values);
         self.network.values().chain(others).map(AsRef::as_ref)
+    }
+
+    /// These, with `given` beside them, or instead of those of the same name.
+    pub fn with(mut self, given: Vec<Policy>) -> Self {
+        let mut added: BTreeMap<PolicyKind, Snapshot<ObjectKey, Arc<Policy>>> = BTreeMap::new();
+        for policy in given {
+            let PolicyRef { kind, namespace, name, .. } = policy.reference.clone();
+            let key = ObjectKey { namespace: namespace.unwrap_or_default(), name };
+            if kind == PolicyKind::NetworkPolicy {
+                self.network.insert(policy.reference.clone(), Arc::new(policy));
+                continue;
+            }
+            for known in &mut self.others {
+                if known.get(&key).is_some_and(|known| known.reference.kind == kind) {
+                    known.remove(&key);
+                }
+            }
+            added.entry(kind).or_default().insert(key, Arc::new(policy));
+        }
+        self.others.extend(added.into_values());
+        self
     }
 }
 

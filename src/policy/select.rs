@@ -189,6 +189,14 @@ impl Selections {
     }
 }
 
+/// True if a policy is about pods with these labels. That of a namespace is about no others.
+pub fn selects(policy: &Policy, labels: &IdentityLabels) -> bool {
+    let Subject::Pods { namespaces, pods } = &policy.subject else { return false };
+    policy.reference.namespace.as_ref().is_none_or(|own| **own == *labels.namespace)
+        && pods.matches_by(|key| labels.pod_label(key))
+        && namespaces.matches(&labels.namespace_labels)
+}
+
 /// True if both make the same rows of whom they apply to.
 fn says_the_same(one: &Policy, other: &Policy) -> bool {
     (one.tier, one.priority) == (other.tier, other.priority)
@@ -213,8 +221,7 @@ impl State {
     }
 
     fn selects(&self, labels: &IdentityLabels) -> bool {
-        let Subject::Pods { namespaces, pods } = &self.policy.subject else { return false };
-        pods.matches_by(|key| labels.pod_label(key)) && namespaces.matches(&labels.namespace_labels)
+        selects(&self.policy, labels)
     }
 
     fn add_peers(&mut self, rule: &PolicyRule) {

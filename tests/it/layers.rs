@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(&str, &str)] = &[
     (
         "cli",
-        "agent operator relay cni api endpoint telemetry flow kube datapath netlink model settings yaml error",
+        "agent operator relay cni api endpoint telemetry flow kube policy identity datapath netlink tables model \
+         settings yaml error",
     ),
     (
         "agent",
@@ -21,10 +22,10 @@ const LAYERS: &[(&str, &str)] = &[
     ("operator", "telemetry kube settings signals error"),
     ("endpoint", "cni telemetry ipam netlink tables model files"),
     ("cni", "api netlink model settings files"),
-    ("api", "telemetry flow datapath model"),
+    ("api", "telemetry flow policy datapath model"),
     ("telemetry", "flow datapath model error"),
     ("flow", "datapath tables model settings error"),
-    ("kube", "identity tables model settings yaml backoff files error"),
+    ("kube", "policy identity tables model settings yaml backoff files error"),
     ("policy", "identity tables model"),
     ("node", "tables model"),
     ("service", "tables model settings"),

@@ -27,6 +27,7 @@ mod packets;
 mod policies;
 mod policy_changes;
 mod policy_model;
+mod published_policies;
 mod real_node;
 mod require;
 mod restart;

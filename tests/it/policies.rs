@@ -12,12 +12,16 @@ use crate::require::require_lab;
 use crate::verdicts::{Expected, Row, expect_all};
 
 /// A policy and its effect. A probe is "x/b > y/a:80/tcp", "outside > x/a:81/udp", "node1 > x/a/ping".
-struct Case {
-    name: &'static str,
-    /// Namespace and `spec`, which may name a pod's addresses as `$x/a.4` and `$x/a.6`.
-    policies: &'static [(&'static str, &'static str)],
-    allowed: &'static [&'static str],
-    denied: &'static [&'static str],
+pub struct Case {
+    /// For messages.
+    pub name: &'static str,
+    /// Namespace and `spec`, which may name a pod's addresses as `$x/a.4` and `$x/a.6`. A kind other than
+    /// NetworkPolicy stands before the namespace, and a field other than `spec` behind it.
+    pub policies: &'static [(&'static str, &'static str)],
+    /// What must be answered.
+    pub allowed: &'static [&'static str],
+    /// What must not.
+    pub denied: &'static [&'static str],
 }
 
 const CASES: &[Case] = &[
@@ -312,15 +316,20 @@ const CASES: &[Case] = &[
 #[test]
 fn every_feature_of_network_policy() -> Result<()> {
     require_lab!();
+    judge_all(CASES)
+}
+
+/// Judges one case after the other; says all that failed.
+pub fn judge_all(cases: &[Case]) -> Result<()> {
     let cast = Cast::start()?;
     let mut failed = Vec::new();
-    for case in CASES {
+    for case in cases {
         if let Err(error) = cast.judge(case) {
             failed.push(format!("{}: {error:#}", case.name));
         }
     }
     if !failed.is_empty() {
-        bail!("{} of {} cases:\n{}", failed.len(), CASES.len(), failed.join("\n"));
+        bail!("{} of {} cases:\n{}", failed.len(), cases.len(), failed.join("\n"));
     }
     Ok(())
 }
@@ -377,9 +386,18 @@ impl Cast {
             spec = spec.replace(&format!("{variable}.6"), &pod.address(false).to_string());
         }
         let spec: serde_json::Value = weir::yaml::read(&spec).with_context(|| spec.clone())?;
+        let words: Vec<&str> = namespace.split(' ').collect();
+        let (version, kind, namespace, field) = match words.as_slice() {
+            [kind @ "ClusterNetworkPolicy"] => ("policy.networking.k8s.io/v1alpha2", *kind, None, "spec"),
+            [kind @ "CiliumClusterwideNetworkPolicy"] => ("cilium.io/v2", *kind, None, "spec"),
+            ["CiliumNetworkPolicy", namespace] => ("cilium.io/v2", words[0], Some(*namespace), "spec"),
+            ["CiliumNetworkPolicy", namespace, field] => ("cilium.io/v2", words[0], Some(*namespace), *field),
+            [namespace] => ("networking.k8s.io/v1", "NetworkPolicy", Some(*namespace), "spec"),
+            _ => bail!("no kind and namespace: {namespace}"),
+        };
         Ok(serde_json::json!({
-            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-            "metadata": {"name": format!("policy-{number}"), "namespace": namespace}, "spec": spec,
+            "apiVersion": version, "kind": kind,
+            "metadata": {"name": format!("policy-{number}"), "namespace": namespace}, field: spec,
         }))
     }
 

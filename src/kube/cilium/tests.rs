@@ -10,7 +10,7 @@ use crate::model::{
 /// A policy of the namespace `shop` with this spec, as JSON in YAML's clothes.
 fn read<K: ObjectKind<Row = Policy>>(spec: &str) -> Policy {
     let text = format!("{{metadata: {{name: web, namespace: shop}}, {spec}}}");
-    let value: Value = serde_yaml::from_str(&text).expect("YAML");
+    let value: Value = crate::yaml::read(&text).expect("YAML");
     let id = identify(K::KIND, &Field::root(&value, false)).expect("a name");
     let read = kind::read::<K>(&id, &value, true).expect("it is always read");
     Policy::clone(&read.row.expect("a row"))

@@ -287,7 +287,7 @@ mod tests {
 
     fn read(spec: &str) -> Policy {
         let text = format!("{{metadata: {{name: base}}, spec: {spec}}}");
-        let value: serde_json::Value = serde_yaml::from_str(&text).expect("YAML");
+        let value: serde_json::Value = crate::yaml::read(&text).expect("YAML");
         let id = identify(ClusterNetworkPolicy::KIND, &Field::root(&value, false)).expect("a name");
         let read = kind::read::<ClusterNetworkPolicy>(&id, &value, true).expect("it is always read");
         Policy::clone(&read.row.expect("a row"))

@@ -216,3 +216,44 @@ fn every_spec_of_an_object_is_a_row_and_goes_with_it() {
     assert_eq!(resolver.update(sources(&first), References::default()).len(), 1);
     assert!(resolver.update(Sources::default(), References::default()).is_empty());
 }
+
+#[test]
+fn a_difference_is_said_by_pair_and_ports() {
+    let before =
+        cluster().policy(cilium("web", Action::Deny, vec![rule(Action::Allow, vec![pods("client")], None)]));
+    let ports = Some(vec![PortMatch { protocol: Protocol::Tcp.into(), port: PortSelector::Range(80, 89) }]);
+    let after = cluster().policy(cilium(
+        "web",
+        Action::Deny,
+        vec![
+            rule(Action::Allow, vec![pods("client")], ports),
+            rule(Action::Allow, vec![outside("203.0.113.0/24")], Some(vec![tcp(443)])),
+        ],
+    ));
+    let input = Input {
+        policies: &before.policies,
+        identities: &before.identities,
+        endpoints: &before.endpoints,
+        addresses: &before.addresses,
+        pod_cidrs: &before.pod_cidrs,
+    };
+    let changes =
+        super::super::diff::differences(&before.policies, &after.policies, &input, &Arc::default(), |id| {
+            id.to_string()
+        });
+    let said: Vec<String> = changes
+        .expect("numbers are left")
+        .iter()
+        .map(|it| format!("{} {} {} {} {}", it.pods, it.direction, it.peer, it.ports, it.is_allowed))
+        .collect();
+    assert_eq!(
+        said,
+        [
+            "300 ingress 203.0.113.0/24 TCP/443 true",
+            "300 ingress 301 ICMP false",
+            "300 ingress 301 TCP/0-79 false",
+            "300 ingress 301 TCP/90-65535 false",
+            "300 ingress 301 UDP false",
+        ]
+    );
+}

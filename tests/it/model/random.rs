@@ -121,7 +121,7 @@ pub fn tiered_cluster() -> impl Strategy<Value = Cluster> {
             if is_of_cluster || tier.is_ordered() {
                 policy.reference.kind = PolicyKind::ClusterNetworkPolicy;
                 policy.reference.namespace = None;
-                let Subject::Pods { namespaces, .. } = &mut policy.subject;
+                let Subject::Pods { namespaces, .. } = &mut policy.subject else { continue };
                 *namespaces = selected;
             }
             let mut actions = actions.into_iter();
