@@ -162,7 +162,13 @@ fn names_stand_for_what_is_there_now_and_bypass_13_an_empty_group_is_nobody() {
 
     let node = |name: &str, zone: &str, address: &str| {
         let labels = Labels::from([("zone".to_owned(), zone.to_owned())]);
-        let node = Node { name: name.into(), labels, addresses: vec![ip(address)], pod_cidrs: vec![] };
+        let node = Node {
+            name: name.into(),
+            labels,
+            addresses: vec![ip(address)],
+            pod_cidrs: vec![],
+            is_leaving: false,
+        };
         (Arc::from(name), Arc::new(node))
     };
     references.nodes.extend([node("a", "one", "192.168.0.1"), node("b", "two", "192.168.0.2")]);
