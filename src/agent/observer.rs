@@ -11,6 +11,7 @@ use super::args::{Config, Routing};
 use crate::flow::Names;
 use crate::hubble::convert::Converter;
 use crate::hubble::events::AgentEvents;
+use crate::hubble::metrics::FlowMetrics;
 use crate::hubble::page;
 use crate::hubble::serve::{agent_routes, serve_socket, serve_tcp};
 use crate::hubble::service::{NodeObserver, PEERS_WITHIN, PeerNode, Peers, node_name, server_name};
@@ -28,6 +29,11 @@ pub async fn serve(known: Arc<Known>, names: Arc<Names>, stopping: watch::Receiv
         Vec::new(),
         args.network.routing == Routing::Tunnel,
     );
+    let metrics = FlowMetrics::new(hubble.hubble_metrics_context);
+    known.telemetry.register_with(|registry| {
+        registry.sub_registry_with_prefix("hubble").register_collector(Box::new(metrics.clone()));
+    });
+    tokio::spawn(metrics.follow(known.recorder.clone(), names.clone()));
     let source = Source { recorder: known.recorder.clone(), names, converter: Arc::new(converter) };
     let events = Arc::new(AgentEvents::default());
     events.started();

@@ -14,7 +14,7 @@ pub struct FlowArgs {
     #[arg(long, env = "WEIR_FLOW_EVENTS", action = ArgAction::Set, default_value_t = true)]
     pub flow_events: bool,
 
-    /// Flows kept in memory, 136 bytes each.
+    /// Flows kept in memory, 128 bytes each: 524288 are 64 MiB.
     #[arg(long, env = "WEIR_FLOW_BUFFER", value_name = "N", default_value_t = 16_384)]
     pub flow_buffer: usize,
 

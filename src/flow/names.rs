@@ -172,11 +172,10 @@ impl Names {
         known.flatten().unwrap_or_default()
     }
 
-    /// The namespaces of both sides of an event, as far as they are pods.
-    pub fn namespaces_of(&self, event: &Event) -> [Option<Arc<str>>; 2] {
+    /// Both sides of an event, as far as they are pods.
+    pub fn pods_of(&self, event: &Event) -> [Option<ObjectKey>; 2] {
         let index = self.index.lock().expect("nobody panics while it holds the index");
-        [event.source, event.destination]
-            .map(|addr| index.pod(ip_of(addr), event.timestamp_ns).map(|pod| pod.namespace))
+        [event.source, event.destination].map(|addr| index.pod(ip_of(addr), event.timestamp_ns))
     }
 
     /// The labels of an identity, each with its source.

@@ -131,17 +131,47 @@ pub struct Filter {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub verdict: Vec<Verdict>,
     /// Why it was dropped, as policy_denied.
-    #[arg(long, value_name = "REASON")]
+    #[arg(long, alias = "drop-reason-desc", value_name = "REASON")]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub drop_reason: Vec<DropReason>,
     /// ingress or egress, seen from the pod whose policy judged.
-    #[arg(long, value_name = "DIRECTION")]
+    #[arg(long, alias = "traffic-direction", value_name = "DIRECTION")]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub direction: Vec<Direction>,
     /// new, update, end or drop.
     #[arg(long = "type", value_name = "TYPE")]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub event_type: Vec<EventType>,
+}
+
+impl Filter {
+    /// Adds the conditions of `more`: of one field, any may match.
+    pub fn extend(&mut self, more: Self) {
+        self.pod.extend(more.pod);
+        self.from_pod.extend(more.from_pod);
+        self.to_pod.extend(more.to_pod);
+        self.namespace.extend(more.namespace);
+        self.from_namespace.extend(more.from_namespace);
+        self.to_namespace.extend(more.to_namespace);
+        self.label.extend(more.label);
+        self.from_label.extend(more.from_label);
+        self.to_label.extend(more.to_label);
+        self.identity.extend(more.identity);
+        self.from_identity.extend(more.from_identity);
+        self.to_identity.extend(more.to_identity);
+        self.ip.extend(more.ip);
+        self.from_ip.extend(more.from_ip);
+        self.to_ip.extend(more.to_ip);
+        self.port.extend(more.port);
+        self.from_port.extend(more.from_port);
+        self.to_port.extend(more.to_port);
+        self.service.extend(more.service);
+        self.protocol.extend(more.protocol);
+        self.verdict.extend(more.verdict);
+        self.drop_reason.extend(more.drop_reason);
+        self.direction.extend(more.direction);
+        self.event_type.extend(more.event_type);
+    }
 }
 
 /// `[namespace/]prefix` of a name; `ns/` is all of a namespace.

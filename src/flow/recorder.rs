@@ -35,9 +35,29 @@ pub struct Recorder {
     missed_by_readers: AtomicU64,
 }
 
+/// The type of an event that is a loss: `timestamp_ns` has how many. The programs have no such type.
+const LOSS: u8 = u8::MAX;
+
+impl Record {
+    /// As it is stored: 128 bytes, whatever it is.
+    fn stored(self) -> Event {
+        match self {
+            Self::Packet(event) => event,
+            Self::Lost(lost) => Event { r#type: LOSS, timestamp_ns: lost, ..Event::default() },
+        }
+    }
+
+    fn of(stored: &Event) -> Self {
+        match stored.r#type {
+            LOSS => Self::Lost(stored.timestamp_ns),
+            _ => Self::Packet(*stored),
+        }
+    }
+}
+
 struct Ring {
     /// Grows up to the capacity, then is overwritten; the record with sequence s is at s % capacity.
-    records: Vec<Record>,
+    records: Vec<Event>,
     /// Sequence number of the next record.
     next: u64,
     /// How many of all records were events.
@@ -65,7 +85,7 @@ pub struct RecorderCounts {
 }
 
 impl Recorder {
-    /// An empty ring of `capacity` records, 136 bytes each; memory is taken as they arrive.
+    /// An empty ring of `capacity` records, 128 bytes each; memory is taken as they arrive.
     pub fn new(capacity: usize) -> Self {
         Self {
             ring: Mutex::new(Ring { records: Vec::with_capacity(capacity.max(1)), next: 0, events: 0 }),
@@ -111,8 +131,8 @@ impl Recorder {
         let count = ring.next.saturating_sub(first).min(limit as u64) as usize;
         let start = (first % self.capacity as u64) as usize;
         let until_end = count.min(ring.records.len().saturating_sub(start));
-        records.extend_from_slice(&ring.records[start.min(ring.records.len())..][..until_end]);
-        records.extend_from_slice(&ring.records[..count - until_end]);
+        records.extend(ring.records[start.min(ring.records.len())..][..until_end].iter().map(Record::of));
+        records.extend(ring.records[..count - until_end].iter().map(Record::of));
         first
     }
 
@@ -171,8 +191,8 @@ impl Ring {
         self.events += u64::from(matches!(record, Record::Packet(_)));
         let place = (self.next % capacity as u64) as usize;
         match self.records.get_mut(place) {
-            Some(oldest) => *oldest = record,
-            None => self.records.push(record),
+            Some(oldest) => *oldest = record.stored(),
+            None => self.records.push(record.stored()),
         }
         self.next += 1;
     }

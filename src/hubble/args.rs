@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::{ArgAction, Args};
 
 use super::convert::DEFAULT_CLUSTER;
+use super::metrics::Context;
 use crate::settings::SettingError;
 
 /// Flags of `weir agent` for Hubble's API.
@@ -32,6 +33,10 @@ pub struct HubbleArgs {
     /// Where the flows page of this node is served over HTTP, as 127.0.0.1:4246; by default nowhere.
     #[arg(long, env = "WEIR_HUBBLE_PAGE_ADDRESS", value_name = "ADDRESS:PORT")]
     pub hubble_page_address: Option<SocketAddr>,
+
+    /// Which labels of the hubble_* metrics say who the two sides are. Pods are many: each is a series.
+    #[arg(long, env = "WEIR_HUBBLE_METRICS_CONTEXT", value_enum, default_value = "none")]
+    pub hubble_metrics_context: Context,
 
     /// Name of the cluster in flows.
     #[arg(long, env = "WEIR_CLUSTER_NAME", value_name = "NAME", default_value = DEFAULT_CLUSTER)]

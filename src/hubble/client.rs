@@ -22,12 +22,15 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Larger answers are refused.
 pub const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
-/// Connects to `host:port`; with `identity` by TLS, to a server of that name.
+/// Connects to `host:port`, or to `unix:path`; with `identity` by TLS, to a server of that name.
 pub async fn connect(
     address: &str,
     identity: Option<&Identity>,
     server_name: Option<&str>,
 ) -> Result<Channel> {
+    if let Some(path) = address.strip_prefix("unix:") {
+        return connect_socket(Path::new(path)).await;
+    }
     let tls = match identity {
         None => None,
         Some(identity) => {

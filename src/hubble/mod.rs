@@ -16,11 +16,13 @@ pub mod events;
 pub mod filter;
 pub mod json;
 pub mod mask;
+pub mod metrics;
 pub mod page;
 pub mod proto;
 pub mod serve;
 pub mod service;
 pub mod stream;
+pub mod text;
 pub mod tls;
 
 #[cfg(test)]

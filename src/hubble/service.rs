@@ -137,7 +137,7 @@ impl NodeObserver {
                 if let crate::flow::Record::Packet(event) = record
                     && event.timestamp_ns >= oldest
                 {
-                    found.extend(names.namespaces_of(event).into_iter().flatten());
+                    found.extend(names.pods_of(event).into_iter().flatten().map(|pod| pod.namespace));
                 }
             }
         }

@@ -408,3 +408,41 @@ async fn plain_text_is_served_where_it_was_asked_for() {
     .await
     .expect("it ends when nobody can stop it any more");
 }
+
+/// The stock command line, where it is there: built from its Go module as docs/flows.md says.
+#[tokio::test]
+async fn the_stock_command_line_reads_our_flows() {
+    let Some(hubble) = std::env::var_os("WEIR_TEST_HUBBLE") else {
+        eprintln!("SKIPPED: WEIR_TEST_HUBBLE does not name a stock hubble program");
+        return;
+    };
+    let (address, _stop) = served(None).await;
+    let ask = |arguments: &'static [&'static str]| {
+        let (hubble, address) = (hubble.clone(), address.to_string());
+        async move {
+            let mut command = tokio::process::Command::new(hubble);
+            command.args(arguments).args(["--server", &address]);
+            let output = command.output().await.expect("it starts");
+            let [out, error] =
+                [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+            assert!(output.status.success(), "hubble {arguments:?}: {error}");
+            out
+        }
+    };
+    let compact = ask(&["observe", "--last", "3"]).await;
+    assert_eq!(compact.lines().count(), 3, "{compact}");
+    assert!(
+        compact.contains("shop/frontend-1:9 (ID:256) -> shop/backend-1:8080 (ID:300) policy-verdict:"),
+        "{compact}"
+    );
+    assert!(compact.contains("ALLOWED (TCP Flags: SYN, ACK)"), "{compact}");
+    let json =
+        ask(&["observe", "--all", "--from-port", "7", "-o", "jsonpb", "--from-pod", "shop/frontend"]).await;
+    let answer: GetFlowsResponse = json::from_str(json.trim()).expect("one line");
+    assert_eq!(ports(vec![answer]), [7]);
+    assert!(ask(&["observe", "--all", "--verdict", "DROPPED"]).await.trim().is_empty());
+    let status = ask(&["status"]).await;
+    assert!(status.contains("Ok") && status.contains("10/64"), "{status}");
+    assert!(ask(&["list", "nodes"]).await.contains("Connected"));
+    assert!(ask(&["observe", "agent-events"]).await.contains("AGENT_STARTED"));
+}

@@ -37,6 +37,10 @@ pub struct OperatorArgs {
     #[arg(long, env = "WEIR_NODE_FORGET_SECONDS", value_name = "SECONDS", default_value_t = 60)]
     pub node_forget_seconds: u32,
 
+    /// Name of the cluster in flows.
+    #[arg(long, env = "WEIR_CLUSTER_NAME", value_name = "NAME", default_value = "default")]
+    pub cluster_name: String,
+
     #[command(flatten)]
     #[allow(missing_docs)]
     pub api: ApiArgs,

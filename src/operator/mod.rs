@@ -15,6 +15,7 @@
 mod addresses;
 mod args;
 mod balancers;
+mod certificates;
 mod cidrs;
 mod closed;
 mod contact;
@@ -48,6 +49,8 @@ use contact::Contact;
 use election::Election;
 use metrics::Metrics;
 
+/// Between two looks at the certificates, which live for months.
+const CERTIFICATES: Duration = Duration::from_secs(600);
 /// Owner of the fields that we apply.
 const FIELD_MANAGER: &str = "weir-operator";
 /// The Lease of the leader.
@@ -186,8 +189,20 @@ async fn work(
     };
     let collector =
         identities::Collector::new(client, seconds(args.timing.identity_grace_seconds), metrics.clone());
+    let certifying = async {
+        loop {
+            if let Err(error) = certificates::keep(client, &args.cluster_name).await {
+                metrics.errors.inc();
+                warn!(error = crate::error::chain(&error), "keeping the certificates for flows");
+                sleep(RETRY).await;
+                continue;
+            }
+            sleep(CERTIFICATES).await;
+        }
+    };
     tokio::select! {
         done = rounds => done,
+        () = certifying => Ok(()),
         () = filling => Ok(()),
         () = collector.run() => Ok(()),
         () = reports::run(client, &args.operator_name, metrics) => Ok(()),

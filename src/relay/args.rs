@@ -29,6 +29,10 @@ pub struct RelayArgs {
     )]
     pub relay_peers_name: String,
 
+    /// A node to ask, as NAME=HOST:PORT or NAME=unix:PATH, in plain text; where one is given, no others are learned.
+    #[arg(long, env = "WEIR_RELAY_NODES", value_name = "NAME=TARGET", value_delimiter = ',', value_parser = node)]
+    pub relay_node: Vec<(String, String)>,
+
     /// A directory with ca.crt, tls.crt and tls.key to reach the nodes with; by default in plain text.
     #[arg(long, env = "WEIR_RELAY_TLS_DIR", value_name = "DIR")]
     pub relay_tls_dir: Option<PathBuf>,
@@ -67,6 +71,11 @@ impl RelayArgs {
             None => Target::Address(self.relay_peers.clone(), self.relay_peers_name.clone()),
         }
     }
+}
+
+fn node(text: &str) -> Result<(String, String), String> {
+    let (name, target) = text.split_once('=').ok_or("must be NAME=HOST:PORT or NAME=unix:PATH")?;
+    Ok((name.to_owned(), target.to_owned()))
 }
 
 /// Validated settings.

@@ -32,7 +32,12 @@ pub async fn run(config: RelayConfig) -> Result<()> {
     tokio::spawn(stop_at_signal(stop, "nodes keep their flows"));
     let identity = args.relay_tls_dir.as_deref().map(|directory| Arc::new(Identity::new(directory)));
     let nodes = Nodes::new(identity);
-    tokio::spawn(nodes.clone().follow(args.target()));
+    for (name, target) in &args.relay_node {
+        nodes.add(name, target);
+    }
+    if args.relay_node.is_empty() {
+        tokio::spawn(nodes.clone().follow(args.target()));
+    }
     let relay = Relay::new(nodes);
     let server_identity =
         args.relay_server_tls_dir.as_deref().map(|directory| Arc::new(Identity::new(directory)));

@@ -83,6 +83,17 @@ impl Nodes {
         self.view.subscribe()
     }
 
+    /// A node that stays, reached in plain text.
+    pub fn add(&self, name: &str, address: &str) {
+        let change = ChangeNotification {
+            name: name.to_owned(),
+            address: address.to_owned(),
+            r#type: ChangeNotificationType::PeerAdded.into(),
+            tls: None,
+        };
+        self.change(change, &mut BTreeMap::new());
+    }
+
     /// Follows the list of nodes for ever.
     pub async fn follow(self, target: Target) {
         let mut kept = BTreeMap::new();

@@ -9,6 +9,7 @@ mod datapath;
 #[path = "../e2e/world.rs"]
 #[allow(dead_code)]
 mod end_to_end;
+mod flow;
 #[path = "../it/packets/frame.rs"]
 #[allow(dead_code)]
 mod frame;
@@ -35,8 +36,12 @@ type Measure = fn() -> Result<Vec<Row>>;
 type Section = (&'static str, &'static str, Measure);
 
 /// Every suite, by name.
-const SUITES: [(&str, Measure); 3] =
-    [("datapath", datapath::rows), ("policy", policy::rows), ("cluster", cluster::rows)];
+const SUITES: [(&str, Measure); 4] = [
+    ("datapath", datapath::rows),
+    ("policy", policy::rows),
+    ("flow", flow::rows),
+    ("cluster", cluster::rows),
+];
 
 fn main() -> Result<()> {
     load::run_if_asked()?;

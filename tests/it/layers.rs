@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(&str, &str)] = &[
     (
         "cli",
-        "agent operator relay cni api endpoint telemetry flow kube policy identity datapath netlink tables model \
+        "agent operator relay hubble cni api endpoint telemetry flow kube policy identity datapath netlink tables model \
          settings yaml error",
     ),
     (
@@ -17,9 +17,9 @@ const LAYERS: &[(&str, &str)] = &[
         "hubble endpoint cni api telemetry flow kube policy node service identity datapath netlink tables model \
          settings signals backoff files error",
     ),
+    ("operator", "hubble telemetry kube settings signals error"),
     ("relay", "hubble signals settings error"),
     ("hubble", "api telemetry flow kube datapath tables model settings error"),
-    ("operator", "telemetry kube settings signals error"),
     ("endpoint", "cni telemetry ipam netlink tables model files"),
     ("cni", "api netlink model settings files"),
     ("api", "telemetry flow policy datapath model"),

@@ -3,7 +3,7 @@
 //! The relay serves it for the cluster, an agent for its own node where it is asked to.
 
 mod assets;
-pub(crate) mod events;
+mod events;
 mod guard;
 
 use std::net::SocketAddr;
@@ -24,6 +24,7 @@ use super::json::to_value;
 use super::proto::observer::{GetFlowsRequest, GetFlowsResponse, GetNodesResponse, ServerStatusResponse};
 use super::proto::relay::NodeState;
 use super::service::Answers;
+pub use events::moment;
 pub use guard::Hosts;
 
 /// Pages that may follow flows at once.

@@ -1,24 +1,46 @@
 //! `weir observe`.
 
+mod filters;
+mod stream;
+
 use std::io::{self, Write};
+use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
 use super::cluster::observe::Wanted;
 use super::cluster::{self, ClusterArgs};
 use super::{Connection, Failure, output};
 use crate::api::Request;
-use crate::flow::{Colours, Exclusion, Filter, Item, Query, compact};
+use crate::flow::{self, Item, Query};
+use crate::hubble::page::moment;
+use filters::FilterArgs;
 
 #[derive(Args)]
 pub struct ObserveArgs {
     #[command(flatten)]
     connection: Connection,
 
+    /// Ask this observer or relay by Hubble's API: HOST:PORT, or unix:PATH.
+    #[arg(long, env = "HUBBLE_SERVER", value_name = "TARGET", conflicts_with = "cluster")]
+    server: Option<String>,
+    /// Reach --server with TLS: a directory with ca.crt, tls.crt and tls.key.
+    #[arg(long, value_name = "DIR", requires = "server")]
+    tls_dir: Option<PathBuf>,
+    /// The name that the certificate of --server must have.
+    #[arg(long, value_name = "NAME", requires = "tls_dir")]
+    tls_server_name: Option<String>,
+    /// Read flows from a file, one JSON object a line, as -o jsonpb writes them; - is standard input.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["server", "cluster", "follow"])]
+    input_file: Option<PathBuf>,
+
     /// Show the newest N that match; by default 20, or none when following.
-    #[arg(long, value_name = "N", conflicts_with = "all", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", conflicts_with_all = ["all", "first"], allow_negative_numbers = true)]
     last: Option<u64>,
+    /// Show the oldest N that match.
+    #[arg(long, value_name = "N", conflicts_with_all = ["all", "follow"])]
+    first: Option<u64>,
     /// Show everything that is kept.
     #[arg(long)]
     all: bool,
@@ -34,6 +56,21 @@ pub struct ObserveArgs {
     /// Form of what is printed.
     #[arg(long, short, value_enum, default_value = "compact")]
     output: FlowFormat,
+    /// Print the node that saw a flow.
+    #[arg(long)]
+    print_node_name: bool,
+    /// Print the policies that decided.
+    #[arg(long)]
+    print_policy_names: bool,
+    /// Print addresses, not names.
+    #[arg(long)]
+    numeric: bool,
+    /// Print the filters as JSON and ask nobody.
+    #[arg(long)]
+    print_raw_filters: bool,
+    /// Only these fields of a flow, as source.pod_name; for -o jsonpb.
+    #[arg(long, value_name = "FIELDS", value_delimiter = ',')]
+    field_mask: Vec<String>,
 
     /// The flows of every node of the cluster, through the API server.
     #[arg(long)]
@@ -42,39 +79,52 @@ pub struct ObserveArgs {
     of: ClusterArgs,
 
     #[command(flatten)]
-    filter: Filter,
-    /// Leave out what matches a filter below, as --not verdict=forwarded; each on its own.
-    #[arg(long, value_name = "FILTER=VALUE")]
-    not: Vec<Exclusion>,
+    filter: FilterArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum FlowFormat {
     /// A line for people.
     Compact,
-    /// One JSON object a line.
-    #[value(alias = "jsonpb")]
+    /// A line for each field.
+    Dict,
+    /// Columns.
+    Table,
+    /// One JSON object a line: GetFlowsResponse, as the stock command line prints it.
+    Jsonpb,
+    /// One JSON object a line: the agent's own record.
     Json,
 }
 
 pub fn run(args: ObserveArgs) -> Result<(), Failure> {
+    if args.print_raw_filters {
+        return stream::print_filters(&args);
+    }
     if args.cluster {
         return run_cluster(&args);
     }
+    if args.output == FlowFormat::Json && args.server.is_none() && args.input_file.is_none() {
+        return run_records(args);
+    }
+    stream::run(&args)
+}
+
+/// The agent's own records.
+fn run_records(args: ObserveArgs) -> Result<(), Failure> {
+    let (filter, not) = args.filter.for_records()?;
     let query = Query {
         last: args.last,
         all: args.all,
         follow: args.follow,
         since: args.since,
         until: args.until,
-        filter: args.filter,
-        not: args.not,
+        filter,
+        not,
     };
-    let colours = output::colours();
     let mut out = io::BufWriter::new(io::stdout().lock());
     let mut items = args.connection.connect()?.stream::<Item>(&Request::Observe(query))?;
     while let Some(item) = items.next() {
-        write_item(&mut out, &item?, args.output, colours)?;
+        output::write_json_line(&mut out, &item?)?;
         // Whoever follows wants to see each at once; many at once need only one write.
         if args.follow && !items.has_next_now() {
             out.flush()?;
@@ -89,7 +139,10 @@ fn run_cluster(args: &ObserveArgs) -> Result<(), Failure> {
     let mut out = io::BufWriter::new(io::stdout().lock());
     let runtime = cluster::runtime()?;
     let outcome = runtime.block_on(cluster::observe::run(&args.of, wanted, |item| {
-        write_item(&mut out, item, args.output, colours)?;
+        match args.output {
+            FlowFormat::Json | FlowFormat::Jsonpb => output::write_json_line(&mut out, item)?,
+            _ => writeln!(out, "{}", flow::compact(item, colours))?,
+        }
         if args.follow { out.flush() } else { Ok(()) }
     }));
     runtime.shutdown_background();
@@ -97,25 +150,11 @@ fn run_cluster(args: &ObserveArgs) -> Result<(), Failure> {
     outcome
 }
 
-fn write_item(out: &mut impl Write, item: &Item, format: FlowFormat, colours: Colours) -> io::Result<()> {
-    match format {
-        FlowFormat::Compact => writeln!(out, "{}", compact(item, colours)),
-        FlowFormat::Json => output::write_json_line(out, item),
-    }
-}
-
-fn moment(text: &str) -> Result<Timestamp, String> {
-    if let Ok(time) = text.parse::<Timestamp>() {
-        return Ok(time);
-    }
-    let ago: SignedDuration =
-        text.parse().map_err(|_| "not a time as 2026-01-31T12:00:00Z, nor a duration as 90s, 5m, 1h30m")?;
-    Timestamp::now().checked_sub(ago).map_err(|error| error.to_string())
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use jiff::Timestamp;
+
+    use super::moment;
 
     #[test]
     fn moments() {
