@@ -23,7 +23,7 @@ mod definitions;
 mod election;
 mod identities;
 mod life;
-mod metrics;
+pub(crate) mod metrics;
 mod nodes;
 pub mod pools;
 mod reports;

@@ -1,5 +1,7 @@
 //! What monitoring reads, as whole texts.
 
+mod dashboards;
+
 use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::SystemTime;
