@@ -11,20 +11,16 @@ mod shop;
 use std::env;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use shop::page::{AGENT_ARGUMENTS, Page};
 use shop::{ATTEMPTS, Shop};
 
 /// Printed by the kept process when it has shown everything; the exit code follows.
 const SHOWN: &str = "\u{4}";
-
-/// Where the relay is reached while the demo is kept.
-const RELAY: &str = "127.0.0.1:4245";
-/// Where its page is.
-const PAGE: &str = "127.0.0.1:4246";
 
 fn main() -> ExitCode {
     let is_kept = env::args().nth(1).as_deref() == Some("kept");
@@ -60,7 +56,7 @@ fn run(is_kept: bool) -> Result<bool> {
         bail!("the demo {lack}");
     }
     println!("Two nodes in VXLAN mode, each with its agent; pods by weir-cni; objects from deploy/demo.\n");
-    let shop = Shop::open()?;
+    let shop = Shop::open_with(&AGENT_ARGUMENTS)?;
     let outcomes = shop.try_until_right()?;
     let is_right = show_verdicts(&shop, &outcomes)?;
     show_flows(&shop)?;
@@ -73,16 +69,14 @@ fn run(is_kept: bool) -> Result<bool> {
     if !is_kept {
         return Ok(is_right);
     }
-    let mut relay = start_relay(&shop)?;
-    show_how_to_go_on(&shop)?;
+    // Another demo may have the usual port.
+    let page =
+        Page::serve(shop.lab(), "127.0.0.1:4246").or_else(|_| Page::serve(shop.lab(), "127.0.0.1:0"))?;
+    show_how_to_go_on(&shop, &page)?;
     println!("{SHOWN}{}", i32::from(!is_right));
     loop {
         // Somebody may be changing everything: what comes of it is theirs to see.
         let _ = shop.try_all();
-        if let Some(status) = relay.try_wait()? {
-            println!("weir relay ended: {status}");
-            relay = start_relay(&shop)?;
-        }
         std::thread::sleep(Duration::from_secs(2));
     }
 }
@@ -126,25 +120,11 @@ fn show_flows(shop: &Shop) -> Result<()> {
     Ok(())
 }
 
-/// The page of both nodes, on loopback; it ends with this process.
-fn start_relay(shop: &Shop) -> Result<Child> {
-    let mut relay = Command::new("setpriv");
-    relay.args(["--pdeathsig", "TERM"]).arg(lab::binary("weir")?).arg("relay");
-    relay.args(["--relay-listen", RELAY, "--relay-page-address", PAGE]);
-    for node in shop.lab().nodes() {
-        let socket = node.socket().with_file_name("hubble.sock");
-        relay.arg("--relay-node").arg(format!("{}=unix:{}", node.name(), socket.display()));
-    }
-    let log = std::fs::File::create(shop.lab().directory().join("relay.log"))?;
-    relay.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().context("starting weir relay")
-}
-
-fn show_how_to_go_on(shop: &Shop) -> Result<()> {
+fn show_how_to_go_on(shop: &Shop, page: &Page) -> Result<()> {
     let weir = lab::binary("weir")?;
     let (weir, directory) = (weir.display(), shop.lab().directory().display());
     println!("\nIt goes on; the shop tries everything again every two seconds.");
-    println!("\nThe flows page:   http://{PAGE}/");
-    println!("Hubble's API:     {RELAY} (hubble observe --server {RELAY})");
+    println!("\nOpen the page of both nodes' flows, by a relay:\n  {}", page.url());
     println!("\nEnter a pod:");
     for pod in shop.pods() {
         println!("  ip netns exec {} bash    # {}/{}", pod.space().name(), pod.namespace(), pod.name());

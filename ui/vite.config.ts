@@ -28,17 +28,18 @@ export default defineConfig({
   test: {
     projects: [
       { extends: true, test: { name: 'unit', environment: 'node', include: ['tests/unit/*.test.ts'] } },
-      {
-        extends: true,
+      // In Chromium: against a test server, and against a real agent (tests/it/page.rs).
+      ...['browser', 'real'].map((name) => ({
+        extends: true as const,
         test: {
-          name: 'browser',
-          environment: 'node',
-          include: ['tests/browser/*.test.ts'],
+          name,
+          environment: 'node' as const,
+          include: [`tests/${name}/*.test.ts`],
           testTimeout: 30_000,
           hookTimeout: 60_000,
           fileParallelism: false,
         },
-      },
+      })),
     ],
   },
 });

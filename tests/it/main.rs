@@ -24,6 +24,7 @@ mod model;
 mod node_ports;
 mod operator;
 mod packets;
+mod page;
 mod policies;
 mod policy_changes;
 mod policy_model;

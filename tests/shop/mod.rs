@@ -5,6 +5,8 @@
 // The tests use what decides, the demo also what explains.
 #![allow(dead_code)]
 
+pub mod page;
+
 use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -75,7 +77,13 @@ pub struct Seen {
 impl Shop {
     /// Builds the nodes, the pods and the services, and applies the policies.
     pub fn open() -> Result<Self> {
-        let lab = Lab::start(Setup { nodes: 2, ..Setup::default() })?;
+        Self::open_with(&[])
+    }
+
+    /// The same, with more arguments for the agents.
+    pub fn open_with(arguments: &[&str]) -> Result<Self> {
+        let agent_arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let lab = Lab::start(Setup { nodes: 2, agent_arguments, ..Setup::default() })?;
         let mut pods = Vec::new();
         let objects = objects("shop.yaml")?;
         for object in objects.iter().filter(|object| object["kind"] != "Pod") {
