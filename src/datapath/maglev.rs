@@ -81,7 +81,7 @@ pub fn choose(
     hash.add_ip(client.0);
     hash.add_ip(frontend.ip());
     hash.add(client.1.map_or(0, port) << 32 | port(frontend.port()) << 8 | u64::from(protocol));
-    let place = ((hash.end() | 1) >> 32) * table.len() as u64 >> 32;
+    let place = (((hash.end() | 1) >> 32) * table.len() as u64) >> 32;
     table.get(usize::try_from(place).ok()?).copied()
 }
 

@@ -52,7 +52,7 @@ impl Converter {
     /// The flow of a record.
     pub fn flow(&self, event: &Event, names: &Names, clock: &Clock) -> pb::Flow {
         let named = names.flow(event, clock);
-        let mut flow = self.from_named(&named);
+        let mut flow = self.convert_named(&named);
         flow.uuid = uuid(&self.node, event);
         if named.drop_reason_desc == Some(crate::flow::DropReason::POLICY_DENIED) {
             let weir = flow.weir.get_or_insert_default();
@@ -63,7 +63,7 @@ impl Converter {
 
     /// All but what only the raw record tells.
     #[allow(deprecated)]
-    fn from_named(&self, named: &Flow) -> pb::Flow {
+    fn convert_named(&self, named: &Flow) -> pb::Flow {
         let mut flow = self.packet(named);
         let (event_type, sub_type) = self.event_type(named);
         flow.r#type = pb::FlowType::L3L4.into();

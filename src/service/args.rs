@@ -63,7 +63,7 @@ impl ServiceArgs {
     /// Refuses tables that Maglev cannot fill.
     pub fn check(&self) -> Result<(), SettingError> {
         let size = self.maglev_table_size;
-        let is_prime = || (2..).take_while(|n| n * n <= size).all(|n| size % n != 0);
+        let is_prime = || (2..).take_while(|n| n * n <= size).all(|n| !size.is_multiple_of(n));
         if (251..=131_071).contains(&size) && is_prime() {
             return Ok(());
         }

@@ -60,7 +60,7 @@ fn each<T, U>(
     list.iter().map(|value| parse(field, value)).collect()
 }
 
-fn label(field: &'static str, text: &String) -> Result<LabelPattern, BadFilter> {
+fn label(field: &'static str, text: &str) -> Result<LabelPattern, BadFilter> {
     text.parse().map_err(|reason| BadFilter { field, reason })
 }
 
@@ -79,7 +79,7 @@ impl One {
                 service: each("source_service", &wanted.source_service, |field, text| {
                     NamePrefix::parse(field, text)
                 })?,
-                label: each("source_label", &wanted.source_label, label)?,
+                label: each("source_label", &wanted.source_label, |name, text| label(name, text))?,
                 fqdn: each("source_fqdn", &wanted.source_fqdn, |field, text| fqdn(field, text))?,
                 workload: wanted.source_workload.clone(),
                 cluster: wanted.source_cluster_name.clone(),
@@ -91,7 +91,7 @@ impl One {
                 service: each("destination_service", &wanted.destination_service, |field, text| {
                     NamePrefix::parse(field, text)
                 })?,
-                label: each("destination_label", &wanted.destination_label, label)?,
+                label: each("destination_label", &wanted.destination_label, |name, text| label(name, text))?,
                 fqdn: each("destination_fqdn", &wanted.destination_fqdn, |field, text| fqdn(field, text))?,
                 workload: wanted.destination_workload.clone(),
                 cluster: wanted.destination_cluster_name.clone(),
@@ -104,7 +104,7 @@ impl One {
             interface: wanted.interface.clone(),
             tcp_flags: wanted.tcp_flags.clone(),
             node_name: each("node_name", &wanted.node_name, |field, text| node_name(field, text))?,
-            node_labels: each("node_labels", &wanted.node_labels, label)?,
+            node_labels: each("node_labels", &wanted.node_labels, |name, text| label(name, text))?,
             trace_id: wanted.trace_id.clone(),
             ip_trace_id: wanted.ip_trace_id.clone(),
             encrypted: wanted.encrypted.clone(),
