@@ -162,9 +162,11 @@ async fn against(kubeconfig: &Path) -> Result<()> {
     for definition in crds() {
         create(&client, &serde_json::from_value(serde_json::to_value(definition)?)?).await?;
     }
-    // Nothing defines Cilium's kinds here: a cluster may be without them.
+    // Nothing defines these groups here: a cluster may be without them.
+    let undefined = ["cilium.io/", "policy.networking.k8s.io/"];
     let is_defined = |object: &DynamicObject| {
-        object.types.as_ref().is_none_or(|types| !types.api_version.starts_with("cilium.io/"))
+        let version = object.types.as_ref().map_or("", |types| &types.api_version);
+        !undefined.iter().any(|group| version.starts_with(group))
     };
     for mut object in objects(EVERY_KIND)?.into_iter().filter(is_defined) {
         // The server gives these.

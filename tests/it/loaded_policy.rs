@@ -276,6 +276,7 @@ type Seen = BTreeMap<(Way, Verdict), usize>;
 fn the_programs_say_what_the_model_says() -> Result<()> {
     require_lab!();
     within_empty(settings(), |world| {
+        world.be_this_node()?;
         let mut writers = world.datapath.writers()?;
         let mut seen = Seen::new();
         for seed in 0..SEEDS {

@@ -195,7 +195,7 @@ fn socket_programs_follow_the_cgroup_root() -> Result<()> {
         assert_eq!(restarted.0, before.0);
         assert_ne!(restarted.1, before.1);
         assert_ne!(attach(second.path())?.0, before.0, "another cgroup, another link");
-        assert_eq!(std::fs::read_dir(pins.join("links"))?.count(), 8);
+        assert_eq!(std::fs::read_dir(pins.join("links"))?.count(), 10);
         let datapath = Datapath::load(&options(pins))?;
         datapath.detach_sockets()?;
         assert_eq!(std::fs::read_dir(pins.join("links"))?.count(), 0);

@@ -256,6 +256,17 @@ impl World {
         Ok(Self { datapath, events, backends: RefCell::default(), arrive, _directory: directory })
     }
 
+    /// The addresses of this node, and the devices that lead out.
+    pub fn be_this_node(&self) -> Result<()> {
+        let [four, six] = casts();
+        let own = OwnAddresses { ipv4: addr_of(four.node), ipv6: addr_of(six.node) };
+        self.put("this_node", &0_u32, &own)?;
+        for ifindex in NETWORK {
+            self.put("devices", &ifindex, &own)?;
+        }
+        Ok(())
+    }
+
     fn populate(&self) -> Result<()> {
         let [four, six] = casts();
         let pods = [
@@ -279,11 +290,7 @@ impl World {
                 self.address(address, identity, id as u16, 0b101, None)?;
             }
         }
-        let own = OwnAddresses { ipv4: addr_of(four.node), ipv6: addr_of(six.node) };
-        self.put("this_node", &0_u32, &own)?;
-        for ifindex in NETWORK {
-            self.put("devices", &ifindex, &own)?;
-        }
+        self.be_this_node()?;
         for cast in [four, six] {
             let (pod, node) = (address_flags::ADDRESS_POD.0 as u16, address_flags::ADDRESS_NODE.0 as u16);
             self.address(cast.remote, R, 0, pod, Some(cast.other_node))?;
