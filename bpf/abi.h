@@ -324,20 +324,39 @@ struct source_range_key {
 	struct addr addr;
 };
 
-/* sockets: what the socket hooks translated, for getpeername, recvmsg, flows and stale UDP. */
-struct socket_key {
-	__u64 cookie;
+/*
+ * socket_service: the service that a socket is connected to, and the backend that
+ * it got, for getpeername, flows and stale sockets. In the socket's own storage.
+ */
+struct socket_service {
+	struct addr service; /* the address that the application used */
 	struct addr backend;
-	__be16 port;
-	__u8 protocol;
-	__u8 pad[5];
+	__u32 service_id;    /* 0: no new question goes to this backend, answers may come */
+	__u32 generation;    /* of the service's backends, in which the backend was found last */
+	__be16 service_port; /* 0: an empty slot */
+	__be16 backend_port;
 };
 
-struct socket_origin {
-	struct addr service; /* the address that the application used */
-	__u32 service_id;
+/* socket_services: those that a socket sends datagrams to, for recvmsg and flows. */
+enum socket_slots {
+	SOCKET_SLOTS = 16,
+};
+
+struct socket_services {
+	struct socket_service slot[SOCKET_SLOTS];
+	__u64 asked_jiffies;
+	__u64 order;	/* slots of questions that wait for answers, four bits each, the oldest lowest */
+	__u32 order_count;
+	__u32 last;	/* the slot that was asked last */
+	__u32 next;	/* the slot that the next service gets */
+	__u32 pad;
+};
+
+/* gone_backends: those that exist no more, while destroy_tcp_sockets runs. */
+struct gone_backend {
+	struct addr addr;
 	__be16 port;
-	__u8 pad[2];
+	__u8 pad[6];
 };
 
 /*
@@ -641,7 +660,7 @@ struct event {
 };
 _Static_assert(sizeof(struct event) == 128, "event");
 
-/* What destroy_sockets writes: a connected UDP socket whose backend is gone. */
+/* What destroy_sockets and destroy_tcp_sockets write: a connected socket whose backend is gone. */
 struct stale_socket {
 	__u64 cookie;
 	struct addr local;
@@ -649,8 +668,10 @@ struct stale_socket {
 	__be16 local_port;
 	__be16 remote_port;
 	__u32 ifindex; /* that it is bound to, or 0 */
+	__u8 protocol;
+	__u8 pad[7];
 };
-_Static_assert(sizeof(struct stale_socket) == 48, "stale_socket");
+_Static_assert(sizeof(struct stale_socket) == 56, "stale_socket");
 
 /* What collect_connections and collect_nat are run with. */
 struct collect_request {

@@ -50,6 +50,7 @@ struct exported_types {
 	struct share share;
 	struct share_key share_key;
 	struct connection connection;
+	struct gone_backend gone_backend;
 	enum drop_reason drop_reason;
 	enum reserved_identity reserved_identity;
 	enum event_type event_type;
@@ -68,6 +69,7 @@ struct exported_types {
 	enum service_algorithm service_algorithm;
 	enum maglev_size maglev_size;
 	enum affinity_kind affinity_kind;
+	enum socket_slots socket_slots;
 	enum connection_kind connection_kind;
 	enum connection_flags connection_flags;
 	enum route route;

@@ -107,24 +107,31 @@ struct {
 	__type(value, struct affinity);
 } affinity SEC(".maps") __weak;
 
-/* Written by the socket hooks; evicts the oldest. */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 65536);
-	__type(key, struct socket_key);
-	__type(value, struct socket_origin);
-} sockets SEC(".maps") __weak;
-
-/*
- * Written by the socket hooks: a socket that has spoken to a service. Any other
- * need not be looked for in `sockets`. Goes with the socket.
- */
+/* Written by the socket hooks: of connected sockets. Goes with the socket. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
+	__type(value, struct socket_service);
+} socket_service SEC(".maps") __weak;
+
+/* Written by the socket hooks: of sockets that send datagrams without being
+ * connected. Goes with the socket. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct socket_services);
+} socket_services SEC(".maps") __weak;
+
+/* Written by datapath::gc: whose TCP sockets are to be ended; never pinned. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct gone_backend);
 	__type(value, __u32);
-} service_sockets SEC(".maps") __weak;
+} gone_backends SEC(".maps") __weak;
 
 /*
  * Written by the programs: verdicts on flows to pods, for the flows that follow

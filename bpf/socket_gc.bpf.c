@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /*
- * Ending connected UDP sockets whose backend is gone: nothing else would tell
- * the application, which would send into the void for as long as it lives. TCP
- * finds out by itself. Walks the sockets of the network namespace of the thread
- * that opens the iterator, and writes each that is ended. Kernels before 6.5
- * have no bpf_sock_destroy: there the agent ends what is written.
+ * Ending connected sockets whose backend is gone. Nothing else would tell the
+ * application soon: UDP would send into the void for as long as it lives, TCP
+ * finds out when its data was sent again for minutes. A UDP socket ends when its
+ * service leads to the backend no more, a TCP socket when the backend exists no
+ * more. Walks the sockets of the network namespace of the thread that opens the
+ * iterator, and writes each that is ended. Kernels before 6.5 have no
+ * bpf_sock_destroy: there the agent ends what is written.
  */
-#include "lib/service.h"
+#include "lib/socket.h"
 
 #include <bpf/bpf_core_read.h>
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
 
-/* The state of a UDP socket that is connected. */
+/* The state of a socket that is connected, also by UDP. */
 #define TCP_ESTABLISHED 1
 
 struct in6_addr {
@@ -50,6 +52,11 @@ struct bpf_iter__udp {
 	struct udp_sock *udp_sk;
 } __attribute__((preserve_access_index));
 
+struct bpf_iter__tcp {
+	struct bpf_iter_meta *meta;
+	struct sock_common *sk_common;
+} __attribute__((preserve_access_index));
+
 int bpf_sock_destroy(struct sock_common *sock) __ksym __weak;
 
 static __always_inline void addr_from_in6(struct addr *addr,
@@ -77,7 +84,7 @@ static __always_inline void socket_name(struct sock_common *common,
 }
 
 struct search {
-	const struct socket_key *wanted;
+	const struct socket_service *wanted;
 	struct slot_key key;
 	bool is_found;
 };
@@ -90,7 +97,8 @@ static long search_slot(__u32 slot, struct search *search)
 	search->key.slot = slot;
 	id = slot_backend(&search->key);
 	backend = bpf_map_lookup_elem(&backends, &id);
-	search->is_found = backend && backend->port == search->wanted->port &&
+	search->is_found = backend &&
+			   backend->port == search->wanted->backend_port &&
 			   addr_equal(&backend->addr, &search->wanted->backend);
 	return search->is_found;
 }
@@ -99,14 +107,13 @@ static long search_slot(__u32 slot, struct search *search)
  * The service that the socket was connected to still leads to its peer. True in
  * doubt: when the set changes during the search, or the row is another one's.
  */
-static __always_inline bool
-socket_is_current(const struct socket_key *key,
-		  const struct socket_origin *origin)
+static __always_inline bool socket_is_current(const struct socket_service *of,
+					      __u8 protocol)
 {
-	struct search search = {.wanted = key};
+	struct search search = {.wanted = of};
 	struct service service;
 
-	if (!service_find(&origin->service, origin->port, key->protocol,
+	if (!service_find(&of->service, of->service_port, protocol,
 			  SCOPE_INTERNAL, &service))
 		return false;
 	search.key.service_id = service.service_id;
@@ -116,36 +123,80 @@ socket_is_current(const struct socket_key *key,
 		 &search, 0);
 	if (search.is_found)
 		return true;
-	return service_find(&origin->service, origin->port, key->protocol,
+	return service_find(&of->service, of->service_port, protocol,
 			    SCOPE_INTERNAL, &service) &&
 	       (service.service_id != search.key.service_id ||
 		service.generation != search.key.generation);
 }
 
+/* Copies what the socket was told of its peer: true if it was told anything. */
+static __always_inline bool socket_origin(struct sock_common *common,
+					  const struct stale_socket *name,
+					  struct socket_service *origin)
+{
+	struct socket_service *slot =
+		bpf_sk_storage_get(&socket_service, common, NULL, 0);
+
+	if (!slot ||
+	    !socket_slot_leads_to(slot, &name->remote, name->remote_port))
+		return false;
+	*origin = *slot;
+	return true;
+}
+
+static __always_inline bool backend_is_gone(const struct socket_service *of)
+{
+	struct gone_backend key = {
+		.addr = of->backend,
+		.port = of->backend_port,
+	};
+
+	return bpf_map_lookup_elem(&gone_backends, &key);
+}
+
+static __always_inline void socket_end(struct seq_file *seq,
+				       struct sock_common *common,
+				       struct stale_socket *name)
+{
+	if (!bpf_ksym_exists(bpf_sock_destroy) || !bpf_sock_destroy(common))
+		bpf_seq_write(seq, name, sizeof(*name));
+}
+
 SEC("iter/udp")
 int destroy_sockets(struct bpf_iter__udp *ctx)
 {
-	struct udp_sock *socket = ctx->udp_sk;
+	struct sock_common *common = (struct sock_common *)ctx->udp_sk;
+	struct socket_service origin = {};
 	struct stale_socket name = {};
-	struct socket_origin *origin;
-	struct socket_key key = {};
-	struct sock_common *common;
 
-	if (!socket)
-		return 0;
-	common = (struct sock_common *)socket;
-	if (common->skc_state != TCP_ESTABLISHED)
+	if (!common || common->skc_state != TCP_ESTABLISHED)
 		return 0;
 	socket_name(common, &name);
-	name.cookie = bpf_get_socket_cookie(socket);
-	key.cookie = name.cookie;
-	key.backend = name.remote;
-	key.port = name.remote_port;
-	key.protocol = IPPROTO_UDP;
-	origin = bpf_map_lookup_elem(&sockets, &key);
-	if (!origin || socket_is_current(&key, origin))
+	if (!socket_origin(common, &name, &origin) ||
+	    socket_is_current(&origin, IPPROTO_UDP))
 		return 0;
-	if (!bpf_ksym_exists(bpf_sock_destroy) || !bpf_sock_destroy(common))
-		bpf_seq_write(ctx->meta->seq, &name, sizeof(name));
+	name.cookie = bpf_get_socket_cookie(common);
+	name.protocol = IPPROTO_UDP;
+	socket_end(ctx->meta->seq, common, &name);
+	return 0;
+}
+
+SEC("iter/tcp")
+int destroy_tcp_sockets(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *common = ctx->sk_common;
+	struct socket_service origin = {};
+	struct stale_socket name = {};
+
+	if (!common || common->skc_state != TCP_ESTABLISHED)
+		return 0;
+	socket_name(common, &name);
+	if (!socket_origin(common, &name, &origin) ||
+	    !backend_is_gone(&origin) ||
+	    socket_is_current(&origin, IPPROTO_TCP))
+		return 0;
+	name.cookie = bpf_get_socket_cookie(common);
+	name.protocol = IPPROTO_TCP;
+	socket_end(ctx->meta->seq, common, &name);
 	return 0;
 }

@@ -39,12 +39,13 @@ struct nat_mapping {
 /* A backend is chosen for a flow to a service: who asks for what, and the one. */
 struct service_choice {
 	struct service_key frontend;
-	struct service service;
-	struct affinity_key client;
-	struct backend backend;
-	__u64 hash;   /* of the flow, the same on every node; 0: chosen at random */
 	__u32 number; /* evenly over all numbers */
-	__u32 id;     /* of the backend */
+	/* Addresses on the stack are compared by words of eight bytes. */
+	struct service service __attribute__((aligned(8)));
+	struct affinity_key client __attribute__((aligned(8)));
+	struct backend backend __attribute__((aligned(8)));
+	__u64 hash; /* of the flow, the same on every node; 0: chosen at random */
+	__u32 id;   /* of the backend */
 };
 
 struct scratch {

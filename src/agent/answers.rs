@@ -227,7 +227,7 @@ impl Known {
             rows.push(("attach", format!("{:?}", features.attach).to_lowercase()));
             let ended_by = if features.has_socket_destroy { "iterator" } else { "sock_diag" };
             rows.push(("limits of a pod", limits_text(&loaded.datapath)));
-            rows.push(("stale UDP sockets ended by", ended_by.to_owned()));
+            rows.push(("stale sockets ended by", ended_by.to_owned()));
             if args.network.routing == Routing::Tunnel {
                 let way = match loaded.datapath.allows_past_stack() {
                     Ok(true) if args.network.tunnel_direct => "direct".to_owned(),

@@ -60,6 +60,11 @@ impl View {
             redirects: tables.redirects(),
         }
     }
+
+    /// True if an EndpointSlice has this address, ready or not.
+    pub fn lists(&self, address: IpAddr) -> bool {
+        self.slices.values().any(|slice| slice.backends.iter().any(|backend| backend.address == address))
+    }
 }
 
 /// What the kernel should hold, what other nodes should know, and what is still missing.

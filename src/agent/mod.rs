@@ -26,6 +26,7 @@ mod observer;
 pub mod policy_diff;
 mod ports;
 mod publish;
+mod removed;
 mod restart;
 mod rounds;
 mod secret;
@@ -259,6 +260,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         published,
         current: known.current.clone(),
         removed_backends,
+        leaving: removed::Leaving::default(),
         telemetry: known.telemetry.clone(),
         this_node: NodeEndpoints {
             node: config.args.node_name.clone(),

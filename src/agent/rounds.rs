@@ -17,6 +17,7 @@ use super::health_ports::HealthOf;
 use super::ipsec;
 use super::local::Local;
 use super::publish::{Claims, News};
+use super::removed::{Leaving, Removed};
 use super::sinks::{Applied, Retry, Sinks};
 use crate::datapath::Datapath;
 use crate::endpoint::{Enforced, is_host_interface_name};
@@ -70,7 +71,9 @@ pub struct Rounds {
     /// What load balancers are told.
     pub health: watch::Sender<HealthOf>,
     /// Backends whose sockets are to be ended.
-    pub removed_backends: mpsc::UnboundedSender<Vec<SocketAddr>>,
+    pub removed_backends: mpsc::UnboundedSender<Removed>,
+    /// Backends that may still be gone.
+    pub leaving: Leaving,
     /// Counts and times.
     pub telemetry: Arc<Telemetry>,
     /// Who this node is, for the others.
@@ -217,15 +220,22 @@ impl Rounds {
             self.telemetry.round_failed();
         }
         self.telemetry.round_done(compiled, start.elapsed());
+        self.tell_sockets(&view, &desired, &applied.removed_backends);
         self.tell(desired, applied);
         Some(done)
     }
 
-    fn tell(&mut self, desired: Desired, applied: Applied) {
-        let Applied { enforced, held_back, removed_backends, .. } = applied;
-        if !removed_backends.is_empty() && self.removed_backends.send(removed_backends).is_err() {
+    fn tell_sockets(&mut self, view: &View, desired: &Desired, unlisted: &[SocketAddr]) {
+        let exists =
+            |backend: &SocketAddr| desired.addresses.contains_key(&backend.ip()) || view.lists(backend.ip());
+        let Some(removed) = self.leaving.update(unlisted.to_vec(), exists) else { return };
+        if self.removed_backends.send(removed).is_err() {
             tracing::debug!("nobody ends stale sockets any more: the agent is stopping");
         }
+    }
+
+    fn tell(&mut self, desired: Desired, applied: Applied) {
+        let Applied { enforced, held_back, .. } = applied;
         let endpoints = NodeEndpoints { endpoints: desired.published.clone(), ..self.this_node.clone() };
         let news = News { endpoints, coming: desired.coming };
         self.published.send_if_modified(|published| {

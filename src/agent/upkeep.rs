@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use tokio::sync::mpsc;
 
+use super::removed::Removed;
 use crate::datapath::{Datapath, abi};
 use crate::model::{Endpoint, EndpointId};
 use crate::netlink;
@@ -60,20 +61,22 @@ fn end_socket(socket: &abi::StaleSocket) -> Result<()> {
     let end = |addr, port| SocketAddr::new(abi::ip_of(addr), u16::from_be(port));
     let local = end(socket.local, socket.local_port);
     let remote = end(socket.remote, socket.remote_port);
-    netlink::destroy_udp_socket(local, remote, socket.ifindex, socket.cookie)?;
+    netlink::destroy_socket(socket.protocol, local, remote, socket.ifindex, socket.cookie)?;
     Ok(())
 }
 
-/// Ends UDP sockets, of pods and of the node, whose backend was taken out of its service.
+/// Ends sockets of pods and of the node: by UDP when the backend was taken out of its service, by TCP when the
+/// backend exists no more.
 pub async fn end_stale_sockets(
     datapath: Arc<Datapath>,
     endpoints: Arc<Table<EndpointId, Arc<Endpoint>>>,
-    mut removed: mpsc::UnboundedReceiver<Vec<SocketAddr>>,
+    mut removed: mpsc::UnboundedReceiver<Removed>,
 ) {
     while let Some(mut backends) = removed.recv().await {
         while let Ok(more) = removed.try_recv() {
             backends.extend(more);
         }
+        let gone = backends.gone.clone();
         let (datapath, endpoints) = (datapath.clone(), endpoints.snapshot());
         let ended = tokio::task::spawn_blocking(move || {
             let mut namespaces =
@@ -81,7 +84,7 @@ pub async fn end_stale_sockets(
             // A namespace that is gone has no sockets either.
             namespaces.extend(endpoints.values().filter_map(|endpoint| File::open(&endpoint.netns).ok()));
             let descriptors: Vec<_> = namespaces.iter().map(AsFd::as_fd).collect();
-            datapath.destroy_stale_sockets(&descriptors, end_socket)
+            datapath.destroy_stale_sockets(&descriptors, &gone, end_socket)
         });
         match ended.await {
             Ok(Ok(sockets)) => tracing::debug!(sockets, ?backends, "ended sockets of removed backends"),

@@ -8,13 +8,13 @@ pub use super::types::{
     addr as Addr, address as Address, affinity as Affinity, affinity_key as AffinityKey, backend as Backend,
     collect_request as CollectRequest, connection as Connection, connection_key as ConnectionKey,
     ended as Ended, endpoint as Endpoint, event as Event, event_count as EventCount, fragment as Fragment,
-    maglev_key as MaglevKey, maglev_piece as MaglevPiece, metric as Metric, nat as Nat, nat_key as NatKey,
-    node_state as NodeState, own_addresses as OwnAddresses, policy_peer as PolicyPeer,
-    policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule, policy_rule_key as PolicyRuleKey,
-    prefix as Prefix, prefix_key as PrefixKey, recount_request as RecountRequest, service as Service,
-    service_key as ServiceKey, settings as Settings, slot as Slot, slot_key as SlotKey,
-    socket_key as SocketKey, socket_origin as SocketOrigin, source_range_key as SourceRangeKey,
-    stale_socket as StaleSocket, usage as Usage,
+    gone_backend as GoneBackend, maglev_key as MaglevKey, maglev_piece as MaglevPiece, metric as Metric,
+    nat as Nat, nat_key as NatKey, node_state as NodeState, own_addresses as OwnAddresses,
+    policy_peer as PolicyPeer, policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule,
+    policy_rule_key as PolicyRuleKey, prefix as Prefix, prefix_key as PrefixKey,
+    recount_request as RecountRequest, service as Service, service_key as ServiceKey, settings as Settings,
+    slot as Slot, slot_key as SlotKey, source_range_key as SourceRangeKey, stale_socket as StaleSocket,
+    usage as Usage,
 };
 
 /// Types that are nothing but their bytes: every bit pattern is a value, and
@@ -82,8 +82,7 @@ plain! {
     AffinityKey { client, service_id, kind }
     Affinity { used_jiffies, backend, pad }
     SourceRangeKey { prefix_length, service_id, addr }
-    SocketKey { cookie, backend, port, protocol, pad }
-    SocketOrigin { service, service_id, port, pad }
+    GoneBackend { addr, port, pad }
     ConnectionKey { addr, port, protocol, kind, asker, pad }
     Connection {
         last_seen_jiffies, packets, bytes, service, egress_epoch, ingress_epoch,
@@ -105,7 +104,7 @@ plain! {
         source_endpoint, destination_endpoint, protocol, r#type, reason, direction, tcp_flags,
         icmp_type, icmp_code, flags, pad,
     }
-    StaleSocket { cookie, local, remote, local_port, remote_port, ifindex }
+    StaleSocket { cookie, local, remote, local_port, remote_port, ifindex, protocol, pad }
     CollectRequest { keys, count, deleted }
     Settings {
         loopback_ipv4, loopback_ipv6, secret, netns_cookie, jiffies_per_second,

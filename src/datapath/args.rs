@@ -48,10 +48,6 @@ pub struct MapArgs {
     #[arg(long, env = "WEIR_NAT_MAX", value_name = "N", default_value_t = 131_072)]
     pub nat_max: u32,
 
-    /// Sockets connected to services that the kernel remembers.
-    #[arg(long, env = "WEIR_SOCKETS_MAX", value_name = "N", default_value_t = 65_536)]
-    pub sockets_max: u32,
-
     /// Rows that another map can hold, as `addresses=524288`; maps grow at the agent's next start.
     #[arg(long, env = "WEIR_MAP_SIZES", value_name = "MAP=N", value_delimiter = ',')]
     pub map_size: Vec<MapSize>,
@@ -60,11 +56,7 @@ pub struct MapArgs {
 impl MapArgs {
     /// Refuses sizes that no kernel could make, or that no node could live with.
     pub fn check(&self) -> Result<(), SettingError> {
-        for (setting, rows) in [
-            ("connections-max", self.connections_max),
-            ("nat-max", self.nat_max),
-            ("sockets-max", self.sockets_max),
-        ] {
+        for (setting, rows) in [("connections-max", self.connections_max), ("nat-max", self.nat_max)] {
             within(setting, rows, 1024..=16_777_216)?;
         }
         Ok(())
@@ -72,10 +64,7 @@ impl MapArgs {
 
     /// The sizes by the maps' names.
     pub fn sizes(&self) -> MapSizes {
-        let sizes = MapSizes::default()
-            .with("connections", self.connections_max)
-            .with("nat", self.nat_max)
-            .with("sockets", self.sockets_max);
+        let sizes = MapSizes::default().with("connections", self.connections_max).with("nat", self.nat_max);
         self.map_size.iter().fold(sizes, |sizes, MapSize { map, rows }| sizes.with(map, *rows))
     }
 }

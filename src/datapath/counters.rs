@@ -65,7 +65,7 @@ const WRITTEN: [&str; 10] = [
 ];
 
 /// Maps that the programs fill: counting walks them, so it is not done often.
-const WALKED: [&str; 3] = ["connections", "nat", "sockets"];
+const WALKED: [&str; 2] = ["connections", "nat"];
 
 /// A walk of a full `connections` takes some 100 ms.
 const WALK_INTERVAL: Duration = Duration::from_secs(10);

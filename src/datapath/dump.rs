@@ -16,7 +16,7 @@ use super::types::{
 use crate::model::MacAddress;
 
 /// The maps that can be dumped.
-pub const MAP_NAMES: [&str; 20] = [
+pub const MAP_NAMES: [&str; 19] = [
     "addresses",
     "affinity",
     "backends",
@@ -34,7 +34,6 @@ pub const MAP_NAMES: [&str; 20] = [
     "prefixes",
     "services",
     "slots",
-    "sockets",
     "source_ranges",
     "this_node",
 ];
@@ -67,8 +66,7 @@ pub fn dump(pins: &Path, map: &str) -> Result<Vec<Value>> {
         "services" => rows(handle, service_row),
         "slots" => rows(handle, slot_row),
         "source_ranges" => rows(handle, source_range_row),
-        "this_node" => rows(handle, device_row),
-        _ => rows(handle, socket_row),
+        _ => rows(handle, device_row),
     }
 }
 
@@ -303,19 +301,6 @@ fn source_range_row(key: abi::SourceRangeKey, _row: u32) -> Row {
         "range": format!("{address}/{}", key.prefix_length.saturating_sub(before)),
     });
     Some(([sort_key(&[id]), key.as_bytes().to_vec()].concat(), value))
-}
-
-fn socket_row(key: abi::SocketKey, row: abi::SocketOrigin) -> Row {
-    let value = json!({
-        "cookie": key.cookie,
-        "backend": ip_of(key.backend),
-        "backend_port": u16::from_be(key.port),
-        "protocol": protocol(key.protocol),
-        "service_address": ip_of(row.service),
-        "service_port": u16::from_be(row.port),
-        "service": row.service_id,
-    });
-    Some(([&key.cookie.to_be_bytes(), key.as_bytes()].concat(), value))
 }
 
 fn connection_row(key: abi::ConnectionKey, row: abi::Connection) -> Row {

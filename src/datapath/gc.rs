@@ -2,6 +2,7 @@
 //! the kernel's: a program looks at every entry again before it removes it.
 
 use std::io::Read;
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
@@ -12,13 +13,17 @@ use serde::Serialize;
 
 use super::Datapath;
 use super::abi::{
-    CollectRequest, Connection, ConnectionKey, Nat, NatKey, Plain, RecountRequest, StaleSocket,
+    CollectRequest, Connection, ConnectionKey, GoneBackend, Nat, NatKey, Plain, RecountRequest, StaleSocket,
+    addr_of,
 };
-use super::map::TypedMap;
+use super::map::{Bytes, TypedMap};
 use super::messages::with_messages;
 
 /// Keys that a program looks at in one call; it keeps the processor meanwhile, for less than a millisecond.
 const KEYS_PER_CALL: usize = 1024;
+
+/// Rows of `gone_backends`.
+const GONE_MAX: usize = 65_536;
 
 /// Between two rounds, at least.
 const INTERVAL: Duration = Duration::from_secs(15);
@@ -73,25 +78,39 @@ impl Datapath {
         Ok(())
     }
 
-    /// Ends UDP sockets that are connected to backends which are gone, in each of the
-    /// network namespaces; all are tried, the first error is returned. `end` is for kernels
-    /// that let no iterator do it; it runs in the socket's namespace.
+    /// Ends sockets that are connected to backends which are gone, in each of the network
+    /// namespaces: by UDP where the service does not lead to the backend any more, by TCP where
+    /// the backend is in `gone`. All are tried, the first error is returned. `end` is for
+    /// kernels that let no iterator do it; it runs in the socket's namespace.
     pub fn destroy_stale_sockets(
         &self,
         namespaces: &[BorrowedFd<'_>],
+        gone: &[SocketAddr],
         end: impl Fn(&StaleSocket) -> Result<()> + Sync,
     ) -> Result<u64> {
         if self.is_left_out("destroy_sockets") {
             return Ok(0);
         }
-        let link = self.program("destroy_sockets")?.attach().map_err(with_messages);
-        let link = &link.context("attaching destroy_sockets")?;
+        self.write_gone(gone)?;
+        let programs: &[&str] = match gone {
+            [] => &["destroy_sockets"],
+            _ => &["destroy_sockets", "destroy_tcp_sockets"],
+        };
+        let attach = |name: &&str| {
+            let link = self.program(name)?.attach().map_err(with_messages);
+            link.with_context(|| format!("attaching {name}"))
+        };
+        let links = &programs.iter().map(attach).collect::<Result<Vec<_>>>()?;
         let walk = || {
-            let stale = stale_sockets(link).context("running destroy_sockets")?;
-            if !self.features.has_socket_destroy {
-                stale.iter().map(&end).fold(Ok(()), Result::and)?;
+            let mut ended = 0;
+            for (link, name) in links.iter().zip(programs) {
+                let stale = stale_sockets(link).with_context(|| format!("running {name}"))?;
+                if !self.features.has_socket_destroy {
+                    stale.iter().map(&end).fold(Ok(()), Result::and)?;
+                }
+                ended += stale.len() as u64;
             }
-            Ok(stale.len() as u64)
+            Ok(ended)
         };
         // The iterator walks the namespace of the thread that opens it. The thread
         // ends with the work, so that nobody else finds itself in a pod.
@@ -113,6 +132,18 @@ impl Datapath {
         std::thread::scope(|scope| {
             scope.spawn(work).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
+    }
+
+    /// Makes `gone_backends` hold these, as far as there is room.
+    fn write_gone(&self, gone: &[SocketAddr]) -> Result<()> {
+        let row = |backend: &SocketAddr| {
+            let key = GoneBackend { addr: addr_of(backend.ip()), port: backend.port().to_be(), pad: [0; 6] };
+            (Bytes(key), 1_u32)
+        };
+        let map = self.typed::<GoneBackend, u32>("gone_backends")?;
+        let rows = gone.iter().take(GONE_MAX).map(row).collect();
+        map.sync(&rows).context("writing the backends that are gone")?;
+        Ok(())
     }
 
     /// Shows every key of the map to the program, and counts what that has deleted.
@@ -151,7 +182,7 @@ fn run_collector<K: Plain>(program: &ProgramMut<'_>, keys: &[K]) -> Result<u32> 
     Ok(CollectRequest::from_bytes(&context).context("reading the answer")?.deleted)
 }
 
-/// What destroy_sockets writes.
+/// What destroy_sockets and destroy_tcp_sockets write.
 fn stale_sockets(link: &Link) -> Result<Vec<StaleSocket>> {
     let mut written = Vec::new();
     read_to_end(link, |bytes| written.extend_from_slice(bytes))?;

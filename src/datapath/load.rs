@@ -125,8 +125,17 @@ pub(super) fn prepare(
 
 /// Sections of the object (`.rodata`, `.bss`) and the programs' work space belong to one load.
 pub(super) fn is_private(map: &str) -> bool {
-    let private =
-        ["ended", "node_served", "quota_pending", "recounts", "routes", "scratch", "shares", "waiting"];
+    let private = [
+        "ended",
+        "gone_backends",
+        "node_served",
+        "quota_pending",
+        "recounts",
+        "routes",
+        "scratch",
+        "shares",
+        "waiting",
+    ];
     map.contains('.') || private.contains(&map)
 }
 

@@ -36,7 +36,7 @@ pub struct Features {
 }
 
 /// Programs that a kernel may lack the means for.
-const OPTIONAL_PROGRAMS: [&str; 1] = ["destroy_sockets"];
+const OPTIONAL_PROGRAMS: [&str; 2] = ["destroy_sockets", "destroy_tcp_sockets"];
 
 impl Features {
     pub(super) fn leave_out_optional(&mut self, reason: &str) {

@@ -80,7 +80,7 @@ pub fn verify(settings: &Settings) -> Result<Vec<Verification>> {
 
 /// Preallocated maps need not be large to be verified against.
 fn small_maps() -> MapSizes {
-    ["connections", "nat", "sockets"].iter().fold(MapSizes::default(), |sizes, map| sizes.with(map, 1024))
+    ["connections", "nat"].iter().fold(MapSizes::default(), |sizes, map| sizes.with(map, 1024))
 }
 
 /// Gives every program a log of its own. The logs must outlive the loading.

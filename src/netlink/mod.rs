@@ -56,7 +56,7 @@ pub use pod::{
 };
 pub use queue::{TokenBucket, ensure_queue};
 pub use route::{NODE_ROUTE_PROTOCOL, Route, neighbours, node_routes, sync_neighbours, sync_routes};
-pub use socket::destroy_udp_socket;
+pub use socket::destroy_socket;
 pub use sysctl::{get_sysctl, set_sysctl, set_sysctl_root};
 
 /// What went wrong between us and the kernel.

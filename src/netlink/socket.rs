@@ -16,25 +16,31 @@ const HEADER_BYTES: usize = 16;
 /// `struct nlmsghdr` and `struct inet_diag_req_v2` of linux/inet_diag.h.
 const REQUEST_BYTES: usize = HEADER_BYTES + 56;
 
-/// Ends a UDP socket of the calling thread's network namespace, whose owner gets ECONNABORTED.
+/// Ends a socket of the calling thread's network namespace, whose owner gets ECONNABORTED.
 /// `ifindex` is the device that it is bound to or 0, `cookie` is SO_COOKIE's. A socket that is
 /// no more is no error. Needs CAP_NET_ADMIN, and CONFIG_INET_DIAG_DESTROY of the kernel.
-pub fn destroy_udp_socket(local: SocketAddr, remote: SocketAddr, ifindex: u32, cookie: u64) -> Result<()> {
+pub fn destroy_socket(
+    protocol: u8,
+    local: SocketAddr,
+    remote: SocketAddr,
+    ifindex: u32,
+    cookie: u64,
+) -> Result<()> {
     let ask = || {
         let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
         socket.bind_auto()?;
-        socket.send(&request(local, remote, ifindex, cookie), 0)?;
+        socket.send(&request(protocol, local, remote, ifindex, cookie), 0)?;
         let (answer, _) = socket.recv_from_full()?;
         outcome(&answer)
     };
     match ask() {
         Ok(()) => Ok(()),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-        Err(error) => Err(Error::kernel(format!("ending the UDP socket from {local} to {remote}"), error)),
+        Err(error) => Err(Error::kernel(format!("ending the socket from {local} to {remote}"), error)),
     }
 }
 
-fn request(local: SocketAddr, remote: SocketAddr, ifindex: u32, cookie: u64) -> Vec<u8> {
+fn request(protocol: u8, local: SocketAddr, remote: SocketAddr, ifindex: u32, cookie: u64) -> Vec<u8> {
     let family = if remote.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let mut bytes = Vec::with_capacity(REQUEST_BYTES);
     // struct nlmsghdr: length, type, flags, sequence, port
@@ -43,7 +49,7 @@ fn request(local: SocketAddr, remote: SocketAddr, ifindex: u32, cookie: u64) -> 
     bytes.extend((NLM_F_REQUEST | NLM_F_ACK).to_ne_bytes());
     bytes.extend([0; 8]);
     // struct inet_diag_req_v2: family, protocol, extensions, pad, states
-    bytes.extend([family as u8, libc::IPPROTO_UDP as u8, 0, 0]);
+    bytes.extend([family as u8, protocol, 0, 0]);
     bytes.extend(u32::MAX.to_ne_bytes());
     // struct inet_diag_sockid
     bytes.extend(local.port().to_be_bytes());

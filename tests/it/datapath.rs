@@ -42,7 +42,7 @@ fn options(pins: &Path) -> Options {
 
 /// Preallocated maps of production size cost tens of megabytes each.
 fn small_maps() -> MapSizes {
-    MapSizes::default().with("connections", 4096).with("nat", 4096).with("sockets", 4096)
+    MapSizes::default().with("connections", 4096).with("nat", 4096)
 }
 
 /// Loads the datapath over private maps.

@@ -38,6 +38,7 @@ mod services;
 #[path = "../shop/mod.rs"]
 mod shop;
 mod sinks;
+mod sockets;
 mod tools;
 mod two_nodes;
 mod verdicts;

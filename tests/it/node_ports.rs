@@ -2,6 +2,7 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -253,7 +254,36 @@ fn one_client_has_one_backend_by_every_way() -> Result<()> {
             );
         }
     }
+    for address in CLUSTER_IPS {
+        let target = SocketAddr::new(address.parse()?, 1080);
+        let connected = world.client.probe(Via::Udp, target).answered_by().map(str::to_owned);
+        let names = world.client.space().run(move || ask_unconnected(target))?;
+        ensure!(
+            names.iter().all(|name| Some(name) == connected.as_ref()),
+            "{target}: {connected:?} {names:?}"
+        );
+    }
     Ok(())
+}
+
+/// Who answers each of eight sockets that are not connected, which all ask twice.
+fn ask_unconnected(target: SocketAddr) -> Result<Vec<String>> {
+    let any: IpAddr =
+        if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let mut names = Vec::new();
+    for _ in 0..8 {
+        let socket = UdpSocket::bind((any, 0))?;
+        socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+        for _ in 0..2 {
+            let mut answer = [0; 512];
+            socket.send_to(b"hello", target)?;
+            let (length, from) = socket.recv_from(&mut answer).context("waiting for an answer")?;
+            ensure!(from == target, "asked {target}, {from} answered");
+            let text = String::from_utf8_lossy(&answer[..length]);
+            names.push(text.split(' ').next().unwrap_or_default().to_owned());
+        }
+    }
+    Ok(names)
 }
 
 #[test]

@@ -157,6 +157,7 @@ fn root_only_the_socket_that_is_named_ends() {
             let remote = address(remote, 4000);
             socket.connect(remote).expect("connecting");
             socket.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+            const UDP: u8 = 17;
             let canonical =
                 |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
             let local = canonical(socket.local_addr().expect("its address"));
@@ -165,11 +166,11 @@ fn root_only_the_socket_that_is_named_ends() {
 
             // Another port, another's number: nobody is ended, which is no error.
             let another = SocketAddr::new(local.ip(), local.port() ^ 1);
-            netlink::destroy_udp_socket(another, remote, 0, cookie).expect("nobody has this name");
-            netlink::destroy_udp_socket(local, remote, 0, cookie + 1).expect("nobody has this number");
+            netlink::destroy_socket(UDP, another, remote, 0, cookie).expect("nobody has this name");
+            netlink::destroy_socket(UDP, local, remote, 0, cookie + 1).expect("nobody has this number");
             assert!(socket.take_error().expect("asking").is_none());
 
-            netlink::destroy_udp_socket(local, remote, 0, cookie).expect("ending it");
+            netlink::destroy_socket(UDP, local, remote, 0, cookie).expect("ending it");
             let ended = socket.recv(&mut [0]).expect_err("nothing is received by what has ended");
             assert_eq!(ended.kind(), std::io::ErrorKind::ConnectionAborted, "{local}");
         }

@@ -187,8 +187,7 @@ fn writers_maps_grow_with_their_rows_and_the_kernels_keep_their_size() -> Result
                 .with("addresses", size)
                 .with("prefixes", size)
                 .with("connections", size)
-                .with("nat", 4096)
-                .with("sockets", 4096);
+                .with("nat", 4096);
             Options { map_sizes, ..options(pins) }
         };
         let prefixes: BTreeMap<ipnet::IpNet, _> = [(

@@ -16,7 +16,7 @@ use weir::datapath::abi::{
     Address, Backend, Connection, ConnectionKey, Ended, Endpoint, Event, NodeState, OwnAddresses, PolicyPeer,
     PolicyPeerKey, PolicyRule, PolicyRuleKey, Prefix, PrefixKey, Service, ServiceKey, Slot, SlotKey,
 };
-use weir::datapath::abi::{Fragment, Nat, NatKey, Plain, SocketKey, SocketOrigin};
+use weir::datapath::abi::{Fragment, Nat, NatKey, Plain};
 use weir::datapath::types::{
     address_flags, direction as way, endpoint_flags, node_flags, policy_bits, policy_verdict, prefix_flags,
     service_flags, service_kind, service_scope,
@@ -246,9 +246,8 @@ pub fn within_empty(
 
 impl World {
     fn new(settings: &Settings) -> Result<Self> {
-        let sizes = ["connections", "nat", "sockets"]
-            .into_iter()
-            .fold(MapSizes::default(), |sizes, map| sizes.with(map, 4096));
+        let sizes =
+            ["connections", "nat"].into_iter().fold(MapSizes::default(), |sizes, map| sizes.with(map, 4096));
         let datapath = Datapath::open_private(settings, &sizes)?;
         let events = datapath.events()?;
         let directory = tempfile::tempdir()?;
@@ -512,7 +511,6 @@ impl World {
         self.change_ended(|row| *row = Ended::default())?;
         self.datapath.typed::<NatKey, Nat>("nat")?.sync(&Default::default())?;
         self.forget_fragments()?;
-        self.datapath.typed::<SocketKey, SocketOrigin>("sockets")?.sync(&Default::default())?;
         Ok(())
     }
 
