@@ -37,6 +37,8 @@ export default defineConfig({
           include: [`tests/${name}/*.test.ts`],
           testTimeout: 30_000,
           hookTimeout: 60_000,
+          // A browser on a busy machine may be slow once.
+          retry: 1,
           fileParallelism: false,
         },
       })),
