@@ -95,6 +95,10 @@ static __always_inline bool sock_choose(struct bpf_sock_addr *ctx,
 	choice->client.kind = AFFINITY_NAMESPACE;
 	choice->number = own ? sock_number(bpf_get_socket_cookie(ctx))
 			     : bpf_get_prandom_u32();
+	/* A client's first sockets may choose at once, on several CPUs: before
+	 * one of them has left a row, they choose the same. */
+	if (choice->service.affinity_seconds)
+		choice->number = hash_secret(netns + choice->service.service_id);
 	for (int try = 0; try < SOCK_BACKEND_TRIES; try++) {
 		if (!service_choose(choice))
 			return false;

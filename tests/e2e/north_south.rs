@@ -24,8 +24,8 @@ pub fn node_ports_and_traffic_policies(world: &mut World) -> Result<()> {
     with_manifests(world, |world| {
         let servers = world.servers()?;
         let names: BTreeSet<String> = servers.iter().map(|server| server.name.clone()).collect();
-        for node in 0..3 {
-            let name = world.hosts()?[node].node.clone();
+        for node in 1..=3 {
+            let name = world.cluster.node(node).name().to_owned();
             let own: BTreeSet<String> = servers
                 .iter()
                 .filter(|server| server.node == name)
@@ -110,7 +110,7 @@ pub fn load_balancers_ask_nodes(world: &mut World) -> Result<()> {
             Ok(port.is_some())
         })?;
         let port = port.context("a port")? as u16;
-        for node in 0..3 {
+        for node in 1..=3 {
             for address in world.cluster.node(node).addresses().to_vec() {
                 world.cluster.wait(&format!("{address} to have one backend"), PATIENCE, || {
                     Ok(outside(world, SocketAddr::new(address, port), "/")
