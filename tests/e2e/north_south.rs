@@ -52,6 +52,11 @@ pub fn one_client_keeps_its_backend(world: &mut World) -> Result<()> {
         let address = world.service("e2e", "sticky")?;
         for from in world.clients()?.iter().chain(&world.hosts()?) {
             for address in &address {
+                // The Service is new: its first answer says that this node has its backends.
+                let first = [(Via::Http, SocketAddr::new(*address, 80))];
+                world.cluster.wait(&format!("an answer at {address} to {}", from.name), PATIENCE, || {
+                    Ok(matches!(world.probe(from, &first)?[..], [Outcome::Answered(_)]))
+                })?;
                 let probes = vec![(Via::Http, SocketAddr::new(*address, 80)); 20];
                 let answers: BTreeSet<String> =
                     world.probe(from, &probes)?.into_iter().map(|outcome| format!("{outcome:?}")).collect();
