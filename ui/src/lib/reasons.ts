@@ -53,6 +53,10 @@ const REASONS: Record<string, Reason> = {
   IS_A_CLUSTERIP: { text: 'Not a port of this service', advice: 'The Service has the address, not this port. See `kubectl get service`.' },
   FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND: { text: 'First fragment was not seen', advice: "The first fragment was lost or denied. Lower the sender's packet size below the MTU." },
   FORBIDDEN_ICMPV6_MESSAGE: { text: 'Forbidden ICMPv6 message', advice: 'Pods may not send router messages: they could redirect other pods.' },
+  DENIED_BY_LB_SRC_RANGE_CHECK: {
+    text: "Outside of the Service's source ranges",
+    advice: "The client's address is in none of the Service's loadBalancerSourceRanges. Add its range, if the client should get in.",
+  },
   INVALID_VNI: { text: 'Tunnel packet with an invalid VNI', advice: "Another program uses the tunnel's port. Give Weir another port." },
   TTL_EXCEEDED: { text: 'Time to live exceeded', advice: 'A loop of routes, or a traceroute.' },
   DROP_RATE_LIMITED: {
