@@ -83,9 +83,11 @@ fn a_pod_takes_no_connection_of_the_nodes_daemons() -> Result<()> {
             }
         };
         // While nobody of the node listens the pod has these ports towards the remote end.
-        pod.space().run(pod_asks);
-        let taken = node.map("nat")?.len();
-        ensure!(taken == 16, "{routing}: {taken} rows: two ports of two protocols and families, both ways");
+        let all = "two ports of two protocols and families, both ways";
+        wait_for(&format!("{routing}: 16 rows: {all}"), || {
+            pod.space().run(pod_asks);
+            Ok(node.map("nat")?.len() == 16)
+        })?;
         let any: IpAddr = "::".parse()?;
         let _kubelet = Server::start(node.space(), "kubelet", &[any], &PORTS)?;
         for address in node.addresses().to_vec() {
