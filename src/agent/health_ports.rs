@@ -117,12 +117,18 @@ pub async fn serve_services(cidrs: Vec<IpNet>, health: NodeHealth, mut services:
             if open.contains_key(&key) {
                 continue;
             }
+            if open.len() >= PORTS_MAX {
+                faults.push(format!("more than {PORTS_MAX} are asked for"));
+                break;
+            }
+            let at = addresses(&health, &cidrs);
+            if at.is_empty() && !cidrs.is_empty() {
+                faults.push("the node has no address within --node-port-addresses".to_owned());
+                break;
+            }
             let answer =
                 ServiceHealth { service: service.clone(), node: health.clone(), services: services.clone() };
-            match open_port(&addresses(&health, &cidrs), *port, answer).await {
-                Ok(_) if open.len() >= PORTS_MAX => {
-                    faults.push(format!("more than {PORTS_MAX} are asked for"))
-                }
+            match open_port(&at, *port, answer).await {
                 Ok(tasks) => drop(open.insert(key, tasks)),
                 Err(error) => faults.push(format!("port {port} of Service {service}: {error}")),
             }

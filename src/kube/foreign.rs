@@ -10,6 +10,7 @@ use kube::core::{ApiResource, GroupVersionKind};
 use serde::{Deserialize, Serialize};
 use tracing::debug;
 
+use crate::backoff::jittered;
 use crate::tables::Table;
 
 /// An object that restricts traffic elsewhere, and not here.
@@ -67,7 +68,7 @@ pub async fn run(client: Client, found: Arc<ForeignPolicies>) {
             Ok(all) => drop(found.apply("kubernetes".into(), Arc::new(all))),
             Err(error) => debug!(%error, "policies of other kinds could not be looked for"),
         }
-        tokio::time::sleep(AGAIN).await;
+        tokio::time::sleep(jittered(AGAIN)).await;
     }
 }
 

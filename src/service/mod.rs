@@ -125,7 +125,7 @@ impl Frontends {
         affected.extend(redirected.cloned().map(Arc::new));
         if (&old.node, &old.zone, &old.defaults) != (&place.node, &place.zone, &place.defaults) {
             affected.extend(services.keys().map(|key| Arc::new(key.clone())));
-        } else if old != place {
+        } else if (&old.own, &old.others, &old.pod_cidrs) != (&place.own, &place.others, &place.pod_cidrs) {
             affected.extend(self.exposed.iter().cloned());
         }
     }
