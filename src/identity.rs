@@ -11,7 +11,9 @@ use std::str::FromStr;
 
 use sha2::{Digest, Sha256};
 
-use crate::model::{IdentityId, IdentityLabels, Labels, Namespace, Pod, Requirement, Selector};
+use crate::model::{
+    IdentityId, IdentityLabels, Labels, Namespace, Pod, Requirement, SERVICE_ACCOUNT_KEY, Selector,
+};
 
 /// The label that every namespace has, with its name as the value.
 pub const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
@@ -104,6 +106,9 @@ impl FromStr for Pattern {
 impl LabelFilter {
     /// True for a pod label that is no part of identities unless a policy asks for it.
     pub fn drops(&self, label: &str) -> bool {
+        if is_reserved(label) {
+            return label != SERVICE_ACCOUNT_KEY;
+        }
         let matches = |pattern: &&Pattern| match pattern.is_exact {
             true => pattern.key == label,
             false => label.starts_with(&pattern.key),
@@ -150,7 +155,8 @@ impl LabelFilter {
             ports.sort_unstable();
             ports.dedup();
         }
-        let counts = |(key, _): &(&String, &String)| asked.contains(*key) || !self.drops(key);
+        let counts =
+            |(key, _): &(&String, &String)| !is_reserved(key) && (asked.contains(*key) || !self.drops(key));
         let pod_labels = pod.labels.iter().filter(counts);
         IdentityLabels {
             namespace: pod.key.namespace.to_string(),
@@ -160,6 +166,12 @@ impl LabelFilter {
             named_ports,
         }
     }
+}
+
+/// True for keys under which flows and Cilium's policies have what is no label of the pod: its namespace, the
+/// namespace's labels, its service account. A pod that sets such a label would pass for another.
+fn is_reserved(key: &str) -> bool {
+    key == "io.kubernetes.pod.namespace" || key.starts_with("io.cilium.k8s.")
 }
 
 /// The number to claim for `labels`: the same on every node. Where it is taken by
@@ -224,6 +236,22 @@ mod tests {
         }
         for wrong in ["a(b|c)", "!$", "app b[0-9]+", "äpp"] {
             assert!(wrong.parse::<LabelFilter>().is_err(), "{wrong}");
+        }
+    }
+
+    /// A pod that says of itself what Weir says of it: its namespace, the namespace's labels, its service account.
+    #[test]
+    fn a_pod_cannot_name_itself_another() {
+        let own = pod(&[("app", "web")]);
+        let keys = [
+            "io.kubernetes.pod.namespace",
+            "io.cilium.k8s.namespace.labels.team",
+            "io.cilium.k8s.policy.serviceaccount",
+        ];
+        let mut forged = own.clone();
+        forged.labels.extend(keys.map(|key| (key.to_owned(), "red".to_owned())));
+        for asked in [NONE, keys.map(str::to_owned).into()] {
+            assert_eq!(labels_of(&forged, None, &asked), labels_of(&own, None, &asked));
         }
     }
 

@@ -98,9 +98,17 @@ impl Reader<'_> {
 
     fn policy(&mut self, reference: &PolicyRef, spec: &Field) -> Policy {
         let is_known = self.notes.read(spec.only_known(&SPEC)).is_some();
+        let before = self.notes.doubt_count();
         let subject = self.subject(spec);
-        let ingress = self.direction(spec, Side::Ingress, !is_known);
-        let egress = self.direction(spec, Side::Egress, !is_known);
+        let may_allow = self.notes.doubt_count() == before;
+        let is_everybody = matches!(&subject, Subject::Pods { namespaces, pods }
+            if namespaces.requirements.is_empty() && pods.requirements.is_empty());
+        if self.namespace.is_none() && !may_allow && is_everybody {
+            // One typo would close the cluster (docs/decisions/010-doubt-is-closed.md).
+            return nothing(reference);
+        }
+        let ingress = self.direction(spec, Side::Ingress, !is_known, may_allow);
+        let egress = self.direction(spec, Side::Egress, !is_known, may_allow);
         Policy { subject, ingress, egress, ..nothing(reference) }
     }
 
@@ -129,8 +137,15 @@ impl Reader<'_> {
         Subject::Nodes(self.notes.read(read).unwrap_or_default())
     }
 
-    /// `None`: it says nothing of that direction.
-    fn direction(&mut self, spec: &Field, side: Side, is_doubtful: bool) -> Option<PolicyDirection> {
+    /// `None`: it says nothing of that direction. Where the subject cannot be read, the policy selects pods that
+    /// nobody meant (`may_allow` is false): it allows them nothing.
+    fn direction(
+        &mut self,
+        spec: &Field,
+        side: Side,
+        is_doubtful: bool,
+        may_allow: bool,
+    ) -> Option<PolicyDirection> {
         let name = match side {
             Side::Ingress => "ingress",
             Side::Egress => "egress",
@@ -152,7 +167,8 @@ impl Reader<'_> {
         let mut rules = Vec::new();
         for (list, action) in [(denying, Action::Deny), (allowing, Action::Allow)] {
             for rule in list {
-                rules.extend(self.rule(&rule, side, action));
+                let rule = self.rule(&rule, side, action);
+                rules.extend(rule.filter(|rule| may_allow || rule.action != Action::Allow));
             }
         }
         let default = if is_isolating { Action::Deny } else { Action::Pass };
@@ -167,12 +183,16 @@ impl Reader<'_> {
     /// A rule; `None`: it matches nothing, or nothing may be read into it.
     fn rule(&mut self, rule: &Field, side: Side, action: Action) -> Option<PolicyRule> {
         let mut known = peers::fields(side).to_vec();
-        known.extend(["toPorts", "icmps", "authentication"]);
+        known.extend(["toPorts", "icmps"]);
+        if action == Action::Allow {
+            known.push("authentication");
+        }
         let is_known = self.notes.read(rule.only_known(&known)).is_some();
         if !is_known && action == Action::Allow {
             return None;
         }
-        if self.asks_for_authentication(rule) {
+        // Deny rules have no such field: what else they say counts.
+        if action == Action::Allow && self.asks_for_authentication(rule) {
             return None;
         }
         let peers = self.peers(rule, side, action);

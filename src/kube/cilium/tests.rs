@@ -292,3 +292,26 @@ fn nodes_are_read_and_said_not_to_be_enforced() {
     assert_eq!(policy.doubts, ["spec.nodeSelector: policies for nodes are not enforced yet"]);
     assert_eq!(direction(&policy.ingress), "[Allow Entity(Cluster)] else deny");
 }
+
+#[test]
+fn whom_nobody_meant_is_allowed_nothing() {
+    let rules = "ingress: [{}, {fromEntities: [all]}], ingressDeny: [{fromEntities: [world]}]";
+    for (selector, kept) in [
+        ("{matchLabels: {app: web}}", "[Deny Entity(World); Allow everyone] else deny"),
+        ("{matchLabels: {app: web, 'a b': c}}", "[Deny Entity(World)] else deny"),
+        ("7", "[Deny Entity(World)] else deny"),
+    ] {
+        let policy = read::<CiliumNetworkPolicy>(&format!("spec: {{endpointSelector: {selector}, {rules}}}"));
+        assert_eq!(direction(&policy.ingress), kept, "{selector}: {:?}", policy.doubts);
+    }
+    let everywhere =
+        read::<CiliumClusterwideNetworkPolicy>(&format!("spec: {{endpointSelector: 7, {rules}}}"));
+    assert_eq!((direction(&everywhere.ingress), everywhere.doubts.len()), ("-".to_owned(), 1));
+}
+
+#[test]
+fn a_deny_rule_counts_whatever_else_it_says() {
+    let policy = spec("ingressDeny: [{fromEntities: [world], authentication: {mode: required}}]");
+    assert_eq!(direction(&policy.ingress), "[Deny Entity(World)] else deny");
+    assert_eq!(policy.doubts.len(), 1, "{:?}", policy.doubts);
+}

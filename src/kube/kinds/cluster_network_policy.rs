@@ -122,7 +122,7 @@ impl Reader<'_> {
         }
         let before = self.notes.doubt_count();
         self.notes.read(rule.only_known(&["name", "action", peers, "protocols"]));
-        let peers = self.peers(rule, peers);
+        let peers = self.peers(rule, peers, action);
         let ports = self.notes.read(protocols(rule));
         let is_read = self.notes.doubt_count() == before && !(is_doubtful && action == Action::Pass);
         match (peers, ports) {
@@ -133,7 +133,7 @@ impl Reader<'_> {
         }
     }
 
-    fn peers(&mut self, rule: &Field, name: &str) -> Vec<Peer> {
+    fn peers(&mut self, rule: &Field, name: &str, action: Action) -> Vec<Peer> {
         let list = rule.get(name).and_then(|field| match field.items()? {
             Some(list) if !list.is_empty() => Ok(list),
             _ => Err(field.error("is required and has at least one peer")),
@@ -147,6 +147,10 @@ impl Reader<'_> {
             let read = item.only_known(known).and_then(|()| peers_of(&item));
             match self.notes.read(read) {
                 Some(Found::Peers(found)) => peers.extend(found),
+                // Nothing may be taken away by names that are not looked up: the rule is closed.
+                Some(Found::Names) if action != Action::Allow => {
+                    self.notes.doubt(item.error("domainNames are for Accept only"))
+                }
                 Some(Found::Names) => self
                     .unenforced
                     .push(item.error("domainNames are not enforced yet: nothing is accepted by them")),
@@ -353,6 +357,8 @@ mod tests {
             ("{action: Accept, to: [{namespaces: {}}], protocols: [{icmp: {}}]}", vec![]),
             ("{action: Accept, to: [{networks: []}]}", vec![]),
             ("{action: Accept, to: [{domainNames: [example.org]}]}", vec![]),
+            ("{action: Deny, to: [{domainNames: [example.org]}]}", vec![all]),
+            ("{action: Pass, to: [{domainNames: [example.org]}]}", vec![all]),
         ] {
             assert_eq!(actions(&format!("[{rule}]")), read, "{rule}");
         }

@@ -97,7 +97,12 @@ fn parts(spec: &Field, notes: &mut Notes) -> (Selector, Rules, Rules) {
         Some(None) => (true, !egress.is_empty() || !is_read),
         None => (true, true),
     };
-    (subject(spec, notes), is_ingress.then_some(ingress), is_egress.then_some(egress))
+    let before = notes.doubt_count();
+    let subject = subject(spec, notes);
+    // A selector that cannot be read selects pods that nobody meant: they are isolated, and allowed nothing.
+    let may_allow = notes.doubt_count() == before;
+    let allowed = |rules: Vec<PolicyRule>| if may_allow { rules } else { Vec::new() };
+    (subject, is_ingress.then(|| allowed(ingress)), is_egress.then(|| allowed(egress)))
 }
 
 /// Whether ingress and egress are named; `None` when the field is absent or empty.
