@@ -2,12 +2,13 @@
 //! `weir status --cluster`, `weir sysdump`.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::lab::{binary, output_of};
-use crate::world::{PORT, World, outside};
+use crate::world::{PATIENCE, PORT, World, outside};
 
 /// Everything is tried, the outside host too, and nothing fails or is left behind.
 pub fn connectivity_test_of_everything(world: &mut World) -> Result<()> {
@@ -63,6 +64,27 @@ pub fn status_of_the_cluster_is_ready(world: &World) -> Result<()> {
     let nodes = status["nodes"].as_array().context("a status without nodes")?;
     let all = world.cluster.nodes().len();
     ensure!(nodes.len() == all && nodes.iter().all(|node| node["is_ready"] == true), "nodes: {written}");
+    Ok(())
+}
+
+/// The relay that is deployed has every node connected, by certificates that the operator made, and tells flows.
+pub fn the_relay_has_every_node(world: &mut World) -> Result<()> {
+    let all = world.cluster.nodes().len();
+    let address = world.service("weir-system", "hubble-relay")?[0];
+    let asked = |path: &'static str| {
+        let answer = world.cluster.node(1).space().http_get(SocketAddr::new(address, 4246), path);
+        answer.with_context(|| format!("asking the relay for {path}"))
+    };
+    let mut said = String::new();
+    let connected = world.cluster.wait("every node connected to the relay", PATIENCE, || {
+        said = asked("/api/status")?.1;
+        let status: Value = serde_json::from_str(&said)?;
+        let nodes = status["nodes"].as_array().into_iter().flatten();
+        Ok(nodes.filter(|node| node["state"] == "NODE_CONNECTED").count() == all)
+    });
+    connected.with_context(|| format!("the relay said: {said}"))?;
+    let (status, flows) = asked("/api/flows?last=5")?;
+    ensure!(status == 200 && flows.contains("\"node_name\""), "{status}: {flows}");
     Ok(())
 }
 
