@@ -75,10 +75,17 @@ apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
 metadata: {name: half, namespace: shop}
 spec:
-  podSelector: {matchLabels: {app: server}, matchExpressions: [{key: size, operator: Gt, values: ['3']}]}
+  podSelector: {matchLabels: {app: server}}
   ingress:
   - from: [{podSelector: {matchLabels: {friend: 'yes'}}}, {ipBlock: {cidr: everywhere}}]
     ports: [{port: 80}, {port: eighty-one-and-more}]
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: for-whom, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: store}, matchExpressions: [{key: size, operator: Gt, values: ['3']}]}
+  ingress: [{}]
 ";
 
 #[test]
@@ -86,6 +93,7 @@ fn a5_a_policy_that_cannot_be_read_isolates_its_pods_also_after_a_restart() -> R
     require_lab!();
     let lab = Lab::start(Setup::default())?;
     let server = lab.pod(1, "shop/server").label("app", "server").create()?;
+    let store = lab.pod(1, "shop/store").label("app", "store").create()?;
     let other = lab.pod(1, "shop/other").create()?;
     let friend = lab.pod(1, "shop/friend").label("friend", "yes").create()?;
     let target = SocketAddr::new(server.address(true), 80);
@@ -95,6 +103,7 @@ fn a5_a_policy_that_cannot_be_read_isolates_its_pods_also_after_a_restart() -> R
         Row::new(&friend, Via::Tcp, target, Expected::Answered),
         Row::new(&friend, Via::Udp, target, Expected::Denied),
         Row::new(&friend, Via::Tcp, SocketAddr::new(other.address(true), 80), Expected::Answered),
+        Row::new(&friend, Via::Tcp, SocketAddr::new(store.address(true), 80), Expected::Denied),
     ];
     expect_all(&rows)?;
     let listed = lab.node(1).weir(&["policy", "list"])?;
