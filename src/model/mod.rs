@@ -9,6 +9,7 @@ mod device;
 mod endpoint;
 mod frontend;
 mod identity;
+pub mod l7;
 pub mod names;
 mod objects;
 mod policy;

@@ -1,0 +1,12 @@
+//! Rules on what is said inside a connection, who may ask the proxy for them, and what it saw.
+//!
+//! The agent compiles [`RuleSet`]s and sends them to `weir proxy` ([`ToProxy`]); the proxy judges requests
+//! by them and reports each one ([`Record`] in [`FromProxy`]).
+
+mod messages;
+mod record;
+mod rules;
+
+pub use messages::*;
+pub use record::*;
+pub use rules::*;
