@@ -23,7 +23,7 @@ use crate::api::answers::{
 use crate::api::{Handler, Refusal, Reply, Request};
 use crate::datapath::{Datapath, MapFill, RuleOrigins, Usage, UsageKind};
 use crate::endpoint::{Manager, Progress};
-use crate::flow::{Direction, NameSource, NameTables, Names, Query, Recorder, Stream};
+use crate::flow::{Direction, NameSource, NameTables, Names, Recorder};
 use crate::kube::foreign::ForeignPolicy;
 use crate::kube::{Health, Tables};
 use crate::model::{
@@ -525,21 +525,6 @@ impl Answers {
         // The runtime that has gone away asks again, or for a DEL.
         let _ = reply.finish(outcome).await;
     }
-
-    async fn observe(&self, query: Query, mut reply: Reply) {
-        self.names.refresh();
-        let mut stream = Stream::new(self.known.recorder.clone(), self.names.clone(), query);
-        loop {
-            let items = tokio::select! {
-                items = stream.next() => items,
-                () = reply.closed() => return,
-            };
-            let Some(items) = items else { return };
-            if reply.send_all(&items).await.is_err() {
-                return;
-            }
-        }
-    }
 }
 
 impl Handler for Answers {
@@ -551,7 +536,6 @@ impl Handler for Answers {
             Request::CniCheck(request) => return self.cni("CHECK", reply, self.manager.check(request)).await,
             Request::CniGc { valid } => return self.cni("GC", reply, self.manager.gc(valid)).await,
             Request::CniStatus => return self.cni("STATUS", reply, async { self.manager.status() }).await,
-            Request::Observe(query) => return self.observe(query, reply).await,
             Request::Status => reply.finish(Ok::<_, Refusal>(known.status())).await,
             Request::Endpoints => reply.finish(Ok::<_, Refusal>(known.endpoint_rows(&self.names))).await,
             Request::Identities => reply.finish(Ok::<_, Refusal>(known.identity_rows(&self.names))).await,

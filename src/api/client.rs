@@ -58,13 +58,6 @@ pub struct Stream<T> {
     answers: PhantomData<fn() -> T>,
 }
 
-impl<T> Stream<T> {
-    /// True if the next answer is here already: asking for it will not wait.
-    pub fn has_next_now(&self) -> bool {
-        self.reader.buffer().contains(&b'\n')
-    }
-}
-
 impl<T: DeserializeOwned> Iterator for Stream<T> {
     type Item = Result<T, Error>;
 

@@ -24,7 +24,6 @@ use serde::{Deserialize, Serialize};
 pub use client::{Client, Stream};
 pub use server::{Gone, Handler, OTHERS_MAX, Reply, bind, serve, serve_on};
 
-use crate::flow;
 pub use crate::model::cni::Refusal;
 use crate::model::{ServiceQuestion, cni};
 use crate::policy::explain::Packet;
@@ -84,8 +83,6 @@ pub enum Request {
     ServiceTrace(ServiceQuestion),
     /// The nodes of the cluster.
     Nodes,
-    /// Flows, past and to come; a stream.
-    Observe(flow::Query),
 }
 
 impl Request {

@@ -22,7 +22,7 @@ use crate::model::cni;
 
 /// Requests of the container runtime that are worked on at once; a full node starts its pods with fewer.
 const RUNTIMES_MAX: usize = 512;
-/// Requests of people and their tools; a flow that is followed is one. They take nothing from the runtime's.
+/// Requests of people and their tools. They take nothing from the runtime's.
 pub const OTHERS_MAX: usize = 128;
 /// A client that has connected and says nothing for so long is cut off.
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
@@ -51,11 +51,6 @@ impl Reply {
     /// Sends one result; streaming methods send as many as they like.
     pub async fn send(&mut self, result: &impl Serialize) -> Result<(), Gone> {
         self.write([Line::Result(result)]).await
-    }
-
-    /// Sends results, a line each, in one go.
-    pub async fn send_all(&mut self, results: &[impl Serialize]) -> Result<(), Gone> {
-        self.write(results.iter().map(Line::Result)).await
     }
 
     /// Refuses; the last line of an answer.

@@ -1,19 +1,14 @@
 //! Label filters: the text form of Kubernetes' label selectors.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::str::FromStr;
-
-use serde::{Deserialize, Serialize};
 
 use crate::model::{Requirement, Selector};
 
 /// `app=web,tier!=db`, `app in (a,b)`, `!legacy`, `reserved:world`: every part must hold. A key may
 /// have a source before it (`k8s:app`); without one, any source does.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LabelPattern {
-    text: String,
     selector: Selector,
 }
 
@@ -33,32 +28,12 @@ impl LabelPattern {
     }
 }
 
-impl fmt::Display for LabelPattern {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
-    }
-}
-
-impl From<LabelPattern> for String {
-    fn from(pattern: LabelPattern) -> Self {
-        pattern.text
-    }
-}
-
-impl TryFrom<String> for LabelPattern {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
 impl FromStr for LabelPattern {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         let requirements = split_outside_parentheses(text).map(requirement).collect::<Result<_, _>>()?;
-        Ok(Self { text: text.to_owned(), selector: Selector { requirements } })
+        Ok(Self { selector: Selector { requirements } })
     }
 }
 
@@ -142,8 +117,6 @@ mod tests {
         ] {
             let pattern: LabelPattern = text.parse().expect(text);
             assert_eq!(pattern.matches(&labels), expected, "{text}");
-            let json = serde_json::to_string(&pattern).expect("a string");
-            assert_eq!(serde_json::from_str::<LabelPattern>(&json).expect(text), pattern);
         }
         for text in ["", "a=b,,c", "app in web", "a b", "=x"] {
             assert!(text.parse::<LabelPattern>().is_err(), "{text:?}");

@@ -3,7 +3,7 @@
 //! ```text
 //! events (BPF ring buffer) -> reader -> Recorder (raw, 128 bytes each, bounded)
 //!                                          |  on read only
-//!                             Query filters on the raw record -> Names -> filters on names -> Stream
+//!                                        Names -> Flow, which hubble::convert writes for clients
 //! ```
 //!
 //! Nothing is named, allocated or formatted while events arrive; that happens when
@@ -12,15 +12,12 @@
 
 mod args;
 mod clock;
-mod filter;
 mod label;
 mod names;
-mod query;
 pub mod reader;
 mod reason;
 mod record;
 mod recorder;
-mod stream;
 mod text;
 
 /// A record of the kernel, as it stands in abi.h.
@@ -30,14 +27,12 @@ pub use args::FlowArgs;
 pub use clock::{Clock, monotonic_ns};
 pub use label::LabelPattern;
 pub use names::{NameSource, NameTables, Names, reserved_identity, reserved_name};
-pub use query::{Exclusion, Filter, IdentityPattern, NamePattern, Query};
 pub use reason::DropReason;
 pub use record::{
     Counts, Direction, EventType, Flow, FlowService, Icmp, L4Protocol, Party, TcpFlags, Verdict,
 };
 pub use recorder::{Record, Recorder, RecorderCounts};
-pub use stream::{Item, Lost, LostSource, Stream};
-pub use text::{Colours, compact, escape, icmp_text, identity};
+pub use text::{Colours, escape, icmp_text};
 
 #[cfg(test)]
 pub(crate) mod tests;

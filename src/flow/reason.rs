@@ -1,9 +1,6 @@
 //! Why packets are dropped: number (abi.h), Hubble's name, and words for people.
 
 use std::fmt;
-use std::str::FromStr;
-
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// Number, Hubble's `DropReason` name, words for people; sorted by number.
 const REASONS: &[(u8, &str, &str)] = &[
@@ -84,36 +81,6 @@ impl fmt::Display for DropReason {
     }
 }
 
-impl FromStr for DropReason {
-    type Err = String;
-
-    /// A name (any case, `-` for `_`) or a number.
-    fn from_str(text: &str) -> Result<Self, String> {
-        let name = text.to_ascii_uppercase().replace('-', "_");
-        if let Some((number, ..)) = REASONS.iter().find(|(_, known, _)| *known == name) {
-            return Ok(Self(*number));
-        }
-        let number = name.strip_prefix("DROP_REASON_").unwrap_or(&name);
-        number.parse().map(Self).map_err(|_| {
-            let names: Vec<_> = Self::all().map(Self::name).collect();
-            format!("unknown drop reason; known are {}", names.join(", "))
-        })
-    }
-}
-
-impl Serialize for DropReason {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for DropReason {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
-        text.parse().map_err(de::Error::custom)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,15 +104,5 @@ mod tests {
             u32::from(DropReason::POLICY_DENY.0),
             crate::datapath::types::drop_reason::DROP_POLICY_DENY_RULE.0
         );
-    }
-
-    #[test]
-    fn names_and_numbers_parse_back() {
-        for reason in DropReason::all().chain([DropReason(250)]) {
-            assert_eq!(reason.to_string().parse(), Ok(reason));
-        }
-        assert_eq!("policy-denied".parse(), Ok(DropReason::POLICY_DENIED));
-        assert_eq!("133".parse(), Ok(DropReason::POLICY_DENIED));
-        assert!("nonsense".parse::<DropReason>().is_err());
     }
 }

@@ -1,12 +1,10 @@
-//! A flow as readers see it: names and enum values are those of Hubble's API where it has them.
+//! A record with its names: what `hubble::convert` makes the flow of Hubble's API from.
 
 use std::fmt;
 use std::net::IpAddr;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::datapath::types::direction;
 use crate::model::{EndpointId, IdentityId, Origins};
@@ -17,7 +15,7 @@ use super::DropReason;
 ///
 /// Source is who began the connection, whoever sent the packet that caused the
 /// record; for a dropped packet without a connection it is the packet's sender.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
     /// When.
     pub time: Timestamp,
@@ -28,7 +26,6 @@ pub struct Flow {
     /// What became of it.
     pub verdict: Verdict,
     /// Why it was dropped.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drop_reason_desc: Option<DropReason>,
     /// Seen from the pod whose policy judged.
     pub traffic_direction: Direction,
@@ -41,22 +38,16 @@ pub struct Flow {
     /// Whom it reached: the backend, where a service was used.
     pub destination: Party,
     /// The service address that the source used.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<FlowService>,
     /// Of the dropped packet; else every flag that the connection had so far.
-    #[serde(default, skip_serializing_if = "TcpFlags::is_empty")]
     pub tcp_flags: TcpFlags,
     /// Of the packet.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub icmp: Option<Icmp>,
     /// The policies whose rules decided: in the direction of the flow, or at its destination. Empty: no rule did.
-    #[serde(default, skip_serializing_if = "is_empty")]
     pub policies: Origins,
     /// The policies whose rules let it out at its source.
-    #[serde(default, skip_serializing_if = "is_empty")]
     pub egress_allowed_by: Origins,
     /// The policies whose rules let it in at its destination.
-    #[serde(default, skip_serializing_if = "is_empty")]
     pub ingress_allowed_by: Origins,
     /// Packets so far.
     pub packets: Counts,
@@ -66,12 +57,8 @@ pub struct Flow {
     pub ifindex: u32,
 }
 
-fn is_empty(origins: &Origins) -> bool {
-    origins.is_empty()
-}
-
 /// One side of a flow.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Party {
     /// Its address.
     pub ip: IpAddr,
@@ -80,35 +67,30 @@ pub struct Party {
     /// As policy saw it.
     pub identity: IdentityId,
     /// Number of the endpoint, when on the node that saw the flow.
-    #[serde(rename = "ID", default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<EndpointId>,
     /// The pod's namespace; empty when it is not a pod.
-    #[serde(default, skip_serializing_if = "str::is_empty")]
     pub namespace: Arc<str>,
     /// The pod's name; empty when not known.
-    #[serde(default, skip_serializing_if = "str::is_empty")]
     pub pod_name: Arc<str>,
     /// The identity's labels, each with its source: `k8s:app=web`, `reserved:world`, `cidr:10.0.0.0/8`.
     pub labels: Arc<[Arc<str>]>,
 }
 
 /// The service address that a flow used.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FlowService {
     /// The cluster IP.
     pub ip: IpAddr,
     /// The frontend's port.
     pub port: u16,
     /// Empty when the Service is not known any more.
-    #[serde(default, skip_serializing_if = "str::is_empty")]
     pub namespace: Arc<str>,
     /// Empty when the Service is not known any more.
-    #[serde(default, skip_serializing_if = "str::is_empty")]
     pub name: Arc<str>,
 }
 
 /// A number for each side of a connection.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Sent by the source.
     pub source: u64,
@@ -117,7 +99,7 @@ pub struct Counts {
 }
 
 /// ICMP's type and code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Icmp {
     /// Type.
     pub r#type: u8,
@@ -125,13 +107,13 @@ pub struct Icmp {
     pub code: u8,
 }
 
-/// Defines an enum with a fixed set of names, which are its text, JSON and command line form.
+/// Defines an enum with a fixed set of names, which are its text.
 macro_rules! named {
-    ($(#[$doc:meta])* $name:ident, $what:literal { $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)* }) => {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)* }) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum $name {
-            $($(#[$variant_doc])* #[serde(rename = $text)] $variant,)*
+            $($(#[$variant_doc])* $variant,)*
         }
 
         impl fmt::Display for $name {
@@ -139,22 +121,12 @@ macro_rules! named {
                 f.write_str(match self { $(Self::$variant => $text,)* })
             }
         }
-
-        impl FromStr for $name {
-            type Err = String;
-
-            /// The name, in any case.
-            fn from_str(text: &str) -> Result<Self, String> {
-                $(if text.eq_ignore_ascii_case($text) { return Ok(Self::$variant); })*
-                Err(format!(concat!("unknown ", $what, "; known are {}"), [$($text),*].join(", ")))
-            }
-        }
     };
 }
 
 named! {
     /// What became of a flow.
-    Verdict, "verdict" {
+    Verdict {
         /// Delivered.
         Forwarded = "FORWARDED",
         /// Dropped; `drop_reason_desc` says why.
@@ -164,7 +136,7 @@ named! {
 
 named! {
     /// Which way, seen from the pod.
-    Direction, "direction" {
+    Direction {
         /// Neither of the node's pods: seen at a network device.
         Unknown = "TRAFFIC_DIRECTION_UNKNOWN",
         /// Into the pod.
@@ -187,7 +159,7 @@ impl From<u8> for Direction {
 
 named! {
     /// What a record tells.
-    EventType, "event type" {
+    EventType {
         /// A connection's first packet.
         New = "NEW",
         /// New TCP flags, a new verdict, or some seconds passed.
@@ -261,39 +233,7 @@ impl fmt::Display for L4Protocol {
     }
 }
 
-impl FromStr for L4Protocol {
-    type Err = String;
-
-    /// A name in any case, or a number.
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.to_ascii_lowercase().as_str() {
-            "tcp" => Ok(Self::Tcp),
-            "udp" => Ok(Self::Udp),
-            "sctp" => Ok(Self::Sctp),
-            "icmp" | "icmpv4" => Ok(Self::IcmpV4),
-            "icmpv6" => Ok(Self::IcmpV6),
-            number => number
-                .parse::<u8>()
-                .map(Self::from)
-                .map_err(|_| "not tcp, udp, sctp, icmpv4, icmpv6 or a protocol number".to_owned()),
-        }
-    }
-}
-
-impl Serialize for L4Protocol {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for L4Protocol {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
-        text.parse().map_err(de::Error::custom)
-    }
-}
-
-/// The flags byte of a TCP header; a list of names in JSON.
+/// The flags byte of a TCP header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TcpFlags(pub u8);
 
@@ -310,31 +250,8 @@ impl TcpFlags {
         (0x80, "CWR"),
     ];
 
-    /// No flag.
-    pub fn is_empty(&self) -> bool {
-        self.0 == 0
-    }
-
     /// The names of the flags that are set.
     pub fn names(self) -> impl Iterator<Item = &'static str> {
         Self::NAMES.into_iter().filter(move |(bit, _)| self.0 & bit != 0).map(|(_, name)| name)
-    }
-}
-
-impl Serialize for TcpFlags {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(self.names())
-    }
-}
-
-impl<'de> Deserialize<'de> for TcpFlags {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let names = Vec::<String>::deserialize(deserializer)?;
-        let bit = |name: &String| Self::NAMES.iter().find(|(_, known)| known == name).map(|(bit, _)| *bit);
-        names.iter().try_fold(Self(0), |flags, name| {
-            bit(name)
-                .map(|bit| Self(flags.0 | bit))
-                .ok_or_else(|| de::Error::custom(format!("unknown TCP flag {name}")))
-        })
     }
 }

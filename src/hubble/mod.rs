@@ -24,6 +24,7 @@ pub mod service;
 pub mod stream;
 pub mod text;
 pub mod tls;
+pub mod view;
 
 #[cfg(test)]
 pub(crate) mod tests;

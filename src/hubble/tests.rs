@@ -437,7 +437,7 @@ async fn the_stock_command_line_reads_our_flows() {
     );
     assert!(compact.contains("ALLOWED (TCP Flags: SYN, ACK)"), "{compact}");
     let json =
-        ask(&["observe", "--all", "--from-port", "7", "-o", "jsonpb", "--from-pod", "shop/frontend"]).await;
+        ask(&["observe", "--all", "--from-port", "7", "-o", "json", "--from-pod", "shop/frontend"]).await;
     let answer: GetFlowsResponse = json::from_str(json.trim()).expect("one line");
     assert_eq!(ports(vec![answer]), [7]);
     assert!(ask(&["observe", "--all", "--verdict", "DROPPED"]).await.trim().is_empty());

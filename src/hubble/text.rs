@@ -3,13 +3,12 @@
 use std::fmt::Write;
 
 use super::convert::event_types;
-use super::proto::flow::{
-    Endpoint, Flow, Policy, Service, TraceObservationPoint, TrafficDirection, Verdict, layer4,
-};
+use super::proto::flow::{Endpoint, Flow, Service, TraceObservationPoint, TrafficDirection, Verdict};
 use super::proto::observer::GetFlowsResponse;
 use super::proto::observer::get_flows_response::ResponseTypes;
 use super::proto::relay::NodeState;
 use super::proto::time;
+use super::view::{deciding, policy_name, ports};
 use crate::flow::{Colours, DropReason, escape, reserved_name};
 use crate::model::IdentityId;
 
@@ -158,15 +157,6 @@ fn side(
     format!("{name}{port} ({identity})")
 }
 
-fn ports(flow: &Flow) -> Option<[u32; 2]> {
-    match flow.l4.as_ref()?.protocol.as_ref()? {
-        layer4::Protocol::Tcp(tcp) => Some([tcp.source_port, tcp.destination_port]),
-        layer4::Protocol::Udp(udp) => Some([udp.source_port, udp.destination_port]),
-        layer4::Protocol::Sctp(sctp) => Some([sctp.source_port, sctp.destination_port]),
-        _ => None,
-    }
-}
-
 /// What happened.
 fn what(flow: &Flow) -> String {
     let Some(event) = flow.event_type.as_ref() else { return "UNKNOWN".to_owned() };
@@ -213,14 +203,6 @@ fn verdict(flow: &Flow, style: Style) -> String {
     format!("{start}{text}{end}")
 }
 
-fn deciding(flow: &Flow) -> impl Iterator<Item = &Policy> {
-    let lists = match flow.traffic_direction {
-        2 => [&flow.egress_allowed_by, &flow.egress_denied_by],
-        _ => [&flow.ingress_allowed_by, &flow.ingress_denied_by],
-    };
-    lists.into_iter().flatten()
-}
-
 /// The protocol's words, and for a drop by policies who decided.
 fn summary(flow: &Flow) -> String {
     let mut text = flow.summary.clone();
@@ -231,12 +213,8 @@ fn summary(flow: &Flow) -> String {
     if flow.drop_reason_desc != 133 && flow.drop_reason_desc != 181 {
         return text;
     }
-    let words = |policy: &Policy| match policy.namespace.as_str() {
-        "" => format!("{} {}", policy.kind, policy.name),
-        namespace => format!("{} {namespace}/{}", policy.kind, policy.name),
-    };
-    let denied: Vec<String> = deciding(flow).map(words).collect();
-    let isolated: Vec<String> = weir.isolated_by.iter().map(words).collect();
+    let denied: Vec<String> = deciding(flow).map(policy_name).collect();
+    let isolated: Vec<String> = weir.isolated_by.iter().map(policy_name).collect();
     let _infallible = match (denied.is_empty(), isolated.is_empty()) {
         (false, _) => write!(text, "; denied by {}", denied.join(", ")),
         (true, false) => write!(text, "; no rule allows it, isolated by {}", isolated.join(", ")),

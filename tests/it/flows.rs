@@ -2,10 +2,10 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::Value;
 
-use crate::lab::{Lab, METRICS, Node, OUTSIDE, ServicePort, Setup, Via, socket_address, wait_for};
+use crate::lab::{Lab, METRICS, OUTSIDE, ServicePort, Setup, Via, socket_address, wait_for};
 use crate::require::require_lab;
 use crate::verdicts::{Expected, Row, expect_all};
 
@@ -17,16 +17,6 @@ spec:
   podSelector: {matchLabels: {app: server}}
   ingress: [{from: [{podSelector: {matchLabels: {app: client}}}], ports: [{port: 80}]}]
 ";
-
-/// The flows of `weir observe ARGUMENTS`.
-fn observe(node: &Node, arguments: &[&str]) -> Result<Vec<Value>> {
-    let written = node.weir(&[&["observe", "--all", "-o", "json"], arguments].concat())?;
-    let lines = written.lines().map(|line| {
-        let item: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
-        Ok(item.get("flow").cloned())
-    });
-    lines.filter_map(Result::transpose).collect()
-}
 
 #[test]
 fn a_flow_names_pods_policy_service_and_verdict() -> Result<()> {
@@ -47,27 +37,27 @@ fn a_flow_names_pods_policy_service_and_verdict() -> Result<()> {
     wait_for("the forwarded flow", || {
         let filters =
             ["--from-pod", "shop/client", "--verdict", "forwarded", "--protocol", "tcp", "--port", "80"];
-        allowed_flow = observe(node, &filters)?.pop().unwrap_or_default();
-        Ok(allowed_flow["service"].is_object())
+        allowed_flow = node.flows(&filters)?.pop().unwrap_or_default();
+        Ok(allowed_flow["destination_service"].is_object())
     })?;
     assert_eq!(allowed_flow["source"]["pod_name"], "client");
     assert_eq!(allowed_flow["source"]["namespace"], "shop");
     assert_eq!(allowed_flow["destination"]["pod_name"], "server");
-    assert_eq!(allowed_flow["destination"]["port"], 80);
-    assert_eq!(allowed_flow["service"]["name"], "server");
-    assert_eq!(allowed_flow["service"]["port"], 1080);
-    assert!(allowed_flow["policies"].to_string().contains("server"), "{allowed_flow}");
+    assert_eq!(allowed_flow["l4"]["TCP"]["destination_port"], 80);
+    assert_eq!(allowed_flow["destination_service"]["name"], "server");
+    assert_eq!(allowed_flow["weir"]["service"], "10.96.0.30:1080");
+    assert_eq!(allowed_flow["ingress_allowed_by"][0]["name"], "server", "{allowed_flow}");
     assert!(allowed_flow["source"]["labels"].to_string().contains("app=client"), "{allowed_flow}");
     let mut denied_flow = Value::Null;
     wait_for("the dropped flow", || {
         denied_flow =
-            observe(node, &["--to-pod", "shop/server", "--verdict", "dropped"])?.pop().unwrap_or_default();
+            node.flows(&["--to-pod", "shop/server", "--verdict", "dropped"])?.pop().unwrap_or_default();
         Ok(!denied_flow.is_null())
     })?;
-    assert_eq!(denied_flow["destination"]["port"], 81);
+    assert_eq!(denied_flow["l4"]["TCP"]["destination_port"], 81);
     assert_eq!(denied_flow["traffic_direction"], "INGRESS");
     assert_eq!(denied_flow["drop_reason_desc"], "POLICY_DENIED");
-    assert_eq!(denied_flow["tcp_flags"], serde_json::json!(["SYN"]));
+    assert_eq!(denied_flow["l4"]["TCP"]["flags"], serde_json::json!({"SYN": true}));
     Ok(())
 }
 
@@ -84,8 +74,8 @@ fn icmp_udp_and_the_world_have_flows_too() -> Result<()> {
     expect_all(&rows)?;
     for (_, target) in targets {
         wait_for(&format!("a flow to {target}"), || {
-            let flows = observe(lab.node(1), &["--from-pod", "shop/client", "--to-identity", "world"])?;
-            Ok(flows.iter().any(|flow| flow["destination"]["ip"] == target && flow["verdict"] == "FORWARDED"))
+            let flows = lab.node(1).flows(&["--from-pod", "shop/client", "--to-identity", "world"])?;
+            Ok(flows.iter().any(|flow| flow["IP"]["destination"] == target && flow["verdict"] == "FORWARDED"))
         })?;
     }
     Ok(())

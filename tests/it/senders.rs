@@ -35,18 +35,8 @@ fn only_from_client(app: &str) -> String {
     )
 }
 
-/// The flows of `weir observe ARGUMENTS`.
-fn observe(node: &Node, arguments: &[&str]) -> Result<Vec<Value>> {
-    let written = node.weir(&[&["observe", "--all", "-o", "json"], arguments].concat())?;
-    let lines = written.lines().map(|line| {
-        let item: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
-        Ok(item.get("flow").cloned())
-    });
-    lines.filter_map(Result::transpose).collect()
-}
-
 fn drops(node: &Node, reason: &str) -> Result<usize> {
-    let flows = observe(node, &["--verdict", "dropped"])?;
+    let flows = node.flows(&["--verdict", "dropped"])?;
     Ok(flows.iter().filter(|flow| flow["drop_reason_desc"] == reason).count())
 }
 
@@ -186,8 +176,8 @@ fn whom_a_node_forwards_for_is_the_world_and_is_answered() -> Result<()> {
         expect_all(&rows)?;
         for source in &OUTSIDE[..2] {
             wait_for("the flow of the world", || {
-                let flows = observe(lab.node(2), &["--to-pod", "shop/server"])?;
-                let mut flows = flows.iter().filter(|flow| flow["source"]["ip"] == **source).peekable();
+                let flows = lab.node(2).flows(&["--to-pod", "shop/server"])?;
+                let mut flows = flows.iter().filter(|flow| flow["IP"]["source"] == **source).peekable();
                 let is_there = flows.peek().is_some();
                 Ok(is_there && flows.all(|flow| flow["source"]["identity"].as_u64().unwrap_or(2) == 2))
             })
@@ -331,8 +321,8 @@ fn the_nodes_every_address_is_the_host() -> Result<()> {
         wait_for("a flow to the host", || {
             let outcome = pod.probe(Via::Tcp, SocketAddr::new(address, 8080));
             ensure!(outcome.answered_by() == Some("node1"), "{outcome}");
-            let flows = observe(node, &["--from-pod", "shop/client"])?;
-            let to = |flow: &&Value| flow["destination"]["ip"] == *VIRTUAL[number];
+            let flows = node.flows(&["--from-pod", "shop/client"])?;
+            let to = |flow: &&Value| flow["IP"]["destination"] == *VIRTUAL[number];
             Ok(flows.iter().rfind(to).is_some_and(|flow| flow["destination"]["identity"] == 1))
         })?;
     }

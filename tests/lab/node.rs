@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 
 use super::cgroup::Cgroup;
 use super::space::{Space, output_of};
@@ -221,6 +222,17 @@ impl Node {
             rest.starts_with(['{', ' ']) && labels.iter().all(|label| rest.contains(label))
         });
         Ok(rows.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+    }
+
+    /// The flows of `weir observe --all ARGUMENTS`, oldest first.
+    pub fn flows(&self, arguments: &[&str]) -> Result<Vec<Value>> {
+        let written = self.weir(&[&["observe", "--all", "-o", "json"], arguments].concat())?;
+        let lines = written.lines().map(|line| {
+            let answer: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
+            // Lines of another kind tell what was lost.
+            Ok(answer.get("flow").cloned())
+        });
+        lines.filter_map(Result::transpose).collect()
     }
 
     fn log_file(&self) -> PathBuf {

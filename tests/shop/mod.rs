@@ -139,13 +139,14 @@ impl Shop {
     /// What the flows of the nodes say about an attempt: the newest record of it, of the node that judged if there is one.
     pub fn seen(&self, attempt: &Attempt, flows: &[Value]) -> Option<Seen> {
         let is_of = |flow: &&Value| {
-            self.is_party(attempt.from, &flow["source"])
-                && flow["destination"]["port"] == attempt.backend_port
-                && self.is_party(attempt.to, &flow["destination"])
+            let port = ["TCP", "UDP"].iter().find_map(|name| flow["l4"][*name]["destination_port"].as_u64());
+            self.is_party(attempt.from, &flow["source"], &flow["IP"]["source"])
+                && port == Some(attempt.backend_port.into())
+                && self.is_party(attempt.to, &flow["destination"], &flow["IP"]["destination"])
                 && (flow["verdict"] == "FORWARDED") == attempt.is_allowed
         };
         // Of the records of a connection, that of the node which judged says who decided.
-        let judged = flows.iter().rfind(|flow| is_of(flow) && !flow["policy"].is_null());
+        let judged = flows.iter().rfind(|flow| is_of(flow) && decided_by(flow).is_some());
         let matching = judged.or_else(|| flows.iter().rfind(is_of));
         matching.map(|flow| Seen { verdict: text(&flow["verdict"]), why: why(flow) })
     }
@@ -154,24 +155,16 @@ impl Shop {
     pub fn flows(&self) -> Result<Vec<Value>> {
         let mut flows = Vec::new();
         for node in self.lab.nodes() {
-            let written = node.weir(&["observe", "--all", "-o", "json"])?;
-            for line in written.lines() {
-                let line: Value =
-                    serde_json::from_str(line).with_context(|| format!("parsing a flow: {line}"))?;
-                // Lines of another kind tell what was lost.
-                flows.extend(
-                    line.get("flow").cloned().or_else(|| line.get("source").is_some().then(|| line.clone())),
-                );
-            }
+            flows.extend(node.flows(&[])?);
         }
         flows.sort_by_key(|flow| text(&flow["time"]));
         Ok(flows)
     }
 
-    fn is_party(&self, name: &str, party: &Value) -> bool {
+    fn is_party(&self, name: &str, party: &Value, ip: &Value) -> bool {
         match name.strip_prefix("service ").unwrap_or(name).split_once('/') {
             Some((namespace, pod)) => party["namespace"] == namespace && party["pod_name"] == pod,
-            None => party["ip"] == OUTSIDE[0],
+            None => *ip == OUTSIDE[0],
         }
     }
 
@@ -248,17 +241,20 @@ fn write_slices(lab: &Lab, service: &Value, objects: &[Value], pods: &[Pod]) -> 
 
 fn why(flow: &Value) -> String {
     let direction = text(&flow["traffic_direction"]).to_lowercase();
-    let policy = match &flow["policy"] {
-        Value::String(key) => Some(key.clone()),
-        Value::Object(key) => Some(format!("{}/{}", text(&key["namespace"]), text(&key["name"]))),
-        _ => None,
-    };
+    let policy = decided_by(flow);
     match (flow["verdict"] == "FORWARDED", policy) {
         (true, Some(policy)) => format!("allowed by {policy} ({direction})"),
         (true, None) => "no policy says otherwise".to_owned(),
         (false, Some(policy)) => format!("{} by {policy} ({direction})", text(&flow["drop_reason_desc"])),
         (false, None) => format!("{}: no policy allows this {direction}", text(&flow["drop_reason_desc"])),
     }
+}
+
+/// The policy whose rule decided.
+fn decided_by(flow: &Value) -> Option<String> {
+    let lists = ["ingress_allowed_by", "egress_allowed_by", "ingress_denied_by", "egress_denied_by"];
+    let policy = lists.iter().map(|list| &flow[*list][0]).find(|policy| policy.is_object())?;
+    Some(format!("{}/{}", text(&policy["namespace"]), text(&policy["name"])))
 }
 
 fn text(value: &Value) -> String {

@@ -1,20 +1,16 @@
 //! `weir observe --cluster`: the flows of every node, by way of the agents' own `weir`.
 
-use std::io;
-
 use anyhow::Result;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::{Cluster, ClusterArgs};
 use crate::cli::Failure;
-use crate::flow::Item;
+use crate::hubble::json;
+use crate::hubble::proto::observer::GetFlowsResponse;
 
 /// Lines that wait to be printed; a slow reader slows the agents' answers down, not the agents.
 const WAITING_MAX: usize = 1024;
-
-/// Flows that are shown without being asked for a number, as on one node.
-const DEFAULT_LAST: usize = 20;
 
 /// What is wanted of every node.
 pub struct Wanted {
@@ -28,12 +24,7 @@ pub struct Wanted {
 
 impl Wanted {
     /// From the arguments that were typed: those that only this side understands are left out.
-    pub fn typed(
-        typed: impl IntoIterator<Item = String>,
-        follow: bool,
-        last: Option<u64>,
-        all: bool,
-    ) -> Self {
+    pub fn typed(typed: impl IntoIterator<Item = String>, follow: bool, last: Option<u64>) -> Self {
         const WITH_VALUE: [&str; 7] =
             ["--kubeconfig", "--context", "--weir-namespace", "--output", "-o", "--socket", "--color"];
         let mut arguments = vec!["observe".to_owned()];
@@ -53,7 +44,7 @@ impl Wanted {
         }
         arguments.extend(["--output".to_owned(), "json".to_owned()]);
         let last = last.map(|last| usize::try_from(last).unwrap_or(usize::MAX));
-        Self { arguments, follow, last: if all || follow { last } else { last.or(Some(DEFAULT_LAST)) } }
+        Self { arguments, follow, last }
     }
 }
 
@@ -62,7 +53,7 @@ impl Wanted {
 pub async fn run(
     args: &ClusterArgs,
     wanted: Wanted,
-    mut show: impl FnMut(&Item) -> io::Result<()>,
+    mut show: impl FnMut(&GetFlowsResponse) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let cluster = args.connect().await?;
     let (lines, mut received) = mpsc::channel(WAITING_MAX);
@@ -70,16 +61,13 @@ pub async fn run(
     drop(lines);
     let mut kept = Vec::new();
     while let Some(line) = received.recv().await {
-        let Ok(item) = serde_json::from_str::<Item>(&line) else { continue };
+        let Ok(answer) = json::from_str::<GetFlowsResponse>(&line) else { continue };
         match wanted.follow {
-            true => show(&item)?,
-            false => kept.push(item),
+            true => show(&answer)?,
+            false => kept.push(answer),
         }
     }
-    kept.sort_by_key(|item| match item {
-        Item::Flow(flow) => Some(flow.time),
-        Item::LostEvents(_) => None,
-    });
+    kept.sort_by_key(|answer| answer.time.map(|time| (time.seconds, time.nanos)));
     let first = wanted.last.map_or(0, |last| kept.len().saturating_sub(last));
     kept[first..].iter().try_for_each(show)?;
     let mut failed = Vec::new();
@@ -115,7 +103,7 @@ mod tests {
     fn the_agents_get_the_filters_and_nothing_of_this_side() {
         let typed =
             "weir observe --cluster --context kind --verdict dropped -o compact --weir-namespace=w --last 5";
-        let wanted = Wanted::typed(typed.split(' ').map(str::to_owned), false, Some(5), false);
+        let wanted = Wanted::typed(typed.split(' ').map(str::to_owned), false, Some(5));
         let arguments = ["observe", "--verdict", "dropped", "--last", "5", "--output", "json"];
         assert_eq!((wanted.arguments, wanted.last), (arguments.map(str::to_owned).to_vec(), Some(5)));
     }

@@ -5,7 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::objects::PORT;
 use super::plan::{Asker, Check, World};
-use crate::flow::{Direction, Flow, Verdict};
+use crate::hubble::proto::flow::{Flow, TrafficDirection, Verdict};
+use crate::hubble::view::{deciding, drop_reason, policy_name, protocol, sides};
 
 /// What each node's agent saw; or why it could not be asked.
 pub type Seen = BTreeMap<String, Result<Vec<Flow>, String>>;
@@ -13,7 +14,7 @@ pub type Seen = BTreeMap<String, Result<Vec<Flow>, String>>;
 /// The drop by a policy that a denied check ought to have left behind, in words.
 pub fn policy_drop(check: &Check, world: &World, seen: &Seen) -> Option<String> {
     drops(check, world, seen)
-        .find(|(_, flow)| flow.drop_reason_desc.is_some_and(|reason| reason.is_policy()))
+        .find(|(_, flow)| drop_reason(flow).is_some_and(|reason| reason.is_policy()))
         .map(|(node, flow)| dropped(node, flow))
 }
 
@@ -41,14 +42,14 @@ pub fn of_failure(check: &Check, world: &World, seen: &Seen) -> String {
     match far.filter(|far| *far != near) {
         Some(far) => match last_flow(check, world, seen, far) {
             None => not_come(near, Some(far)),
-            Some(came) if came.packets.destination == 0 => {
+            Some(came) if answers(came) == 0 => {
                 format!("came to {far}, but nobody there answered")
             }
             Some(_) => format!(
                 "answered on {far}, but the answer did not come to {near}: what is between the nodes?"
             ),
         },
-        None if left.packets.destination == 0 => format!("left {near}, no answer came back"),
+        None if answers(left) == 0 => format!("left {near}, no answer came back"),
         None => format!("an answer came to {near}"),
     }
 }
@@ -71,7 +72,7 @@ fn drops<'a>(
         seen.iter().flat_map(|(node, flows)| flows.iter().flatten().map(move |flow| (node.as_str(), flow)));
     nodes.filter(|(_, flow)| {
         let is_way = is_between(check, world, flow, false) || is_between(check, world, flow, true);
-        flow.verdict == Verdict::Dropped && is_way
+        flow.verdict() == Verdict::Dropped && is_way
     })
 }
 
@@ -80,26 +81,30 @@ fn last_flow<'a>(check: &Check, world: &World, seen: &'a Seen, node: &str) -> Op
     flows
         .iter()
         .rev()
-        .find(|flow| flow.verdict == Verdict::Forwarded && is_between(check, world, flow, false))
+        .find(|flow| flow.verdict() == Verdict::Forwarded && is_between(check, world, flow, false))
 }
 
 /// True if the flow is of the check's two sides; or the other way round, as a reply is that was
 /// dropped without a connection.
 fn is_between(check: &Check, world: &World, flow: &Flow, is_reply: bool) -> bool {
     let Some(target) = check.target() else { return false };
-    let (asker, answerer) = match is_reply {
-        false => (&flow.source, &flow.destination),
-        true => (&flow.destination, &flow.source),
-    };
+    let [first, second] = sides(flow);
+    let (asker, answerer) = if is_reply { (second, first) } else { (first, second) };
     let is_asker = match check.asker {
-        Asker::Pod(name) => world.pods.get(name).is_some_and(|ips| ips.contains(&asker.ip)),
-        Asker::Node => !world.pods.values().any(|ips| ips.contains(&asker.ip)),
+        Asker::Pod(name) => world.pods.get(name).zip(asker.ip).is_some_and(|(ips, ip)| ips.contains(&ip)),
+        Asker::Node => !world.pods.values().flatten().any(|ip| asker.ip == Some(*ip)),
     };
-    let answers = SocketAddr::new(answerer.ip, answerer.port);
-    let is_service =
-        flow.service.as_ref().is_some_and(|service| SocketAddr::new(service.ip, service.port) == target);
-    let is_target = answers == target || is_service || backends(world, target.ip()).contains(&answers);
-    flow.protocol.to_string() == check.protocol && is_asker && is_target
+    let is_service = flow.weir.as_ref().is_some_and(|weir| weir.service.parse() == Ok(target));
+    let is_target = answerer
+        .socket()
+        .is_some_and(|answers| answers == target || backends(world, target.ip()).contains(&answers));
+    let is_protocol = protocol(flow).is_some_and(|protocol| protocol.to_string() == check.protocol);
+    is_protocol && is_asker && (is_target || is_service)
+}
+
+/// Packets of the side that did not begin it.
+fn answers(flow: &Flow) -> u64 {
+    flow.weir.as_ref().map_or(0, |weir| weir.packets_received)
 }
 
 /// The pods behind a service of the test.
@@ -110,13 +115,14 @@ fn backends(world: &World, service: IpAddr) -> Vec<SocketAddr> {
 }
 
 fn dropped(node: &str, flow: &Flow) -> String {
-    let reason = flow.drop_reason_desc.map_or("no reason given", |reason| reason.text());
-    let way = match flow.traffic_direction {
-        Direction::Unknown => String::new(),
-        direction => format!(" ({})", direction.to_string().to_lowercase()),
+    let reason = drop_reason(flow);
+    let way = match flow.traffic_direction() {
+        TrafficDirection::Unknown => String::new(),
+        direction => format!(" ({})", direction.as_str_name().to_lowercase()),
     };
-    let is_policy = flow.drop_reason_desc.is_some_and(|reason| reason.is_policy());
-    let policies: Vec<String> = flow.policies.iter().map(ToString::to_string).collect();
+    let is_policy = reason.is_some_and(|reason| reason.is_policy());
+    let reason = reason.map_or("no reason given", |reason| reason.text());
+    let policies: Vec<String> = deciding(flow).map(policy_name).collect();
     let policy = match policies.is_empty() {
         _ if !is_policy => String::new(),
         false => format!(", denied by {}", policies.join(", ")),
@@ -145,20 +151,18 @@ mod tests {
     }
 
     fn flow(from: &str, to: &str, more: Value) -> Flow {
-        let party = |text: &str| {
-            let socket: SocketAddr = text.parse().expect("an address");
-            json!({ "ip": socket.ip(), "port": socket.port(), "identity": 300, "labels": [] })
-        };
+        let [from, to] = [from, to].map(|text| text.parse::<SocketAddr>().expect("an address"));
         let mut flow = json!({
-            "time": "2026-11-22T12:00:00Z", "node_name": "a", "event_type": "NEW", "verdict": "FORWARDED",
-            "traffic_direction": "EGRESS", "is_reply": false, "protocol": "TCP", "ifindex": 3,
-            "source": party(from), "destination": party(to),
-            "packets": { "source": 1, "destination": 0 }, "bytes": { "source": 74, "destination": 0 },
+            "time": "2026-11-22T12:00:00Z", "node_name": "a", "verdict": "FORWARDED",
+            "traffic_direction": "EGRESS", "is_reply": false,
+            "IP": { "source": from.ip(), "destination": to.ip(), "ipVersion": "IPv4" },
+            "l4": { "TCP": { "source_port": from.port(), "destination_port": to.port() } },
+            "weir": { "event": "CONNECTION_NEW", "packets_sent": 1 },
         });
         for (key, value) in more.as_object().expect("fields") {
             flow[key] = value.clone();
         }
-        serde_json::from_value(flow).expect("a flow")
+        crate::hubble::json::from_str(&flow.to_string()).expect("a flow")
     }
 
     fn check(world: &World, to: &str, protocol: &str) -> Check {
@@ -171,8 +175,8 @@ mod tests {
     #[test]
     fn a_drop_is_the_reason() {
         let world = world();
-        let denied = json!({ "verdict": "DROPPED", "event_type": "DROP", "drop_reason_desc": "POLICY_DENIED",
-            "traffic_direction": "INGRESS" });
+        let denied = json!({ "verdict": "DROPPED", "drop_reason_desc": "POLICY_DENIED",
+            "traffic_direction": "INGRESS", "is_reply": null });
         let denied = flow("10.0.0.2:40000", "10.0.1.2:8080", denied);
         let seen: Seen = [("a".to_owned(), Ok(vec![])), ("b".to_owned(), Ok(vec![denied]))].into();
         let check_pod = check(&world, "server-2", "TCP");
@@ -190,8 +194,11 @@ mod tests {
         let world = world();
         let check = check(&world, "server-2", "TCP");
         let there = flow("10.0.0.2:40000", "10.0.1.2:8080", json!({}));
-        let answered =
-            flow("10.0.0.2:40000", "10.0.1.2:8080", json!({ "packets": { "source": 1, "destination": 1 } }));
+        let answered = flow(
+            "10.0.0.2:40000",
+            "10.0.1.2:8080",
+            json!({ "weir": { "packets_sent": 1, "packets_received": 1 } }),
+        );
         let text = |near: Vec<Flow>, far: Vec<Flow>| {
             of_failure(&check, &world, &[("a".to_owned(), Ok(near)), ("b".to_owned(), Ok(far))].into())
         };

@@ -21,7 +21,10 @@ use super::report::{Report, Row, Verdict};
 use super::{TestArgs, progress};
 use crate::api::answers::{EndpointRow, ServiceRow};
 use crate::cli::cluster::{Agent, Cluster, Limits, explained, problem_of};
-use crate::flow::Item;
+use crate::hubble::json;
+use crate::hubble::proto::flow::Flow;
+use crate::hubble::proto::observer::GetFlowsResponse;
+use crate::hubble::proto::observer::get_flows_response::ResponseTypes;
 
 const POLL: Duration = Duration::from_millis(300);
 /// Agents should need milliseconds.
@@ -363,7 +366,7 @@ impl<'a> Stage<'a> {
         }
     }
 
-    async fn flows(&self, world: &World, agent: &Agent, since: &str) -> Result<Vec<crate::flow::Flow>> {
+    async fn flows(&self, world: &World, agent: &Agent, since: &str) -> Result<Vec<Flow>> {
         let ips: Vec<String> = world.pods.values().flatten().map(IpAddr::to_string).collect();
         let mut arguments = vec!["observe", "--output", "json", "--all", "--since", since];
         arguments.extend(ips.iter().flat_map(|ip| ["--ip", ip.as_str()]));
@@ -371,10 +374,11 @@ impl<'a> Stage<'a> {
         if ran.code != 0 {
             bail!("{}", ran.complaint());
         }
-        let items = serde_json::Deserializer::from_slice(&ran.stdout).into_iter::<Item>();
-        let flows = items.filter_map(|item| match item {
-            Ok(Item::Flow(flow)) => Some(Ok(*flow)),
-            Ok(Item::LostEvents(_)) => None,
+        let text = String::from_utf8(ran.stdout).context("understanding flows")?;
+        let answers = text.lines().map(json::from_str::<GetFlowsResponse>);
+        let flows = answers.filter_map(|answer| match answer.map(|answer| answer.response_types) {
+            Ok(Some(ResponseTypes::Flow(flow))) => Some(Ok(flow)),
+            Ok(_) => None,
             Err(error) => Some(Err(error)),
         });
         flows.collect::<Result<_, _>>().context("understanding flows")

@@ -3,7 +3,6 @@
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, Error, FromArgMatches};
 
-use crate::flow::{Exclusion, Filter};
 use crate::hubble::ask::{Ask, FLAGS, Flag};
 
 const HEADING: &str = "Filters (all must match; of one given several times, any)";
@@ -27,22 +26,6 @@ impl FilterArgs {
             ask.add_raw(json, *not)?;
         }
         Ok(ask)
-    }
-
-    /// The filters of the agent's own records, which has fewer.
-    pub fn for_records(&self) -> Result<(Filter, Vec<Exclusion>), anyhow::Error> {
-        if !self.raw.is_empty() {
-            anyhow::bail!("allowlist and denylist need another form than -o json: -o jsonpb");
-        }
-        let mut filter = Filter::default();
-        let mut not = Vec::new();
-        for (name, value, is_not) in &self.typed {
-            let one: Exclusion = format!("{name}={value}")
-                .parse()
-                .map_err(|error| anyhow::anyhow!("--{name}: {error}; -o jsonpb has every filter"))?;
-            if *is_not { not.push(one) } else { filter.extend(one.0) }
-        }
-        Ok((filter, not))
     }
 }
 
@@ -172,15 +155,5 @@ mod tests {
         ] {
             assert!(lists(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn the_agents_own_records_have_the_old_filters() {
-        let typed =
-            Typed::try_parse_from("observe --pod shop/a --pod shop/b --not --verdict dropped".split(' '));
-        let (filter, not) = typed.expect("flags").filter.for_records().expect("known filters");
-        assert_eq!((filter.pod.len(), not.len()), (2, 1));
-        let typed = Typed::try_parse_from("observe --http-method GET".split(' ')).expect("flags");
-        assert!(typed.filter.for_records().is_err());
     }
 }

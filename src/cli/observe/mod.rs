@@ -3,19 +3,16 @@
 mod filters;
 mod stream;
 
-use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use jiff::Timestamp;
 
-use super::cluster::observe::Wanted;
-use super::cluster::{self, ClusterArgs};
-use super::{Connection, Failure, output};
-use crate::api::Request;
-use crate::flow::{self, Item, Query};
+use super::cluster::ClusterArgs;
+use super::{Connection, Failure};
 use crate::hubble::page::moment;
 use filters::FilterArgs;
+pub use stream::flows_of;
 
 #[derive(Args)]
 pub struct ObserveArgs {
@@ -31,7 +28,7 @@ pub struct ObserveArgs {
     /// The name that the certificate of --server must have.
     #[arg(long, value_name = "NAME", requires = "tls_dir")]
     tls_server_name: Option<String>,
-    /// Read flows from a file, one JSON object a line, as -o jsonpb writes them; - is standard input.
+    /// Read flows from a file, one JSON object a line, as -o json writes them; - is standard input.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["server", "cluster", "follow"])]
     input_file: Option<PathBuf>,
 
@@ -68,7 +65,7 @@ pub struct ObserveArgs {
     /// Print the filters as JSON and ask nobody.
     #[arg(long)]
     print_raw_filters: bool,
-    /// Only these fields of a flow, as source.pod_name; for -o jsonpb.
+    /// Only these fields of a flow, as source.pod_name; for -o json.
     #[arg(long, value_name = "FIELDS", value_delimiter = ',')]
     field_mask: Vec<String>,
 
@@ -91,8 +88,7 @@ enum FlowFormat {
     /// Columns.
     Table,
     /// One JSON object a line: GetFlowsResponse, as the stock command line prints it.
-    Jsonpb,
-    /// One JSON object a line: the agent's own record.
+    #[value(alias = "jsonpb")]
     Json,
 }
 
@@ -100,54 +96,7 @@ pub fn run(args: ObserveArgs) -> Result<(), Failure> {
     if args.print_raw_filters {
         return stream::print_filters(&args);
     }
-    if args.cluster {
-        return run_cluster(&args);
-    }
-    if args.output == FlowFormat::Json && args.server.is_none() && args.input_file.is_none() {
-        return run_records(args);
-    }
     stream::run(&args)
-}
-
-/// The agent's own records.
-fn run_records(args: ObserveArgs) -> Result<(), Failure> {
-    let (filter, not) = args.filter.for_records()?;
-    let query = Query {
-        last: args.last,
-        all: args.all,
-        follow: args.follow,
-        since: args.since,
-        until: args.until,
-        filter,
-        not,
-    };
-    let mut out = io::BufWriter::new(io::stdout().lock());
-    let mut items = args.connection.connect()?.stream::<Item>(&Request::Observe(query))?;
-    while let Some(item) = items.next() {
-        output::write_json_line(&mut out, &item?)?;
-        // Whoever follows wants to see each at once; many at once need only one write.
-        if args.follow && !items.has_next_now() {
-            out.flush()?;
-        }
-    }
-    Ok(out.flush()?)
-}
-
-fn run_cluster(args: &ObserveArgs) -> Result<(), Failure> {
-    let wanted = Wanted::typed(std::env::args(), args.follow, args.last, args.all);
-    let colours = output::colours();
-    let mut out = io::BufWriter::new(io::stdout().lock());
-    let runtime = cluster::runtime()?;
-    let outcome = runtime.block_on(cluster::observe::run(&args.of, wanted, |item| {
-        match args.output {
-            FlowFormat::Json | FlowFormat::Jsonpb => output::write_json_line(&mut out, item)?,
-            _ => writeln!(out, "{}", flow::compact(item, colours))?,
-        }
-        if args.follow { out.flush() } else { Ok(()) }
-    }));
-    runtime.shutdown_background();
-    out.flush()?;
-    outcome
 }
 
 #[cfg(test)]

@@ -9,7 +9,8 @@ use anyhow::{Context, anyhow};
 use tonic::transport::Channel;
 
 use super::{FlowFormat, ObserveArgs};
-use crate::cli::{Failure, cluster, output};
+use crate::cli::cluster::observe::{Wanted, run as observe_cluster};
+use crate::cli::{Connection, Failure, cluster, output};
 use crate::hubble::args::socket_beside;
 use crate::hubble::client::{ANSWER_BYTES_MAX, connect, connect_socket};
 use crate::hubble::filter::Filters;
@@ -34,9 +35,16 @@ pub fn run(args: &ObserveArgs) -> Result<(), Failure> {
         Some(path) => from_file(args, path, &mut printer)?,
         None => {
             let runtime = cluster::runtime()?;
-            let outcome = runtime.block_on(from_server(args, &mut printer));
+            let outcome = match args.cluster {
+                true => runtime.block_on(from_cluster(args, &mut printer)),
+                false => runtime.block_on(from_server(args, &mut printer)),
+            };
             runtime.shutdown_background();
-            outcome?;
+            // What came is shown, also where nodes are missing.
+            if let Err(error) = outcome {
+                printer.end()?;
+                return Err(error);
+            }
         }
     }
     printer.end()
@@ -78,11 +86,7 @@ fn request(args: &ObserveArgs) -> Result<GetFlowsRequest, Failure> {
 }
 
 async fn channel(args: &ObserveArgs) -> Result<Channel, Failure> {
-    let Some(server) = &args.server else {
-        let socket = socket_beside(&args.connection.socket);
-        let connected = connect_socket(&socket).await;
-        return Ok(connected.with_context(|| format!("does the agent run? asking at {}", socket.display()))?);
-    };
+    let Some(server) = &args.server else { return node_channel(&args.connection).await };
     if let Some(path) = server.strip_prefix("unix:") {
         return Ok(connect_socket(Path::new(path.trim_start_matches("//"))).await?);
     }
@@ -102,6 +106,47 @@ async fn from_server(args: &ObserveArgs, printer: &mut Printer<'_>) -> Result<()
         }
     }
     Ok(())
+}
+
+/// Calls `each` for every flow that this node's agent answers a request with.
+pub fn flows_of(
+    connection: &Connection,
+    request: GetFlowsRequest,
+    mut each: impl FnMut(&Flow),
+) -> Result<(), Failure> {
+    let refused = |status: tonic::Status| Failure::Other(anyhow!("{}", status.message().to_owned()));
+    let runtime = cluster::runtime()?;
+    runtime.block_on(async {
+        let channel = node_channel(connection).await?;
+        let mut client = ObserverClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
+        let mut answers = client.get_flows(request).await.map_err(refused)?.into_inner();
+        while let Some(answer) = answers.message().await.map_err(refused)? {
+            if let Some(ResponseTypes::Flow(flow)) = &answer.response_types {
+                each(flow);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// This node's agent.
+async fn node_channel(connection: &Connection) -> Result<Channel, Failure> {
+    let socket = socket_beside(&connection.socket);
+    let connected = connect_socket(&socket).await;
+    Ok(connected.with_context(|| format!("does the agent run? asking at {}", socket.display()))?)
+}
+
+async fn from_cluster(args: &ObserveArgs, printer: &mut Printer<'_>) -> Result<(), Failure> {
+    let last = match args.all || args.follow {
+        true => args.last,
+        false => args.last.or(Some(DEFAULT_LAST)),
+    };
+    let wanted = Wanted::typed(std::env::args(), args.follow, last);
+    observe_cluster(&args.of, wanted, |answer| {
+        printer.show(answer)?;
+        if args.follow { Ok(printer.out.flush()?) } else { Ok(()) }
+    })
+    .await
 }
 
 /// Flows of a file, filtered here. Lines are GetFlowsResponse, or Flow alone.
@@ -183,7 +228,7 @@ impl<'a> Printer<'a> {
     fn show(&mut self, answer: &GetFlowsResponse) -> Result<(), Failure> {
         let is_flow = matches!(answer.response_types, Some(ResponseTypes::Flow(_)));
         match self.args.output {
-            FlowFormat::Json | FlowFormat::Jsonpb => writeln!(self.out, "{}", json::to_string(answer))?,
+            FlowFormat::Json => writeln!(self.out, "{}", json::to_string(answer))?,
             // What is no flow is said aside: whoever counts lines counts flows.
             _ if !is_flow => eprintln!("{}", other(answer)),
             FlowFormat::Compact => writeln!(self.out, "{}", compact(answer, self.style))?,

@@ -5,9 +5,12 @@ use std::io::{self, Write};
 use anyhow::anyhow;
 use clap::Args;
 
-use crate::api::Request;
+use crate::cli::observe::flows_of;
 use crate::cli::{Connection, Failure};
-use crate::flow::{Flow, Item, L4Protocol, Query, Verdict};
+use crate::flow::L4Protocol;
+use crate::hubble::proto::flow::{Flow, Verdict};
+use crate::hubble::proto::observer::GetFlowsRequest;
+use crate::hubble::view::{Side, protocol, sides};
 use crate::model::{IpProtocol, Labels};
 use crate::policy::suggest::{Other, Seen, Subject, Way, suggest};
 
@@ -38,64 +41,55 @@ pub fn run(args: &SuggestArgs) -> Result<(), Failure> {
         }
         Some((namespace, pod)) => (namespace, Who::Pod(pod)),
     };
-    let query = Query { all: true, ..Query::default() };
     let mut subject = Subject { namespace: namespace.to_owned(), labels: Labels::new() };
     if let Who::Labelled(labels) = &who {
         subject.labels.clone_from(labels);
     }
     let mut seen = Vec::new();
-    for item in args.connection.connect()?.stream::<Item>(&Request::Observe(query))? {
-        let Item::Flow(flow) = item? else { continue };
-        for (way, own, other) in
-            [(Way::In, &flow.destination, &flow.source), (Way::Out, &flow.source, &flow.destination)]
-        {
-            let labels = labels_of(&own.labels);
-            let is_wanted = *own.namespace == *namespace
+    let request = GetFlowsRequest { number: u64::MAX, ..GetFlowsRequest::default() };
+    flows_of(&args.connection, request, |flow| {
+        let [from, to] = sides(flow);
+        for (way, own, other) in [(Way::In, &to, &from), (Way::Out, &from, &to)] {
+            let labels = labels_of(own.labels());
+            let is_wanted = own.namespace() == namespace
                 && match &who {
                     Who::All => true,
-                    Who::Pod(pod) => *own.pod_name == **pod,
+                    Who::Pod(pod) => own.pod() == *pod,
                     Who::Labelled(wanted) => wanted.iter().all(|(key, value)| labels.get(key) == Some(value)),
                 };
-            if !is_wanted || !is_used(&flow) {
+            if !is_wanted || flow.verdict() == Verdict::Dropped {
                 continue;
             }
             if matches!(who, Who::Pod(_)) {
                 subject.labels = labels;
             }
-            seen.extend(seen_of(&flow, way, other));
+            seen.extend(seen_of(flow, way, other, to.port));
         }
-    }
+    })?;
     if seen.is_empty() {
         return Err(Failure::Other(anyhow!("no flow of {} is kept: there is nothing to go by", args.who)));
     }
     Ok(io::stdout().lock().write_all(suggest(&subject, seen).as_bytes())?)
 }
 
-fn is_used(flow: &Flow) -> bool {
-    flow.verdict != Verdict::Dropped
-}
-
-fn seen_of(flow: &Flow, way: Way, other: &crate::flow::Party) -> Option<Seen> {
-    let protocol = match flow.protocol {
-        L4Protocol::Tcp => IpProtocol(6),
-        L4Protocol::Udp => IpProtocol(17),
-        L4Protocol::Sctp => IpProtocol(132),
+fn seen_of(flow: &Flow, way: Way, other: &Side<'_>, port: u16) -> Option<Seen> {
+    let protocol = match protocol(flow)? {
         L4Protocol::IcmpV4 => IpProtocol::ICMP,
         L4Protocol::IcmpV6 => IpProtocol::ICMPV6,
-        L4Protocol::Other(number) => IpProtocol(number),
+        protocol => IpProtocol(protocol.number().into()),
     };
-    let other = if other.labels.iter().any(|label| **label == *"reserved:host") {
+    let other = if other.labels().iter().any(|label| label == "reserved:host") {
         Other::OwnNode
-    } else if other.namespace.is_empty() {
-        Other::Address(other.ip)
+    } else if other.namespace().is_empty() {
+        Other::Address(other.ip?)
     } else {
-        Other::Pod { namespace: other.namespace.to_string(), labels: labels_of(&other.labels) }
+        Other::Pod { namespace: other.namespace().to_owned(), labels: labels_of(other.labels()) }
     };
-    Some(Seen { way, other, protocol, port: flow.destination.port })
+    Some(Seen { way, other, protocol, port })
 }
 
 /// A pod's own labels, of those of its identity.
-fn labels_of(labels: &[std::sync::Arc<str>]) -> Labels {
+fn labels_of(labels: &[String]) -> Labels {
     let own = labels.iter().filter_map(|label| label.strip_prefix("k8s:"));
     let own = own.filter(|label| !label.starts_with("io.kubernetes.") && !label.starts_with("io.cilium."));
     own.filter_map(|label| label.split_once('='))

@@ -28,7 +28,7 @@ impl api::Handler for Handler {
                     let _ = reply.send(&number).await;
                 }
             }
-            Request::Observe(_) => reply.closed().await,
+            Request::Nodes => reply.closed().await,
             _ => {}
         }
     }
@@ -84,7 +84,7 @@ fn root_answers_come_as_lines() {
         assert!(matches!(client().call::<Value>(&Request::Policies), Err(Error::Io(_))));
         // One that never answers, likewise, when the client has had enough.
         let patient = client().with_timeout(Duration::from_millis(50)).expect("a timeout");
-        assert!(matches!(patient.call::<Value>(&Request::Observe(Default::default())), Err(Error::Io(_))));
+        assert!(matches!(patient.call::<Value>(&Request::Nodes), Err(Error::Io(_))));
     });
 }
 
@@ -151,13 +151,13 @@ fn root_only_root_is_answered() {
 }
 
 #[test]
-fn root_a14_followers_of_flows_cannot_keep_a_pod_from_starting() {
-    if skip_without_root("root_a14_followers_of_flows_cannot_keep_a_pod_from_starting") {
+fn root_a14_waiting_requests_cannot_keep_a_pod_from_starting() {
+    if skip_without_root("root_a14_waiting_requests_cannot_keep_a_pod_from_starting") {
         return;
     }
     with_server(|socket| {
         let client = || Client::connect(socket).expect("connecting");
-        let follow = || client().stream::<Value>(&Request::Observe(Default::default())).expect("asking");
+        let follow = || client().stream::<Value>(&Request::Nodes).expect("asking");
         let mut followers: Vec<_> = (0..api::OTHERS_MAX).map(|_| follow()).collect();
         // The server works on requests in an order of its own: a question that comes before a follower
         // may have the follower refused. Another follower takes that place.
