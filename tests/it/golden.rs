@@ -1,24 +1,35 @@
 //! Golden files: YAML in, map dump out.
 //!
 //! `golden/NAME.yaml` has Kubernetes objects, and as its last document the rows that
-//! the maps of node1 must then hold. Each is run twice: with the objects there before
-//! the agent starts, and arriving one by one in reverse order while it runs. Then
-//! the objects go, and the maps must be as they were. `make golden UPDATE=1` rewrites
+//! the maps of node1 must then hold. Each is run in several orders: with the objects there
+//! before the agent starts, arriving one by one in reverse while it runs, and arriving in a
+//! random order in which a third of the objects come, go and come again. Then the objects
+//! go, and the maps must be as they were. `make golden UPDATE=1` rewrites
 //! the expected rows.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::lab::{Lab, Node, Pod, Setup, wait_for};
+use crate::lab::{Lab, Manifests, Node, Pod, Setup, wait_for};
 use crate::require::require_lab;
 
 /// What is compared: everything that is computed.
 const MAPS: [&str; 8] =
     ["endpoints", "addresses", "prefixes", "policy_peers", "policy_rules", "services", "slots", "backends"];
+
+/// When and in which order objects come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    BeforeStart,
+    Reverse,
+    /// By this seed.
+    Random(u64),
+}
 
 type Dump = BTreeMap<String, Vec<Value>>;
 
@@ -65,17 +76,20 @@ impl Golden {
         Ok(Self { path: path.to_owned(), input, objects, expected })
     }
 
-    /// The dump, the same in both orders of arrival.
+    /// The dump, the same in every order of arrival.
     fn run(&self) -> Result<Dump> {
-        let before_start = self.run_in_order(true)?;
-        let one_by_one = self.run_in_order(false)?;
-        if before_start != one_by_one {
-            bail!("the order of arrival matters:\n{}", difference(&before_start, &one_by_one));
+        let before_start = self.run_in_order(Order::BeforeStart)?;
+        for order in [Order::Reverse, Order::Random(fastrand::u64(..))] {
+            let dump = self.run_in_order(order).with_context(|| format!("{order:?}"))?;
+            if before_start != dump {
+                bail!("the order of arrival matters, {order:?}:\n{}", difference(&before_start, &dump));
+            }
         }
         Ok(before_start)
     }
 
-    fn run_in_order(&self, is_before_start: bool) -> Result<Dump> {
+    fn run_in_order(&self, order: Order) -> Result<Dump> {
+        let is_before_start = order == Order::BeforeStart;
         let lab = Lab::start(Setup { nodes: 2, starts_agents: false, ..Setup::default() })?;
         let node = lab.node(1);
         // A namespace is there before its pods in any cluster; its labels are part of their identity.
@@ -92,8 +106,10 @@ impl Golden {
         node.wait_ready()?;
         let empty = if is_before_start { None } else { Some(dump(node, None)?) };
         let made: Vec<Pod> = pods.iter().map(|object| lab.pod_of(object)?.create()).collect::<Result<_>>()?;
-        if !is_before_start {
-            others.iter().rev().try_for_each(|object| lab.manifests().write(object))?;
+        match order {
+            Order::BeforeStart => {}
+            Order::Reverse => others.iter().rev().try_for_each(|object| lab.manifests().write(object))?,
+            Order::Random(seed) => arrive_at_random(lab.manifests(), others, seed)?,
         }
         let settled = settle(node)?;
         if let Some(empty) = empty {
@@ -119,6 +135,23 @@ impl Golden {
         }
         fs::write(&self.path, text).with_context(|| format!("writing {}", self.path.display()))
     }
+}
+
+/// Writes objects in an order that the seed decides. A third of them go and come again in between, but no
+/// namespace does: its pods would have another identity for a while, and an identity is kept for a while after its last pod.
+fn arrive_at_random(manifests: &Manifests, mut objects: Vec<&Value>, seed: u64) -> Result<()> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let may_go = objects.iter().copied().filter(|object| object["kind"] != "Namespace");
+    let again: Vec<&Value> = may_go.filter(|_| random.u8(..3) == 0).collect();
+    random.shuffle(&mut objects);
+    objects.iter().try_for_each(|object| manifests.write(object))?;
+    for object in again {
+        manifests.remove(object)?;
+        // Some changes are seen one by one, others together.
+        std::thread::sleep(Duration::from_millis(random.u64(..40)));
+        manifests.write(object)?;
+    }
+    Ok(())
 }
 
 /// Waits until a change of the manifests has gone through: the dump is the same for a while.
