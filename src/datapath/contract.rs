@@ -128,7 +128,7 @@ fn has_all_words(now: &str, before: &str) -> bool {
 }
 
 #[test]
-fn a_changed_layout_has_another_abi_version() -> Result<()> {
+fn a12_a_changed_layout_has_another_abi_version() -> Result<()> {
     let (version, present) = (abi_version::ABI_VERSION.0, present()?);
     let is_updating = std::env::var_os("UPDATE").is_some();
     let before = recorded();

@@ -189,7 +189,7 @@ fn an_address_in_two_services_is_the_first_ones() {
 
 /// Every kind of frontend, scope and policy, for backends here, elsewhere and nowhere.
 #[test]
-fn who_gets_which_backends_by_kind_policy_and_place() {
+fn a18_who_gets_which_backends_by_kind_policy_and_place_external_addresses_included() {
     let here = on("10.0.0.1", "a", &[], &[]);
     let there = on("10.0.1.2", "b", &[], &[]);
     let ends_here = SliceBackend { ready: false, terminating: true, ..here.clone() };

@@ -47,7 +47,7 @@ fn a_change_to_native_routing_removes_the_tunnel_device_and_back_makes_it() -> R
 }
 
 #[test]
-fn tunnel_packets_pass_by_the_device_where_they_may() -> Result<()> {
+fn a9_tunnel_packets_pass_by_the_device_and_an_ipsec_policy_ends_that_at_once() -> Result<()> {
     require_lab!();
     let lab = Lab::start(Setup { nodes: 2, ..Setup::default() })?;
     let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(2, "shop/b").create()?);

@@ -153,7 +153,7 @@ fn a1_a4_one_sink_that_fails_stops_only_those_that_need_it_and_all_go_on_when_th
 }
 
 #[test]
-fn a_sink_that_waits_for_its_retry_is_left_alone_and_the_others_write_every_round() {
+fn a10_a_sink_is_tried_again_by_its_own_clock_and_the_others_write_every_round() {
     let (mut sinks, scripts, parts) = sinks();
     script(&scripts, "services", |script| script.fails = Some(libc::EPERM));
     script(&scripts, "routes", |script| script.problems = vec![Problem::new("one node is away")]);
