@@ -21,7 +21,7 @@ pub const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 /// Pod labels that controllers set anew for every revision or run, and that hardly anybody selects by: left
 /// out unless a pattern says otherwise. A StatefulSet's `pod-name` and `pod-index` stay: policies do
 /// select by them, there are only as many as pods, and they come back with every pod.
-const DROPPED: [&str; 8] = [
+pub const PASSING: [&str; 8] = [
     "batch.kubernetes.io/controller-uid",
     "batch.kubernetes.io/job-completion-index",
     "batch.kubernetes.io/job-name",
@@ -54,7 +54,7 @@ struct Pattern {
 impl Default for LabelFilter {
     fn default() -> Self {
         let dropped = |key: &&str| Pattern { key: (*key).to_owned(), is_exact: true, is_excluded: true };
-        Self { patterns: DROPPED.iter().map(dropped).collect() }
+        Self { patterns: PASSING.iter().map(dropped).collect() }
     }
 }
 
@@ -212,6 +212,7 @@ mod tests {
             is_terminal: false,
             is_ready: true,
             named_ports: BTreeMap::new(),
+            marks: Default::default(),
         }
     }
 
@@ -263,7 +264,11 @@ mod tests {
         assert_eq!(
             labels_of(
                 &one,
-                Some(&Namespace { labels: labels(&[("team", "red")]), is_partial: false }),
+                Some(&Namespace {
+                    labels: labels(&[("team", "red")]),
+                    is_partial: false,
+                    ..Namespace::default()
+                }),
                 &NONE
             ),
             IdentityLabels {
@@ -288,7 +293,11 @@ mod tests {
 
     #[test]
     fn the_namespace_name_cannot_be_claimed_by_a_label() {
-        let liar = Namespace { labels: labels(&[(NAMESPACE_NAME, "kube-system")]), is_partial: false };
+        let liar = Namespace {
+            labels: labels(&[(NAMESPACE_NAME, "kube-system")]),
+            is_partial: false,
+            ..Namespace::default()
+        };
         let pod = pod(&[(NAMESPACE_NAME, "kube-system")]);
         let labels_of_liar = labels_of(&pod, Some(&liar), &NONE);
         assert_eq!(labels_of_liar.namespace_labels, labels(&[(NAMESPACE_NAME, "shop")]));

@@ -194,6 +194,31 @@ static __always_inline bool refuse_is_rejected(const struct packet *packet,
 	return endpoint && endpoint->policy & POLICY_REJECT;
 }
 
+/* The sender knows the packet by the addresses that it wrote: those of a service,
+ * where policy has judged the backend. */
+static __always_inline int refuse_restore(struct __sk_buff *ctx,
+					  struct packet *packet)
+{
+	const __u32 ip = ETHERNET_LENGTH;
+
+	if (packet->flags & PACKET_IPV6)
+		return bpf_skb_load_bytes(
+			       ctx,
+			       ip + __builtin_offsetof(struct ipv6hdr, source),
+			       packet->source.w, 16) ||
+		       bpf_skb_load_bytes(
+			       ctx,
+			       ip + __builtin_offsetof(struct ipv6hdr,
+						       destination),
+			       packet->destination.w, 16);
+	return bpf_skb_load_bytes(
+		       ctx, ip + __builtin_offsetof(struct iphdr, source),
+		       &packet->source.w[3], 4) ||
+	       bpf_skb_load_bytes(
+		       ctx, ip + __builtin_offsetof(struct iphdr, destination),
+		       &packet->destination.w[3], 4);
+}
+
 /* Drops a packet, and tells its sender if a service has refused it or the pod's
  * policy says so. */
 __weak __noinline int refuse(struct __sk_buff *ctx, struct packet *packet,
@@ -216,6 +241,8 @@ __weak __noinline int refuse(struct __sk_buff *ctx, struct packet *packet,
 		    ETHERNET_LENGTH + (packet->flags & PACKET_IPV6
 					       ? sizeof(struct ipv6hdr)
 					       : sizeof(struct iphdr)))
+		return TC_ACT_SHOT;
+	if (is_policy && refuse_restore(ctx, packet))
 		return TC_ACT_SHOT;
 	if (packet->protocol == IPPROTO_TCP)
 		ret = refuse_with_reset(ctx, packet);

@@ -485,17 +485,17 @@ impl NameSource for Known {
         self.loaded.get()?.rule_origins.get(rule_id)
     }
 
+    fn is_audit(&self, rule_id: u32) -> bool {
+        rule_id != 0 && self.loaded.get().is_some_and(|loaded| loaded.rule_origins.is_audit(rule_id))
+    }
+
     fn isolating(&self, endpoint: EndpointId, direction: Direction) -> Origins {
-        let policies = self.tables.policies.snapshot();
-        let isolates = |reference: &&PolicyRef| {
-            policies.get(*reference).is_some_and(|policy| match direction {
-                Direction::Egress => policy.egress.is_some(),
-                _ => policy.ingress.is_some(),
-            })
-        };
         let current = self.current.load();
-        let selecting = current.selected_by.get(&endpoint).into_iter().flat_map(|policies| policies.iter());
-        selecting.filter(isolates).cloned().collect()
+        let Some([ingress, egress]) = current.isolated_by.get(&endpoint) else { return Origins::default() };
+        match direction {
+            Direction::Egress => egress.clone(),
+            _ => ingress.clone(),
+        }
     }
 }
 

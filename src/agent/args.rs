@@ -200,10 +200,24 @@ pub struct RuleArgs {
     #[arg(long, env = "WEIR_BELIEVE_ANY_ADDRESS", action = ArgAction::Set, default_value_t = false)]
     pub believe_any_address: bool,
 
+    /// What a pod gets that sends what its policies deny: nothing, or at once a reset of TCP and "administratively
+    /// prohibited" for the rest. The annotation weir.dev/deny-response of a policy or a namespace counts before this.
+    #[arg(long, env = "WEIR_DENY_RESPONSE", value_enum, default_value = "drop")]
+    pub deny_response: DenyResponse,
+
     /// Rows that one compiled policy may have in map policy_rules: a pod whose policies need more is
     /// closed, and `weir status` names them.
     #[arg(long, env = "WEIR_POLICY_ROWS_MAX", value_name = "N", default_value_t = 16_384)]
     pub policy_rows_max: usize,
+}
+
+/// What a pod gets that sends what it may not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DenyResponse {
+    /// Nothing.
+    Drop,
+    /// An answer that says so.
+    Reject,
 }
 
 /// How pods of different nodes reach one another.

@@ -16,8 +16,9 @@ use crate::identity::LabelFilter;
 use crate::kube::Tables;
 use crate::model::{
     AddressEntry, AddressPair, CompiledPolicy, Endpoint, EndpointEntry, EndpointId, EndpointSlice, Frontend,
-    FrontendKey, IdentityId, IdentityLabels, LocalIdentity, LocalRedirect, Namespace, NetworkDevice, Node,
-    NodeEndpoints, ObjectKey, Pod, Policy, PolicyId, PolicyRef, PrefixEntry, PublishedEndpoint, Service,
+    FrontendKey, IdentityId, IdentityLabels, LocalIdentity, LocalRedirect, Marks, Namespace, NetworkDevice,
+    Node, NodeEndpoints, ObjectKey, Origins, Pod, Policy, PolicyId, PolicyRef, PrefixEntry,
+    PublishedEndpoint, Service,
 };
 use crate::tables::{Snapshot, Table};
 use crate::{node, policy, service};
@@ -67,6 +68,15 @@ impl View {
     }
 }
 
+impl View {
+    /// What the annotations of a pod and of its namespace ask for.
+    fn marks_of(&self, endpoint: &Endpoint) -> Marks {
+        let namespace = self.namespaces.get(&endpoint.pod.namespace).map(|it| it.marks).unwrap_or_default();
+        let pod = self.pods.get(&endpoint.pod).map(|it| it.marks).unwrap_or_default();
+        Marks { audit: namespace.audit || pod.audit, reject: pod.reject.or(namespace.reject) }
+    }
+}
+
 /// What the kernel should hold, what other nodes should know, and what is still missing.
 #[derive(Clone, Debug, Default)]
 pub struct Desired {
@@ -84,6 +94,8 @@ pub struct Desired {
     pub local_identities: Arc<BTreeMap<IdentityId, LocalIdentity>>,
     /// The policies that select each endpoint.
     pub selected_by: BTreeMap<EndpointId, Arc<[PolicyRef]>>,
+    /// Those that isolate it, for what comes in and for what goes out.
+    pub isolated_by: BTreeMap<EndpointId, [Origins; 2]>,
     /// The other nodes, for routes.
     pub nodes: Vec<Arc<Node>>,
     /// Rows of `devices`.
@@ -121,6 +133,8 @@ pub struct Rules {
     pub awaits_namespaces: bool,
     /// Nodes may have addresses outside of their pod CIDRs.
     pub believes_any_address: bool,
+    /// Pods are told what they may not send.
+    pub rejects: bool,
     /// What Services get that do not say what they want.
     pub services: service::Defaults,
 }
@@ -208,10 +222,13 @@ impl Compute {
         });
         let identities = endpoints.iter().map(|(id, (_, identity))| (*id, *identity)).collect();
         let pod_cidrs: Vec<IpNet> = view.nodes.values().flat_map(|node| node.pod_cidrs.clone()).collect();
+        let audited = endpoints.iter().filter(|(_, (endpoint, _))| view.marks_of(endpoint).audit);
+        let audited: BTreeSet<EndpointId> = audited.map(|(id, _)| *id).collect();
         let compiled = self.compiler.compile(&policy::Input {
             policies: &policies,
             identities: &view.identities,
             endpoints: &identities,
+            audited: &audited,
             addresses: &owners.addresses,
             pod_cidrs: &pod_cidrs,
         })?;
@@ -224,11 +241,20 @@ impl Compute {
         let held = |identity| Some((identity, view.identities.get(&identity)?.clone()));
         desired.held = endpoints.values().filter_map(|(_, identity)| held(*identity)).collect();
         desired.endpoints = endpoint_entries(&endpoints, &compiled);
+        for (id, entry) in &mut desired.endpoints {
+            let selecting = compiled.selected_by.get(id).into_iter().flat_map(|selecting| selecting.iter());
+            let of_policies =
+                selecting.filter_map(|policy| policies.get(policy)).filter_map(|policy| policy.marks.reject);
+            let of_namespace = view.marks_of(&entry.endpoint).reject;
+            // Of the policies one that wants it is enough.
+            entry.rejects = of_policies.max().or(of_namespace).unwrap_or(self.rules.rejects);
+        }
         desired.policies = compiled.policies;
         desired.addresses = compiled.addresses;
         desired.prefixes = self.prefixes.update(&self.node_name, &compiled.prefixes, &view.nodes);
         desired.local_identities = compiled.local_identities;
         desired.selected_by = compiled.selected_by;
+        desired.isolated_by = compiled.isolated_by;
         desired.frontends = services.frontends.clone();
         let pods = endpoints.values().map(|(endpoint, _)| endpoint.as_ref());
         for (key, frontend) in service::host_ports(&own_addresses, pods) {
@@ -417,6 +443,7 @@ mod tests {
             is_terminal: false,
             is_ready: true,
             named_ports: BTreeMap::new(),
+            marks: Marks::default(),
         };
         tables.pods.apply(key, Arc::new(pod));
         let desired = |awaits_namespaces| {
@@ -439,11 +466,14 @@ mod tests {
         // In a directory of manifests a namespace needs no document.
         assert_eq!(desired(false).unclaimed.len(), 1);
         let labels = BTreeMap::from([("team".to_owned(), "red".to_owned())]);
+        tables.namespaces.apply(
+            "shop".into(),
+            Arc::new(Namespace { labels: labels.clone(), is_partial: true, ..Namespace::default() }),
+        );
+        assert!(desired(false).unclaimed.is_empty(), "a namespace that cannot be read has labels that count");
         tables
             .namespaces
-            .apply("shop".into(), Arc::new(Namespace { labels: labels.clone(), is_partial: true }));
-        assert!(desired(false).unclaimed.is_empty(), "a namespace that cannot be read has labels that count");
-        tables.namespaces.apply("shop".into(), Arc::new(Namespace { labels, is_partial: false }));
+            .apply("shop".into(), Arc::new(Namespace { labels, is_partial: false, ..Namespace::default() }));
         let unclaimed = desired(true).unclaimed;
         assert_eq!(unclaimed.len(), 1);
         assert_eq!(unclaimed[0].namespace_labels["team"], "red");

@@ -75,6 +75,9 @@ impl Ends<'_> {
         let mut labels = Labels::new();
         for pair in pairs.split(',') {
             let (key, value) = pair.split_once('=').ok_or_else(|| format!("{pair:?} is not KEY=VALUE"))?;
+            if key.starts_with("io.cilium.") || key.starts_with("reserved:") {
+                return Err(format!("{key:?} is reserved: no pod's own label decides by this name"));
+            }
             labels.insert(key.to_owned(), value.to_owned());
         }
         let known = self.tables.namespaces.get(&Arc::from(namespace));

@@ -182,6 +182,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
             labels: Arc::new(config.args.rules.identity_labels.clone()),
             awaits_namespaces: config.args.manifests.is_none(),
             believes_any_address: config.args.rules.believe_any_address,
+            rejects: config.args.rules.deny_response == args::DenyResponse::Reject,
             services: config.args.services.defaults(),
         },
     );

@@ -39,6 +39,7 @@ pub fn of_endpoints(
         policies: &before,
         identities: pods.identities,
         endpoints: pods.endpoints,
+        audited: &BTreeSet::new(),
         addresses: pods.addresses,
         pod_cidrs: &pod_cidrs,
     };

@@ -287,7 +287,7 @@ impl PolicyWriter {
             let before = old.and_then(|old| direction_of(old, side));
             for (key, rule) in &now.rules {
                 if before.is_none_or(|before| before.rules.get(key) != Some(rule)) {
-                    let rule_id = self.origins.id_of(&rule.origins);
+                    let rule_id = self.origins.id_of(&rule.origins, rule.is_audit);
                     self.rules.insert(&rule_key(id, side, key), &rule_row(rule, rule_id))?;
                 }
             }
@@ -403,8 +403,9 @@ const GONE_KEPT: usize = 4096;
 #[derive(Debug)]
 struct KnownOrigins {
     next: u32,
-    by_id: BTreeMap<u32, Origins>,
-    ids: HashMap<Origins, u32>,
+    by_id: BTreeMap<u32, (Origins, bool)>,
+    /// By who says so, and whether that is only reported.
+    ids: HashMap<(Origins, bool), u32>,
     /// How many there may be before those that are gone are looked for.
     limit: usize,
 }
@@ -421,21 +422,29 @@ impl RuleOrigins {
 
     /// The policies that a rule id stands for.
     pub fn get(&self, rule_id: u32) -> Option<Origins> {
-        self.0.read().expect("nobody panics while holding the lock").by_id.get(&rule_id).cloned()
+        let known = self.0.read().expect("nobody panics while holding the lock");
+        known.by_id.get(&rule_id).map(|(origins, _)| origins.clone())
     }
 
-    fn id_of(&self, origins: &Origins) -> u32 {
+    /// What the rule lets through its policies would deny: they only report it.
+    pub fn is_audit(&self, rule_id: u32) -> bool {
+        let known = self.0.read().expect("nobody panics while holding the lock");
+        known.by_id.get(&rule_id).is_some_and(|(_, is_audit)| *is_audit)
+    }
+
+    fn id_of(&self, origins: &Origins, is_audit: bool) -> u32 {
         if origins.is_empty() {
             return 0;
         }
+        let key = (origins.clone(), is_audit);
         let mut known = self.0.write().expect("nobody panics while holding the lock");
-        if let Some(&id) = known.ids.get(origins) {
+        if let Some(&id) = known.ids.get(&key) {
             return id;
         }
         let id = known.next;
         known.next = id.wrapping_add(1).max(1);
-        known.by_id.insert(id, origins.clone());
-        known.ids.insert(origins.clone(), id);
+        known.by_id.insert(id, key.clone());
+        known.ids.insert(key, id);
         id
     }
 
@@ -445,11 +454,14 @@ impl RuleOrigins {
         if known.by_id.len() < known.limit {
             return;
         }
-        let used: HashSet<u32> = used.filter_map(|origins| known.ids.get(origins).copied()).collect();
+        let ids = |origins: &Origins| {
+            [false, true].map(|is_audit| known.ids.get(&(origins.clone(), is_audit)).copied())
+        };
+        let used: HashSet<u32> = used.flat_map(|origins| ids(origins)).flatten().collect();
         let unused: Vec<u32> = known.by_id.keys().copied().filter(|id| !used.contains(id)).collect();
         for id in &unused[..unused.len().saturating_sub(GONE_KEPT)] {
-            if let Some(origins) = known.by_id.remove(id) {
-                known.ids.remove(&origins);
+            if let Some(key) = known.by_id.remove(id) {
+                known.ids.remove(&key);
             }
         }
         known.limit = 2 * (used.len() + GONE_KEPT);
@@ -552,7 +564,8 @@ mod tests {
     fn one_rule_id_per_origin_above_the_inherited_ones() {
         let origins = RuleOrigins::starting_above(5);
         let (a, b) = (origin("a"), origin("b"));
-        let ids = [origins.id_of(&a), origins.id_of(&b), origins.id_of(&a), origins.id_of(&Arc::from([]))];
+        let id_of = |of: &Origins| origins.id_of(of, false);
+        let ids = [id_of(&a), id_of(&b), id_of(&a), id_of(&Arc::from([]))];
         assert_eq!(ids, [6, 7, 6, 0]);
         assert_eq!([0, 5, 6, 7, 8].map(|id| origins.get(id)), [None, None, Some(a), Some(b), None]);
     }
@@ -561,10 +574,10 @@ mod tests {
     fn a15_origins_that_no_row_has_any_more_are_forgotten() {
         let origins = RuleOrigins::starting_above(0);
         let kept = origin("kept");
-        let first = origins.id_of(&kept);
+        let first = origins.id_of(&kept, false);
         let count = 5 * GONE_KEPT;
         for number in 0..count {
-            origins.id_of(&origin(&number.to_string()));
+            origins.id_of(&origin(&number.to_string()), false);
             origins.forget([&kept].into_iter());
         }
         let last = u32::try_from(count).expect("few") + first;
@@ -575,7 +588,7 @@ mod tests {
             "its records may still be read"
         );
         assert_eq!(origins.get(first + 1), None, "it is long gone");
-        assert_eq!(origins.id_of(&kept), first);
+        assert_eq!(origins.id_of(&kept, false), first);
     }
 
     fn origin(name: &str) -> Origins {

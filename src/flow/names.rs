@@ -52,6 +52,10 @@ pub trait NameSource: Send + Sync + 'static {
     fn local_identity(&self, id: IdentityId) -> Option<LocalIdentity>;
     /// The policies that a rule number of the maps comes from.
     fn rule_origin(&self, rule_id: u32) -> Option<Origins>;
+    /// What that rule lets through its policies would deny: they only report it.
+    fn is_audit(&self, _rule_id: u32) -> bool {
+        false
+    }
     /// The policies that isolate a pod of this node in a direction, as they are now.
     fn isolating(&self, _endpoint: EndpointId, _direction: Direction) -> Origins {
         Origins::default()
@@ -137,7 +141,7 @@ impl Names {
             time: clock.wall(event.timestamp_ns),
             node_name: self.node.clone(),
             event_type: event_type_of(event),
-            verdict: if is_forwarded { Verdict::Forwarded } else { Verdict::Dropped },
+            verdict: self.verdict(event, is_forwarded),
             drop_reason_desc: (!is_forwarded).then_some(DropReason(event.reason)),
             traffic_direction: Direction::from(event.direction),
             is_reply: has_flag(event, event_flags::EVENT_REPLY),
@@ -165,6 +169,16 @@ impl Names {
             _ => event.destination_endpoint,
         };
         self.source.isolating(EndpointId(endpoint), direction)
+    }
+
+    fn verdict(&self, event: &Event, is_forwarded: bool) -> Verdict {
+        let is_audit =
+            || [event.rule_id, event.ingress_rule_id].into_iter().any(|id| self.source.is_audit(id));
+        match is_forwarded {
+            true if is_audit() => Verdict::Audit,
+            true => Verdict::Forwarded,
+            false => Verdict::Dropped,
+        }
     }
 
     fn policies(&self, rule_id: u32) -> Origins {

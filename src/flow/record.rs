@@ -129,6 +129,8 @@ named! {
     Verdict {
         /// Delivered.
         Forwarded = "FORWARDED",
+        /// Delivered, although policies deny it: they only report that.
+        Audit = "AUDIT",
         /// Dropped; `drop_reason_desc` says why.
         Dropped = "DROPPED",
     }

@@ -128,7 +128,8 @@ impl Converter {
     fn set_verdict(&self, flow: &mut pb::Flow, named: &Flow) {
         match named.drop_reason_desc {
             None => {
-                flow.verdict = pb::Verdict::Forwarded.into();
+                let is_audit = named.verdict == crate::flow::Verdict::Audit;
+                flow.verdict = if is_audit { pb::Verdict::Audit } else { pb::Verdict::Forwarded }.into();
                 flow.is_reply = Some(named.is_reply);
                 flow.reply = named.is_reply;
                 flow.egress_allowed_by = policies(&named.egress_allowed_by);

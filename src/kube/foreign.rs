@@ -8,7 +8,7 @@ use kube::Client;
 use kube::api::{Api, DynamicObject, ListParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use serde::{Deserialize, Serialize};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::backoff::jittered;
 use crate::tables::Table;
@@ -63,8 +63,9 @@ pub fn is_policy(kind: &str) -> bool {
 
 /// Looks for such objects in a cluster, now and then. Never returns.
 pub async fn run(client: Client, found: Arc<ForeignPolicies>) {
+    let mut refused = BTreeSet::new();
     loop {
-        match look(&client).await {
+        match look(&client, &mut refused).await {
             Ok(all) => drop(found.apply("kubernetes".into(), Arc::new(all))),
             Err(error) => debug!(%error, "policies of other kinds could not be looked for"),
         }
@@ -72,7 +73,11 @@ pub async fn run(client: Client, found: Arc<ForeignPolicies>) {
     }
 }
 
-async fn look(client: &Client) -> Result<BTreeSet<ForeignPolicy>, kube::Error> {
+/// `refused`: the kinds that the agent may not list. Each is said once.
+async fn look(
+    client: &Client,
+    refused: &mut BTreeSet<&'static str>,
+) -> Result<BTreeSet<ForeignPolicy>, kube::Error> {
     let groups = client.list_api_groups().await?;
     let mut all = BTreeSet::new();
     for group in groups.groups {
@@ -87,7 +92,16 @@ async fn look(client: &Client) -> Result<BTreeSet<ForeignPolicy>, kube::Error> {
             let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
             let named = match api.list_metadata(&ListParams::default().limit(NAMED_MAX)).await {
                 Ok(list) => list.items,
-                // The group has no such kind, or the agent may not look.
+                Err(kube::Error::Api(error)) if error.code == 403 => {
+                    if refused.insert(plural) {
+                        warn!(
+                            group = of,
+                            kind, "objects of this kind may not be listed: nobody is told of them"
+                        );
+                    }
+                    continue;
+                }
+                // The group has no such kind.
                 Err(error) => {
                     debug!(kind, %error, "objects of this kind could not be listed");
                     continue;

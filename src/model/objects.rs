@@ -65,6 +65,22 @@ impl fmt::Display for Protocol {
     }
 }
 
+/// What annotations of policies, namespaces and pods ask for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+pub struct Marks {
+    /// `weir.dev/audit: "true"`: what is denied is let through and reported.
+    pub audit: bool,
+    /// `weir.dev/deny-response`: a pod is told what it may not send (`reject`), or not (`drop`).
+    pub reject: Option<bool>,
+}
+
+impl Marks {
+    /// Nothing is asked for.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// A namespace and the labels that selectors ask for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Namespace {
@@ -72,6 +88,9 @@ pub struct Namespace {
     pub labels: Labels,
     /// The labels cannot be read.
     pub is_partial: bool,
+    /// What its annotations ask for, for all its pods.
+    #[serde(skip_serializing_if = "Marks::is_none")]
+    pub marks: Marks,
 }
 
 /// A pod, as far as networking cares.
@@ -95,6 +114,9 @@ pub struct Pod {
     pub is_ready: bool,
     /// Named container ports. The same name may stand for one number per protocol.
     pub named_ports: BTreeMap<String, Vec<NamedPort>>,
+    /// What its annotations ask for.
+    #[serde(skip_serializing_if = "Marks::is_none")]
+    pub marks: Marks,
 }
 
 /// What a port name stands for in one pod.

@@ -8,7 +8,7 @@ use imbl::OrdMap;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::{IdentityId, Labels, ObjectKey, Protocol};
+use super::{IdentityId, Labels, Marks, ObjectKey, Protocol};
 
 /// A label selector: every requirement must hold; none selects everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -151,6 +151,9 @@ pub struct Policy {
     pub ingress: Option<PolicyDirection>,
     /// What it says of what goes out; `None`: nothing.
     pub egress: Option<PolicyDirection>,
+    /// What its annotations ask for.
+    #[serde(skip_serializing_if = "Marks::is_none")]
+    pub marks: Marks,
     /// What the object's other specs say, each a policy by itself.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub others: Vec<Policy>,
@@ -467,4 +470,7 @@ pub struct CompiledRule {
     pub action: Action,
     /// The policies that say so, for the flow record.
     pub origins: Origins,
+    /// They would deny it, and only report that.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub is_audit: bool,
 }

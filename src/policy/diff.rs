@@ -48,6 +48,7 @@ pub fn differences(
             policies,
             identities: given.identities,
             endpoints: given.endpoints,
+            audited: given.audited,
             addresses: given.addresses,
             pod_cidrs: given.pod_cidrs,
         };

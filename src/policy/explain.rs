@@ -69,6 +69,8 @@ pub struct Weighing {
     pub end: String,
     /// It may pass here.
     pub is_allowed: bool,
+    /// It may because what denies it is only reported.
+    pub is_audit: bool,
     /// The tier that decided; `None`: nothing is enforced, or no tier decided.
     pub tier: Option<String>,
     /// The rules that decided; none: by default.
@@ -135,6 +137,7 @@ impl Question<'_> {
         let mut weighing = Weighing {
             end: end.name.clone(),
             is_allowed: true,
+            is_audit: false,
             tier: None,
             decided_by: Vec::new(),
             isolated_by: Vec::new(),
@@ -155,7 +158,10 @@ impl Question<'_> {
         for (policy, direction) in selecting.filter_map(|policy| Some((policy, side(policy)?))) {
             if direction.default == Action::Deny {
                 weighing.isolated_by.push(policy.reference.clone());
-                claims.push((claim(Order::default_of(policy.tier), Action::Deny, None), None));
+                claims.push((
+                    claim(Order::default_of(policy.tier), Action::Deny, None, policy.marks.audit),
+                    None,
+                ));
             }
             let named = if is_ingress { Some(&**labels) } else { other.labels.as_deref() };
             for (position, rule) in direction.rules.iter().enumerate() {
@@ -172,8 +178,10 @@ impl Question<'_> {
                             0
                         },
                     };
-                    claims
-                        .push((claim(order, rule.action, Some(&policy.reference)), Some(reference.clone())));
+                    claims.push((
+                        claim(order, rule.action, Some(&policy.reference), policy.marks.audit),
+                        Some(reference.clone()),
+                    ));
                 }
                 weighing.rules.push(Considered { rule: reference, outcome: outcome.to_owned() });
             }
@@ -246,9 +254,9 @@ impl Question<'_> {
 
 const MATCHES: &str = "matches";
 
-fn claim(order: Order, action: Action, policy: Option<&PolicyRef>) -> Claim {
+fn claim(order: Order, action: Action, policy: Option<&PolicyRef>, is_audit: bool) -> Claim {
     let origins: Origins = policy.cloned().into_iter().collect();
-    Claim { matched: Match::ANY, order, action, origins }
+    Claim { matched: Match::ANY, order, action, origins, is_audit }
 }
 
 /// The outcome as the compiler has it, and the rules of the tier that it comes from.
@@ -256,6 +264,7 @@ fn decide(weighing: &mut Weighing, claims: &[(Claim, Option<RuleRef>)]) {
     let rows = rules::flatten(claims.iter().map(|(claim, _)| claim));
     let action = rows.get(&Match::ANY).map_or(Action::Deny, |row| row.action);
     weighing.is_allowed = action == Action::Allow;
+    weighing.is_audit = rows.get(&Match::ANY).is_some_and(|row| row.is_audit);
     for tier in [Tier::Admin, Tier::Namespaced, Tier::Baseline] {
         let of_tier = || claims.iter().filter(|(claim, _)| claim.order.tier == tier);
         let Some((order, action)) = of_tier().map(|(claim, _)| (claim.order, claim.action)).min() else {
@@ -298,7 +307,11 @@ impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", if self.is_allowed { "ALLOWED" } else { "DENIED" })?;
         for (name, weighing) in [("egress", &self.egress), ("ingress", &self.ingress)] {
-            let verdict = if weighing.is_allowed { "allowed" } else { "denied" };
+            let verdict = match (weighing.is_allowed, weighing.is_audit) {
+                (true, true) => "allowed, and reported as AUDIT: it is denied",
+                (true, false) => "allowed",
+                (false, _) => "denied",
+            };
             write!(f, "{name} of {}: {verdict}", weighing.end)?;
             match &weighing.tier {
                 Some(tier) => writeln!(f, " in the tier {tier}")?,
@@ -358,6 +371,7 @@ mod tests {
             priority: 0,
             ingress: Some(PolicyDirection { default, rules }),
             egress: None,
+            marks: Default::default(),
             others: vec![],
             doubts: vec![],
         }

@@ -37,8 +37,8 @@ use serde::Serialize;
 
 use crate::identity::LabelFilter;
 use crate::model::{
-    AddressEntry, BaseAddress, CompiledPolicy, EndpointId, IdentityId, IdentityLabels, LocalIdentity, Policy,
-    PolicyId, PolicyRef, PrefixEntry,
+    AddressEntry, BaseAddress, CompiledPolicy, EndpointId, IdentityId, IdentityLabels, LocalIdentity,
+    Origins, Policy, PolicyId, PolicyRef, PrefixEntry,
 };
 use crate::tables::Snapshot;
 
@@ -47,7 +47,7 @@ use peers::{Member, Peers};
 use prefixes::{Assigned, Locals, Tree};
 pub use resolve::{References, Resolver, Sources};
 pub use select::asked_labels;
-use select::{Definition, Selections};
+use select::{Definition, Selected, Selections};
 use value::Value;
 
 /// What policy depends on.
@@ -58,6 +58,8 @@ pub struct Input<'a> {
     pub identities: &'a Snapshot<IdentityId, Arc<IdentityLabels>>,
     /// The pods of this node, with their cluster identity.
     pub endpoints: &'a BTreeMap<EndpointId, IdentityId>,
+    /// Those of them of which a denial is only reported.
+    pub audited: &'a BTreeSet<EndpointId>,
     /// Every address of a pod or node.
     pub addresses: &'a Snapshot<IpAddr, BaseAddress>,
     /// The pod CIDRs of every node.
@@ -74,6 +76,8 @@ pub struct Output {
     pub of_endpoint: BTreeMap<EndpointId, PolicyId>,
     /// The policies that select each endpoint, sorted.
     pub selected_by: BTreeMap<EndpointId, Arc<[PolicyRef]>>,
+    /// Those of them that isolate it, for what comes in and for what goes out: what no rule allows they deny.
+    pub isolated_by: BTreeMap<EndpointId, [Origins; 2]>,
     /// Rows of `addresses`.
     pub addresses: Snapshot<IpAddr, AddressEntry>,
     /// Rows of `prefixes`.
@@ -101,6 +105,7 @@ pub struct Compiler {
     next_policy: PolicyId,
     selections: Selections,
     endpoints: BTreeMap<EndpointId, IdentityId>,
+    audited: BTreeSet<EndpointId>,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     prefixes: BTreeSet<IpNet>,
     tree: Tree,
@@ -123,6 +128,7 @@ impl Compiler {
             next_policy: first_policy.max(PolicyId(1)),
             selections: Selections::default(),
             endpoints: BTreeMap::new(),
+            audited: BTreeSet::new(),
             identities: Snapshot::new(),
             prefixes: BTreeSet::new(),
             tree: Tree::default(),
@@ -200,11 +206,13 @@ impl Compiler {
     ) -> bool {
         let mut is_changed = self.selections.update(input.policies);
         is_changed |= self.selections.forget(relabelled.keys());
-        is_changed |= *input.endpoints != self.endpoints;
-        let used: BTreeSet<IdentityId> = input.endpoints.values().copied().collect();
+        is_changed |= *input.endpoints != self.endpoints || *input.audited != self.audited;
+        let used = input.endpoints.iter().map(|(endpoint, id)| (*id, input.audited.contains(endpoint)));
+        let used: BTreeSet<Selected> = used.collect();
         is_changed |= used.len() != self.selections.selected().len();
         if is_changed {
             self.endpoints.clone_from(input.endpoints);
+            self.audited.clone_from(input.audited);
             self.selections.select(&used, input.identities);
         }
         is_changed
@@ -257,7 +265,7 @@ impl Compiler {
     }
 
     fn add_missing(&mut self, identities: &Snapshot<IdentityId, Arc<IdentityLabels>>) -> Result<(), Error> {
-        for (id, selection) in self.selections.selected() {
+        for ((id, is_audit), selection) in self.selections.selected() {
             let Some(definition) = &selection.definition else { continue };
             let Some(labels) = identities.get(id) else { continue };
             if self.values.contains_key(definition) {
@@ -269,7 +277,7 @@ impl Compiler {
             }
             self.next_policy = PolicyId(policy.0 + 1);
             let policies = self.selections.policies(selection);
-            let value = Value::new(policy, &policies, labels, &mut self.peers);
+            let value = Value::new(policy, &policies, labels, *is_audit, &mut self.peers);
             self.values.insert(definition.clone(), value);
         }
         Ok(())
@@ -284,10 +292,14 @@ impl Compiler {
             ..Output::default()
         };
         for (endpoint, id) in &self.endpoints {
-            let Some(selection) = self.selections.selected().get(id) else { continue };
+            let key = (*id, self.audited.contains(endpoint));
+            let Some(selection) = self.selections.selected().get(&key) else { continue };
             let value = selection.definition.as_ref().and_then(|definition| self.values.get(definition));
             output.of_endpoint.insert(*endpoint, value.map_or(PolicyId::default(), |value| value.id));
             output.selected_by.insert(*endpoint, selection.policies.clone());
+            if selection.isolating.iter().any(|isolating| !isolating.is_empty()) {
+                output.isolated_by.insert(*endpoint, selection.isolating.clone());
+            }
         }
         output
     }

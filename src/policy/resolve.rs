@@ -11,6 +11,7 @@ use std::sync::Arc;
 use imbl::ordmap::DiffItem;
 use ipnet::IpNet;
 
+use crate::identity::NAMESPACE_NAME;
 use crate::model::{
     Action, CidrGroup, EndpointSlice, Entity, GroupSelector, Node, ObjectKey, Peer, Policy, PolicyDirection,
     PolicyKind, PolicyRef, PolicyRule, Requirement, Selector, Service, ServiceName, ServiceSelector,
@@ -242,7 +243,7 @@ impl References {
 
 fn selected_by(service: &Service) -> Peer {
     let is = |key: &str, value: &str| Requirement::In(key.to_owned(), BTreeSet::from([value.to_owned()]));
-    let namespace = is("kubernetes.io/metadata.name", &service.key.namespace);
+    let namespace = is(NAMESPACE_NAME, &service.key.namespace);
     let pods = service.selector.iter().map(|(key, value)| is(key, value)).collect();
     Peer::Pods { namespaces: Some(Selector::new(vec![namespace])), pods: Selector::new(pods) }
 }

@@ -41,6 +41,8 @@ pub struct Claim {
     pub action: Action,
     /// Who says so; nobody where it is a default.
     pub origins: Origins,
+    /// A denial of it is only reported.
+    pub is_audit: bool,
 }
 
 /// What is decided: `Allow` or `Deny`, and who says so.
@@ -50,6 +52,8 @@ pub struct Decision {
     pub action: Action,
     /// Who says so.
     pub origins: Origins,
+    /// They would deny what is allowed, and only report that.
+    pub is_audit: bool,
 }
 
 /// The decisions of a class; what none matches is denied.
@@ -115,6 +119,38 @@ impl Match {
     }
 }
 
+/// The claims on a match: those that count, and with those that are only reported.
+#[derive(Clone, Debug, Default)]
+struct Both {
+    counting: Weighed,
+    all: Weighed,
+}
+
+impl Both {
+    fn add(&mut self, claim: &Claim) {
+        self.all.add(claim.order, claim.action, &claim.origins);
+        if !(claim.is_audit && claim.action == Action::Deny) {
+            self.counting.add(claim.order, claim.action, &claim.origins);
+        }
+    }
+
+    fn add_all(&mut self, parent: &Self) {
+        self.all.add_all(&parent.all);
+        self.counting.add_all(&parent.counting);
+    }
+
+    /// What counts; where that allows what all together deny, these are named.
+    fn decide(&self) -> Decision {
+        let (counting, all) = (self.counting.decide(), self.all.decide());
+        match (counting.action, all.action) {
+            (Action::Allow, Action::Deny) => {
+                Decision { action: Action::Allow, origins: all.origins, is_audit: true }
+            }
+            _ => counting,
+        }
+    }
+}
+
 /// The strongest of the claims on a match, in each tier.
 #[derive(Clone, Debug, Default)]
 struct Weighed([Option<(Order, Action, Origins)>; 3]);
@@ -136,12 +172,20 @@ impl Weighed {
         }
     }
 
+    fn add_all(&mut self, other: &Self) {
+        for (order, action, origins) in other.0.iter().flatten() {
+            self.add(*order, *action, origins);
+        }
+    }
+
     /// The first tier that does not pass it on; what all pass on is allowed.
     fn decide(&self) -> Decision {
         let decisive = self.0.iter().flatten().find(|(_, action, _)| *action != Action::Pass);
         match decisive {
-            Some((_, action, origins)) => Decision { action: *action, origins: origins.clone() },
-            None => Decision { action: Action::Allow, origins: Origins::default() },
+            Some((_, action, origins)) => {
+                Decision { action: *action, origins: origins.clone(), is_audit: false }
+            }
+            None => Decision { action: Action::Allow, origins: Origins::default(), is_audit: false },
         }
     }
 }
@@ -149,9 +193,9 @@ impl Weighed {
 /// Weighs claims: the rows of which the longest match says what the strongest claim on a packet says.
 /// With no claim at all everything is allowed.
 pub fn flatten<'a>(claims: impl IntoIterator<Item = &'a Claim>) -> Rows {
-    let mut own: BTreeMap<Match, Weighed> = BTreeMap::from([(Match::ANY, Weighed::default())]);
-    for Claim { matched, order, action, origins } in claims {
-        own.entry(*matched).or_default().add(*order, *action, origins);
+    let mut own: BTreeMap<Match, Both> = BTreeMap::from([(Match::ANY, Both::default())]);
+    for claim in claims {
+        own.entry(claim.matched).or_default().add(claim);
     }
     // A match is weighed with all that is wider. These come before it in this order.
     let mut matches: Vec<Match> = own.keys().copied().collect();
@@ -161,9 +205,7 @@ pub fn flatten<'a>(claims: impl IntoIterator<Item = &'a Claim>) -> Rows {
         let parent = matched.wider().find_map(|wider| own.get(&wider).cloned());
         let Some(weighed) = own.get_mut(matched) else { continue };
         if let Some(parent) = parent {
-            for (order, action, origins) in parent.0.iter().flatten() {
-                weighed.add(*order, *action, origins);
-            }
+            weighed.add_all(&parent);
         }
         rows.insert(*matched, weighed.decide());
     }
@@ -181,7 +223,9 @@ fn without_contained(rows: &mut Rows) {
     for matched in matches {
         let hidden = matched.wider().find_map(|wider| rows.get(&wider));
         let is_contained = match (hidden, &rows[&matched]) {
-            (Some(hidden), row) if row.action == Action::Allow => hidden.action == Action::Allow,
+            (Some(hidden), row) if row.action == Action::Allow && !row.is_audit => {
+                hidden.action == Action::Allow && !hidden.is_audit
+            }
             (Some(hidden), row) => hidden == row,
             // What has no row is denied, and nobody says so.
             (None, row) => row.action == Action::Deny && row.origins.is_empty(),
@@ -266,7 +310,7 @@ mod tests {
 
     fn claim(matched: Match, order: Order, action: Action, name: &str) -> Claim {
         let origins = Some(name).filter(|name| !name.is_empty()).map(policy).into_iter().collect();
-        Claim { matched, order, action, origins }
+        Claim { matched, order, action, origins, is_audit: false }
     }
 
     fn deny_by_default() -> Claim {
@@ -354,6 +398,32 @@ mod tests {
             .filter(|claim| claim.origins.first().is_none_or(|it| *it.name == *"more"))
             .collect();
         assert_eq!(shown(&claims), ["6/0/0 Allow more"]);
+    }
+
+    #[test]
+    fn what_is_only_reported_stands_in_nobodys_way() {
+        use Action::{Allow, Deny};
+        let audit = |claim: Claim| Claim { is_audit: true, ..claim };
+        let reported = |claims: &[Claim]| -> Vec<String> {
+            let row = |(_, row): (&Match, &Decision)| format!("{:?} {}", row.action, row.is_audit);
+            flatten(claims).iter().map(row).collect()
+        };
+        // A deny of an audited policy is let through, unless somebody else denies it.
+        let no = audit(claim(TCP, EQUAL, Deny, "no"));
+        assert_eq!(reported(std::slice::from_ref(&no)), ["Allow false", "Allow true"]);
+        assert_eq!(reported(&[no.clone(), deny_by_default()]), [""; 0]);
+        assert_eq!(
+            reported(&[no.clone(), deny_by_default(), claim(TCP, EQUAL, Allow, "web")]),
+            ["Allow true"]
+        );
+        let strict = claim(Match::ANY, Order::default_of(Tier::Baseline), Deny, "base");
+        assert_eq!(reported(&[no, strict]), ["Deny false"]);
+        // What the isolation of an audited policy would deny.
+        let isolating = audit(Claim { origins: Origins::from([policy("web")]), ..deny_by_default() });
+        assert_eq!(
+            reported(&[isolating, claim(tcp(80), EQUAL, Allow, "web")]),
+            ["Allow true", "Allow false"]
+        );
     }
 
     /// Few matches, tiers and priorities, so that claims meet often.

@@ -8,8 +8,8 @@ use ipnet::IpNet;
 
 use crate::identity::LabelFilter;
 use crate::model::{
-    IdentityId, IdentityLabels, IpProtocol, Peer, Policy, PolicyDirection, PolicyRef, PolicyRule,
-    PortSelector, Selector, Subject,
+    Action, IdentityId, IdentityLabels, IpProtocol, Origins, Peer, Policy, PolicyDirection, PolicyRef,
+    PolicyRule, PortSelector, Selector, Subject,
 };
 use crate::tables::Snapshot;
 
@@ -18,6 +18,8 @@ use super::value;
 /// What makes a policy value what it is.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Definition {
+    /// What is denied is only reported.
+    pub is_audit: bool,
     /// The revisions of the policies that select the pod.
     pub revisions: Vec<Revision>,
     /// What the port names of their ingress rules stand for in the pod.
@@ -32,9 +34,14 @@ pub struct Revision(u64);
 pub struct Selection {
     /// The policies, sorted.
     pub policies: Arc<[PolicyRef]>,
+    /// Those of them that isolate it: for what comes in, for what goes out.
+    pub isolating: [Origins; 2],
     /// `None`: no policy selects it.
     pub definition: Option<Definition>,
 }
+
+/// Whom policies select: pods of an identity, and whether what is denied them is only reported.
+pub type Selected = (IdentityId, bool);
 
 /// The policies, with what does not depend on who is selected.
 #[derive(Default)]
@@ -42,7 +49,7 @@ pub struct Selections {
     snapshot: Snapshot<PolicyRef, Arc<Policy>>,
     /// By namespace, those of the cluster under `None`.
     states: BTreeMap<Option<Arc<str>>, BTreeMap<PolicyRef, State>>,
-    selected: BTreeMap<IdentityId, Arc<Selection>>,
+    selected: BTreeMap<Selected, Arc<Selection>>,
     next: u64,
 }
 
@@ -123,33 +130,36 @@ impl Selections {
     /// The labels of these identities are others now; true if any is selected here.
     pub fn forget<'a>(&mut self, identities: impl Iterator<Item = &'a IdentityId>) -> bool {
         let count = self.selected.len();
-        identities.for_each(|id| drop(self.selected.remove(id)));
+        for id in identities {
+            self.selected.remove(&(*id, false));
+            self.selected.remove(&(*id, true));
+        }
         self.selected.len() != count
     }
 
     /// What selects each of `used`, as far as its labels are known.
     pub fn select(
         &mut self,
-        used: &BTreeSet<IdentityId>,
+        used: &BTreeSet<Selected>,
         identities: &Snapshot<IdentityId, Arc<IdentityLabels>>,
     ) {
         self.selected.retain(|id, _| used.contains(id));
-        for id in used {
-            if !self.selected.contains_key(id)
+        for key @ (id, is_audit) in used {
+            if !self.selected.contains_key(key)
                 && let Some(labels) = identities.get(id)
             {
-                let selection = Arc::new(self.selection_of(labels));
-                self.selected.insert(*id, selection);
+                let selection = Arc::new(self.selection_of(labels, *is_audit));
+                self.selected.insert(*key, selection);
             }
         }
     }
 
     /// The selections, by the identity that is selected.
-    pub fn selected(&self) -> &BTreeMap<IdentityId, Arc<Selection>> {
+    pub fn selected(&self) -> &BTreeMap<Selected, Arc<Selection>> {
         &self.selected
     }
 
-    fn selection_of(&self, labels: &IdentityLabels) -> Selection {
+    fn selection_of(&self, labels: &IdentityLabels, is_audit: bool) -> Selection {
         let namespace = Arc::from(labels.namespace.as_str());
         let may_select = [Some(namespace), None].into_iter().filter_map(|key| self.states.get(&key));
         let mut states: Vec<&State> =
@@ -165,9 +175,16 @@ impl Selections {
         ports.sort_unstable();
         ports.dedup();
         let revisions: Vec<Revision> = states.iter().map(|state| state.revision).collect();
+        let isolating = |side: fn(&Policy) -> &Option<PolicyDirection>| -> Origins {
+            let isolates =
+                |policy: &Policy| side(policy).as_ref().is_some_and(|it| it.default == Action::Deny);
+            let isolating = states.iter().filter(|state| isolates(&state.policy));
+            isolating.map(|state| state.policy.reference.clone()).collect()
+        };
         Selection {
+            isolating: [isolating(|policy| &policy.ingress), isolating(|policy| &policy.egress)],
             policies: states.iter().map(|state| state.policy.reference.clone()).collect(),
-            definition: (!revisions.is_empty()).then_some(Definition { revisions, ports }),
+            definition: (!revisions.is_empty()).then_some(Definition { is_audit, revisions, ports }),
         }
     }
 
@@ -199,7 +216,7 @@ pub fn selects(policy: &Policy, labels: &IdentityLabels) -> bool {
 
 /// True if both make the same rows of whom they apply to.
 fn says_the_same(one: &Policy, other: &Policy) -> bool {
-    (one.tier, one.priority) == (other.tier, other.priority)
+    (one.tier, one.priority, one.marks.audit) == (other.tier, other.priority, other.marks.audit)
         && one.ingress == other.ingress
         && one.egress == other.egress
 }

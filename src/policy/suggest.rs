@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::net::IpAddr;
 
+use crate::identity::{NAMESPACE_NAME, PASSING};
 use crate::model::{IpProtocol, Labels};
 
 /// Labels that by themselves say what a pod is, the best first; the others of a pod are left out where it has one.
@@ -16,19 +17,8 @@ const TELLING: [&[&str]; 4] = [
     &["name"],
 ];
 
-/// Labels of one revision or run of a workload.
-const PASSING: [&str; 10] = [
-    "pod-template-hash",
-    "controller-revision-hash",
-    "pod-template-generation",
-    "statefulset.kubernetes.io/pod-name",
-    "apps.kubernetes.io/pod-index",
-    "controller-uid",
-    "job-name",
-    "batch.kubernetes.io/controller-uid",
-    "batch.kubernetes.io/job-name",
-    "batch.kubernetes.io/job-completion-index",
-];
+/// Labels of one pod of a StatefulSet.
+const OF_ONE_POD: [&str; 2] = ["statefulset.kubernetes.io/pod-name", "apps.kubernetes.io/pod-index"];
 
 /// Whom the policy is for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -128,7 +118,8 @@ fn telling(labels: &Labels) -> Labels {
             return known.map(|(key, value)| (key.clone(), value.clone())).collect();
         }
     }
-    let lasts = |(key, _): &(&String, &String)| !PASSING.contains(&key.as_str());
+    let lasts =
+        |(key, _): &(&String, &String)| !PASSING.iter().chain(&OF_ONE_POD).any(|passing| passing == key);
     labels.iter().filter(lasts).map(|(key, value)| (key.clone(), value.clone())).collect()
 }
 
@@ -172,8 +163,7 @@ fn write_rules(text: &mut String, direction: &str, side: &str, rules: &Rules) {
                 Peer::Pods { namespace, labels } => {
                     let _ = writeln!(text, "    - podSelector:{}", selector(labels, "        "));
                     if let Some(namespace) = namespace {
-                        let of =
-                            Labels::from([("kubernetes.io/metadata.name".to_owned(), namespace.clone())]);
+                        let of = Labels::from([(NAMESPACE_NAME.to_owned(), namespace.clone())]);
                         let _ = writeln!(text, "      namespaceSelector:{}", selector(&of, "        "));
                     }
                 }

@@ -13,6 +13,7 @@ struct World {
     policies: Snapshot<PolicyRef, Arc<Policy>>,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     endpoints: BTreeMap<EndpointId, IdentityId>,
+    audited: BTreeSet<EndpointId>,
     addresses: Snapshot<IpAddr, BaseAddress>,
     pod_cidrs: Vec<IpNet>,
 }
@@ -64,6 +65,7 @@ impl World {
                 policies: &self.policies,
                 identities: &self.identities,
                 endpoints: &self.endpoints,
+                audited: &self.audited,
                 addresses: &self.addresses,
                 pod_cidrs: &self.pod_cidrs,
             })
@@ -106,6 +108,7 @@ fn policy(name: &str, selector: Selector) -> Policy {
         priority: 0,
         ingress: None,
         egress: None,
+        marks: Default::default(),
         others: vec![],
         doubts: vec![],
     }
@@ -145,7 +148,11 @@ fn named(name: &str) -> PortMatch {
 
 /// By these policies, separated by commas.
 fn allowed(origins: &str) -> CompiledRule {
-    CompiledRule { action: Action::Allow, origins: origins.split(',').map(reference).collect() }
+    CompiledRule {
+        action: Action::Allow,
+        origins: origins.split(',').map(reference).collect(),
+        is_audit: false,
+    }
 }
 
 fn row(class: u32, protocol: u8, port: u16, origin: &str) -> (CompiledRuleKey, CompiledRule) {
@@ -481,6 +488,7 @@ fn exhausted_numbers_are_an_error_and_then_a_fresh_start() {
         policies: &world.policies,
         identities: &world.identities,
         endpoints: &world.endpoints,
+        audited: &world.audited,
         addresses: &world.addresses,
         pod_cidrs: &world.pod_cidrs,
     };

@@ -13,7 +13,7 @@ use crate::model::{
 };
 
 use super::peers::{PeerIndex, PeerKey, Peers, Touched};
-use super::rules::{self, Claim, Match, Order, Rows};
+use super::rules::{self, Claim, Decision, Match, Order, Rows};
 
 /// A compiled policy and what is needed to add identities to it.
 pub struct Value {
@@ -42,11 +42,13 @@ struct Saying {
     action: Action,
     namespace: Option<Arc<str>>,
     origins: Origins,
+    is_audit: bool,
 }
 
 impl Saying {
     fn of(&self, matched: Match) -> Claim {
-        Claim { matched, order: self.order, action: self.action, origins: self.origins.clone() }
+        let Self { order, action, is_audit, .. } = *self;
+        Claim { matched, order, action, origins: self.origins.clone(), is_audit }
     }
 }
 
@@ -67,16 +69,25 @@ struct Combination {
 }
 
 impl Value {
-    /// Compiles `policies`, which select pods with `labels`, against every identity.
-    pub fn new(id: PolicyId, policies: &[Arc<Policy>], labels: &IdentityLabels, peers: &mut Peers) -> Self {
+    /// Compiles `policies`, which select pods with `labels`, against every identity. `is_audit`: what they deny
+    /// these pods is only reported.
+    pub fn new(
+        id: PolicyId,
+        policies: &[Arc<Policy>],
+        labels: &IdentityLabels,
+        is_audit: bool,
+        peers: &mut Peers,
+    ) -> Self {
         let mut ingress: Option<Direction> = None;
         let mut egress: Option<Direction> = None;
         for policy in policies {
             if let Some(rules) = &policy.ingress {
-                ingress.get_or_insert_with(Direction::new).add_policy(policy, rules, Some(labels), peers);
+                let direction = ingress.get_or_insert_with(Direction::new);
+                direction.add_policy(policy, rules, Some(labels), is_audit, peers);
             }
             if let Some(rules) = &policy.egress {
-                egress.get_or_insert_with(Direction::new).add_policy(policy, rules, None, peers);
+                let direction = egress.get_or_insert_with(Direction::new);
+                direction.add_policy(policy, rules, None, is_audit, peers);
             }
         }
         let compiled = CompiledPolicy {
@@ -144,15 +155,17 @@ impl Direction {
         policy: &Policy,
         direction: &PolicyDirection,
         subject: Option<&IdentityLabels>,
+        is_audit: bool,
         peers: &mut Peers,
     ) {
+        let is_audit = is_audit || policy.marks.audit;
         let origins = Origins::from([policy.reference.clone()]);
         let namespace = policy.reference.namespace.clone();
         for (position, rule) in (0..).zip(&direction.rules) {
             let position = if policy.tier.is_ordered() { position } else { 0 };
             let order = Order { tier: policy.tier, priority: policy.priority, position };
             let (origins, namespace) = (origins.clone(), namespace.clone());
-            let saying = Saying { order, action: rule.action, namespace, origins };
+            let saying = Saying { order, action: rule.action, namespace, origins, is_audit };
             self.add_rule(&saying, rule, subject, peers);
         }
         if direction.default != Action::Pass {
@@ -161,7 +174,9 @@ impl Direction {
                 matched: Match::ANY,
                 order,
                 action: direction.default,
-                origins: Origins::default(),
+                // Only what is reported needs a name.
+                origins: if is_audit { origins } else { Origins::default() },
+                is_audit,
             });
         }
     }
@@ -207,7 +222,8 @@ impl Direction {
         keys: impl Iterator<Item = PeerKey>,
         peers: &mut Peers,
     ) {
-        self.refuses_strangers = true;
+        // Whom an audited rule may mean is let through, as everybody else whom the rule means.
+        self.refuses_strangers |= !saying.is_audit;
         let doubtful: Vec<PeerIndex> =
             keys.filter_map(|key| key.doubtful()).map(|key| peers.intern(key)).collect();
         if !doubtful.is_empty() {
@@ -301,7 +317,8 @@ impl Direction {
             for (matched, decision) in rows {
                 let Match { protocol, port, port_prefix_length } = *matched;
                 let key = CompiledRuleKey { class: *class, protocol, port, port_prefix_length };
-                let rule = CompiledRule { action: decision.action, origins: decision.origins.clone() };
+                let Decision { action, ref origins, is_audit } = *decision;
+                let rule = CompiledRule { action, origins: origins.clone(), is_audit };
                 target.rules.insert(key, rule);
             }
         }

@@ -164,6 +164,7 @@ impl World {
             priority: 0,
             ingress: isolating(ingress),
             egress: isolating(egress),
+            marks: Default::default(),
             others: Vec::new(),
             doubts: Vec::new(),
         };
@@ -175,6 +176,7 @@ impl World {
             policies: &self.policies,
             identities: &self.identities,
             endpoints: &self.endpoints,
+            audited: &Default::default(),
             addresses: &self.addresses,
             pod_cidrs: &["10.0.0.0/8".parse()?],
         })?)

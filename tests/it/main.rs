@@ -3,6 +3,7 @@
 //! A new test goes into the module that names its subject; a new subject gets a module.
 
 mod api_server;
+mod audit;
 mod cni;
 mod control_plane;
 mod datapath;

@@ -2,6 +2,7 @@
 //! packet, the verdict, what comes out, what is reported and remembered.
 
 mod backends;
+mod denied;
 mod drops;
 mod ends;
 mod fairness;

@@ -3,6 +3,7 @@
 //! Nine pods: a, b, c in each of the namespaces x, y, z; a and c on node 1, b on node 2,
 //! so that both ways of delivery are judged. Every probe is made in both families.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, bail};
@@ -16,11 +17,12 @@ pub struct Case {
     /// For messages.
     pub name: &'static str,
     /// Namespace and `spec`, which may name a pod's addresses as `$x/a.4` and `$x/a.6`. A kind other than
-    /// NetworkPolicy stands before the namespace, and a field other than `spec` behind it.
+    /// NetworkPolicy stands before the namespace, and a field other than `spec` behind it; @KEY=VALUE is an
+    /// annotation.
     pub policies: &'static [(&'static str, &'static str)],
     /// What must be answered.
     pub allowed: &'static [&'static str],
-    /// What must not.
+    /// What must not; with a ! behind it it must be refused at once.
     pub denied: &'static [&'static str],
 }
 
@@ -368,6 +370,11 @@ impl Cast {
         let mut rows = Vec::new();
         for (probes, expected) in [(case.allowed, Expected::Answered), (case.denied, Expected::Denied)] {
             for probe in probes {
+                // What is told at once.
+                let (probe, expected) = match probe.strip_suffix('!') {
+                    Some(probe) => (probe, Expected::Refused),
+                    None => (*probe, expected),
+                };
                 rows.extend(self.rows(probe, expected)?);
             }
         }
@@ -386,7 +393,10 @@ impl Cast {
             spec = spec.replace(&format!("{variable}.6"), &pod.address(false).to_string());
         }
         let spec: serde_json::Value = weir::yaml::read(&spec).with_context(|| spec.clone())?;
-        let words: Vec<&str> = namespace.split(' ').collect();
+        let (annotations, words): (Vec<&str>, Vec<&str>) =
+            namespace.split(' ').partition(|word| word.starts_with('@'));
+        let annotations: BTreeMap<&str, &str> =
+            annotations.iter().filter_map(|word| word.trim_start_matches('@').split_once('=')).collect();
         let (version, kind, namespace, field) = match words.as_slice() {
             [kind @ "ClusterNetworkPolicy"] => ("policy.networking.k8s.io/v1alpha2", *kind, None, "spec"),
             [kind @ "CiliumClusterwideNetworkPolicy"] => ("cilium.io/v2", *kind, None, "spec"),
@@ -397,7 +407,8 @@ impl Cast {
         };
         Ok(serde_json::json!({
             "apiVersion": version, "kind": kind,
-            "metadata": {"name": format!("policy-{number}"), "namespace": namespace}, field: spec,
+            "metadata": {"name": format!("policy-{number}"), "namespace": namespace, "annotations": annotations},
+            field: spec,
         }))
     }
 
@@ -409,6 +420,7 @@ impl Cast {
             "tcp" => Via::Tcp,
             "udp" => Via::Udp,
             "ping" => Via::Ping,
+            "timestamp" => Via::Timestamp,
             _ => bail!("an unknown protocol in {probe}"),
         };
         let (to, port) = to.split_once(':').unwrap_or((to, "0"));
@@ -417,6 +429,7 @@ impl Cast {
         Ok(self
             .addresses(to)?
             .into_iter()
+            .filter(|address| via != Via::Timestamp || address.is_ipv4())
             .map(|address| {
                 Row::from_space(space, from, via, SocketAddr::new(address, port), expected)
                     .named(&format!("{probe} (from {from})"))

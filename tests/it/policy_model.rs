@@ -46,7 +46,7 @@ impl Facts {
             let namespace = &cluster.namespaces[&*pod.pod.key.namespace];
             let labels = LabelFilter::default().labels_of(
                 &pod.pod,
-                Some(&Namespace { labels: namespace.clone(), is_partial: false }),
+                Some(&Namespace { labels: namespace.clone(), is_partial: false, ..Namespace::default() }),
                 &Default::default(),
             );
             let id = identity::number(&labels, 0);
@@ -71,6 +71,7 @@ impl Facts {
             policies: &self.policies,
             identities: &self.identities,
             endpoints: &self.endpoints,
+            audited: &Default::default(),
             addresses: &self.addresses,
             pod_cidrs: &self.pod_cidrs,
         };

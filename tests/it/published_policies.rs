@@ -112,7 +112,7 @@ const CASES: &[Case] = &[
             "CiliumNetworkPolicy x",
             "{endpointSelector: {}, ingress: [{fromEntities: [all], icmps: [{fields: [{type: 13}]}]}]}",
         )],
-        allowed: &["x/a > y/a/ping"],
+        allowed: &["x/a > y/a/ping", "y/a > x/a/timestamp", "z/b > x/a/timestamp"],
         denied: &["y/a > x/a/ping"],
     },
     Case {
@@ -143,6 +143,21 @@ const CASES: &[Case] = &[
         )],
         allowed: &["x/b > x/a:80/tcp"],
         denied: &["x/c > x/a:80/tcp", "y/a > x/a:80/tcp"],
+    },
+    Case {
+        name: "an audited policy is in nobody's way, and others are",
+        policies: &[
+            ("x @weir.dev/audit=true", "{podSelector: {}, policyTypes: [Ingress]}"),
+            ("y", "{podSelector: {}, policyTypes: [Ingress]}"),
+        ],
+        allowed: &["y/a > x/a:80/tcp", "outside > x/b:80/tcp", "z/a > x/a/ping"],
+        denied: &["x/a > y/a:80/tcp"],
+    },
+    Case {
+        name: "who is told what he may not send",
+        policies: &[("x @weir.dev/deny-response=reject", "{podSelector: {}, policyTypes: [Egress]}")],
+        allowed: &["y/a > x/a:80/tcp"],
+        denied: &["x/a > y/a:80/tcp!", "x/b > outside:80/tcp!", "x/a > z/b:81/udp!"],
     },
     Case {
         name: "the administrator's deny beats a namespace's allow",

@@ -299,6 +299,7 @@ fn protocol(field: &'static str, text: &str) -> Result<Protocol, BadFilter> {
 
 /// True if `raw` has all of it: the same filter without what `raw` has is empty.
 fn is_raw_alone(wanted: &FlowFilter) -> bool {
+    let dropped = i32::from(Verdict::Dropped);
     let rest = FlowFilter {
         source_ip: Vec::new(),
         destination_ip: Vec::new(),
@@ -306,7 +307,8 @@ fn is_raw_alone(wanted: &FlowFilter) -> bool {
         destination_port: Vec::new(),
         source_identity: Vec::new(),
         destination_identity: Vec::new(),
-        verdict: Vec::new(),
+        // Of what is not dropped, names say whether it is audited.
+        verdict: wanted.verdict.iter().filter(|verdict| **verdict != dropped).copied().collect(),
         drop_reason_desc: Vec::new(),
         traffic_direction: Vec::new(),
         reply: Vec::new(),

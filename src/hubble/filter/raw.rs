@@ -71,7 +71,7 @@ impl Raw {
     }
 
     fn matches_facts(&self, event: &Event) -> bool {
-        let verdict: i32 = if event.reason == 0 { Verdict::Forwarded } else { Verdict::Dropped }.into();
+        let is_dropped = event.reason != 0;
         let direction = match Direction::from(event.direction) {
             Direction::Unknown => 0,
             Direction::Ingress => 1,
@@ -79,7 +79,8 @@ impl Raw {
         };
         let is_v4 = crate::flow::ip_of(event.source).is_ipv4();
         let version: i32 = if is_v4 { IpVersion::IPv4 } else { IpVersion::IPv6 }.into();
-        any(&self.verdict, |wanted| *wanted == verdict)
+        // Whether what is let through is audited its rule's names say.
+        any(&self.verdict, |wanted| (*wanted == i32::from(Verdict::Dropped)) == is_dropped)
             && any(&self.weir_event, |wanted| *wanted == i32::from(event.r#type))
             && any(&self.drop_reason, |wanted| *wanted == i32::from(event.reason))
             && any(&self.direction, |wanted| *wanted == direction)

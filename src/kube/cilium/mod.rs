@@ -12,10 +12,10 @@ mod tests;
 
 use std::sync::Arc;
 
-use super::convert::{Field, FieldError, Notes, ObjectId, items};
+use super::convert::{Field, FieldError, Notes, ObjectId, items, marks};
 use crate::model::{
-    Action, Peer, Policy, PolicyDirection, PolicyKind, PolicyRef, PolicyRule, PortMatch, Selector, Subject,
-    Tier,
+    Action, Marks, Peer, Policy, PolicyDirection, PolicyKind, PolicyRef, PolicyRule, PortMatch, Selector,
+    Subject, Tier,
 };
 
 /// Reads as much of a policy as can be read; there is one in any case.
@@ -37,6 +37,9 @@ pub fn policy(kind: PolicyKind, id: &ObjectId, document: &Field, notes: &mut Not
         reader.notes.doubt(missing);
     }
     policy.others = others;
+    policy.marks = marks(document, &mut reader.notes.warnings);
+    let marks = policy.marks;
+    policy.others.iter_mut().for_each(|other| other.marks = marks);
     let unenforced = std::mem::take(&mut reader.unenforced);
     policy.doubts = notes.texts();
     policy.doubts.extend(unenforced.iter().map(ToString::to_string));
@@ -53,6 +56,7 @@ fn nothing(reference: &PolicyRef) -> Policy {
         priority: 0,
         ingress: None,
         egress: None,
+        marks: Marks::default(),
         others: Vec::new(),
         doubts: Vec::new(),
     }

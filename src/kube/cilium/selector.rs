@@ -4,12 +4,13 @@
 use std::collections::BTreeSet;
 
 use super::Reader;
+use crate::identity::NAMESPACE_NAME;
 use crate::kube::convert::{Field, Result, items, names};
+use crate::kube::kinds::requirement;
 use crate::model::{Entity, Peer, Requirement, SERVICE_ACCOUNT_KEY, Selector, Subject};
 
 const NAMESPACE: &str = "io.kubernetes.pod.namespace";
 const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels.";
-const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 const CLUSTER: &str = "io.cilium.k8s.policy.cluster";
 /// What a cluster is called that has no name.
 const CLUSTER_NAME: &str = "default";
@@ -96,7 +97,7 @@ impl Reader<'_> {
         }
         let expressions = selector.get("matchExpressions").and_then(|list| items(&list));
         for expression in self.notes.read(expressions).unwrap_or_default() {
-            if let Some(requirement) = self.notes.read(self::expression(&expression)) {
+            if let Some(requirement) = self.notes.read(requirement(&expression, check_key)) {
                 asked.add(requirement);
             }
         }
@@ -160,7 +161,7 @@ fn requirements(selector: &Field) -> Result<Vec<Requirement>> {
     let equals = selector.get("matchLabels")?.entries()?;
     let equals = equals.iter().map(|(key, value)| equal(key, value));
     let expressions = items(&selector.get("matchExpressions")?)?;
-    equals.chain(expressions.iter().map(expression)).collect()
+    equals.chain(expressions.iter().map(|expression| requirement(expression, check_key))).collect()
 }
 
 fn equal(key: &str, value: &Field) -> Result<Requirement> {
@@ -173,27 +174,6 @@ fn label_value(field: &Field) -> Result<String> {
     match names::is_label_value(text) {
         true => Ok(text.to_owned()),
         false => Err(field.error(format!("{text:?} is not a label value"))),
-    }
-}
-
-fn expression(field: &Field) -> Result<Requirement> {
-    field.only_known(&["key", "operator", "values"])?;
-    let key = field.get("key")?;
-    let name = key.required_string()?.to_owned();
-    check_key(&name, &key)?;
-    let list = field.get("values")?;
-    let values: BTreeSet<String> = items(&list)?.iter().map(label_value).collect::<Result<_>>()?;
-    let operator = field.get("operator")?;
-    match (operator.required_string()?, values.is_empty()) {
-        ("In", false) => Ok(Requirement::In(name, values)),
-        ("NotIn", false) => Ok(Requirement::NotIn(name, values)),
-        ("Exists", true) => Ok(Requirement::Exists(name)),
-        ("DoesNotExist", true) => Ok(Requirement::DoesNotExist(name)),
-        ("In" | "NotIn", true) => Err(list.error("is required with operators In and NotIn")),
-        ("Exists" | "DoesNotExist", false) => {
-            Err(list.error("must be empty with operators Exists and DoesNotExist"))
-        }
-        (other, _) => Err(operator.error(format!("{other:?} is not In, NotIn, Exists or DoesNotExist"))),
     }
 }
 

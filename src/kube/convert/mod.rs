@@ -16,7 +16,7 @@ pub use field::{Field, FieldError, Result};
 pub use typed::Cidr;
 
 use super::kind::Kind;
-use crate::model::{Labels, ObjectKey};
+use crate::model::{Labels, Marks, ObjectKey};
 
 /// Which object: kind, namespace and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -116,6 +116,36 @@ pub(super) fn labels(document: &Field) -> Result<Labels> {
     let labels = field.strings()?;
     check_labels(&field, &labels)?;
     Ok(labels)
+}
+
+/// What the annotations of an object ask of policy. What cannot be read of them asks for nothing.
+pub(super) fn marks(document: &Field, warnings: &mut Vec<FieldError>) -> Marks {
+    let of = |name: &str| {
+        let field = document.get("metadata")?.get("annotations")?.get(name)?;
+        Ok((field.string()?.map(str::to_owned), field))
+    };
+    let mut marks = Marks::default();
+    let mut read = |name: &str, take: &mut dyn FnMut(&str) -> bool| match of(name) {
+        Ok((None, _)) => {}
+        Ok((Some(text), field)) if !take(&text) => {
+            warnings.push(field.error(format!("{text:?} is not read")));
+        }
+        Ok(_) => {}
+        Err(error) => warnings.push(error),
+    };
+    read("weir.dev/audit", &mut |text| {
+        marks.audit = text == "true";
+        matches!(text, "true" | "false")
+    });
+    read("weir.dev/deny-response", &mut |text| {
+        marks.reject = match text {
+            "reject" => Some(true),
+            "drop" => Some(false),
+            _ => None,
+        };
+        marks.reject.is_some()
+    });
+    marks
 }
 
 /// Refuses labels that no API server would store; only strict documents need the check.

@@ -108,6 +108,7 @@ fn policy_types_default_to_ingress_and_to_egress_with_rules() {
         priority: 0,
         ingress: ingress.map(isolating),
         egress: egress.map(isolating),
+        marks: Default::default(),
         others: vec![],
         doubts: vec![],
     };
@@ -418,6 +419,7 @@ fn pods_have_defaults_and_the_ports_of_what_keeps_running() {
             ("http".to_owned(), vec![named(Protocol::Tcp, 80), named(Protocol::Udp, 80)]),
             ("side".to_owned(), vec![named(Protocol::Tcp, 9)]),
         ]),
+        marks: Default::default(),
     };
     assert_eq!(object::<kinds::Pod>(yaml), expected);
 }
@@ -436,6 +438,7 @@ fn pods_say_where_they_run_and_when_they_are_over() {
         is_terminal: true,
         is_ready: true,
         named_ports: BTreeMap::new(),
+        marks: Default::default(),
     };
     assert_eq!(object::<kinds::Pod>(yaml), expected);
 }
@@ -449,6 +452,7 @@ fn namespaces_have_their_name_as_a_label_whatever_they_say() {
         let expected = Namespace {
             labels: labels(&[("team", "red"), ("kubernetes.io/metadata.name", "shop")]),
             is_partial: false,
+            marks: Default::default(),
         };
         assert_eq!(object::<kinds::Namespace>(yaml), expected, "{yaml}");
     }
@@ -633,4 +637,19 @@ fn own_kinds_are_read_as_they_are_written() {
     let written =
         crate::yaml::write(&crate::kube::crd::NodeEndpoints::new("a-0-3", spec)).expect("plain data");
     assert_eq!(object::<kinds::NodeEndpoints>(&written), endpoints);
+}
+
+#[test]
+fn annotations_of_policies_namespaces_and_pods_ask_for_audit_and_answers() {
+    let marks = |annotations: &str| {
+        let yaml = format!("{{metadata: {{name: shop, annotations: {annotations}}}}}");
+        let read = converted::<kinds::Namespace>(&yaml).expect("it is taken");
+        let marks = read.row.expect("a row").marks;
+        (marks.audit, marks.reject, read.warnings.len())
+    };
+    assert_eq!(marks("{}"), (false, None, 0));
+    assert_eq!(marks("{weir.dev/audit: 'true', weir.dev/deny-response: reject}"), (true, Some(true), 0));
+    assert_eq!(marks("{weir.dev/audit: 'false', weir.dev/deny-response: drop}"), (false, Some(false), 0));
+    // What is not read opens nothing.
+    assert_eq!(marks("{weir.dev/audit: 'yes', weir.dev/deny-response: rst}"), (false, None, 2));
 }

@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use super::network_policy::selector;
 use crate::kube::Tables;
-use crate::kube::convert::{Field, FieldError, Notes, ObjectId, Result, items, names};
+use crate::kube::convert::{Field, FieldError, Notes, ObjectId, Result, items, marks, names};
 use crate::kube::kind::{Meta, ObjectKind};
 use crate::kube::rows::{self, Rows};
 use crate::model::{
-    Action, IpProtocol, ObjectKey, Peer, Policy, PolicyDirection, PolicyKind, PolicyRef, PolicyRule,
+    Action, IpProtocol, Marks, ObjectKey, Peer, Policy, PolicyDirection, PolicyKind, PolicyRef, PolicyRule,
     PortMatch, PortSelector, Selector, Subject, Tier,
 };
 
@@ -43,6 +43,7 @@ impl ObjectKind for ClusterNetworkPolicy {
             None => nothing(id),
         };
         let unenforced = reader.unenforced;
+        policy.marks = marks(document, &mut notes.warnings);
         policy.doubts = notes.texts();
         policy.doubts.extend(unenforced.iter().map(ToString::to_string));
         notes.warnings.extend(unenforced);
@@ -62,6 +63,7 @@ fn nothing(id: &ObjectId) -> Policy {
         priority: 0,
         ingress: None,
         egress: None,
+        marks: Marks::default(),
         others: Vec::new(),
         doubts: Vec::new(),
     }
@@ -92,6 +94,7 @@ impl Reader<'_> {
             ingress,
             egress,
             reference: empty.reference,
+            marks: empty.marks,
             others: Vec::new(),
             doubts: Vec::new(),
         }

@@ -42,3 +42,4 @@ kinds! {
 }
 
 pub use identity::ClaimedIdentity;
+pub use network_policy::requirement;

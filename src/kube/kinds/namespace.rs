@@ -2,14 +2,12 @@
 
 use std::sync::Arc;
 
+use crate::identity::NAMESPACE_NAME;
 use crate::kube::Tables;
-use crate::kube::convert::{Field, Notes, ObjectId, Result, labels};
+use crate::kube::convert::{Field, Notes, ObjectId, Result, labels, marks};
 use crate::kube::kind::{Meta, ObjectKind};
 use crate::kube::rows::{self, Rows};
 use crate::model;
-
-/// The label that upstream gives every namespace.
-const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 
 /// v1
 pub struct Namespace;
@@ -32,7 +30,8 @@ impl ObjectKind for Namespace {
         let is_partial = read.is_none();
         let mut labels = read.unwrap_or_default();
         labels.insert(NAMESPACE_NAME.to_owned(), id.key.name.to_string());
-        Ok(Some(model::Namespace { labels, is_partial }))
+        let marks = marks(document, &mut notes.warnings);
+        Ok(Some(model::Namespace { labels, is_partial, marks }))
     }
 
     fn rows(tables: &Arc<Tables>) -> Box<dyn Rows<model::Namespace>> {

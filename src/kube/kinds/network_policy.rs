@@ -11,7 +11,7 @@ use ipnet::IpNet;
 
 use crate::identity::LabelFilter;
 use crate::kube::Tables;
-use crate::kube::convert::{Field, Notes, ObjectId, Result, check_labels, items, names};
+use crate::kube::convert::{Field, Notes, ObjectId, Result, check_labels, items, marks, names};
 use crate::kube::kind::{Meta, ObjectKind};
 use crate::kube::rows::{self, Rows};
 use crate::model::{
@@ -50,6 +50,7 @@ impl ObjectKind for NetworkPolicy {
             priority: 0,
             ingress: isolating(),
             egress: isolating(),
+            marks: marks(document, &mut notes.warnings),
             others: Vec::new(),
             doubts: notes.texts(),
         })
@@ -76,6 +77,7 @@ fn network_policy(id: &ObjectId, document: &Field, notes: &mut Notes) -> Policy 
         priority: 0,
         ingress: ingress.map(isolating),
         egress: egress.map(isolating),
+        marks: marks(document, &mut notes.warnings),
         others: Vec::new(),
         doubts: notes.texts(),
     }
@@ -238,7 +240,7 @@ fn subject(spec: &Field, notes: &mut Notes) -> Selector {
     }
     let expressions = field.get("matchExpressions").and_then(|list| items(&list));
     for expression in notes.read(expressions).unwrap_or_default() {
-        requirements.extend(notes.read(requirement(&expression)));
+        requirements.extend(notes.read(requirement(&expression, check_key)));
     }
     Selector::new(requirements)
 }
@@ -259,18 +261,24 @@ pub(super) fn selector(field: &Field) -> Result<Selector> {
     let mut requirements: Vec<Requirement> =
         labels.into_iter().map(|(key, value)| Requirement::In(key, BTreeSet::from([value]))).collect();
     for expression in items(&field.get("matchExpressions")?)? {
-        requirements.push(requirement(&expression)?);
+        requirements.push(requirement(&expression, check_key)?);
     }
     Ok(Selector::new(requirements))
 }
 
-fn requirement(expression: &Field) -> Result<Requirement> {
+fn check_key(name: &str, field: &Field) -> Result<()> {
+    match names::is_label_key(name) {
+        true => Ok(()),
+        false => Err(field.error(format!("{name:?} is not a label key"))),
+    }
+}
+
+/// One line of matchExpressions. `check_key` says which keys there are.
+pub fn requirement(expression: &Field, check_key: fn(&str, &Field) -> Result<()>) -> Result<Requirement> {
     expression.only_known(&["key", "operator", "values"])?;
     let key = expression.get("key")?;
     let name = key.required_string()?.to_owned();
-    if !names::is_label_key(&name) {
-        return Err(key.error(format!("{name:?} is not a label key")));
-    }
+    check_key(&name, &key)?;
     let list = expression.get("values")?;
     let values = values(&list)?;
     let operator = expression.get("operator")?;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::kube::Tables;
-use crate::kube::convert::{Field, Notes, ObjectId, Result, items, labels};
+use crate::kube::convert::{Field, Notes, ObjectId, Result, items, labels, marks};
 use crate::kube::kind::{Meta, ObjectKind};
 use crate::kube::rows::{self, Rows};
 use crate::model::{self, NamedPort};
@@ -16,8 +16,9 @@ impl ObjectKind for Pod {
     const META: Meta = Meta { name: "Pod", plural: "pods", is_reported: false, ..Meta::CORE };
     type Row = model::Pod;
 
-    fn read(id: &ObjectId, document: &Field, _: &mut Notes) -> Result<Option<model::Pod>> {
-        pod(id, document).map(Some)
+    fn read(id: &ObjectId, document: &Field, notes: &mut Notes) -> Result<Option<model::Pod>> {
+        let marks = marks(document, &mut notes.warnings);
+        Ok(Some(model::Pod { marks, ..pod(id, document)? }))
     }
 
     fn fields(node: &str) -> Option<String> {
@@ -44,6 +45,7 @@ fn pod(id: &ObjectId, document: &Field) -> Result<model::Pod> {
         is_terminal: matches!(phase, Some("Succeeded" | "Failed")),
         is_ready: is_ready(&document.get("status")?)?,
         named_ports: named_ports(&spec)?,
+        marks: model::Marks::default(),
     })
 }
 

@@ -240,6 +240,7 @@ fn a_difference_is_said_by_pair_and_ports() {
         policies: &before.policies,
         identities: &before.identities,
         endpoints: &before.endpoints,
+        audited: &before.audited,
         addresses: &before.addresses,
         pod_cidrs: &before.pod_cidrs,
     };
@@ -262,4 +263,32 @@ fn a_difference_is_said_by_pair_and_ports() {
             "300 ingress 301 UDP false",
         ]
     );
+}
+
+#[test]
+fn what_an_audited_policy_or_pod_is_denied_is_let_through_and_said() {
+    use Action::{Allow, Deny};
+    let web = || cilium("web", Deny, vec![rule(Allow, vec![pods("client")], None)]);
+    let audited = |world: World| {
+        let output = world.compile(&mut compiler());
+        let policy = &output.policies[&output.of_endpoint[&EndpointId(1)]];
+        let rows = policy.ingress.as_ref().expect("enforced").rules.values();
+        let said: BTreeSet<String> = rows
+            .filter(|row| row.is_audit)
+            .flat_map(|row| row.origins.iter().map(ToString::to_string))
+            .collect();
+        (admitted(&output, &ALL).len(), said.into_iter().collect::<Vec<_>>())
+    };
+    assert_eq!(audited(cluster().policy(web())), (1, vec![]));
+    let mut policy = web();
+    policy.marks.audit = true;
+    let name = "NetworkPolicy shop/web".to_owned();
+    assert_eq!(audited(cluster().policy(policy.clone())), (ALL.len(), vec![name.clone()]));
+    // Another policy that isolates is not audited by that.
+    let mut other = web();
+    other.reference.name = "other".into();
+    assert_eq!(audited(cluster().policy(policy).policy(other)), (1, vec![]));
+    let mut world = cluster().policy(web());
+    world.audited.insert(EndpointId(1));
+    assert_eq!(audited(world), (ALL.len(), vec![name]));
 }

@@ -51,7 +51,7 @@ fn policy(origin: &str, peers: &[u32]) -> Arc<CompiledPolicy> {
     let origins = Origins::from([PolicyRef::network_policy(&ObjectKey::new("shop", origin))]);
     let rule = |port, port_prefix_length, protocol| {
         let key = CompiledRuleKey { class: 1, protocol, port, port_prefix_length };
-        (key, CompiledRule { action: Action::Allow, origins: origins.clone() })
+        (key, CompiledRule { action: Action::Allow, origins: origins.clone(), is_audit: false })
     };
     let ingress = CompiledDirection {
         peers: peers.iter().map(|identity| (IdentityId(*identity), 1_u32)).collect(),

@@ -90,6 +90,7 @@ fn place(index: usize, (namespace, labels, named_ports): (&str, Labels, Ports)) 
         is_terminal: false,
         is_ready: true,
         named_ports,
+        marks: Default::default(),
     };
     let addresses = [
         IpAddr::V4(Ipv4Addr::new(10, 0, third, last)),
@@ -202,6 +203,7 @@ fn policy() -> impl Strategy<Value = Policy> {
             priority: 0,
             ingress: ingress.map(isolating),
             egress: egress.map(isolating),
+            marks: Default::default(),
             others: Vec::new(),
             doubts: Vec::new(),
         }

@@ -262,7 +262,7 @@ fn nobody_there_is_said_at_once() -> Result<()> {
 }
 
 /// The packet is turned into this answer, and sent back with the MAC addresses swapped.
-fn answers(world: &mut World, packet: &Packet, answer: Packet) -> Result<()> {
+pub(super) fn answers(world: &mut World, packet: &Packet, answer: Packet) -> Result<()> {
     check_answer(&world.send("from_pod", packet)?, packet, answer)
 }
 
