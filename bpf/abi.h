@@ -82,6 +82,7 @@ enum drop_reason {
 	DROP_QUOTA_CONNECTIONS = 198,
 	DROP_ENDPOINT_NOT_READY = 203,
 	DROP_QUOTA_NAT_PORTS = 240,
+	DROP_NO_PROXY = 244,
 };
 
 /*
@@ -195,7 +196,7 @@ enum policy_rule_prefix {
 
 struct policy_rule {
 	__u32 rule_id;	   /* names the rule in flows; 0: none */
-	__be16 proxy_port; /* 0: no proxy */
+	__u16 l7_set;	   /* the rules by which the proxy judges what is allowed; 0: none */
 	__u8 verdict;	   /* enum policy_verdict */
 	__u8 reserved;
 };
@@ -468,6 +469,7 @@ enum connection_flags {
 	CONNECTION_REVERSED = 1 << 8,	    /* TRANSLATED, and the backend began it */
 	CONNECTION_OPENING = 1 << 9,	    /* unanswered; TCP: the handshake is not complete */
 	CONNECTION_DIRECT = 1 << 10, /* the node that the client has asked sends the packets on; the answers go by no other */
+	CONNECTION_PROXY = 1 << 11,	    /* both ends speak to the proxy; never taken off */
 	CONNECTION_LATE = 1 << 12,	    /* the highest four bits count packets after the end */
 };
 
@@ -521,6 +523,48 @@ struct fragment {
 	__u64 check; /* of all before it: two CPUs may write a row at once; 0: empty */
 };
 _Static_assert(sizeof(struct fragment) == 64, "fragment");
+
+/*
+ * l7_flows: a flow that both ends speak to the proxy about, by the addresses and
+ * ports that its packets have there; the proxy asks who speaks, and by which
+ * rules it judges. The connection has the same key, and CONNECTION_PROXY.
+ */
+struct l7_flow_key {
+	struct addr client;
+	struct addr server;
+	__be16 client_port;
+	__be16 server_port;
+	__u8 protocol;
+	__u8 pad[3];
+};
+_Static_assert(sizeof(struct l7_flow_key) == 40, "l7_flow_key");
+
+struct l7_flow {
+	__u32 client_identity;
+	__u32 server_identity;
+	__u16 client_endpoint; /* of this node, else 0 */
+	__u16 server_endpoint;
+	__u16 egress_set; /* rules of the client's pod; 0: they let everything pass */
+	__u16 ingress_set; /* of the server's pod */
+};
+_Static_assert(sizeof(struct l7_flow) == 16, "l7_flow");
+
+/* proxy[0]: the veth pair whose other end is in the proxy's namespace. */
+struct proxy_device {
+	__u32 ifindex; /* of the node's end; 0: there is no proxy */
+	__u8 mac[6];   /* of the other end */
+	__u8 pad[2];
+};
+_Static_assert(sizeof(struct proxy_device) == 12, "proxy_device");
+
+/* The rows of l7_listeners. */
+enum l7_listener {
+	L7_LISTENER_TCP_IPV4 = 0,
+	L7_LISTENER_TCP_IPV6 = 1,
+	L7_LISTENER_UDP_IPV4 = 2,
+	L7_LISTENER_UDP_IPV6 = 3,
+	L7_LISTENERS = 4,
+};
 
 /* What pods share, and usage counts by endpoint. */
 enum quota_kind {

@@ -74,6 +74,7 @@ struct exported_types {
 	enum connection_flags connection_flags;
 	enum route route;
 	enum packet_mark packet_mark;
+	enum l7_listener l7_listener;
 	enum ip_protocol ip_protocol;
 	enum abi_version abi_version;
 	enum metric_size metric_size;

@@ -348,6 +348,32 @@ struct {
 	__type(value, struct own_addresses);
 } this_node SEC(".maps") __weak;
 
+/* Written by the programs, which delete a row with its connection; read by the
+ * proxy. When it is full, no more flows go to the proxy. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct l7_flow_key);
+	__type(value, struct l7_flow);
+} l7_flows SEC(".maps") __weak;
+
+/* Written by datapath::proxy. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct proxy_device);
+} proxy SEC(".maps") __weak;
+
+/* Written by datapath::proxy: the sockets where the proxy's new flows come in. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, L7_LISTENERS);
+	__type(key, __u32);
+	__type(value, __u64);
+} l7_listeners SEC(".maps") __weak;
+
 /* Written by the programs: offered, lost and suppressed events. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

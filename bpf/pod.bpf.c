@@ -229,5 +229,7 @@ int to_pod(struct __sk_buff *ctx)
 	fragment_keep(packet, share);
 	if (packet->flags & (PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION))
 		ret = rewrite_apply(ctx, packet);
+	if (!ret && packet->flags & PACKET_TO_PROXY)
+		ret = proxy_take(ctx, packet);
 	return finish(ctx, packet, ret ? ret : TC_ACT_OK);
 }

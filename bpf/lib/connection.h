@@ -276,7 +276,9 @@ __weak __noinline int connection_end(struct __sk_buff *ctx,
 	}
 	connection->flags |= CONNECTION_ENDED;
 	connection_release_backend(connection, key);
-	connection_retire(connection, key);
+	/* The proxy may have more to tell the other end. */
+	if (!(connection->flags & CONNECTION_PROXY))
+		connection_retire(connection, key);
 	return 0;
 }
 
@@ -310,7 +312,8 @@ static __always_inline __u8 connection_count(struct connection *connection,
 static __always_inline bool
 connection_knows_sender(const struct packet *packet, __u8 route_to_sender)
 {
-	return packet->flags & (PACKET_FROM_POD | PACKET_FROM_HOST) ||
+	return packet->flags & (PACKET_FROM_POD | PACKET_FROM_HOST |
+				PACKET_FROM_PROXY) ||
 	       (packet->flags & PACKET_FROM_OVERLAY &&
 		route_to_sender == ROUTE_NODE);
 }

@@ -62,10 +62,11 @@ static __always_inline bool fast_parse(void *frame, void *end,
 	       !(tuple->tcp_flags & TCP_RST);
 }
 
-/* Flows with something to write, or with something to note about their end. */
+/* Flows with something to write, or with something to note about their end, and
+ * those of the proxy. */
 #define FAST_NOT                                         \
 	(CONNECTION_TRANSLATED | CONNECTION_LOOPBACK |   \
-	 CONNECTION_ENDED | CONNECTION_RESET)
+	 CONNECTION_ENDED | CONNECTION_RESET | CONNECTION_PROXY)
 
 /* The packet's flow, or NULL. */
 static __always_inline struct connection *

@@ -257,6 +257,33 @@ static __always_inline int flow_judge(struct packet *packet, struct flow *flow)
 }
 
 /*
+ * A flow that policy leaves for the proxy to judge is the proxy's from its
+ * beginning to its end: its two ends speak to two sockets. One that began before
+ * the rule did begins anew: the proxy resets what it does not know. 0 or a drop.
+ */
+static __always_inline int flow_choose_proxy(struct packet *packet,
+					     const struct flow *flow,
+					     struct connection **connection)
+{
+	struct connection *running = *connection;
+
+	if (running && running->flags & CONNECTION_PROXY) {
+		packet->flags |= PACKET_TO_PROXY | PACKET_TELL_PROXY;
+		return 0;
+	}
+	if (!flow->egress.l7_set && !flow->ingress.l7_set)
+		return 0;
+	if (running && flow->side)
+		return -DROP_NO_PROXY;
+	if (running) {
+		packet->flags |= PACKET_BEGINS | PACKET_REPLACES;
+		*connection = NULL;
+	}
+	packet->flags |= PACKET_TO_PROXY | PACKET_TELL_PROXY;
+	return 0;
+}
+
+/*
  * Judges a packet of a flow that is new, or whose verdict is stale, and keeps
  * the verdict; 0 or a drop. A denied flow leaves no entry; a running one that
  * is denied now keeps its stale entry, or its other side could begin it anew.
@@ -305,6 +332,8 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 		ret = -DROP_UNSUPPORTED_ICMP;
 	if (!ret)
 		ret = flow_judge(packet, flow);
+	if (!ret)
+		ret = flow_choose_proxy(packet, flow, &connection);
 	if (ret)
 		return ret;
 	if (!connection) {
@@ -314,6 +343,8 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 
 	flow_keep_verdict(connection, flow);
 	side = index_of_two(flow->side);
+	if (side && connection->flags & CONNECTION_PROXY)
+		return 0;
 	if (connection_account(ctx, connection, packet, side,
 			       bpf_jiffies64()))
 		event_flow(ctx, packet, connection, EVENT_FLOW_UPDATE);

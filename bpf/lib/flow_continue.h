@@ -68,6 +68,10 @@ flow_restore_service(struct packet *packet, const struct connection *connection)
 {
 	__u32 sender = packet->flags & PACKET_REPLY ? 1 : 0;
 
+	/* The proxy knows both ends by the addresses of the flow. */
+	if (connection->flags & CONNECTION_PROXY &&
+	    !(packet->flags & PACKET_FROM_PROXY))
+		return;
 	if (sender == connection_client_side(connection) ||
 	    !(connection->flags &
 	      (CONNECTION_TRANSLATED | CONNECTION_LOOPBACK)))
@@ -166,6 +170,12 @@ static __always_inline bool flow_continue(struct __sk_buff *ctx,
 
 	if (sender)
 		packet->flags |= PACKET_REPLY;
+	if (connection->flags & CONNECTION_PROXY) {
+		packet->flags |= PACKET_TO_PROXY;
+		/* What counts is what the client sends and gets. */
+		if (sender)
+			return true;
+	}
 	event = connection_account(ctx, connection, packet, sender,
 				   bpf_jiffies64());
 	ends = connection_ends(connection, packet->tcp_flags);

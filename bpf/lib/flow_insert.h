@@ -98,6 +98,8 @@ static __noinline int flow_insert(struct __sk_buff *ctx,
 		fresh->flags |= CONNECTION_TRANSLATED;
 	if (packet->flags & PACKET_DIRECT)
 		fresh->flags |= CONNECTION_DIRECT;
+	if (packet->flags & PACKET_TO_PROXY)
+		fresh->flags |= CONNECTION_PROXY;
 	if (packet->tcp_flags & TCP_RST)
 		fresh->flags |= CONNECTION_RESET;
 	if (packet->tcp_flags & TCP_SYN &&

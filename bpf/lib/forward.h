@@ -6,6 +6,7 @@
 #pragma once
 
 #include "endpoint.h"
+#include "proxy.h"
 #include "rewrite.h"
 #include "tunnel.h"
 
@@ -209,7 +210,7 @@ __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 	return leave(ctx, settings.tunnel_ifindex, 0, NULL);
 }
 
-/* Of a packet that a pod has sent. */
+/* Of a packet that a pod has sent, or the proxy for it. */
 static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 {
 	int ret;
@@ -220,6 +221,8 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 		if (ret)
 			return ret;
 	}
+	if (packet->flags & PACKET_TO_PROXY)
+		return proxy_take(ctx, packet);
 	switch (packet->route) {
 	case ROUTE_ENDPOINT:
 		return forward_to_endpoint(packet);

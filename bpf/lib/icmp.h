@@ -178,6 +178,11 @@ __weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
 			       !flow_end_is_current(connection, packet,
 						    &packet->destination, end)))
 		return -DROP_UNSUPPORTED_ICMP;
+	/* The proxy has sent what is quoted. */
+	if (connection->flags & CONNECTION_PROXY) {
+		packet->flags |= PACKET_TO_PROXY;
+		return 0;
+	}
 	if (end != connection_client_side(connection) ||
 	    !(connection->flags & CONNECTION_TRANSLATED))
 		return 0;

@@ -49,6 +49,9 @@ enum packet_flags {
 	PACKET_QUOTED = 1 << 22,     /* an ICMP error quotes it: its end is missing */
 	PACKET_DIRECT = 1 << 23,     /* another node sends it on; an option says the frontend */
 	PACKET_STRANGER = 1 << 24,   /* no row of `addresses` names the initiator's pod */
+	PACKET_TO_PROXY = 1 << 25,   /* its flow is the proxy's (proxy.h) */
+	PACKET_TELL_PROXY = 1 << 26, /* and has a new verdict */
+	PACKET_FROM_PROXY = 1 << 27, /* the proxy has sent it for the other end */
 };
 
 /* Of a packet from the network: what it has to do with a service. */

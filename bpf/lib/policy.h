@@ -13,6 +13,7 @@ struct flow_verdict {
 	__u32 direction;
 	__u32 epoch;
 	__u32 rule_id;
+	__u16 l7_set; /* 0: nothing is left to judge */
 };
 
 /* 0 or a drop; notes the rule. The port is the responder's. `policy` is the
@@ -58,5 +59,6 @@ static __always_inline int policy_check(__u32 policy,
 		return -DROP_POLICY_DENIED;
 	verdict->rule_id = rule->rule_id;
 	packet->rule_id = rule->rule_id;
+	verdict->l7_set = rule->l7_set;
 	return rule->verdict == POLICY_ALLOW ? 0 : -DROP_POLICY_DENY_RULE;
 }

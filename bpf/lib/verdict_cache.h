@@ -43,7 +43,7 @@ static __always_inline void verdict_cache_insert(const struct packet *packet,
 {
 	struct cached_verdict *cached;
 
-	if (packet->flags & PACKET_LOOPBACK ||
+	if (packet->flags & (PACKET_LOOPBACK | PACKET_TO_PROXY) ||
 	    verdict_cache_is_useless(packet, flow) ||
 	    (flow->destination.route != ROUTE_ENDPOINT &&
 	     flow->destination.route != ROUTE_NODE))

@@ -8,13 +8,13 @@ pub use super::types::{
     addr as Addr, address as Address, affinity as Affinity, affinity_key as AffinityKey, backend as Backend,
     collect_request as CollectRequest, connection as Connection, connection_key as ConnectionKey,
     ended as Ended, endpoint as Endpoint, event as Event, event_count as EventCount, fragment as Fragment,
-    gone_backend as GoneBackend, maglev_key as MaglevKey, maglev_piece as MaglevPiece, metric as Metric,
-    nat as Nat, nat_key as NatKey, node_state as NodeState, own_addresses as OwnAddresses,
-    policy_peer as PolicyPeer, policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule,
-    policy_rule_key as PolicyRuleKey, prefix as Prefix, prefix_key as PrefixKey,
-    recount_request as RecountRequest, service as Service, service_key as ServiceKey, settings as Settings,
-    slot as Slot, slot_key as SlotKey, source_range_key as SourceRangeKey, stale_socket as StaleSocket,
-    usage as Usage,
+    gone_backend as GoneBackend, l7_flow as L7Flow, l7_flow_key as L7FlowKey, maglev_key as MaglevKey,
+    maglev_piece as MaglevPiece, metric as Metric, nat as Nat, nat_key as NatKey, node_state as NodeState,
+    own_addresses as OwnAddresses, policy_peer as PolicyPeer, policy_peer_key as PolicyPeerKey,
+    policy_rule as PolicyRule, policy_rule_key as PolicyRuleKey, prefix as Prefix, prefix_key as PrefixKey,
+    proxy_device as ProxyDevice, recount_request as RecountRequest, service as Service,
+    service_key as ServiceKey, settings as Settings, slot as Slot, slot_key as SlotKey,
+    source_range_key as SourceRangeKey, stale_socket as StaleSocket, usage as Usage,
 };
 
 /// Types that are nothing but their bytes: every bit pattern is a value, and
@@ -71,7 +71,10 @@ plain! {
     PolicyPeerKey { policy_id, identity, direction }
     PolicyPeer { class }
     PolicyRuleKey { prefix_length, policy_id, class, direction, protocol, port }
-    PolicyRule { rule_id, proxy_port, verdict, reserved }
+    PolicyRule { rule_id, l7_set, verdict, reserved }
+    L7FlowKey { client, server, client_port, server_port, protocol, pad }
+    L7Flow { client_identity, server_identity, client_endpoint, server_endpoint, egress_set, ingress_set }
+    ProxyDevice { ifindex, mac, pad }
     ServiceKey { addr, port, protocol, scope }
     Service { service_id, generation, backend_count, draining_count, affinity_seconds, flags, kind, algorithm }
     SlotKey { service_id, generation, slot }

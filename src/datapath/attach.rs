@@ -22,8 +22,16 @@ use super::probe::{cgroup_root_below, find_or_mount_cgroup_root};
 use super::settings::AttachMode;
 
 /// Programs of devices: `from_*` sees what a device receives, `to_*` what it sends.
-pub(super) const TC_PROGRAMS: [&str; 7] =
-    ["from_pod", "to_pod", "from_network", "to_network", "from_overlay", "to_overlay", "from_wait"];
+pub(super) const TC_PROGRAMS: [&str; 8] = [
+    "from_pod",
+    "to_pod",
+    "from_network",
+    "to_network",
+    "from_overlay",
+    "to_overlay",
+    "from_wait",
+    "from_proxy",
+];
 
 /// The programs of a device that leads to the network.
 const NETWORK_PROGRAMS: [&str; 2] = ["from_network", "to_network"];
@@ -237,13 +245,13 @@ impl Datapath {
         Ok(())
     }
 
-    fn link_pin(&self, name: &str) -> Result<PathBuf> {
+    pub(super) fn link_pin(&self, name: &str) -> Result<PathBuf> {
         let pins = self.pins.as_ref().context("a datapath with private maps attaches nothing")?;
         Ok(pins.links().join(name))
     }
 
     /// Replaces the program of the pinned link, or makes and pins a new one; true if new.
-    fn attach_link(
+    pub(super) fn attach_link(
         &self,
         pin: Result<PathBuf>,
         program: &ProgramMut<'_>,
@@ -348,6 +356,7 @@ fn is_zombie(info: &LinkTypeInfo) -> bool {
     match info {
         LinkTypeInfo::Tcx(link) => link.ifindex == 0,
         LinkTypeInfo::Cgroup(link) => link.cgroup_id == 0,
+        LinkTypeInfo::NetNs(link) => link.ino == 0,
         _ => false,
     }
 }

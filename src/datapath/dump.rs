@@ -16,7 +16,7 @@ use super::types::{
 use crate::model::MacAddress;
 
 /// The maps that can be dumped.
-pub const MAP_NAMES: [&str; 19] = [
+pub const MAP_NAMES: [&str; 20] = [
     "addresses",
     "affinity",
     "backends",
@@ -25,6 +25,7 @@ pub const MAP_NAMES: [&str; 19] = [
     "endpoints",
     "event_counts",
     "fragments",
+    "l7_flows",
     "maglev",
     "metrics",
     "nat",
@@ -56,6 +57,7 @@ pub fn dump(pins: &Path, map: &str) -> Result<Vec<Value>> {
         "endpoints" => rows(handle, endpoint_row),
         "event_counts" => event_counts(&handle),
         "fragments" => rows(handle, fragment_row),
+        "l7_flows" => rows(handle, l7_flow_row),
         "maglev" => rows(handle, maglev_row),
         "metrics" => metrics(&handle),
         "nat" => rows(handle, nat_row),
@@ -181,6 +183,23 @@ fn ipv6_text(addr: abi::Addr) -> String {
     }
 }
 
+fn l7_flow_row(key: abi::L7FlowKey, row: abi::L7Flow) -> Row {
+    let value = json!({
+        "protocol": protocol(key.protocol),
+        "client": ip_of(key.client),
+        "client_port": u16::from_be(key.client_port),
+        "client_identity": row.client_identity,
+        "client_endpoint": row.client_endpoint,
+        "server": ip_of(key.server),
+        "server_port": u16::from_be(key.server_port),
+        "server_identity": row.server_identity,
+        "server_endpoint": row.server_endpoint,
+        "egress_set": row.egress_set,
+        "ingress_set": row.ingress_set,
+    });
+    Some((key.as_bytes().to_vec(), value))
+}
+
 fn policy_peer_row(key: abi::PolicyPeerKey, row: abi::PolicyPeer) -> Row {
     let value = json!({
         "policy": key.policy_id,
@@ -207,7 +226,7 @@ fn policy_rule_row(key: abi::PolicyRuleKey, row: abi::PolicyRule) -> Row {
         "port": ports,
         "verdict": match row.verdict { 1 => json!("allow"), 2 => json!("deny"), other => json!(other) },
         "rule": row.rule_id,
-        "proxy_port": u16::from_be(row.proxy_port),
+        "l7_set": row.l7_set,
     });
     let order =
         [u32::from_be(key.policy_id), key.direction.into(), u32::from_be(key.class), key.protocol.into()];
@@ -338,6 +357,7 @@ fn connection_row(key: abi::ConnectionKey, row: abi::Connection) -> Row {
             (connection_flags::CONNECTION_RESET.0, "reset"),
             (connection_flags::CONNECTION_REVERSED.0, "reversed"),
             (connection_flags::CONNECTION_OPENING.0, "opening"),
+            (connection_flags::CONNECTION_PROXY.0, "proxy"),
         ]),
     });
     Some((key.as_bytes().to_vec(), value))

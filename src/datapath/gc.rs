@@ -65,9 +65,16 @@ impl Datapath {
         let connections =
             self.collect("collect_connections", &self.typed::<ConnectionKey, Connection>("connections")?)?;
         let nat = self.collect("collect_nat", &self.typed::<NatKey, Nat>("nat")?)?;
+        self.collect_flows_of_proxy()?;
         let report = GarbageReport { connections, nat, duration: start.elapsed() };
         self.recount(&RecountRequest { is_end: 1, lease_seconds: report.lease_seconds() })?;
         Ok(report)
+    }
+
+    fn collect_flows_of_proxy(&self) -> Result<()> {
+        let mut before = self.l7_flows_alone.lock().expect("nobody panics while holding the lock");
+        *before = self.collect_l7_flows(&before).context("collecting flows of the proxy")?;
+        Ok(())
     }
 
     fn recount(&self, request: &RecountRequest) -> Result<()> {

@@ -36,9 +36,11 @@ mod mirror;
 mod pins;
 mod policies;
 mod probe;
+mod proxy;
 mod quota;
 mod refused;
 mod reuse;
+mod rule_sets;
 mod service_rows;
 mod services;
 mod settings;
@@ -48,6 +50,7 @@ pub mod skeleton;
 mod verify;
 
 use std::path::PathBuf;
+use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
 use libbpf_rs::{MapCore, MapHandle, Object, ProgramMut};
@@ -66,7 +69,9 @@ pub use map::{Bytes, Changes, MapError, Rows, TypedMap};
 pub use pins::{mount_bpffs, pin_directory};
 pub use policies::{PolicyWriter, RuleOrigins};
 pub use probe::{Features, cgroup_root_below, find_cgroup_root, mount_cgroup};
+pub use proxy::{FlowsMap, Listener};
 pub use quota::{Limits, Quotas, Usage, UsageKind};
+pub use rule_sets::RuleSets;
 pub use services::ServiceWriter;
 pub use settings::{AttachMode, MARK_MASK, MapSizes, Options, Settings};
 pub use skeleton::types;
@@ -93,6 +98,8 @@ pub struct Datapath {
     cgroup_root: Option<PathBuf>,
     unsettled: Unsettled,
     maglev_size: u32,
+    /// Rows of `l7_flows` that the last collection saw without a connection.
+    l7_flows_alone: Mutex<Vec<map::Bytes<abi::L7FlowKey>>>,
     /// `None`: the maps are private to this value and go with it.
     pins: Option<Pins>,
 }
@@ -138,6 +145,7 @@ impl Datapath {
             cgroup_root: options.cgroup_root.clone(),
             unsettled: Unsettled::default(),
             maglev_size: options.settings.maglev_size,
+            l7_flows_alone: Mutex::default(),
             pins: Some(pins),
         })
     }
@@ -155,6 +163,7 @@ impl Datapath {
             cgroup_root: None,
             unsettled: Unsettled::default(),
             maglev_size: settings.maglev_size,
+            l7_flows_alone: Mutex::default(),
             pins: None,
         })
     }

@@ -13,7 +13,9 @@ use anyhow::Result;
 use super::abi::{Plain, PolicyPeer, PolicyPeerKey, PolicyRule, PolicyRuleKey};
 use super::map::{Bytes, MapError, TypedMap, first_free};
 use super::mirror::Fill;
+use super::rule_sets::RuleSets;
 use super::types::{direction, policy_rule_prefix, policy_verdict};
+use crate::model::l7::RuleSetId;
 use crate::model::{
     Action, CompiledDirection, CompiledPolicy, CompiledRule, CompiledRuleKey, IdentityId, Origins, PolicyId,
 };
@@ -26,6 +28,7 @@ pub struct PolicyWriter {
     inherited: Inherited,
     next_free: PolicyId,
     origins: RuleOrigins,
+    sets: RuleSets,
 }
 
 /// The rows that the map may hold under one id.
@@ -54,9 +57,11 @@ impl PolicyWriter {
         let mut inherited = Inherited::default();
         let mut in_use: BTreeSet<u32> = in_force.iter().map(|id| id.0).collect();
         let mut highest_rule = 0;
+        let mut inherited_sets = BTreeSet::new();
         rules.map.for_each(|key, rule| {
             in_use.insert(u32::from_be(key.policy_id));
             highest_rule = highest_rule.max(rule.rule_id);
+            inherited_sets.insert(rule.l7_set);
             inherited.rules.push(key);
         })?;
         peers.map.for_each(|key, _| {
@@ -67,7 +72,8 @@ impl PolicyWriter {
         peers.set(inherited.peers.len());
         let next_free = PolicyId(first_free(&in_use, 1, PolicyId::CLOSED.0));
         let origins = RuleOrigins::starting_above(highest_rule);
-        Ok(Self { rules, peers, held: BTreeMap::new(), inherited, next_free, origins })
+        let sets = RuleSets::beside(inherited_sets);
+        Ok(Self { rules, peers, held: BTreeMap::new(), inherited, next_free, origins, sets })
     }
 
     /// An id that was not in the maps at start, with the most free ones above it.
@@ -84,6 +90,11 @@ impl PolicyWriter {
     /// What rule ids in events stand for; a handle that can be shared.
     pub fn rule_origins(&self) -> RuleOrigins {
         self.origins.clone()
+    }
+
+    /// The numbers of rules of layer 7; a handle that can be shared.
+    pub fn rule_sets(&self) -> RuleSets {
+        self.sets.clone()
     }
 
     /// The policies that a rule id of an event stands for.
@@ -191,7 +202,7 @@ impl PolicyWriter {
             for (key, rule) in &rows.rules {
                 let found = self.rules.map.get(&rule_key(id, side, key))?;
                 // Who says so may have another number by now.
-                let row = found.map(|found| rule_row(rule, found.rule_id));
+                let row = found.map(|found| rule_row(rule, found.rule_id, self.set_of(rule)));
                 let is_same = found.zip(row).is_some_and(|(found, row)| found.as_bytes() == row.as_bytes());
                 rules += u64::from(!is_same);
             }
@@ -277,6 +288,11 @@ impl PolicyWriter {
         Ok(())
     }
 
+    /// What the proxy judges the rule by; 0: nothing.
+    fn set_of(&self, rule: &CompiledRule) -> RuleSetId {
+        rule.l7.as_ref().map_or(RuleSetId(0), |set| self.sets.id_of(set))
+    }
+
     fn write_policy(
         &mut self,
         id: PolicyId,
@@ -288,7 +304,8 @@ impl PolicyWriter {
             for (key, rule) in &now.rules {
                 if before.is_none_or(|before| before.rules.get(key) != Some(rule)) {
                     let rule_id = self.origins.id_of(&rule.origins, rule.is_audit);
-                    self.rules.insert(&rule_key(id, side, key), &rule_row(rule, rule_id))?;
+                    self.rules
+                        .insert(&rule_key(id, side, key), &rule_row(rule, rule_id, self.set_of(rule)))?;
                 }
             }
         }
@@ -517,12 +534,12 @@ fn compiled_key(key: &PolicyRuleKey) -> CompiledRuleKey {
     }
 }
 
-fn rule_row(rule: &CompiledRule, rule_id: u32) -> PolicyRule {
+fn rule_row(rule: &CompiledRule, rule_id: u32, set: RuleSetId) -> PolicyRule {
     let verdict = match rule.action {
         Action::Allow => policy_verdict::POLICY_ALLOW,
         Action::Deny | Action::Pass => policy_verdict::POLICY_DENY,
     };
-    PolicyRule { rule_id, proxy_port: 0, verdict: verdict.0 as u8, reserved: 0 }
+    PolicyRule { rule_id, l7_set: set.0, verdict: verdict.0 as u8, reserved: 0 }
 }
 
 #[cfg(test)]

@@ -35,6 +35,7 @@ const REASONS: &[(u8, &str, &str)] = &[
     (203, "DROP_EP_NOT_READY", "Policy of the pod is not in force yet"),
     // Not Hubble's: its clients show the number.
     (240, "NAT_PORT_QUOTA_EXCEEDED", "Pod has its share of ports for masquerading"),
+    (244, "NO_PROXY", "No proxy takes what it must judge"),
 ];
 
 /// A drop reason by its number; numbers that this version does not know are kept.

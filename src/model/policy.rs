@@ -8,6 +8,7 @@ use imbl::OrdMap;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize, Serializer};
 
+use super::l7::{L7Rules, RuleSet, RuleSetId};
 use super::{IdentityId, Labels, Marks, ObjectKey, Protocol};
 
 /// A label selector: every requirement must hold; none selects everything.
@@ -223,6 +224,16 @@ pub struct PolicyRule {
     pub peers: Option<Vec<Peer>>,
     /// `None`: every port of every protocol.
     pub ports: Option<Vec<PortMatch>>,
+    /// What of it may be said; `None`: anything. Only of a rule that allows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub l7: Option<Arc<L7Rules>>,
+}
+
+impl PolicyRule {
+    /// A rule that asks for nothing inside of connections.
+    pub fn new(action: Action, peers: Option<Vec<Peer>>, ports: Option<Vec<PortMatch>>) -> Self {
+        Self { action, peers, ports, l7: None }
+    }
 }
 
 /// Who may talk.
@@ -316,7 +327,11 @@ pub struct IpProtocol(pub u8);
 
 impl IpProtocol {
     /// The protocols that have ports.
-    pub const WITH_PORTS: [Self; 3] = [Self(6), Self(17), Self(132)];
+    pub const WITH_PORTS: [Self; 3] = [Self::TCP, Self::UDP, Self(132)];
+    /// 6.
+    pub const TCP: Self = Self(6);
+    /// 17.
+    pub const UDP: Self = Self(17);
     /// 1; a port of it is a message's type.
     pub const ICMP: Self = Self(1);
     /// 58; a port of it is a message's type.
@@ -414,6 +429,11 @@ impl CompiledPolicy {
         self.directions().map(|direction| direction.peers.len()).sum()
     }
 
+    /// What it leaves to the proxy.
+    pub fn rule_sets(&self) -> impl Iterator<Item = &Arc<L7Set>> {
+        self.directions().flat_map(|direction| direction.rules.values()).filter_map(|rule| rule.l7.as_ref())
+    }
+
     fn directions(&self) -> impl Iterator<Item = &CompiledDirection> {
         self.ingress.iter().chain(&self.egress)
     }
@@ -473,4 +493,31 @@ pub struct CompiledRule {
     /// They would deny it, and only report that.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub is_audit: bool,
+    /// By what the proxy judges what is allowed; `None`: by nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub l7: Option<Arc<L7Set>>,
+}
+
+/// Rules of layer 7 that one row of a policy leaves to the proxy. Equal ones share a number.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct L7Set {
+    /// What may pass.
+    pub rules: L7Rules,
+    /// The policies that say so, for records.
+    pub origins: Origins,
+    /// Something else allows all of it: the proxy shows requests and denies none.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub visibility_only: bool,
+}
+
+impl L7Set {
+    /// With its number.
+    pub fn numbered(&self, id: RuleSetId) -> RuleSet {
+        RuleSet {
+            id,
+            rules: self.rules.clone(),
+            origins: self.origins.clone(),
+            visibility_only: self.visibility_only,
+        }
+    }
 }

@@ -256,7 +256,7 @@ const MATCHES: &str = "matches";
 
 fn claim(order: Order, action: Action, policy: Option<&PolicyRef>, is_audit: bool) -> Claim {
     let origins: Origins = policy.cloned().into_iter().collect();
-    Claim { matched: Match::ANY, order, action, origins, is_audit }
+    Claim { matched: Match::ANY, order, action, origins, is_audit, l7: None }
 }
 
 /// The outcome as the compiler has it, and the rules of the tier that it comes from.
@@ -378,11 +378,8 @@ mod tests {
     }
 
     fn rule(action: Action, app: &str, port: u16) -> PolicyRule {
-        PolicyRule {
-            action,
-            peers: Some(vec![Peer::Pods { namespaces: None, pods: is(app) }]),
-            ports: Some(vec![PortMatch { protocol: IpProtocol(6), port: PortSelector::Range(port, port) }]),
-        }
+        let ports = vec![PortMatch { protocol: IpProtocol(6), port: PortSelector::Range(port, port) }];
+        PolicyRule::new(action, Some(vec![Peer::Pods { namespaces: None, pods: is(app) }]), Some(ports))
     }
 
     fn ask(policies: &[Policy], from: &End, to: &End, port: u16) -> Explanation {
@@ -427,7 +424,7 @@ mod tests {
     #[test]
     fn rules_about_addresses_need_one() {
         let block = Peer::Block { cidr: "10.0.0.0/8".parse().expect("a CIDR"), except: vec![] };
-        let by_address = PolicyRule { action: Action::Allow, peers: Some(vec![block]), ports: None };
+        let by_address = PolicyRule::new(Action::Allow, Some(vec![block]), None);
         let all = [policy(PolicyKind::NetworkPolicy, "db", Tier::Namespaced, Action::Deny, vec![by_address])];
         let (mut web, db) = (pod("shop", "web"), pod("shop", "db"));
         let unknown = ask(&all, &web, &db, 80).ingress;

@@ -16,6 +16,7 @@
 
 pub mod diff;
 pub mod explain;
+mod layer7;
 mod owners;
 mod peers;
 mod prefixes;

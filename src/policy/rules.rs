@@ -5,8 +5,11 @@
 //! the map gets what came of it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use crate::model::{Action, IpProtocol, NamedPort, Origins, PolicyRef, Tier};
+use super::layer7::Parts;
+use crate::model::l7::L7Rules;
+use crate::model::{Action, IpProtocol, L7Set, NamedPort, Origins, PolicyRef, Tier};
 
 /// Protocol and port of a row. The fields stand in the order in which the kernel matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -43,6 +46,8 @@ pub struct Claim {
     pub origins: Origins,
     /// A denial of it is only reported.
     pub is_audit: bool,
+    /// What of it is allowed to be said; `None`: anything.
+    pub l7: Option<Arc<L7Rules>>,
 }
 
 /// What is decided: `Allow` or `Deny`, and who says so.
@@ -54,6 +59,8 @@ pub struct Decision {
     pub origins: Origins,
     /// They would deny what is allowed, and only report that.
     pub is_audit: bool,
+    /// By what the proxy judges what is allowed.
+    pub l7: Option<Arc<L7Set>>,
 }
 
 /// The decisions of a class; what none matches is denied.
@@ -124,27 +131,39 @@ impl Match {
 struct Both {
     counting: Weighed,
     all: Weighed,
+    /// Without anything that a policy under audit says.
+    without: Weighed,
 }
 
 impl Both {
     fn add(&mut self, claim: &Claim) {
-        self.all.add(claim.order, claim.action, &claim.origins);
+        let parts = Parts::of(claim.l7.as_ref());
+        self.all.add(claim.order, claim.action, &claim.origins, &parts);
         if !(claim.is_audit && claim.action == Action::Deny) {
-            self.counting.add(claim.order, claim.action, &claim.origins);
+            self.counting.add(claim.order, claim.action, &claim.origins, &parts);
+        }
+        if !claim.is_audit {
+            self.without.add(claim.order, claim.action, &claim.origins, &parts);
         }
     }
 
     fn add_all(&mut self, parent: &Self) {
         self.all.add_all(&parent.all);
         self.counting.add_all(&parent.counting);
+        self.without.add_all(&parent.without);
     }
 
     /// What counts; where that allows what all together deny, these are named.
     fn decide(&self) -> Decision {
-        let (counting, all) = (self.counting.decide(), self.all.decide());
+        let (mut counting, all) = (self.counting.decide(), self.all.decide());
+        let without = self.without.decide();
+        // What is allowed anyway, a policy under audit only shows.
+        if let (Some(set), Action::Allow, None) = (&mut counting.l7, without.action, &without.l7) {
+            Arc::make_mut(set).visibility_only = true;
+        }
         match (counting.action, all.action) {
             (Action::Allow, Action::Deny) => {
-                Decision { action: Action::Allow, origins: all.origins, is_audit: true }
+                Decision { action: Action::Allow, origins: all.origins, is_audit: true, l7: counting.l7 }
             }
             _ => counting,
         }
@@ -153,13 +172,14 @@ impl Both {
 
 /// The strongest of the claims on a match, in each tier.
 #[derive(Clone, Debug, Default)]
-struct Weighed([Option<(Order, Action, Origins)>; 3]);
+struct Weighed([Option<(Order, Action, Origins, Parts)>; 3]);
 
 impl Weighed {
-    fn add(&mut self, order: Order, action: Action, origins: &Origins) {
+    fn add(&mut self, order: Order, action: Action, origins: &Origins, parts: &Parts) {
         let slot = &mut self.0[order.tier as usize];
         match slot {
-            Some((known, known_action, all)) if (*known, *known_action) == (order, action) => {
+            Some((known, known_action, all, known_parts)) if (*known, *known_action) == (order, action) => {
+                known_parts.add(parts);
                 if origins.iter().any(|origin| !all.contains(origin)) {
                     let mut union: Vec<PolicyRef> = all.iter().chain(&**origins).cloned().collect();
                     union.sort_unstable();
@@ -167,26 +187,33 @@ impl Weighed {
                     *all = union.into();
                 }
             }
-            Some((known, known_action, _)) if (*known, *known_action) < (order, action) => {}
-            _ => *slot = Some((order, action, origins.clone())),
+            Some((known, known_action, ..)) if (*known, *known_action) < (order, action) => {}
+            _ => *slot = Some((order, action, origins.clone(), parts.clone())),
         }
     }
 
     fn add_all(&mut self, other: &Self) {
-        for (order, action, origins) in other.0.iter().flatten() {
-            self.add(*order, *action, origins);
+        for (order, action, origins, parts) in other.0.iter().flatten() {
+            self.add(*order, *action, origins, parts);
         }
     }
 
     /// The first tier that does not pass it on; what all pass on is allowed.
     fn decide(&self) -> Decision {
-        let decisive = self.0.iter().flatten().find(|(_, action, _)| *action != Action::Pass);
-        match decisive {
-            Some((_, action, origins)) => {
-                Decision { action: *action, origins: origins.clone(), is_audit: false }
-            }
-            None => Decision { action: Action::Allow, origins: Origins::default(), is_audit: false },
-        }
+        let decisive = self.0.iter().flatten().find(|(_, action, ..)| *action != Action::Pass);
+        let Some((_, action, origins, parts)) = decisive else {
+            return Decision {
+                action: Action::Allow,
+                origins: Origins::default(),
+                is_audit: false,
+                l7: None,
+            };
+        };
+        let (action, l7) = match action {
+            Action::Allow => parts.decide(origins),
+            action => (*action, None),
+        };
+        Decision { action, origins: origins.clone(), is_audit: false, l7 }
     }
 }
 
@@ -224,7 +251,7 @@ fn without_contained(rows: &mut Rows) {
         let hidden = matched.wider().find_map(|wider| rows.get(&wider));
         let is_contained = match (hidden, &rows[&matched]) {
             (Some(hidden), row) if row.action == Action::Allow && !row.is_audit => {
-                hidden.action == Action::Allow && !hidden.is_audit
+                hidden.action == Action::Allow && !hidden.is_audit && hidden.l7 == row.l7
             }
             (Some(hidden), row) => hidden == row,
             // What has no row is denied, and nobody says so.
@@ -310,7 +337,7 @@ mod tests {
 
     fn claim(matched: Match, order: Order, action: Action, name: &str) -> Claim {
         let origins = Some(name).filter(|name| !name.is_empty()).map(policy).into_iter().collect();
-        Claim { matched, order, action, origins, is_audit: false }
+        Claim { matched, order, action, origins, is_audit: false, l7: None }
     }
 
     fn deny_by_default() -> Claim {

@@ -119,13 +119,13 @@ fn isolating() -> PolicyDirection {
 }
 
 fn ingress(mut policy: Policy, peers: Option<Vec<Peer>>, ports: Option<Vec<PortMatch>>) -> Policy {
-    let rule = PolicyRule { action: Action::Allow, peers, ports };
+    let rule = PolicyRule::new(Action::Allow, peers, ports);
     policy.ingress.get_or_insert_with(isolating).rules.push(rule);
     policy
 }
 
 fn egress(mut policy: Policy, peers: Option<Vec<Peer>>, ports: Option<Vec<PortMatch>>) -> Policy {
-    let rule = PolicyRule { action: Action::Allow, peers, ports };
+    let rule = PolicyRule::new(Action::Allow, peers, ports);
     policy.egress.get_or_insert_with(isolating).rules.push(rule);
     policy
 }
@@ -152,6 +152,7 @@ fn allowed(origins: &str) -> CompiledRule {
         action: Action::Allow,
         origins: origins.split(',').map(reference).collect(),
         is_audit: false,
+        l7: None,
     }
 }
 

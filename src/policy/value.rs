@@ -7,6 +7,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
+use crate::model::l7::L7Rules;
 use crate::model::{
     Action, CompiledDirection, CompiledPolicy, CompiledRule, CompiledRuleKey, IdentityId, IdentityLabels,
     IpProtocol, NamedPort, Origins, Policy, PolicyDirection, PolicyId, PolicyRule, PortSelector,
@@ -43,12 +44,13 @@ struct Saying {
     namespace: Option<Arc<str>>,
     origins: Origins,
     is_audit: bool,
+    l7: Option<Arc<L7Rules>>,
 }
 
 impl Saying {
     fn of(&self, matched: Match) -> Claim {
         let Self { order, action, is_audit, .. } = *self;
-        Claim { matched, order, action, origins: self.origins.clone(), is_audit }
+        Claim { matched, order, action, origins: self.origins.clone(), is_audit, l7: self.l7.clone() }
     }
 }
 
@@ -165,7 +167,8 @@ impl Direction {
             let position = if policy.tier.is_ordered() { position } else { 0 };
             let order = Order { tier: policy.tier, priority: policy.priority, position };
             let (origins, namespace) = (origins.clone(), namespace.clone());
-            let saying = Saying { order, action: rule.action, namespace, origins, is_audit };
+            let saying =
+                Saying { order, action: rule.action, namespace, origins, is_audit, l7: rule.l7.clone() };
             self.add_rule(&saying, rule, subject, peers);
         }
         if direction.default != Action::Pass {
@@ -177,6 +180,7 @@ impl Direction {
                 // Only what is reported needs a name.
                 origins: if is_audit { origins } else { Origins::default() },
                 is_audit,
+                l7: None,
             });
         }
     }
@@ -317,8 +321,8 @@ impl Direction {
             for (matched, decision) in rows {
                 let Match { protocol, port, port_prefix_length } = *matched;
                 let key = CompiledRuleKey { class: *class, protocol, port, port_prefix_length };
-                let Decision { action, ref origins, is_audit } = *decision;
-                let rule = CompiledRule { action, origins: origins.clone(), is_audit };
+                let Decision { action, origins, is_audit, l7 } = decision.clone();
+                let rule = CompiledRule { action, origins, is_audit, l7 };
                 target.rules.insert(key, rule);
             }
         }

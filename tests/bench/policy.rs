@@ -139,7 +139,7 @@ impl World {
             pods: is("app", format!("app-{}", app % APPS)),
         };
         let tcp = |port| vec![PortMatch { protocol: Protocol::Tcp.into(), port }];
-        let rule = |peers, ports| PolicyRule { action: Action::Allow, peers: Some(peers), ports };
+        let rule = |peers, ports| PolicyRule::new(Action::Allow, Some(peers), ports);
         let mut egress = vec![
             rule(vec![own(app + 3)], Some(tcp(PortSelector::Named("http".to_owned())))),
             rule(vec![of_team(app + 4)], Some(tcp(PortSelector::Range(443, 443)))),

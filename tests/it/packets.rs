@@ -13,6 +13,7 @@ mod frontends;
 mod fuzz;
 mod hops;
 mod late;
+mod layer7;
 mod masquerade;
 mod network;
 mod newcomers;

@@ -155,7 +155,7 @@ mod tests {
         let origins = Origins::from([PolicyRef::network_policy(&ObjectKey::new("shop", "web"))]);
         let rule = |port| {
             let key = CompiledRuleKey { class: 1, protocol: Some(6), port, port_prefix_length: 16 };
-            (key, CompiledRule { action: Action::Allow, origins: origins.clone(), is_audit: false })
+            (key, CompiledRule { action: Action::Allow, origins: origins.clone(), is_audit: false, l7: None })
         };
         let direction = CompiledDirection {
             peers: (0..peers).map(|peer| (IdentityId(300 + peer), 1_u32)).collect(),

@@ -1,9 +1,9 @@
 //! Cilium's policies (cilium.io/v2), read to the letter: both kinds have one body.
 //!
 //! What cannot be read of a rule that allows, allows nothing; what cannot be read of a rule that denies,
-//! denies all that the rest of it names. What Weir does not enforce yet (layer 7, names of DNS,
-//! authentication) allows nothing either, and denies nothing: the policy says so.
+//! denies all that the rest of it names. What Weir does not enforce yet (TLS of its own, authentication) allows nothing either, and denies nothing: the policy says so.
 
+mod layer7;
 mod peers;
 mod ports;
 mod selector;
@@ -13,6 +13,7 @@ mod tests;
 use std::sync::Arc;
 
 use super::convert::{Field, FieldError, Notes, ObjectId, items, marks};
+use crate::model::l7::L7Rules;
 use crate::model::{
     Action, Marks, Peer, Policy, PolicyDirection, PolicyKind, PolicyRef, PolicyRule, PortMatch, Selector,
     Subject, Tier,
@@ -171,8 +172,8 @@ impl Reader<'_> {
         let mut rules = Vec::new();
         for (list, action) in [(denying, Action::Deny), (allowing, Action::Allow)] {
             for rule in list {
-                let rule = self.rule(&rule, side, action);
-                rules.extend(rule.filter(|rule| may_allow || rule.action != Action::Allow));
+                let read = self.rule(&rule, side, action).unwrap_or_default();
+                rules.extend(read.into_iter().filter(|rule| may_allow || rule.action != Action::Allow));
             }
         }
         let default = if is_isolating { Action::Deny } else { Action::Pass };
@@ -184,8 +185,8 @@ impl Reader<'_> {
         self.notes.read(list).unwrap_or_default()
     }
 
-    /// A rule; `None`: it matches nothing, or nothing may be read into it.
-    fn rule(&mut self, rule: &Field, side: Side, action: Action) -> Option<PolicyRule> {
+    /// A rule, once for each set of rules of layer 7; `None`: it matches nothing, or nothing may be read into it.
+    fn rule(&mut self, rule: &Field, side: Side, action: Action) -> Option<Vec<PolicyRule>> {
         let mut known = peers::fields(side).to_vec();
         known.extend(["toPorts", "icmps"]);
         if action == Action::Allow {
@@ -206,7 +207,15 @@ impl Reader<'_> {
             (Named::Absent, Named::Absent) if is_known => return None,
             (peers, ports) => (peers.into_list()?, ports.into_list()?),
         };
-        Some(PolicyRule { action, peers, ports })
+        let Some(ports) = ports else { return Some(vec![PolicyRule::new(action, peers, None)]) };
+        let mut rules: Vec<PolicyRule> = Vec::new();
+        for (port, l7) in ports {
+            match rules.iter_mut().find(|rule| rule.l7 == l7) {
+                Some(rule) => rule.ports.get_or_insert_default().push(port),
+                None => rules.push(PolicyRule { action, peers: peers.clone(), ports: Some(vec![port]), l7 }),
+            }
+        }
+        Some(rules)
     }
 
     fn asks_for_authentication(&mut self, rule: &Field) -> bool {
@@ -253,4 +262,6 @@ impl<T> Named<T> {
 }
 
 type Peers = Named<Peer>;
-type Ports = Named<PortMatch>;
+/// A port, and what may be said there.
+type PortRule = (PortMatch, Option<Arc<L7Rules>>);
+type Ports = Named<PortRule>;

@@ -1,14 +1,17 @@
 //! Ports and ICMP types of Cilium's rules.
 
-use super::{Named, Ports, Reader};
+use super::layer7::Asked;
+use super::{Named, PortRule, Ports, Reader};
 use crate::kube::convert::{Field, Result, items, names};
 use crate::model::{Action, IpProtocol, PortMatch, PortSelector};
 
 /// So many ports a rule may name, as upstream has it.
 const PORTS_MAX: usize = 40;
 
-/// What of layer 7 and below a port may ask for besides.
-const BEYOND: [&str; 5] = ["rules", "terminatingTLS", "originatingTLS", "serverNames", "listener"];
+/// What a port may ask for besides.
+const BEYOND: [&str; 5] = ["rules", "serverNames", "terminatingTLS", "originatingTLS", "listener"];
+/// What of it nobody enforces.
+const UNENFORCED: [&str; 3] = ["terminatingTLS", "originatingTLS", "listener"];
 
 impl Reader<'_> {
     /// A list that is empty is as if it were not there.
@@ -34,7 +37,7 @@ impl Reader<'_> {
                 part.only_known(&["fields"]).and_then(|()| items(&part.get("fields")?)).and_then(few(part));
             for field in self.notes.read(fields).unwrap_or_default() {
                 match self.notes.read(message(&field)) {
-                    Some(message) => all.push(message),
+                    Some(message) => all.push((message, None)),
                     None if action == Action::Allow => {}
                     None => return Named::All,
                 }
@@ -44,7 +47,7 @@ impl Reader<'_> {
     }
 
     /// One element of `toPorts`; `None`: all ports are meant, for what was not read.
-    fn port_rule(&mut self, part: &Field, action: Action) -> Option<Vec<PortMatch>> {
+    fn port_rule(&mut self, part: &Field, action: Action) -> Option<Vec<PortRule>> {
         let unread = || (action == Action::Allow).then(Vec::new);
         let mut known = vec!["ports"];
         known.extend(BEYOND);
@@ -52,13 +55,23 @@ impl Reader<'_> {
             return unread();
         }
         let is_beyond = |name: &&str| part.get(name).is_ok_and(|field| asks_for_something(&field));
-        if let Some(name) = BEYOND.into_iter().find(|name| is_beyond(name)) {
-            match part.get(name) {
-                Ok(field) if action == Action::Allow => self.not_yet(&field, "this"),
-                _ => self.notes.doubt(part.error(format!("a rule that denies cannot have {name}"))),
+        if let Some(name) =
+            BEYOND.into_iter().find(|name| is_beyond(name)).filter(|_| action != Action::Allow)
+        {
+            self.notes.doubt(part.error(format!("a rule that denies cannot have {name}")));
+            return unread();
+        }
+        if let Some(name) = UNENFORCED.into_iter().find(|name| is_beyond(name)) {
+            if let Some(field) = self.notes.read(part.get(name)) {
+                self.not_yet(&field, "this");
             }
             return unread();
         }
+        let asked = match self.layer7(part) {
+            Asked::Nothing => None,
+            Asked::Rules(rules) => Some(rules),
+            Asked::Unread => return unread(),
+        };
         let list = part.get("ports").and_then(|list| items(&list)).and_then(few(part));
         let Some(list) = self.notes.read(list) else { return unread() };
         let mut all = Vec::new();
@@ -69,7 +82,10 @@ impl Reader<'_> {
                 None => return None,
             }
         }
-        Some(all)
+        if let Some(rules) = &asked {
+            all = self.ports_of_layer7(part, all, rules);
+        }
+        Some(all.into_iter().map(|port| (port, asked.clone())).collect())
     }
 }
 

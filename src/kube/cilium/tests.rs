@@ -204,19 +204,11 @@ fn ports_of_every_kind() {
 fn what_is_not_enforced_allows_nothing_and_is_said() {
     for (rules, said) in [
         (
-            "[{toEntities: [all], toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{method: GET}]}}]}]",
-            "spec.egress[0].toPorts[0].rules",
-        ),
-        (
-            "[{toPorts: [{ports: [{port: '53'}], rules: {dns: [{matchPattern: '*'}]}}]}]",
-            "spec.egress[0].toPorts[0].rules",
+            "[{toPorts: [{ports: [{port: '80'}], rules: {l7proto: x, l7: []}}]}]",
+            "spec.egress[0].toPorts[0].rules.l7proto",
         ),
         ("[{toFQDNs: [{matchName: example.org}]}]", "spec.egress[0].toFQDNs[0]"),
         ("[{toEndpoints: [{}], authentication: {mode: required}}]", "spec.egress[0].authentication.mode"),
-        (
-            "[{toPorts: [{ports: [{port: '443'}], serverNames: [example.org]}]}]",
-            "spec.egress[0].toPorts[0].serverNames",
-        ),
         (
             "[{toPorts: [{ports: [{port: '443'}], terminatingTLS: {secret: {name: a}}}]}]",
             "spec.egress[0].toPorts[0].terminatingTLS",
@@ -234,6 +226,63 @@ fn what_is_not_enforced_allows_nothing_and_is_said() {
     // What asks for nothing is not in the way.
     let plain = "[{toEndpoints: [{}], authentication: {mode: disabled}, toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {}}]}]";
     assert_eq!(egress(plain), "[Allow pods() TCP/80] else deny");
+}
+
+#[test]
+fn rules_of_layer_7_are_read_for_the_protocols_that_they_are_for() {
+    let read = |rules: &str| {
+        let policy = spec(&format!("ingress: [{{toPorts: [{rules}]}}]"));
+        let rules = policy.ingress.iter().flat_map(|ingress| &ingress.rules);
+        let line = |rule: &crate::model::PolicyRule| {
+            let ports = rule.ports.iter().flatten().map(|port| format!("{}", port.protocol));
+            let l7 = rule.l7.as_ref().map(|rules| serde_json::to_string(&**rules).expect("JSON"));
+            format!("{} {}", ports.collect::<Vec<_>>().join(","), l7.unwrap_or_default())
+        };
+        (rules.map(line).collect::<Vec<_>>(), policy.doubts)
+    };
+    for (rules, wanted) in [
+        (
+            "{ports: [{port: '80'}], rules: {http: [{method: GET, path: /health}, {headers: ['X-A: 1']}]}}",
+            r#"TCP {"http":[{"headers":[{"name":"X-A","value":"1","mismatch":"DENY"}]},{"method":"GET","path":"/health"}]}"#,
+        ),
+        ("{ports: [{port: '80', protocol: TCP}], rules: {http: [{}]}}", r#"TCP {"http":[{}]}"#),
+        (
+            "{ports: [{port: '53', protocol: ANY}], rules: {dns: [{matchName: A.example.}, {matchPattern: '*.b'}]}}",
+            r#"TCP,UDP {"dns":[{"matchName":"a.example"},{"matchPattern":"*.b"}]}"#,
+        ),
+        (
+            "{ports: [{port: '9092', protocol: TCP}], rules: {kafka: [{role: produce, topic: t}]}}",
+            r#"TCP {"kafka":[{"apiKeys":[0,3,18,22,75],"topic":"t"}]}"#,
+        ),
+        (
+            "{ports: [{port: '443', protocol: TCP}], serverNames: [a.example]}",
+            r#"TCP {"serverNames":["a.example"]}"#,
+        ),
+        ("{ports: [{port: '80', protocol: TCP}], rules: {http: []}}", "TCP "),
+    ] {
+        assert_eq!(read(rules), (vec![wanted.to_owned()], Vec::new()), "{rules}");
+    }
+    // One line that cannot be read allows nothing; none that can, nothing at all.
+    let (rules, doubts) = read(
+        "{ports: [{port: '80', protocol: TCP}], rules: {http: [{method: GET}, {path: '('}, {verb: GET}]}}",
+    );
+    assert_eq!(rules, [r#"TCP {"http":[{"method":"GET"}]}"#]);
+    assert_eq!(doubts.len(), 2, "{doubts:?}");
+    for rules in [
+        "{ports: [{port: '80', protocol: TCP}], rules: {http: [{path: '('}]}}",
+        "{ports: [{port: '80', protocol: UDP}], rules: {http: [{}]}}",
+        "{ports: [{port: '0', protocol: TCP}], rules: {http: [{}]}}",
+        "{ports: [{port: '80', protocol: TCP}], rules: {http: [{}], dns: [{matchPattern: '*'}]}}",
+        "{ports: [{port: '80', protocol: TCP}], rules: {http: [{headerMatches: [{name: a, secret: {name: b}}]}]}}",
+        "{ports: [{port: '9092', protocol: TCP}], rules: {kafka: [{role: produce, apiKey: fetch}]}}",
+    ] {
+        let (rules, doubts) = read(rules);
+        assert_eq!((rules, doubts.len()), (vec![], 1), "{doubts:?}");
+    }
+    let both = read(
+        "{ports: [{port: '81', protocol: TCP}]}, {ports: [{port: '80', protocol: TCP}], rules: {http: [{}]}}",
+    );
+    assert_eq!(both.0, ["TCP ", r#"TCP {"http":[{}]}"#]);
 }
 
 #[test]

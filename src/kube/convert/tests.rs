@@ -112,7 +112,7 @@ fn policy_types_default_to_ingress_and_to_egress_with_rules() {
         others: vec![],
         doubts: vec![],
     };
-    let all = || Some(vec![PolicyRule { action: Action::Allow, peers: None, ports: None }]);
+    let all = || Some(vec![PolicyRule::new(Action::Allow, None, None)]);
     let nothing = || Some(vec![]);
     for (spec, expected) in [
         ("{}", policy_with(nothing(), None)),

@@ -130,7 +130,7 @@ impl Reader<'_> {
         let is_read = self.notes.doubt_count() == before && !(is_doubtful && action == Action::Pass);
         match (peers, ports) {
             (peers, Some(ports)) if is_read => {
-                (!peers.is_empty()).then_some(PolicyRule { action, peers: Some(peers), ports })
+                (!peers.is_empty()).then_some(PolicyRule::new(action, Some(peers), ports))
             }
             _ => closed(),
         }
@@ -164,7 +164,7 @@ impl Reader<'_> {
     }
 }
 
-const DENY_ALL: PolicyRule = PolicyRule { action: Action::Deny, peers: None, ports: None };
+const DENY_ALL: PolicyRule = PolicyRule { action: Action::Deny, peers: None, ports: None, l7: None };
 
 enum Found {
     Peers(Vec<Peer>),

@@ -134,7 +134,7 @@ fn rules(spec: &Field, direction: &str, peers: &str, notes: &mut Notes) -> Vec<P
         let Some((from, ports)) = notes.read(fields) else { continue };
         let Some(peers) = collect(&from, notes, peer) else { continue };
         let Some(ports) = collect(&ports, notes, |field, _| port(field)) else { continue };
-        rules.push(PolicyRule { action: Action::Allow, peers, ports });
+        rules.push(PolicyRule::new(Action::Allow, peers, ports));
     }
     rules
 }

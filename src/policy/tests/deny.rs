@@ -17,7 +17,7 @@ fn cluster() -> World {
 }
 
 fn rule(action: Action, peers: Vec<Peer>, ports: Option<Vec<PortMatch>>) -> PolicyRule {
-    PolicyRule { action, peers: Some(peers), ports }
+    PolicyRule::new(action, Some(peers), ports)
 }
 
 fn cilium(name: &str, default: Action, rules: Vec<PolicyRule>) -> Policy {

@@ -51,7 +51,7 @@ fn policy(origin: &str, peers: &[u32]) -> Arc<CompiledPolicy> {
     let origins = Origins::from([PolicyRef::network_policy(&ObjectKey::new("shop", origin))]);
     let rule = |port, port_prefix_length, protocol| {
         let key = CompiledRuleKey { class: 1, protocol, port, port_prefix_length };
-        (key, CompiledRule { action: Action::Allow, origins: origins.clone(), is_audit: false })
+        (key, CompiledRule { action: Action::Allow, origins: origins.clone(), is_audit: false, l7: None })
     };
     let ingress = CompiledDirection {
         peers: peers.iter().map(|identity| (IdentityId(*identity), 1_u32)).collect(),
@@ -127,7 +127,7 @@ fn dumps(pins: &Path, maps: &[&str]) -> Result<Vec<Vec<Value>>> {
 fn expected(policy: u32, first_rule: u32) -> Vec<Value> {
     let rule = |port: Value, protocol: &str| {
         json!({ "policy": policy, "direction": "ingress", "class": 1, "protocol": protocol, "port": port,
-                "verdict": "allow", "rule": first_rule, "proxy_port": 0 })
+                "verdict": "allow", "rule": first_rule, "l7_set": 0 })
     };
     vec![
         json!([

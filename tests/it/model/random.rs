@@ -213,7 +213,7 @@ fn policy() -> impl Strategy<Value = Policy> {
 fn rule() -> impl Strategy<Value = PolicyRule> {
     let peers = prop_oneof![1 => Just(None), 4 => vec(peer(), 1..=2).prop_map(Some)];
     let ports = prop_oneof![1 => Just(None), 3 => vec(port(), 1..=2).prop_map(Some)];
-    (peers, ports).prop_map(|(peers, ports)| PolicyRule { action: Action::Allow, peers, ports })
+    (peers, ports).prop_map(|(peers, ports)| PolicyRule::new(Action::Allow, peers, ports))
 }
 
 fn peer() -> impl Strategy<Value = Peer> {

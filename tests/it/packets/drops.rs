@@ -355,13 +355,14 @@ fn rows() -> Vec<Row> {
 }
 
 /// Reasons that other tests cause, or that only a kernel out of memory does.
-const ELSEWHERE: [(u8, &str); 6] = [
+const ELSEWHERE: [(u8, &str); 7] = [
     (141, "rewriting a header that was just read fails only without memory"),
     (155, "an LRU map takes every entry as long as there is memory"),
     (177, "outside::a_service_serves_whom_its_source_ranges_name"),
     (198, "fairness::who_has_his_share_of_connections_gets_no_more"),
     (240, "fairness::who_has_his_share_of_ports_gets_no_more"),
     (169, "network::native_routing_needs_a_route"),
+    (244, "layer7::without_a_proxy_nothing_passes_that_it_must_judge"),
 ];
 
 fn check(world: &mut World, cast: &Cast, row: &Row) -> Result<()> {

@@ -13,8 +13,9 @@ use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, ProgramInput, ProgramMut};
 use nix::sched::{CloneFlags, unshare};
 use weir::datapath::abi::{
-    Address, Backend, Connection, ConnectionKey, Ended, Endpoint, Event, NodeState, OwnAddresses, PolicyPeer,
-    PolicyPeerKey, PolicyRule, PolicyRuleKey, Prefix, PrefixKey, Service, ServiceKey, Slot, SlotKey,
+    Address, Backend, Connection, ConnectionKey, Ended, Endpoint, Event, L7Flow, L7FlowKey, NodeState,
+    OwnAddresses, PolicyPeer, PolicyPeerKey, PolicyRule, PolicyRuleKey, Prefix, PrefixKey, ProxyDevice,
+    Service, ServiceKey, Slot, SlotKey,
 };
 use weir::datapath::abi::{Fragment, Nat, NatKey, Plain};
 use weir::datapath::types::{
@@ -453,8 +454,19 @@ impl World {
         id: u32,
         direction: u32,
         peer: u32,
-        (protocol, port): (u8, u16),
+        what: (u8, u16),
         verdict: policy_verdict,
+    ) -> Result<()> {
+        self.rule_of(id, direction, peer, what, (verdict, 0))
+    }
+
+    fn rule_of(
+        &self,
+        id: u32,
+        direction: u32,
+        peer: u32,
+        (protocol, port): (u8, u16),
+        (verdict, l7_set): (policy_verdict, u16),
     ) -> Result<()> {
         let policy_id = 10 + id;
         // Each peer is a class of its own here.
@@ -473,8 +485,33 @@ impl World {
             port: port.to_be(),
         };
         let rule_id = 1000 + u32::from(port);
-        let row = PolicyRule { rule_id, verdict: verdict.0 as u8, ..PolicyRule::default() };
+        let row = PolicyRule { rule_id, verdict: verdict.0 as u8, l7_set, ..PolicyRule::default() };
         self.put("policy_rules", &key, &row)
+    }
+
+    /// A rule that allows what the proxy lets pass by the rules of `l7_set`.
+    pub fn leave_to_proxy(
+        &self,
+        id: u32,
+        direction: u32,
+        peer: u32,
+        what: (u8, u16),
+        l7_set: u16,
+    ) -> Result<()> {
+        self.rule_of(id, direction, peer, what, (policy_verdict::POLICY_ALLOW, l7_set))
+    }
+
+    /// Where the proxy is; `None`: there is none.
+    pub fn proxy(&self, ifindex: Option<u32>) -> Result<()> {
+        let row = ProxyDevice { ifindex: ifindex.unwrap_or(0), mac: [2; 6], pad: [0; 2] };
+        self.put("proxy", &0_u32, &row)
+    }
+
+    /// Of what the proxy is told.
+    pub fn l7_flows(&self) -> Result<Vec<(L7FlowKey, L7Flow)>> {
+        let mut rows = Vec::new();
+        self.datapath.typed::<L7FlowKey, L7Flow>("l7_flows")?.for_each(|key, row| rows.push((key, row)))?;
+        Ok(rows)
     }
 
     /// A rule that allows.
@@ -510,6 +547,7 @@ impl World {
         self.datapath.typed::<ConnectionKey, Connection>("connections")?.sync(&Default::default())?;
         self.change_ended(|row| *row = Ended::default())?;
         self.datapath.typed::<NatKey, Nat>("nat")?.sync(&Default::default())?;
+        self.datapath.typed::<L7FlowKey, L7Flow>("l7_flows")?.sync(&Default::default())?;
         self.forget_fragments()?;
         Ok(())
     }

@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Flows whose requests the proxy judges. Both ends send to the proxy's network
+ * namespace, by a veth pair, and hear from there by the addresses of each other:
+ *
+ *   client --> from_pod --> [ proxy ] --> from_proxy --> server
+ *   client <-- from_proxy <-- [ proxy ] <-- from_pod <-- server
+ *
+ * The proxy takes the client's address and port to the server, so both legs have
+ * one name and one row of `connections`. Which leg a packet is of, the device
+ * says that it comes by: whatever has CONNECTION_PROXY goes to the proxy, and
+ * what comes from the proxy goes to whom it is addressed to.
+ */
+#pragma once
+
+#include "scratch.h"
+
+/* Says who speaks, and by which rules the proxy judges it: 0 or a drop. */
+static __always_inline int proxy_tell(const struct packet *packet,
+				      const struct flow *flow)
+{
+	const struct peer *client = flow->side ? &flow->destination
+					       : &flow->source;
+	const struct peer *server = flow->side ? &flow->source
+					       : &flow->destination;
+	__u32 first = index_of_two(flow->high ^ flow->side);
+	struct l7_flow_key key __attribute__((aligned(8))) = {
+		.client_port = flow->key.port[first],
+		.server_port = flow->key.port[first ^ 1],
+		.protocol = packet->protocol,
+	};
+	struct l7_flow row = {
+		.client_identity = client->identity,
+		.server_identity = server->identity,
+		.client_endpoint = client->endpoint,
+		.server_endpoint = server->endpoint,
+		.egress_set = flow->egress.l7_set,
+		.ingress_set = flow->ingress.l7_set,
+	};
+
+	addr_copy(&key.client, &flow->key.addr[first]);
+	addr_copy(&key.server, &flow->key.addr[first ^ 1]);
+	return map_insert(&l7_flows, &key, &row) ? -DROP_NO_PROXY : 0;
+}
+
+/* The frame is for the other end of the pair: 0 or a drop. */
+static __always_inline int proxy_address(struct __sk_buff *ctx,
+					 const struct proxy_device *device)
+{
+	return bpf_skb_store_bytes(ctx, 0, device->mac, sizeof(device->mac), 0)
+		       ? -DROP_WRITE_ERROR
+		       : 0;
+}
+
+/* To the proxy: an action of tc, or a drop. */
+__weak __noinline int proxy_take(struct __sk_buff *ctx, struct packet *packet)
+{
+	struct scratch *room = scratch_get();
+	struct proxy_device *device;
+	__u32 zero = 0;
+	int ret = 0;
+
+	if (!packet || !room)
+		return -DROP_NO_PROXY;
+	device = bpf_map_lookup_elem(&proxy, &zero);
+	if (!device || !device->ifindex)
+		return -DROP_NO_PROXY;
+	if (packet->flags & PACKET_TELL_PROXY)
+		ret = proxy_tell(packet, &room->flow);
+	if (ret)
+		return ret;
+	if (!(packet->flags & PACKET_FROM_STACK))
+		return bpf_redirect_peer(device->ifindex, 0);
+	/* What a device sends cannot go to the other end at once. */
+	ret = proxy_address(ctx, device);
+	return ret ? ret : bpf_redirect(device->ifindex, 0);
+}
