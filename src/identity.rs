@@ -213,6 +213,7 @@ mod tests {
             is_ready: true,
             named_ports: BTreeMap::new(),
             marks: Default::default(),
+            workload: None,
         }
     }
 

@@ -66,7 +66,8 @@ impl Known {
         endpoints: Arc<Table<EndpointId, Arc<Endpoint>>>,
         progress: watch::Receiver<Progress>,
     ) -> Self {
-        let recorder = Arc::new(Recorder::new(config.args.flows.flow_buffer));
+        let recorder =
+            Arc::new(Recorder::new(config.args.flows.flow_buffer).redacting(config.args.flows.redact()));
         Self {
             config,
             tables: Arc::default(),

@@ -236,7 +236,7 @@ impl Compute {
         desired.health = Arc::new(services.health.clone());
         desired.place = Arc::new(place);
         desired.conflicts.extend(services.conflicts.values().flatten().map(ToString::to_string));
-        desired.published = endpoints.values().map(publish).collect();
+        desired.published = endpoints.values().map(|resolved| publish(resolved, view)).collect();
         desired.coming = coming(&self.node_name, view, &endpoints);
         let held = |identity| Some((identity, view.identities.get(&identity)?.clone()));
         desired.held = endpoints.values().filter_map(|(_, identity)| held(*identity)).collect();
@@ -360,11 +360,12 @@ fn coming(node: &str, view: &View, endpoints: &Resolved) -> usize {
     view.pods.values().filter(|pod| is_own(pod) && !there.contains(&pod.key)).count()
 }
 
-fn publish((endpoint, identity): &(Arc<Endpoint>, IdentityId)) -> PublishedEndpoint {
+fn publish((endpoint, identity): &(Arc<Endpoint>, IdentityId), view: &View) -> PublishedEndpoint {
     PublishedEndpoint {
         pod: endpoint.pod.clone(),
         addresses: endpoint.addresses().collect(),
         identity: *identity,
+        workload: view.pods.get(&endpoint.pod).and_then(|pod| pod.workload.clone()),
     }
 }
 
@@ -444,6 +445,7 @@ mod tests {
             is_ready: true,
             named_ports: BTreeMap::new(),
             marks: Marks::default(),
+            workload: None,
         };
         tables.pods.apply(key, Arc::new(pod));
         let desired = |awaits_namespaces| {

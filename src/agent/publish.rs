@@ -315,6 +315,7 @@ mod tests {
             pod: ObjectKey::new("shop", name),
             addresses: Vec::new(),
             identity: IdentityId(identity),
+            workload: None,
         };
         let node = |endpoints| NodeEndpoints { node: "a".into(), internal_addresses: Vec::new(), endpoints };
         let before = node(vec![endpoint("same", 300), endpoint("other", 300), endpoint("gone", 300)]);

@@ -18,6 +18,7 @@ pub mod reader;
 mod reason;
 mod record;
 mod recorder;
+mod request;
 mod text;
 
 /// A record of the kernel, as it stands in abi.h.
@@ -32,6 +33,7 @@ pub use record::{
     Counts, Direction, EventType, Flow, FlowService, Icmp, L4Protocol, Party, TcpFlags, Verdict,
 };
 pub use recorder::{Record, Recorder, RecorderCounts};
+pub use request::Redact;
 pub use text::{Colours, escape, icmp_text};
 
 #[cfg(test)]

@@ -11,9 +11,10 @@ use std::sync::{Arc, Mutex};
 use imbl::ordmap::DiffItem;
 
 use crate::datapath::types::{event_flags, event_type};
+use crate::model::l7::RuleSetId;
 use crate::model::{
     Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, NodeEndpoints, ObjectKey, Origins,
-    Service,
+    PublishedEndpoint, Service, Workload,
 };
 use crate::tables::Snapshot;
 
@@ -56,6 +57,10 @@ pub trait NameSource: Send + Sync + 'static {
     fn is_audit(&self, _rule_id: u32) -> bool {
         false
     }
+    /// The policies that a rule set of layer 7 comes from.
+    fn rule_set_origin(&self, _id: RuleSetId) -> Option<Origins> {
+        None
+    }
     /// The policies that isolate a pod of this node in a direction, as they are now.
     fn isolating(&self, _endpoint: EndpointId, _direction: Direction) -> Origins {
         Origins::default()
@@ -79,9 +84,13 @@ struct Index {
     labels: HashMap<IdentityId, Arc<[Arc<str>]>>,
 }
 
+/// An address, who has it, and what made that pod, as a table says.
+type Row = (IpAddr, ObjectKey, Option<Workload>);
+
 /// The time for which a pod had an address.
 struct Tenancy {
     pod: ObjectKey,
+    workload: Option<Workload>,
     from_ns: u64,
     /// `None`: it has it.
     until_ns: Option<u64>,
@@ -112,7 +121,9 @@ impl Names {
         let mut party = |addr, port: u16, identity, endpoint| {
             let ip = ip_of(addr);
             let identity = IdentityId(identity);
-            let pod = index.pod(ip, event.timestamp_ns);
+            let tenancy = index.tenancy(ip, event.timestamp_ns);
+            let pod = tenancy.map(|tenancy| tenancy.pod.clone());
+            let workload = tenancy.and_then(|tenancy| tenancy.workload.clone());
             let labels = self.labels(&mut index.labels, identity);
             Party {
                 ip,
@@ -121,6 +132,7 @@ impl Names {
                 endpoint: (endpoint != 0).then_some(EndpointId(endpoint)),
                 namespace: pod.as_ref().map_or_else(|| namespace_of(&labels), |pod| pod.namespace.clone()),
                 pod_name: pod.map_or_else(Arc::default, |pod| pod.name),
+                workload,
                 labels,
             }
         };
@@ -180,6 +192,10 @@ impl Names {
             false => Verdict::Dropped,
         }
     }
+    /// The policies that a rule set of layer 7 comes from.
+    pub fn rule_set(&self, id: RuleSetId) -> Origins {
+        self.source.rule_set_origin(id).unwrap_or_default()
+    }
 
     fn policies(&self, rule_id: u32) -> Origins {
         let known = (rule_id != 0).then(|| self.source.rule_origin(rule_id));
@@ -189,7 +205,8 @@ impl Names {
     /// Both sides of an event, as far as they are pods.
     pub fn pods_of(&self, event: &Event) -> [Option<ObjectKey>; 2] {
         let index = self.index.lock().expect("nobody panics while it holds the index");
-        [event.source, event.destination].map(|addr| index.pod(ip_of(addr), event.timestamp_ns))
+        [event.source, event.destination]
+            .map(|addr| index.tenancy(ip_of(addr), event.timestamp_ns).map(|tenancy| tenancy.pod.clone()))
     }
 
     /// The labels of an identity, each with its source.
@@ -244,7 +261,7 @@ impl Index {
             let (before, after) = sides(change);
             let rows = |endpoint: Option<&Arc<Endpoint>>| {
                 endpoint.map_or_else(Vec::new, |endpoint| {
-                    endpoint.addresses().map(|ip| (ip, endpoint.pod.clone())).collect()
+                    endpoint.addresses().map(|ip| (ip, endpoint.pod.clone(), None)).collect()
                 })
             };
             self.change(rows(before), rows(after), now_ns);
@@ -253,7 +270,12 @@ impl Index {
             let (before, after) = sides(change);
             let rows = |node: Option<&Arc<NodeEndpoints>>| {
                 let pods = node.iter().flat_map(|node| &node.endpoints);
-                pods.flat_map(|pod| pod.addresses.iter().map(|ip| (*ip, pod.pod.clone()))).collect()
+                let rows = |pod: &PublishedEndpoint| {
+                    let (key, workload) = (pod.pod.clone(), pod.workload.clone());
+                    let row = move |ip: &IpAddr| (*ip, key.clone(), workload.clone());
+                    pod.addresses.iter().map(row).collect::<Vec<_>>()
+                };
+                pods.flat_map(rows).collect()
             };
             self.change(rows(before), rows(after), now_ns);
         }
@@ -271,19 +293,25 @@ impl Index {
         self.forget(now_ns);
     }
 
-    fn change(&mut self, before: Vec<(IpAddr, ObjectKey)>, after: Vec<(IpAddr, ObjectKey)>, now_ns: u64) {
-        for (ip, pod) in after.iter().filter(|row| !before.contains(row)) {
+    fn change(&mut self, before: Vec<Row>, after: Vec<Row>, now_ns: u64) {
+        for (ip, pod, workload) in after.iter().filter(|row| !before.contains(row)) {
             // Nearly all addresses have one tenancy: a growing vector would make room for four.
             let tenancies = self.pods.entry(*ip).or_insert_with(|| Vec::with_capacity(1));
             match tenancies.iter_mut().find(|tenancy| tenancy.pod == *pod && tenancy.until_ns.is_none()) {
-                Some(tenancy) => tenancy.claims += 1,
+                Some(tenancy) => {
+                    tenancy.claims += 1;
+                    if workload.is_some() {
+                        tenancy.workload.clone_from(workload);
+                    }
+                }
                 None => {
-                    let tenancy = Tenancy { pod: pod.clone(), from_ns: now_ns, until_ns: None, claims: 1 };
+                    let (pod, workload) = (pod.clone(), workload.clone());
+                    let tenancy = Tenancy { pod, workload, from_ns: now_ns, until_ns: None, claims: 1 };
                     tenancies.push(tenancy);
                 }
             }
         }
-        for (ip, pod) in before.iter().filter(|row| !after.contains(row)) {
+        for (ip, pod, _) in before.iter().filter(|row| !after.contains(row)) {
             let tenancies = self.pods.get_mut(ip).into_iter().flatten();
             for tenancy in tenancies.filter(|tenancy| tenancy.pod == *pod && tenancy.until_ns.is_none()) {
                 tenancy.claims -= 1;
@@ -319,7 +347,7 @@ impl Index {
 
     /// Who had the address at `time_ns`. The tables lag behind the packets: a pod's first
     /// packets come before its row, its last ones after the row is gone.
-    fn pod(&self, ip: IpAddr, time_ns: u64) -> Option<ObjectKey> {
+    fn tenancy(&self, ip: IpAddr, time_ns: u64) -> Option<&Tenancy> {
         let tenancies = self.pods.get(&ip)?;
         let is_valid = |tenancy: &&Tenancy| {
             tenancy.from_ns <= time_ns && tenancy.until_ns.is_none_or(|until| time_ns < until)
@@ -331,7 +359,7 @@ impl Index {
                 tenancy.until_ns.is_some_and(|until| time_ns >= until && time_ns - until < GRACE_NS)
             })
         };
-        valid.or_else(early).or_else(late).map(|tenancy| tenancy.pod.clone())
+        valid.or_else(early).or_else(late)
     }
 
     fn service(&self, event: &Event) -> FlowService {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use crate::datapath::types::direction;
-use crate::model::{EndpointId, IdentityId, Origins};
+use crate::model::{EndpointId, IdentityId, Origins, Workload};
 
 use super::DropReason;
 
@@ -72,6 +72,8 @@ pub struct Party {
     pub namespace: Arc<str>,
     /// The pod's name; empty when not known.
     pub pod_name: Arc<str>,
+    /// What made the pod, where its node says so.
+    pub workload: Option<Workload>,
     /// The identity's labels, each with its source: `k8s:app=web`, `reserved:world`, `cidr:10.0.0.0/8`.
     pub labels: Arc<[Arc<str>]>,
 }

@@ -4,20 +4,27 @@
 //! one copy of at most a few hundred records on either side, so that neither waits long;
 //! a reader that is overtaken learns from the sequence number how many it missed.
 
-use std::sync::Mutex;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::Event;
+use super::request::{Redact, bytes_of, event_of};
+use super::{Clock, Event};
+use crate::datapath::types::addr;
+use crate::model::l7;
 
-/// What is recorded, in the order in which it came. Requests that a proxy has seen and events of the agent
-/// will be records, too.
+/// What is recorded, in the order in which it came.
 #[derive(Clone, Debug)]
 pub enum Record {
     /// What the programs report: a connection, or a dropped packet.
     Packet(Event),
+    /// What the proxy saw of a request or an answer, with the event that stands for it.
+    Request(Event, Arc<l7::Record>),
+    /// A request of which only that much is known: newer ones needed its room.
+    Forgotten,
     /// So many events of the programs did not fit the kernel's buffer, about here.
     Lost(u64),
 }
@@ -25,10 +32,14 @@ pub enum Record {
 /// Records that the rate is counted over.
 const RATE_RECORDS: u64 = 4096;
 
+/// The part of the ring's size that requests may take beside it: one in so many.
+const REQUESTS_SHARE: usize = 4;
+
 /// A bounded ring of records with sequence numbers from 0.
 pub struct Recorder {
     ring: Mutex<Ring>,
     capacity: usize,
+    redact: Redact,
     next: watch::Sender<u64>,
     lost_in_kernel: AtomicU64,
     suppressed: AtomicU64,
@@ -37,24 +48,20 @@ pub struct Recorder {
 
 /// The type of an event that is a loss: `timestamp_ns` has how many. The programs have no such type.
 const LOSS: u8 = u8::MAX;
+/// The type of an event that stands for a request: `service` has its number.
+const REQUEST: u8 = u8::MAX - 1;
 
 impl Record {
-    /// As it is stored: 128 bytes, whatever it is.
-    fn stored(self) -> Event {
+    /// The event of a packet, or the one that stands for a request.
+    pub fn event(&self) -> Option<&Event> {
         match self {
-            Self::Packet(event) => event,
-            Self::Lost(lost) => Event { r#type: LOSS, timestamp_ns: lost, ..Event::default() },
-        }
-    }
-
-    fn of(stored: &Event) -> Self {
-        match stored.r#type {
-            LOSS => Self::Lost(stored.timestamp_ns),
-            _ => Self::Packet(*stored),
+            Self::Packet(event) | Self::Request(event, _) => Some(event),
+            Self::Forgotten | Self::Lost(_) => None,
         }
     }
 }
 
+#[derive(Default)]
 struct Ring {
     /// Grows up to the capacity, then is overwritten; the record with sequence s is at s % capacity.
     records: Vec<Event>,
@@ -62,6 +69,11 @@ struct Ring {
     next: u64,
     /// How many of all records were events.
     events: u64,
+    /// What the newest requests say, the oldest first: an event of the ring stands for each.
+    requests: VecDeque<Arc<l7::Record>>,
+    /// The number of the oldest of them.
+    first_request: u64,
+    request_bytes: usize,
 }
 
 /// What became of the events so far.
@@ -88,8 +100,9 @@ impl Recorder {
     /// An empty ring of `capacity` records, 128 bytes each; memory is taken as they arrive.
     pub fn new(capacity: usize) -> Self {
         Self {
-            ring: Mutex::new(Ring { records: Vec::with_capacity(capacity.max(1)), next: 0, events: 0 }),
+            ring: Mutex::new(Ring { records: Vec::with_capacity(capacity.max(1)), ..Ring::default() }),
             capacity: capacity.max(1),
+            redact: Redact::default(),
             next: watch::Sender::new(0),
             lost_in_kernel: AtomicU64::new(0),
             suppressed: AtomicU64::new(0),
@@ -97,19 +110,47 @@ impl Recorder {
         }
     }
 
+    /// Keeps nothing of requests that `redact` names.
+    pub fn redacting(self, redact: Redact) -> Self {
+        Self { redact, ..self }
+    }
+
+    /// Adds what the proxy saw, the oldest first, and wakes the followers.
+    pub fn append_requests(&self, requests: Vec<l7::Record>) {
+        if requests.is_empty() {
+            return;
+        }
+        let clock = Clock::now();
+        let requests: Vec<_> = requests
+            .into_iter()
+            .map(|mut request| {
+                self.redact.apply(&mut request);
+                (event_of(&request, &clock), Arc::new(request))
+            })
+            .collect();
+        let next = {
+            let mut ring = self.ring.lock().expect("nobody panics while it holds the ring");
+            for (event, request) in requests {
+                ring.push_request(event, request, self.capacity);
+            }
+            ring.next
+        };
+        self.next.send_replace(next);
+    }
+
     /// Adds events, the oldest first, and wakes the followers.
     pub fn append(&self, events: &[Event]) {
         if events.is_empty() {
             return;
         }
-        self.add(events.iter().copied().map(Record::Packet));
+        self.add(events.iter().copied());
     }
 
-    fn add(&self, records: impl Iterator<Item = Record>) {
+    fn add(&self, records: impl Iterator<Item = Event>) {
         let next = {
             let mut ring = self.ring.lock().expect("nobody panics while it holds the ring");
-            for record in records {
-                ring.push(record, self.capacity);
+            for event in records {
+                ring.push(event, self.capacity);
             }
             ring.next
         };
@@ -131,8 +172,9 @@ impl Recorder {
         let count = ring.next.saturating_sub(first).min(limit as u64) as usize;
         let start = (first % self.capacity as u64) as usize;
         let until_end = count.min(ring.records.len().saturating_sub(start));
-        records.extend(ring.records[start.min(ring.records.len())..][..until_end].iter().map(Record::of));
-        records.extend(ring.records[..count - until_end].iter().map(Record::of));
+        let of = |stored: &Event| ring.record(stored);
+        records.extend(ring.records[start.min(ring.records.len())..][..until_end].iter().map(of));
+        records.extend(ring.records[..count - until_end].iter().map(of));
         first
     }
 
@@ -147,7 +189,8 @@ impl Recorder {
         let before = self.lost_in_kernel.swap(lost, Ordering::Relaxed)
             + self.suppressed.swap(suppressed, Ordering::Relaxed);
         if lost + suppressed > before {
-            self.add(std::iter::once(Record::Lost(lost + suppressed - before)));
+            let lost = lost + suppressed - before;
+            self.add(std::iter::once(Event { r#type: LOSS, timestamp_ns: lost, ..Event::default() }));
         }
     }
 
@@ -161,10 +204,7 @@ impl Recorder {
         let mut records = Vec::new();
         let kept = self.range();
         self.copy(kept.end.saturating_sub(RATE_RECORDS).max(kept.start), RATE_RECORDS as usize, &mut records);
-        let oldest = records.iter().find_map(|record| match record {
-            Record::Packet(event) => Some(event.timestamp_ns),
-            Record::Lost(_) => None,
-        });
+        let oldest = records.iter().find_map(|record| Some(record.event()?.timestamp_ns));
         let Some(oldest) = oldest else { return 0.0 };
         let seconds = super::monotonic_ns().saturating_sub(oldest) as f64 / 1e9;
         records.len() as f64 / seconds.max(0.001)
@@ -187,20 +227,105 @@ impl Recorder {
 }
 
 impl Ring {
-    fn push(&mut self, record: Record, capacity: usize) {
-        self.events += u64::from(matches!(record, Record::Packet(_)));
+    fn push(&mut self, event: Event, capacity: usize) {
+        self.events += u64::from(event.r#type != LOSS);
         let place = (self.next % capacity as u64) as usize;
         match self.records.get_mut(place) {
-            Some(oldest) => *oldest = record.stored(),
-            None => self.records.push(record.stored()),
+            Some(oldest) => {
+                let before = std::mem::replace(oldest, event);
+                if before.r#type == REQUEST {
+                    self.forget_requests(number_of(&before) + 1);
+                }
+            }
+            None => self.records.push(event),
         }
         self.next += 1;
     }
+
+    fn push_request(&mut self, event: Event, request: Arc<l7::Record>, capacity: usize) {
+        let number = self.first_request + self.requests.len() as u64;
+        let service = addr { w: [number as u32, (number >> 32) as u32, 0, 0] };
+        self.request_bytes += bytes_of(&request);
+        self.requests.push_back(request);
+        self.push(Event { r#type: REQUEST, service, ..event }, capacity);
+        let room = capacity * size_of::<Event>() / REQUESTS_SHARE;
+        while self.request_bytes > room && self.requests.len() > 1 {
+            self.forget_requests(self.first_request + 1);
+        }
+    }
+
+    /// Forgets what requests before this number say.
+    fn forget_requests(&mut self, before: u64) {
+        while self.first_request < before
+            && let Some(request) = self.requests.pop_front()
+        {
+            self.request_bytes -= bytes_of(&request);
+            self.first_request += 1;
+        }
+    }
+
+    fn record(&self, stored: &Event) -> Record {
+        match stored.r#type {
+            LOSS => Record::Lost(stored.timestamp_ns),
+            REQUEST => {
+                let place = number_of(stored).checked_sub(self.first_request);
+                let request = place.and_then(|place| self.requests.get(usize::try_from(place).ok()?));
+                request.map_or(Record::Forgotten, |request| Record::Request(*stored, request.clone()))
+            }
+            _ => Record::Packet(*stored),
+        }
+    }
+}
+
+/// The number of the request that an event stands for.
+fn number_of(event: &Event) -> u64 {
+    let [low, high, ..] = event.service.w;
+    u64::from(low) | u64::from(high) << 32
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::tests::request;
+
+    /// Requests share the ring's order with packets, and have a bound of their own in bytes.
+    #[test]
+    fn requests_are_kept_in_order_and_bounded() {
+        let recorder = Recorder::new(64);
+        recorder.append(&events(0..1));
+        recorder.append_requests(vec![request("/one")]);
+        recorder.append(&events(1..2));
+        let mut out = Vec::new();
+        recorder.copy(0, 10, &mut out);
+        let kinds: Vec<_> = out.iter().map(|record| matches!(record, Record::Request(..))).collect();
+        assert_eq!(kinds, [false, true, false]);
+        assert_eq!(recorder.counts().seen, 3);
+        recorder.append_requests(vec![request(&"x".repeat(1000)); 40]);
+        recorder.copy(0, 100, &mut out);
+        let kept = out.iter().filter(|record| matches!(record, Record::Request(..))).count();
+        let gone = out.iter().filter(|record| matches!(record, Record::Forgotten)).count();
+        assert_eq!((out.len(), kept + gone), (43, 41));
+        assert!((1..3).contains(&kept), "a quarter of the ring's 8 KiB: {kept}");
+        // Overwritten events take their requests along.
+        recorder.append(&events(0..64));
+        assert_eq!(recorder.ring.lock().expect("the test's own").requests.len(), 0);
+        assert_eq!(recorder.ring.lock().expect("the test's own").request_bytes, 0);
+        recorder.append_requests(vec![request("/two")]);
+        recorder.copy(recorder.range().end - 1, 1, &mut out);
+        assert!(matches!(&out[..], [Record::Request(..)]), "{out:?}");
+    }
+
+    #[test]
+    fn what_is_redacted_is_never_kept() {
+        let redact = Redact { url_query: true, headers: vec!["traceparent".to_owned()], ..Redact::default() };
+        let recorder = Recorder::new(4).redacting(redact);
+        recorder.append_requests(vec![request("http://me:secret@shop/pay?card=1")]);
+        let mut out = Vec::new();
+        recorder.copy(0, 1, &mut out);
+        let Record::Request(_, kept) = &out[0] else { panic!("{out:?}") };
+        let l7::L7Message::Http(http) = &kept.message else { panic!("{kept:?}") };
+        assert_eq!((http.path.as_str(), http.trace_parent.as_ref()), ("http://shop/pay", None));
+    }
 
     fn events(numbers: std::ops::Range<u64>) -> Vec<Event> {
         numbers.map(|number| Event { timestamp_ns: number, ..Event::default() }).collect()
@@ -212,6 +337,7 @@ mod tests {
         let number = |record: &Record| match record {
             Record::Packet(event) => event.timestamp_ns,
             Record::Lost(lost) => 1000 + lost,
+            other => panic!("{other:?}"),
         };
         (first, out.iter().map(number).collect())
     }

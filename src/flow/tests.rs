@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use super::*;
 use crate::datapath::abi::addr_of;
 use crate::datapath::types::{direction, event_flags, event_type};
+use crate::model::l7;
 use crate::model::{
     Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, MacAddress, NodeEndpoints, ObjectKey,
     Origins, PolicyRef, PublishedEndpoint, Service,
@@ -48,6 +49,11 @@ impl NameSource for Cluster {
         let origin = PolicyRef::network_policy(&ObjectKey::new("shop", "backend-ingress"));
         (rule_id == 7).then(|| Arc::from([origin]))
     }
+
+    fn rule_set_origin(&self, id: l7::RuleSetId) -> Option<Origins> {
+        let origin = PolicyRef::network_policy(&ObjectKey::new("shop", "backend-l7"));
+        (id.0 == 5).then(|| Arc::from([origin]))
+    }
 }
 
 pub(crate) fn ip(text: &str) -> IpAddr {
@@ -77,6 +83,7 @@ fn node(name: &str, pods: &[(&str, &str, u32)]) -> (Arc<str>, Arc<NodeEndpoints>
         pod: ObjectKey::new("shop", *pod),
         addresses: vec![ip(address)],
         identity: IdentityId(*identity),
+        workload: crate::model::Workload::parse("Deployment/backend").filter(|_| pod.starts_with("backend")),
     });
     let node =
         NodeEndpoints { node: name.into(), internal_addresses: vec![], endpoints: endpoints.collect() };
@@ -217,4 +224,33 @@ pub(crate) fn recorded(capacity: usize, ports: std::ops::Range<u16>) -> Arc<Reco
 pub(crate) fn record(recorder: &Recorder, ports: std::ops::Range<u16>) {
     let event = |port: u16| Event { source_port: port.to_be(), ..forwarded() };
     recorder.append(&ports.map(event).collect::<Vec<_>>());
+}
+
+/// The frontend asks the backend for a path.
+pub(crate) fn request(path: &str) -> l7::Record {
+    l7::Record {
+        time: "2026-11-22T19:20:13.5Z".parse().expect("a timestamp"),
+        protocol: crate::model::Protocol::Tcp,
+        client: "10.0.0.3:43210".parse().expect("an address"),
+        server: "10.1.0.8:8080".parse().expect("an address"),
+        source: IdentityId(256),
+        destination: IdentityId(300),
+        source_endpoint: Some(EndpointId(3)),
+        destination_endpoint: None,
+        egress: None,
+        ingress: Some(l7::RuleSetId(5)),
+        denied_by: None,
+        kind: l7::RecordKind::Request,
+        verdict: l7::L7Verdict::Forwarded,
+        note: String::new(),
+        latency_us: None,
+        message: l7::L7Message::Http(l7::HttpMessage {
+            version: "HTTP/1.1".to_owned(),
+            method: "GET".to_owned(),
+            path: path.to_owned(),
+            host: "backend".to_owned(),
+            trace_parent: Some(format!("00-{}-00f067aa0ba902b7-01", "4bf92f3577b34da6a3ce929d0e0e4736")),
+            ..l7::HttpMessage::default()
+        }),
+    }
 }

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 
 use super::proto::{flow as pb, timestamp};
 use crate::flow::{Clock, Direction, Event, EventType, Flow, L4Protocol, Names, Party, icmp_text, ip_of};
-use crate::model::{IdentityId, Origins, PolicyRef};
+use crate::model::{IdentityId, Origins, PolicyRef, Workload};
 
 /// Numbers of `event_type.type`.
 pub mod event_types {
@@ -84,7 +84,7 @@ impl Converter {
     }
 
     /// Who sent it to whom. A record has the connection's sides; a flow has the packet's.
-    fn packet(&self, named: &Flow) -> pb::Flow {
+    pub(super) fn packet(&self, named: &Flow) -> pb::Flow {
         let sides = [&named.source, &named.destination];
         let [from, to] = if named.is_reply { [sides[1], sides[0]] } else { sides };
         let service = named.service.as_ref().filter(|service| !service.name.is_empty()).map(|service| {
@@ -120,7 +120,7 @@ impl Converter {
             namespace: party.namespace.to_string(),
             labels: party.labels.iter().map(ToString::to_string).collect(),
             pod_name: party.pod_name.to_string(),
-            workloads: Vec::new(),
+            workloads: party.workload.iter().map(workload).collect(),
         }
     }
 
@@ -190,12 +190,16 @@ pub fn emitter() -> pb::Emitter {
     pb::Emitter { name: "Weir".to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() }
 }
 
-fn direction(direction: Direction) -> pb::TrafficDirection {
+pub(super) fn direction(direction: Direction) -> pb::TrafficDirection {
     match direction {
         Direction::Unknown => pb::TrafficDirection::Unknown,
         Direction::Ingress => pb::TrafficDirection::Ingress,
         Direction::Egress => pb::TrafficDirection::Egress,
     }
+}
+
+fn workload(workload: &Workload) -> pb::Workload {
+    pb::Workload { name: workload.name.to_string(), kind: workload.kind.to_string() }
 }
 
 fn trace_reason(named: &Flow) -> pb::TraceReason {
@@ -206,7 +210,7 @@ fn trace_reason(named: &Flow) -> pb::TraceReason {
     }
 }
 
-fn policies(origins: &Origins) -> Vec<pb::Policy> {
+pub(super) fn policies(origins: &Origins) -> Vec<pb::Policy> {
     origins.iter().map(policy).collect()
 }
 
@@ -295,13 +299,13 @@ fn summary(named: &Flow) -> String {
 }
 
 /// A number for a record that is the same whenever the record is read, in the form of a UUID (version 8).
-fn uuid(node: &str, event: &Event) -> String {
+pub(super) fn uuid(node: &str, event: &Event) -> String {
     let half = |seed: u8| {
         let mut hasher = DefaultHasher::new();
         (seed, node, event.timestamp_ns, event.packets, event.bytes).hash(&mut hasher);
         (event.source_port, event.destination_port, event.r#type, event.reason, event.tcp_flags)
             .hash(&mut hasher);
-        (ip_of(event.source), ip_of(event.destination)).hash(&mut hasher);
+        (ip_of(event.source), ip_of(event.destination), event.service.w, event.flags).hash(&mut hasher);
         hasher.finish()
     };
     let (high, low) = (half(0) & !0xf000 | 0x8000, half(1) & (u64::MAX >> 2) | 1 << 63);

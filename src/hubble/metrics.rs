@@ -6,13 +6,15 @@ use std::sync::{Arc, Mutex};
 
 use clap::ValueEnum;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::registry::Unit;
 
 use crate::datapath::types::{event_flags, event_type};
 use crate::flow::{Direction, DropReason, Event, L4Protocol, Names, Record, Recorder, ip_of};
 use crate::model::IdentityId;
+use crate::model::l7::{self, L7Message, RecordKind};
 
 /// Series of one family; what would be more is counted under `other`.
 const SERIES_MAX: usize = 2000;
@@ -64,16 +66,30 @@ const ICMP: usize = 4;
 const POLICY: usize = 5;
 const WORLD: usize = 6;
 const LOST: usize = 7;
+const HTTP: usize = 8;
+const DNS_QUERIES: usize = 9;
+const DNS_RESPONSES: usize = 10;
 
-const FAMILIES: [Family; 8] = [
+/// Methods of HTTP that are told apart; whatever else a client writes is `other`.
+const METHODS: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"];
+/// Types of DNS questions that are told apart.
+const DNS_TYPES: [&str; 11] = ["A", "AAAA", "CNAME", "MX", "NS", "PTR", "SOA", "SRV", "TXT", "HTTPS", "ANY"];
+/// Codes of DNS answers.
+const DNS_CODES: [&str; 6] =
+    ["No Error", "Format Error", "Server Failure", "Non-Existent Domain", "Not Implemented", "Query Refused"];
+/// Seconds that a server takes: the upper bounds of the histogram's buckets.
+const SECONDS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
+
+const FAMILIES: [Family; 11] = [
     Family {
         name: "flows_processed",
         help: "Flows",
         labels: |facts| {
-            let kind = ["Trace", "Drop", "PolicyVerdict"][usize::from(facts.kind).min(2)];
+            let kind = ["Trace", "Drop", "PolicyVerdict", "L7"][usize::from(facts.kind).min(3)];
+            let details = ["", "new", "update", "end", "HTTP", "DNS", "Kafka", "TLS", "unknown"];
             vec![
                 ("type", kind.to_owned()),
-                ("subtype", ["", "new", "update", "end"][usize::from(facts.detail).min(3)].to_owned()),
+                ("subtype", details[usize::from(facts.detail).min(8)].to_owned()),
                 ("protocol", protocol(facts)),
                 ("verdict", verdict(facts)),
             ]
@@ -131,7 +147,68 @@ const FAMILIES: [Family; 8] = [
             vec![("source", source.to_owned())]
         },
     },
+    Family {
+        name: "http_requests",
+        help: "Answered requests of HTTP",
+        labels: |facts| {
+            vec![
+                ("method", word(&METHODS, facts.detail)),
+                ("protocol", word(&["HTTP/1.0", "HTTP/1.1", "HTTP/2"], facts.kind)),
+                ("status", if facts.is_other { "other".to_owned() } else { facts.port.to_string() }),
+                ("reporter", reporter(facts)),
+            ]
+        },
+    },
+    Family {
+        name: "dns_queries",
+        help: "Questions of DNS",
+        labels: |facts| vec![("qtypes", word(&DNS_TYPES, facts.detail))],
+    },
+    Family {
+        name: "dns_responses",
+        help: "Answers of DNS",
+        labels: |facts| {
+            vec![
+                ("rcode", word(&DNS_CODES, facts.kind)),
+                ("qtypes", word(&DNS_TYPES, facts.detail)),
+                ("ips_returned", if facts.is_other { "other".to_owned() } else { facts.port.to_string() }),
+            ]
+        },
+    },
 ];
+
+/// One of a fixed set of words.
+fn word(words: &[&str], index: u8) -> String {
+    words.get(usize::from(index)).copied().unwrap_or("other").to_owned()
+}
+
+/// The place of a word in a fixed set.
+fn index(words: &[&str], wanted: &str) -> u8 {
+    words.iter().position(|word| word.eq_ignore_ascii_case(wanted)).map_or(u8::MAX, |at| at as u8)
+}
+
+/// On whose side it was seen.
+fn reporter(facts: &Facts) -> String {
+    if facts.is_v6 { "server" } else { "client" }.to_owned()
+}
+
+/// How long servers took.
+#[derive(Clone, Default)]
+struct Durations {
+    sum: f64,
+    count: u64,
+    buckets: [u64; SECONDS.len()],
+}
+
+impl Durations {
+    fn add(&mut self, seconds: f64) {
+        self.sum += seconds;
+        self.count += 1;
+        if let Some(bucket) = SECONDS.iter().position(|bound| seconds <= *bound) {
+            self.buckets[bucket] += 1;
+        }
+    }
+}
 
 fn protocol(facts: &Facts) -> String {
     if facts.is_other {
@@ -160,12 +237,14 @@ fn port(facts: &Facts) -> String {
 pub struct FlowMetrics {
     context: Context,
     series: Arc<Mutex<[HashMap<Key, u64>; FAMILIES.len()]>>,
+    /// By method, and whether it was seen at the server.
+    durations: Arc<Mutex<HashMap<(u8, bool), Durations>>>,
 }
 
 impl FlowMetrics {
     /// Counts from zero.
     pub fn new(context: Context) -> Self {
-        Self { context, series: Arc::default() }
+        Self { context, series: Arc::default(), durations: Arc::default() }
     }
 
     /// Counts what is recorded from now on, as long as there are records.
@@ -188,6 +267,8 @@ impl FlowMetrics {
             for record in &records {
                 match record {
                     Record::Packet(event) => self.count(event, &names),
+                    Record::Request(event, request) => self.count_request(event, request, &names),
+                    Record::Forgotten => self.lost(1, 1),
                     Record::Lost(lost) => self.lost(0, *lost),
                 }
             }
@@ -246,6 +327,45 @@ impl FlowMetrics {
         let destination = IdentityId(event.destination_identity);
         if (is_new || base.is_dropped) && (destination == IdentityId::WORLD || destination.is_local()) {
             add(Facts { family: WORLD, is_v6: false, port: if has_ports { base.port } else { 0 }, ..base });
+        }
+    }
+
+    /// Counts one request or answer.
+    pub fn count_request(&self, event: &Event, request: &l7::Record, names: &Names) {
+        let sides = self.sides(event, names);
+        let is_answer = request.kind == RecordKind::Response;
+        let is_at_server = Direction::from(event.direction) == Direction::Ingress;
+        let base = Facts { protocol: event.protocol, is_dropped: event.reason != 0, ..Facts::default() };
+        let add = |facts: Facts| self.add(facts, &sides, 1);
+        let detail = match &request.message {
+            L7Message::Http(_) => 4,
+            L7Message::Dns(_) => 5,
+            L7Message::Kafka(_) => 6,
+            L7Message::Tls { .. } => 7,
+            L7Message::Unknown => 8,
+        };
+        add(Facts { family: FLOWS, kind: 3, detail, ..base });
+        match &request.message {
+            L7Message::Http(http) if is_answer => {
+                let detail = index(&METHODS, &http.method);
+                let kind = index(&["HTTP/1.0", "HTTP/1.1", "HTTP/2"], &http.version);
+                let port = http.status.unwrap_or(0);
+                add(Facts { family: HTTP, kind, detail, port, is_v6: is_at_server, ..Facts::default() });
+                if let Some(latency) = request.latency_us {
+                    let mut all = self.durations.lock().expect("nobody panics while it holds the counters");
+                    all.entry((detail, is_at_server)).or_default().add(latency as f64 / 1e6);
+                }
+            }
+            L7Message::Dns(dns) => {
+                let detail = dns.types.first().map_or(u8::MAX, |name| index(&DNS_TYPES, name));
+                let kind = dns.code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX);
+                let facts = Facts { detail, ..Facts::default() };
+                add(match is_answer {
+                    false => Facts { family: DNS_QUERIES, ..facts },
+                    true => Facts { family: DNS_RESPONSES, kind, port: dns.addresses.len() as u16, ..facts },
+                });
+            }
+            _ => {}
         }
     }
 
@@ -316,6 +436,24 @@ impl Collector for FlowMetrics {
                 ConstCounter::new(value).encode(metric.encode_family(&labels)?)?;
             }
         }
+        let durations = self.durations.lock().expect("nobody panics while it holds the counters").clone();
+        let help = "How long servers took to answer requests of HTTP";
+        let unit = Unit::Seconds;
+        let name = "http_request_duration";
+        let mut metric = encoder.encode_descriptor(name, help, Some(&unit), MetricType::Histogram)?;
+        for ((method, is_at_server), durations) in durations {
+            let facts = Facts { is_v6: is_at_server, ..Facts::default() };
+            let labels = [("method", word(&METHODS, method)), ("reporter", reporter(&facts))];
+            let beyond = durations.count - durations.buckets.iter().sum::<u64>();
+            let mut buckets: Vec<(f64, u64)> = SECONDS.into_iter().zip(durations.buckets).collect();
+            buckets.push((f64::MAX, beyond));
+            metric.encode_family(&labels)?.encode_histogram::<NoLabelSet>(
+                durations.sum,
+                durations.count,
+                &buckets,
+                None,
+            )?;
+        }
         Ok(())
     }
 }
@@ -332,7 +470,7 @@ mod tests {
     use prometheus_client::registry::Registry;
 
     use super::*;
-    use crate::flow::tests::{dropped, forwarded, names};
+    use crate::flow::tests::{dropped, forwarded, names, request};
 
     fn written(metrics: &FlowMetrics) -> String {
         let mut registry = Registry::default();
@@ -364,6 +502,55 @@ mod tests {
             r#"hubble_policy_verdicts_total{direction="ingress",match="none",action="dropped"} 2"#,
             r#"hubble_flows_to_world_total{protocol="TCP",verdict="DROPPED",port="8080"} 1"#,
             r#"hubble_lost_events_total{source="hubble_ring_buffer"} 5"#,
+        ] {
+            assert!(text.lines().any(|written| written == line), "{line}\nis not in\n{text}");
+        }
+    }
+
+    /// Methods, codes and names are a client's to choose: they cannot make new series.
+    #[test]
+    fn requests_are_counted_by_words_of_a_fixed_set() {
+        let metrics = FlowMetrics::new(Context::None);
+        let recorder = Recorder::new(65_536);
+        let answer = |method: &str, status: u16| l7::Record {
+            kind: RecordKind::Response,
+            latency_us: Some(3000),
+            message: L7Message::Http(l7::HttpMessage {
+                version: "HTTP/1.1".to_owned(),
+                method: method.to_owned(),
+                status: Some(status),
+                ..l7::HttpMessage::default()
+            }),
+            ..request("/")
+        };
+        let dns = |kind, code: Option<u16>| l7::Record {
+            kind,
+            message: L7Message::Dns(l7::DnsMessage {
+                query: "db.example".to_owned(),
+                types: vec!["A".to_owned()],
+                addresses: code.iter().map(|_| [10, 0, 0, 1].into()).collect(),
+                code,
+                ..l7::DnsMessage::default()
+            }),
+            ..request("/")
+        };
+        recorder.append_requests(vec![request("/"), answer("GET", 200), dns(RecordKind::Request, None)]);
+        recorder.append_requests(vec![dns(RecordKind::Response, Some(0))]);
+        recorder.append_requests((0..500).map(|number| answer(&format!("M{number}"), 404)).collect());
+        let mut records = Vec::new();
+        recorder.copy(0, 1000, &mut records);
+        for record in &records {
+            let Record::Request(event, request) = record else { panic!("{record:?}") };
+            metrics.count_request(event, request, &names());
+        }
+        let text = written(&metrics);
+        for line in [
+            r#"hubble_flows_processed_total{type="L7",subtype="HTTP",protocol="TCP",verdict="FORWARDED"} 502"#,
+            r#"hubble_http_requests_total{method="GET",protocol="HTTP/1.1",status="200",reporter="server"} 1"#,
+            r#"hubble_http_requests_total{method="other",protocol="HTTP/1.1",status="404",reporter="server"} 500"#,
+            r#"hubble_http_request_duration_seconds_bucket{le="0.005",method="GET",reporter="server"} 1"#,
+            r#"hubble_dns_queries_total{qtypes="A"} 1"#,
+            r#"hubble_dns_responses_total{rcode="No Error",qtypes="A",ips_returned="1"} 1"#,
         ] {
             assert!(text.lines().any(|written| written == line), "{line}\nis not in\n{text}");
         }

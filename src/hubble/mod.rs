@@ -19,6 +19,7 @@ pub mod mask;
 pub mod metrics;
 pub mod page;
 pub mod proto;
+mod request;
 pub mod serve;
 pub mod service;
 pub mod stream;

@@ -134,7 +134,7 @@ impl NodeObserver {
             }
             from = first + records.len() as u64;
             for record in &records {
-                if let crate::flow::Record::Packet(event) = record
+                if let Some(event) = record.event()
                     && event.timestamp_ns >= oldest
                 {
                     found.extend(names.pods_of(event).into_iter().flatten().map(|pod| pod.namespace));

@@ -175,12 +175,12 @@ impl FlowStream {
             let records = std::mem::take(&mut self.records);
             // What was overwritten meanwhile is the oldest: there is nothing further back.
             let still_there = records.iter().take(end.saturating_sub(first) as usize);
-            // So many flows are asked for: losses do not count.
-            let flow = |record: &Record| match record {
-                Record::Packet(event) => self.answer(event),
-                Record::Lost(_) => None,
-            };
-            found.extend(still_there.rev().filter_map(flow).take((wanted - found.len() as u64) as usize));
+            found.extend(
+                still_there
+                    .rev()
+                    .filter_map(|record| self.answer(record))
+                    .take((wanted - found.len() as u64) as usize),
+            );
             self.records = records;
             end = if first > start { kept.start } else { start };
             tokio::task::yield_now().await;
@@ -206,11 +206,14 @@ impl FlowStream {
         self.state = State::Forward(first + records.len() as u64, until);
         let mut answers = self.losses();
         for record in &records {
+            let is_flow = record.event().is_some();
             let answer = match record {
-                Record::Packet(event) => self.answer(event),
                 Record::Lost(lost) => Some(self.loss(LostEventSource::PerfEventRingBuffer, *lost, None)),
+                _ => self.answer(record),
             };
-            let is_flow = matches!(record, Record::Packet(_));
+            if matches!(record, Record::Forgotten) {
+                self.missed.add(1);
+            }
             if let Some(answer) = answer.filter(|_| !is_flow || self.left > 0) {
                 self.left -= u64::from(is_flow && self.left != u64::MAX);
                 answers.push(answer);
@@ -239,12 +242,22 @@ impl FlowStream {
         Some(Vec::new())
     }
 
-    fn answer(&self, event: &Event) -> Option<GetFlowsResponse> {
+    /// `None`: it is not asked for, or no flow.
+    fn answer(&self, record: &Record) -> Option<GetFlowsResponse> {
         let wanted = &self.wanted;
-        if !wanted.filters.may_match(event) || !wanted.is_in_time(event, &self.clock) {
+        let event = record.event()?;
+        let may_match = match record {
+            Record::Request(..) => wanted.filters.may_match_request(event),
+            _ => wanted.filters.may_match(event),
+        };
+        if !may_match || !wanted.is_in_time(event, &self.clock) {
             return None;
         }
-        let flow = self.source.converter.flow(event, &self.source.names, &self.clock);
+        let Source { converter, names, .. } = &self.source;
+        let flow = match record {
+            Record::Request(event, request) => converter.request(event, request, names, &self.clock),
+            _ => converter.flow(event, names, &self.clock),
+        };
         if !wanted.filters.matches(&flow) {
             return None;
         }

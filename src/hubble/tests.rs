@@ -26,8 +26,9 @@ use super::serve::{agent_routes, serve_listener, serve_socket};
 use super::service::{NodeObserver, PeerNode, Peers, server_name};
 use super::stream::{FlowStream, Source};
 use super::tls::Identity;
-use crate::flow::tests::{clock, dropped, forwarded, names, record, recorded};
+use crate::flow::tests::{clock, dropped, forwarded, names, record, recorded, request};
 use crate::flow::{Event, Recorder};
+use crate::model::l7;
 
 /// A node named `a` whose flows go by the tunnel.
 pub(crate) fn converter() -> Converter {
@@ -80,6 +81,7 @@ fn a_dropped_packet_has_the_bytes_of_the_wire() {
                 bytes(4, "k8s:io.cilium.k8s.policy.serviceaccount=default"),
                 bytes(4, "k8s:io.kubernetes.pod.namespace=shop"),
                 bytes(5, "backend-1"),
+                bytes(6, [bytes(1, "backend"), bytes(2, "Deployment")].concat()),
                 bytes(7, "default"),
             ]
             .concat(),
@@ -183,6 +185,109 @@ fn a_mask_keeps_what_it_names() {
     assert_eq!(mask(&[]).expect("everything").apply(flow(&dropped())), flow(&dropped()));
     assert!(mask(&["source.colour"]).is_err());
     assert!(mask(&["time.seconds.more"]).is_err());
+}
+
+/// A request and its answer, as every reader gets them.
+#[tokio::test]
+async fn requests_are_flows_of_layer_7() {
+    let recorder = recorded(64, 0..2);
+    let answer = l7::Record {
+        kind: l7::RecordKind::Response,
+        latency_us: Some(3500),
+        message: match request("/pay").message {
+            l7::L7Message::Http(http) => l7::L7Message::Http(l7::HttpMessage { status: Some(201), ..http }),
+            other => other,
+        },
+        ..request("/pay")
+    };
+    let denied =
+        l7::Record { verdict: l7::L7Verdict::Denied, denied_by: Some(l7::RuleSetId(5)), ..request("/admin") };
+    recorder.append_requests(vec![request("/pay"), answer, denied]);
+    let asked = async |filter: FlowFilter| {
+        let request = GetFlowsRequest { whitelist: vec![filter], ..asks(u64::MAX) };
+        let mut stream = FlowStream::new(source(recorder.clone()), request).expect("a good request");
+        let mut flows = Vec::new();
+        while let Some(answers) = stream.next().await {
+            flows.extend(answers.into_iter().filter_map(|answer| match answer.response_types {
+                Some(ResponseTypes::Flow(flow)) => Some(flow),
+                _ => None,
+            }));
+        }
+        flows
+    };
+    let http = FlowFilter { protocol: vec!["http".to_owned()], ..FlowFilter::default() };
+    let flows = asked(http).await;
+    let summaries: Vec<&str> = flows.iter().map(|flow| flow.summary.as_str()).collect();
+    assert_eq!(
+        summaries,
+        [
+            "HTTP/1.1 GET http://backend/pay",
+            "HTTP/1.1 201 3ms (GET http://backend/pay)",
+            "HTTP/1.1 GET http://backend/admin"
+        ]
+    );
+    let [first, second, third] = &flows[..] else { panic!("{}", flows.len()) };
+    assert_eq!(json::to_value(first)["l7"]["http"]["url"], "http://backend/pay");
+    assert_eq!(
+        json::to_value(first)["trace_context"]["parent"]["trace_id"],
+        "4bf92f3577b34da6a3ce929d0e0e4736"
+    );
+    assert_eq!(first.ingress_allowed_by[0].name, "backend-l7");
+    assert_eq!(first.weir.as_ref().expect("Weir's own").packets_sent, 0);
+    let ends = |flow: &Flow| flow.ip.as_ref().map(|ip| (ip.source.clone(), ip.destination.clone()));
+    assert_eq!(ends(second), ends(first).map(|(from, to)| (to, from)), "an answer comes from the server");
+    assert_eq!(second.l7.as_ref().map(|l7| l7.latency_ns), Some(3_500_000));
+    assert_eq!((third.verdict(), third.drop_reason_desc), (Verdict::Dropped, 133));
+    assert_ne!(first.uuid, second.uuid);
+    let style = super::text::Style {
+        colours: crate::flow::Colours::Off,
+        node: false,
+        policies: false,
+        numeric: false,
+    };
+    let line = |flow: &Flow| {
+        let response_types = Some(ResponseTypes::Flow(flow.clone()));
+        super::text::compact(&GetFlowsResponse { response_types, ..GetFlowsResponse::default() }, style)
+    };
+    assert!(
+        line(second).contains("<- shop/backend-1:8080 (ID:300) http-response FORWARDED"),
+        "{}",
+        line(second)
+    );
+    assert!(
+        line(third).ends_with("/admin; no rule allows it, isolated by NetworkPolicy shop/backend-l7)"),
+        "{}",
+        line(third)
+    );
+    let path = FlowFilter { http_path: vec!["^/admin$".to_owned()], ..FlowFilter::default() };
+    assert_eq!(asked(path).await.len(), 1);
+    let trace = FlowFilter {
+        trace_id: vec!["4bf92f3577b34da6a3ce929d0e0e4736".to_owned()],
+        source_ip: vec!["10.0.0.0/16".to_owned()],
+        ..FlowFilter::default()
+    };
+    assert_eq!(asked(trace).await.len(), 2, "the answer comes from elsewhere");
+    let packets = FlowFilter { source_port: vec!["1".to_owned()], ..FlowFilter::default() };
+    assert_eq!(asked(packets).await.len(), 1);
+}
+
+#[test]
+fn flows_say_what_made_their_pods() {
+    let destination = flow(&forwarded()).destination.expect("the backend");
+    let workload = &destination.workloads[0];
+    assert_eq!((workload.kind.as_str(), workload.name.as_str()), ("Deployment", "backend"));
+    let filter = |name: &str| FlowFilter {
+        destination_workload: vec![super::proto::flow::Workload {
+            name: name.to_owned(),
+            ..super::proto::flow::Workload::default()
+        }],
+        ..FlowFilter::default()
+    };
+    let matches = |name| {
+        let filters = super::filter::Filters::new(&[filter(name)], &[]).expect("a filter");
+        filters.matches(&flow(&forwarded()))
+    };
+    assert_eq!((matches("backend"), matches("other")), (true, false));
 }
 
 fn source(recorder: Arc<Recorder>) -> Source {

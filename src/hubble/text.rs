@@ -3,7 +3,9 @@
 use std::fmt::Write;
 
 use super::convert::event_types;
-use super::proto::flow::{Endpoint, Flow, Service, TraceObservationPoint, TrafficDirection, Verdict};
+use super::proto::flow::{
+    Endpoint, Flow, L7FlowType, Service, TraceObservationPoint, TrafficDirection, Verdict, layer7,
+};
 use super::proto::observer::GetFlowsResponse;
 use super::proto::observer::get_flows_response::ResponseTypes;
 use super::proto::relay::NodeState;
@@ -171,8 +173,26 @@ fn what(flow: &Flow) -> String {
             |point| point.as_str_name().to_lowercase().replace('_', "-"),
         ),
         event_types::POLICY_VERDICT => format!("policy-verdict {}", direction.as_str_name()),
-        event_types::L7 => "l7".to_owned(),
+        event_types::L7 => request(flow),
         other => format!("type {other}"),
+    }
+}
+
+/// A request or an answer, by its protocol.
+fn request(flow: &Flow) -> String {
+    let Some(l7) = &flow.l7 else { return "l7".to_owned() };
+    let kind = match l7.r#type() {
+        L7FlowType::Request => "request",
+        L7FlowType::Response => "response",
+        L7FlowType::Sample | L7FlowType::UnknownL7Type => "record",
+    };
+    match &l7.record {
+        Some(layer7::Record::Http(_)) => format!("http-{kind}"),
+        Some(layer7::Record::Kafka(_)) => format!("kafka-{kind}"),
+        Some(layer7::Record::Dns(dns)) => {
+            format!("dns-{kind} {}", escape(&dns.observation_source)).trim_end().to_owned()
+        }
+        None => format!("l7-{kind}"),
     }
 }
 

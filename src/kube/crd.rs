@@ -13,7 +13,7 @@ use crate::model::{IdentityLabels, PublishedEndpoint};
 
 /// The version of the definitions below, raised by every change: an operator never replaces
 /// definitions of a higher version.
-pub const SCHEMA_VERSION: u32 = 3;
+pub const SCHEMA_VERSION: u32 = 4;
 /// The annotation of a definition that holds its version.
 pub const SCHEMA_VERSION_ANNOTATION: &str = "weir.dev/schema-version";
 /// An IPv4 address, or what may be an IPv6 one: whoever reads it parses it.
@@ -115,6 +115,10 @@ pub struct Endpoint {
     /// The name of its Identity.
     #[schemars(range(min = 256, max = 0xff_ffff))]
     pub identity: u32,
+    /// What made the pod, as `Deployment/web`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 320))]
+    pub workload: Option<String>,
 }
 
 /// A node as Weir has it, named like its Node: the operator says in `spec` what the node is to
@@ -331,6 +335,7 @@ impl From<&PublishedEndpoint> for Endpoint {
             name: endpoint.pod.name.to_string(),
             addresses: endpoint.addresses.iter().map(IpAddr::to_string).collect(),
             identity: endpoint.identity.0,
+            workload: endpoint.workload.as_ref().map(ToString::to_string),
         }
     }
 }
@@ -361,7 +366,7 @@ mod tests {
             Sha256::digest(text).iter().take(4).map(|byte| format!("{byte:02x}")).collect::<String>();
         assert_eq!(
             (SCHEMA_VERSION, digest.as_str()),
-            (3, "0b1797b4"),
+            (4, "df2d869d"),
             "raise SCHEMA_VERSION, then note both here"
         );
     }

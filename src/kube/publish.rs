@@ -25,7 +25,7 @@ use super::crd::{Endpoint, Identity, IdentitySpec, NodeEndpointsSpec};
 use super::files::{Claim, Files, to_yaml};
 use super::{Source, Tables, crd};
 use crate::identity;
-use crate::model::{IdentityId, IdentityLabels, NodeEndpoints, ObjectKey};
+use crate::model::{IdentityId, IdentityLabels, NodeEndpoints, ObjectKey, PublishedEndpoint};
 
 /// Endpoints in one object at most: it stays far below what an API server stores.
 const ENDPOINTS_PER_OBJECT: usize = 200;
@@ -183,9 +183,11 @@ impl Publisher {
     /// Whether the source shows what was published.
     pub fn is_shown(&self, all: &NodeEndpoints) -> bool {
         let shown = self.tables.node_endpoints.get(&Arc::from(self.node.as_str()));
+        // A definition of before drops workloads, which nothing but flows' names needs.
+        let told = |endpoint: &PublishedEndpoint| PublishedEndpoint { workload: None, ..endpoint.clone() };
         let sorted = |all: &NodeEndpoints| {
             let endpoints: BTreeMap<_, _> =
-                all.endpoints.iter().map(|endpoint| (endpoint.pod.clone(), endpoint.clone())).collect();
+                all.endpoints.iter().map(|endpoint| (endpoint.pod.clone(), told(endpoint))).collect();
             let addresses: BTreeSet<_> = all.internal_addresses.iter().copied().collect();
             (endpoints, addresses)
         };

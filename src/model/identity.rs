@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{NamedPort, ObjectKey};
+use super::{NamedPort, ObjectKey, Workload};
 
 /// Label keys and values.
 pub type Labels = BTreeMap<String, String>;
@@ -105,4 +105,6 @@ pub struct PublishedEndpoint {
     pub addresses: Vec<IpAddr>,
     /// The identity that its node claimed for it.
     pub identity: IdentityId,
+    /// What made the pod; for flows alone.
+    pub workload: Option<Workload>,
 }

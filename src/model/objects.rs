@@ -117,6 +117,32 @@ pub struct Pod {
     /// What its annotations ask for.
     #[serde(skip_serializing_if = "Marks::is_none")]
     pub marks: Marks,
+    /// By `metadata.ownerReferences`; `None`: it stands for itself.
+    pub workload: Option<Workload>,
+}
+
+/// What made a pod: its controller, or for a ReplicaSet of a Deployment and a Job of a CronJob the one above.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Workload {
+    /// As `Deployment`.
+    pub kind: Arc<str>,
+    /// Its name; its namespace is the pod's.
+    pub name: Arc<str>,
+}
+
+impl Workload {
+    /// From `Deployment/web`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (kind, name) =
+            text.split_once('/').filter(|(kind, name)| !kind.is_empty() && !name.is_empty())?;
+        Some(Self { kind: kind.into(), name: name.into() })
+    }
+}
+
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.kind, self.name)
+    }
 }
 
 /// What a port name stands for in one pod.

@@ -29,6 +29,7 @@ impl World {
             pod: ObjectKey::new("shop", *name),
             addresses: vec![ip(address)],
             identity: IdentityId(*identity),
+            workload: None,
         };
         let published = NodeEndpoints {
             node: node.to_owned(),

@@ -133,6 +133,7 @@ impl NameSource for Cluster {
             pod: ObjectKey::new("shop", format!("pod-{number}")),
             addresses: vec![[10, 0, 0, number as u8].into()],
             identity: IdentityId(256 + number),
+            workload: None,
         };
         let node = NodeEndpoints {
             node: "bench".to_owned(),

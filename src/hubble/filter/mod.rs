@@ -47,6 +47,11 @@ impl Filters {
             && !self.black.iter().any(|filter| filter.is_raw_alone && filter.raw.may_match(event))
     }
 
+    /// False if the event that stands for a request alone tells that its flow is not asked for.
+    pub fn may_match_request(&self, event: &Event) -> bool {
+        self.white.is_empty() || self.white.iter().any(|filter| filter.raw.may_match_sides(event))
+    }
+
     /// True if the flow is asked for.
     pub fn matches(&self, flow: &Flow) -> bool {
         (self.white.is_empty() || self.white.iter().any(|filter| filter.matches(flow)))

@@ -54,9 +54,11 @@ struct Side {
 impl Raw {
     /// False if no flow of this record can match.
     pub fn may_match(&self, event: &Event) -> bool {
-        if self.is_never || !self.matches_facts(event) {
-            return false;
-        }
+        !self.is_never && self.matches_facts(event) && self.may_match_sides(event)
+    }
+
+    /// False if no flow between these two can match.
+    pub fn may_match_sides(&self, event: &Event) -> bool {
         let [from, to] = sides(event);
         let has_ports = L4Protocol::from(event.protocol).has_ports();
         let ip = |wanted: &[IpNet], side: &Side| any(wanted, |net| net.contains(&side.ip));

@@ -41,6 +41,7 @@ impl Lab {
             pod: ObjectKey::new("shop", id.to_string()),
             addresses: vec![],
             identity: *id,
+            workload: None,
         };
         let endpoints = used.iter().map(endpoint).collect();
         let all = NodeEndpoints { node: "a".to_owned(), internal_addresses: vec![], endpoints };

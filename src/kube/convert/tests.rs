@@ -11,7 +11,7 @@ use crate::kube::kinds;
 use crate::model::{
     Action, EndpointSlice, IdentityId, IdentityLabels, NamedPort, Namespace, Node, NodeEndpoints, Peer, Pod,
     Policy, PolicyDirection, PolicyRef, PolicyRule, PortMatch, PortSelector, Protocol, PublishedEndpoint,
-    Requirement, Selector, Service, ServicePort, SliceBackend, SlicePort, Subject, Tier,
+    Requirement, Selector, Service, ServicePort, SliceBackend, SlicePort, Subject, Tier, Workload,
 };
 
 mod services;
@@ -420,6 +420,7 @@ fn pods_have_defaults_and_the_ports_of_what_keeps_running() {
             ("side".to_owned(), vec![named(Protocol::Tcp, 9)]),
         ]),
         marks: Default::default(),
+        workload: None,
     };
     assert_eq!(object::<kinds::Pod>(yaml), expected);
 }
@@ -439,8 +440,28 @@ fn pods_say_where_they_run_and_when_they_are_over() {
         is_ready: true,
         named_ports: BTreeMap::new(),
         marks: Default::default(),
+        workload: None,
     };
     assert_eq!(object::<kinds::Pod>(yaml), expected);
+}
+
+#[test]
+fn pods_say_what_made_them() {
+    for (owner, expected) in [
+        ("{controller: true, kind: ReplicaSet, name: web-7d9f}", Some("Deployment/web")),
+        ("{controller: true, kind: ReplicaSet, name: web-other}", Some("ReplicaSet/web-other")),
+        ("{controller: true, kind: Job, name: tidy-28373012}", Some("CronJob/tidy")),
+        ("{controller: true, kind: Job, name: once-1}", Some("Job/once-1")),
+        ("{controller: true, kind: StatefulSet, name: db}", Some("StatefulSet/db")),
+        ("{kind: ReplicaSet, name: web-7d9f}", None),
+        ("{controller: true, kind: 7}", None),
+    ] {
+        let yaml = format!(
+            "{{metadata: {{name: web, namespace: shop, labels: {{pod-template-hash: 7d9f}}, ownerReferences: [{owner}]}}}}"
+        );
+        let workload = object::<kinds::Pod>(&yaml).workload.map(|workload| workload.to_string());
+        assert_eq!(workload.as_deref(), expected, "{owner}");
+    }
 }
 
 #[test]
@@ -627,6 +648,7 @@ fn own_kinds_are_read_as_they_are_written() {
             pod: ObjectKey::new("shop", "web"),
             addresses: vec!["10.1.0.2".parse().expect("an address"), "fd00::2".parse().expect("an address")],
             identity: IdentityId(4711),
+            workload: Workload::parse("Deployment/web"),
         }],
     };
     let spec = crate::kube::crd::NodeEndpointsSpec {

@@ -11,7 +11,7 @@ use crate::kube::Tables;
 use crate::kube::convert::{Field, Notes, ObjectId, Result, items};
 use crate::kube::kind::{Meta, ObjectKind};
 use crate::kube::rows::Rows;
-use crate::model::{self, IdentityId, ObjectKey, PublishedEndpoint};
+use crate::model::{self, IdentityId, ObjectKey, PublishedEndpoint, Workload};
 use crate::tables::State;
 
 /// weir.dev/v1alpha1
@@ -129,6 +129,7 @@ fn node_endpoints(id: &ObjectId, document: &Field) -> Result<model::NodeEndpoint
                 let (first, last) = (IdentityId::FIRST_CLUSTER, IdentityId::LAST_CLUSTER);
                 identity.error(format!("must be an identity's number ({first} to {last})"))
             })?,
+            workload: endpoint.get("workload")?.string()?.and_then(Workload::parse),
         });
     }
     Ok(model::NodeEndpoints {

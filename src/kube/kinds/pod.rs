@@ -7,7 +7,7 @@ use crate::kube::Tables;
 use crate::kube::convert::{Field, Notes, ObjectId, Result, items, labels, marks};
 use crate::kube::kind::{Meta, ObjectKind};
 use crate::kube::rows::{self, Rows};
-use crate::model::{self, NamedPort};
+use crate::model::{self, NamedPort, Workload};
 
 /// v1
 pub struct Pod;
@@ -46,7 +46,35 @@ fn pod(id: &ObjectId, document: &Field) -> Result<model::Pod> {
         is_ready: is_ready(&document.get("status")?)?,
         named_ports: named_ports(&spec)?,
         marks: model::Marks::default(),
+        workload: workload(document).ok().flatten(),
     })
+}
+
+/// What made the pod. A name that cannot be read costs the flows a name, and the pod nothing.
+fn workload(document: &Field) -> Result<Option<Workload>> {
+    let metadata = document.get("metadata")?;
+    for owner in items(&metadata.get("ownerReferences")?)? {
+        if owner.get("controller")?.boolean()? != Some(true) {
+            continue;
+        }
+        let (kind, name) = (owner.get("kind")?.required_string()?, owner.get("name")?.required_string()?);
+        let labels = labels(document)?;
+        let hash = labels.get("pod-template-hash").map(|hash| format!("-{hash}"));
+        let (kind, name) = match (kind, hash.and_then(|hash| name.strip_suffix(&hash))) {
+            ("ReplicaSet", Some(deployment)) => ("Deployment", deployment),
+            ("Job", _) => cron_job(name).map_or((kind, name), |cron_job| ("CronJob", cron_job)),
+            _ => (kind, name),
+        };
+        return Ok(Some(Workload { kind: kind.into(), name: name.into() }));
+    }
+    Ok(None)
+}
+
+/// A CronJob names its Jobs after itself and the minute.
+fn cron_job(job: &str) -> Option<&str> {
+    let (name, minute) = job.rsplit_once('-')?;
+    let is_minute = (8..=10).contains(&minute.len()) && minute.bytes().all(|byte| byte.is_ascii_digit());
+    is_minute.then_some(name)
 }
 
 /// Without a word a pod is ready: kubelet says soon what is so, and of a manifest nobody does.

@@ -51,6 +51,7 @@ fn endpoints(count: usize) -> NodeEndpoints {
         pod: ObjectKey::new("shop", format!("web-{number:04}")),
         addresses: vec![std::net::Ipv4Addr::from(0x0a00_0000 + number as u32).into()],
         identity: IdentityId(4711),
+        workload: None,
     };
     NodeEndpoints {
         node: "a".to_owned(),

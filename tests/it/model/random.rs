@@ -91,6 +91,7 @@ fn place(index: usize, (namespace, labels, named_ports): (&str, Labels, Ports)) 
         is_ready: true,
         named_ports,
         marks: Default::default(),
+        workload: None,
     };
     let addresses = [
         IpAddr::V4(Ipv4Addr::new(10, 0, third, last)),

@@ -96,6 +96,7 @@ async fn a6_addresses_outside_of_the_nodes_pod_cidrs_are_refused(
             pod: model::ObjectKey::new("shop", "web"),
             addresses: vec![address.parse()?],
             identity: model::IdentityId(4711),
+            workload: None,
         };
         let (internal_addresses, endpoints) = (vec![internal.parse()?], vec![endpoint]);
         own.publish_endpoints(&model::NodeEndpoints { node: "a".to_owned(), internal_addresses, endpoints })

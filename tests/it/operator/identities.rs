@@ -91,6 +91,7 @@ impl Agent {
             pod: ObjectKey::new("shop", "web"),
             addresses: vec![Ipv4Addr::new(10, 1, 0, 2).into()],
             identity,
+            workload: None,
         };
         let endpoints = identity.map(endpoint).into_iter().collect();
         let all = NodeEndpoints { node: self.name.clone(), internal_addresses: vec![], endpoints };
