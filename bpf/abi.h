@@ -325,6 +325,24 @@ struct source_range_key {
 	struct addr addr;
 };
 
+/* announced: where the node answers ARP and neighbour discovery for an address. */
+struct announced_key {
+	struct addr addr;
+	__u32 ifindex;
+};
+
+struct announced {
+	__u8 mac[6];	/* of the device */
+	__u8 is_yielded; /* another node has announced the address since */
+	__u8 pad;
+};
+
+/* announcing: how long the rows of `announced` count, by CLOCK_BOOTTIME. */
+struct announcing {
+	__u64 until_ns;	    /* the agent lives; behind it nothing is answered */
+	__u64 led_until_ns; /* this node leads; behind it another may */
+};
+
 /*
  * socket_service: the service that a socket is connected to, and the backend that
  * it got, for getpeername, flows and stale sockets. In the socket's own storage.

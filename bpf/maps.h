@@ -99,6 +99,23 @@ struct {
 	__type(value, __u32);
 } source_ranges SEC(".maps") __weak;
 
+/* Written by datapath::announced; the programs set is_yielded. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct announced_key);
+	__type(value, struct announced);
+} announced SEC(".maps") __weak;
+
+/* Written by datapath::announced. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct announcing);
+} announcing SEC(".maps") __weak;
+
 /* Written by the programs; evicts the oldest. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);

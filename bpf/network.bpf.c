@@ -6,6 +6,7 @@
  * what their pods are to serve; everything else is the stack's. to_network
  * masquerades what pods send out of the cluster.
  */
+#include "lib/announce.h"
 #include "lib/flow.h"
 #include "lib/forward.h"
 #include "lib/fragment.h"
@@ -203,6 +204,14 @@ static __always_inline int network_find_fragment(struct __sk_buff *ctx,
 	return fragment_find_or_wait(ctx, packet, FRAGMENT_FROM_NETWORK, share);
 }
 
+/* Neighbour discovery, of whatever address. */
+static __always_inline bool network_is_neighbours(const struct packet *packet)
+{
+	return packet->flags & PACKET_CONTROL &&
+	       (packet->icmp_type == ICMPV6_NEIGHBOUR_SOLICITATION ||
+		packet->icmp_type == ICMPV6_NEIGHBOUR_ADVERTISEMENT);
+}
+
 SEC("tcx/ingress")
 int from_network(struct __sk_buff *ctx)
 {
@@ -224,12 +233,19 @@ int from_network(struct __sk_buff *ctx)
 		if (ret != TC_ACT_OK)
 			return ret;
 	}
+	if (ctx->protocol == bpf_htons(ETH_P_ARP))
+		return announce_arp(ctx);
 	packet = packet_begin(DIRECTION_INGRESS);
 	if (!packet)
 		return TC_ACT_SHOT;
 	parsed = packet_parse(ctx, packet);
 	if (!(packet->flags & PACKET_HAS_ADDRESSES))
 		return TC_ACT_OK;
+	if (network_is_neighbours(packet)) {
+		ret = announce_neighbour(ctx, packet);
+		if (ret != TC_ACT_OK)
+			return ret;
+	}
 	share = fragment_share_of_sender(packet);
 	if (!parsed)
 		parsed = network_find_fragment(ctx, packet, share);

@@ -6,6 +6,7 @@
  */
 #pragma once
 
+#include "advertisement.h"
 #include "endpoint.h"
 #include "event.h"
 #include "mark.h"
@@ -72,37 +73,14 @@ static __always_inline int neighbour_answer_arp(struct __sk_buff *ctx)
 	return neighbour_reply(ctx, mac, arp.target_mac);
 }
 
-struct neighbour_advertisement {
-	struct ipv6hdr ip;
-	__u8 type;
-	__u8 code;
-	__sum16 check;
-	__be32 flags;
-	__be32 target[4];
-	__u8 option;
-	__u8 option_length;
-	__u8 mac[6];
-};
-
-static __always_inline __sum16 checksum_fold(__s64 sum)
-{
-	__u32 folded = sum;
-
-	folded = (folded & 0xffff) + (folded >> 16);
-	folded = (folded & 0xffff) + (folded >> 16);
-	return ~folded;
-}
-
 /* Not where the source is ::, which asks whether the address is free. */
 static __always_inline int neighbour_answer_solicitation(struct __sk_buff *ctx,
 							 struct packet *packet)
 {
 	struct neighbour_advertisement answer = {};
 	struct endpoint *endpoint;
-	__be32 length = bpf_htonl(32 + IPPROTO_ICMPV6);
 	struct addr target __attribute__((aligned(8)));
 	__u16 id = 0;
-	__s64 sum;
 
 	if (bpf_skb_load_bytes(ctx, 6, answer.mac, 6) ||
 	    bpf_skb_load_bytes(ctx, packet->l4_offset + 8, &target, 16))
@@ -124,23 +102,11 @@ static __always_inline int neighbour_answer_solicitation(struct __sk_buff *ctx,
 
 		__builtin_memcpy(to, answer.mac, 6);
 		neighbour_mac(mac, id);
-		answer.ip.version_class_label = bpf_htonl(6U << 28);
-		answer.ip.payload_length = bpf_htons(32);
-		answer.ip.next_header = IPPROTO_ICMPV6;
-		answer.ip.hop_limit = 255;
-		__builtin_memcpy(answer.ip.source, &target, 16);
 		__builtin_memcpy(answer.ip.destination, packet->source.w, 16);
-		answer.type = ICMPV6_NEIGHBOUR_ADVERTISEMENT;
-		/* Solicited, override. */
-		answer.flags = bpf_htonl(0x60000000);
-		__builtin_memcpy(answer.target, &target, 16);
-		answer.option = 2;
-		answer.option_length = 1;
 		__builtin_memcpy(answer.mac, mac, 6);
-		sum = bpf_csum_diff(NULL, 0, answer.ip.source, 32, 0);
-		sum = bpf_csum_diff(NULL, 0, &length, 4, sum);
-		sum = bpf_csum_diff(NULL, 0, (void *)&answer.type, 32, sum);
-		answer.check = checksum_fold(sum);
+		advertisement_fill(&answer, &target,
+				   ADVERTISEMENT_SOLICITED |
+					   ADVERTISEMENT_OVERRIDES);
 		if (bpf_skb_store_bytes(ctx, ETHERNET_LENGTH, &answer,
 					sizeof(answer), 0))
 			return -DROP_WRITE_ERROR;

@@ -12,13 +12,14 @@ use tokio::sync::watch;
 use super::args::{Config, Routing};
 use super::compute::Desired;
 use super::ends::Ends;
+use super::lead::{Leader, Leaders};
 use super::node::OVERLAY_DEVICE;
 use super::policy_diff;
 use super::ports::Ports;
 use super::rounds::Current;
 use crate::api::answers::{
-    BackendPlace, BrokenRow, EndpointRow, FeatureRow, IdentityRow, KindRow, NodeRow, PolicyRow, ServiceRow,
-    StatusAnswer, WaitingRow,
+    AnnouncedRow, BackendPlace, BrokenRow, EndpointRow, FeatureRow, IdentityRow, KindRow, NodeRow, PolicyRow,
+    ServiceRow, StatusAnswer, WaitingRow,
 };
 use crate::api::{Handler, Refusal, Reply, Request};
 use crate::datapath::{Datapath, MapFill, RuleOrigins, Usage, UsageKind};
@@ -46,6 +47,7 @@ pub struct Known {
     pub(super) endpoints: Arc<Table<EndpointId, Arc<Endpoint>>>,
     pub(super) current: Arc<Current>,
     pub(super) recorder: Arc<Recorder>,
+    pub(super) leaders: Arc<ArcSwap<Leaders>>,
     progress: watch::Receiver<Progress>,
     loaded: OnceLock<Loaded>,
     started: Instant,
@@ -75,6 +77,7 @@ impl Known {
             telemetry,
             endpoints,
             current: Arc::new(ArcSwap::from_pointee(Desired::default())),
+            leaders: Arc::default(),
             recorder,
             progress,
             loaded: OnceLock::new(),
@@ -163,6 +166,7 @@ impl Known {
             features: self.features(),
             objects: self.counts(),
             waiting: waiting.collect(),
+            announced: self.announced(),
             maps: self.maps(),
             flows: self.recorder.counts(),
             dropped_packets: self.dropped_packets(),
@@ -383,6 +387,7 @@ impl Known {
 
     fn service_rows(&self) -> Vec<ServiceRow> {
         let current = self.current.load();
+        let leaders = self.leaders.load();
         let row = |(key, frontend): (&crate::model::FrontendKey, &crate::model::Frontend)| {
             let protocol: Protocol = key.protocol?;
             Some(ServiceRow {
@@ -400,9 +405,22 @@ impl Known {
                 places: frontend.backends.iter().map(place).collect(),
                 draining: frontend.draining.to_vec(),
                 has_others: frontend.has_others,
+                leader: leader_of(&leaders, &frontend.service, key.address),
             })
         };
         current.frontends.iter().filter_map(row).collect()
+    }
+
+    /// The addresses that nodes answer for, with the node.
+    fn announced(&self) -> Vec<AnnouncedRow> {
+        let leaders = self.leaders.load();
+        let row = |(service, leader): (&ObjectKey, &Leader)| AnnouncedRow {
+            service: service.clone(),
+            addresses: leader.addresses.iter().copied().collect(),
+            node: leader.node.clone(),
+            devices: leader.devices.iter().cloned().collect(),
+        };
+        leaders.iter().map(row).collect()
     }
 
     /// Worked out anew from the tables: nothing is kept for whoever might ask.
@@ -573,4 +591,9 @@ fn by_the_stack(datapath: &Datapath) -> Option<(&'static str, String)> {
         (_, Err(error)) => error.to_string(),
     };
     Some(("netfilter", value))
+}
+
+fn leader_of(leaders: &Leaders, service: &ObjectKey, address: IpAddr) -> Option<String> {
+    let leader = leaders.get(service).filter(|leader| leader.addresses.contains(&address))?;
+    Some(leader.node.clone())
 }

@@ -16,10 +16,12 @@ mod answers;
 mod args;
 mod compute;
 mod devices;
+mod election;
 mod ends;
 mod follow;
 mod health_ports;
 mod ipsec;
+mod lead;
 mod local;
 mod node;
 mod observer;
@@ -149,6 +151,8 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         let health = known.health.clone();
         tokio::spawn(Collector::new(directory, &config.args.node_name, grace, health)?.run());
     }
+    let lease = Duration::from_secs(config.args.services.announce_lease_seconds.into());
+    let board = kube::Board::new(&source, &config.args.node_name, lease);
     tokio::spawn(kube::run(source, tables.clone(), known.health.clone()));
     let facts = watch::Sender::new(announce::Facts::default());
     let announcing = {
@@ -195,6 +199,17 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     let local = local.start().context("listing the node's addresses and devices")?;
     sinks::bring_up(&datapath, &mut writers.devices, &own, &local.devices.snapshot())
         .context("attaching to the network devices")?;
+    if config.args.services.announce {
+        let lead = lead::Lead::new(
+            (&config.args.node_name, lease),
+            (tables.clone(), local.clone()),
+            board,
+            writers.announced.take().context("the writer of what is announced")?,
+            known.leaders.clone(),
+            known.telemetry.parts().clone(),
+        );
+        tokio::spawn(lead.run());
+    }
     // Before policies are counted for the first time, or one that comes in between would be missed.
     let ipsec = ipsec::follow();
     known.loaded(datapath.clone(), writers.policies.rule_origins(), ports);

@@ -42,6 +42,9 @@ pub struct StatusAnswer {
     pub objects: ObjectCounts,
     /// Pods whose policy is not in force yet, and why.
     pub waiting: Vec<WaitingRow>,
+    /// Services for whose addresses nodes answer on the link.
+    #[serde(default)]
+    pub announced: Vec<AnnouncedRow>,
     /// Every map.
     pub maps: Vec<MapFill>,
     /// What became of the flow records.
@@ -239,6 +242,22 @@ pub struct ServiceRow {
     /// Without backends packets are dropped, because other nodes have some.
     #[serde(default)]
     pub has_others: bool,
+    /// The node that answers ARP and neighbour discovery for the address, where nodes do; empty: none yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leader: Option<String>,
+}
+
+/// A Service for whose addresses one node answers on the link.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnnouncedRow {
+    /// Namespace and name.
+    pub service: ObjectKey,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// The node; empty: none yet.
+    pub node: String,
+    /// The devices by which this node answers, if it is the one.
+    pub devices: Vec<String>,
 }
 
 /// Where a backend is.

@@ -121,6 +121,15 @@ fn write(out: &mut impl Write, status: &StatusAnswer) -> io::Result<()> {
     lines.extend(status.waiting.iter().map(|row| ("", format!("{}: {}", row.endpoint, row.reason))));
     lines.push(("policies", format!("{}, {} compiled", objects.policies, objects.compiled_policies)));
     lines.push(("services", objects.services.to_string()));
+    if !status.announced.is_empty() {
+        let own = status.announced.iter().filter(|row| row.node == status.node).count();
+        let none = status.announced.iter().filter(|row| row.node.is_empty()).count();
+        let text = format!(
+            "{} Services on the link, {own} led by this node, {none} by nobody",
+            status.announced.len()
+        );
+        lines.push(("announced", text));
+    }
     let identities =
         format!("{} of the cluster, {} of this node", objects.identities, objects.local_identities);
     lines.push(("identities", identities));
@@ -241,6 +250,7 @@ mod tests {
     #[test]
     fn a_status_for_people() {
         let status = StatusAnswer {
+            announced: Vec::new(),
             version: "0.1.0".into(),
             node: "a".into(),
             kernel: "6.18.0".into(),

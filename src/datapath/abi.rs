@@ -5,7 +5,8 @@ use std::mem::{offset_of, size_of};
 use std::net::{IpAddr, Ipv6Addr};
 
 pub use super::types::{
-    addr as Addr, address as Address, affinity as Affinity, affinity_key as AffinityKey, backend as Backend,
+    addr as Addr, address as Address, affinity as Affinity, affinity_key as AffinityKey,
+    announced as Announced, announced_key as AnnouncedKey, announcing as Announcing, backend as Backend,
     collect_request as CollectRequest, connection as Connection, connection_key as ConnectionKey,
     ended as Ended, endpoint as Endpoint, event as Event, event_count as EventCount, fragment as Fragment,
     gone_backend as GoneBackend, l7_flow as L7Flow, l7_flow_key as L7FlowKey, maglev_key as MaglevKey,
@@ -85,6 +86,9 @@ plain! {
     AffinityKey { client, service_id, kind }
     Affinity { used_jiffies, backend, pad }
     SourceRangeKey { prefix_length, service_id, addr }
+    AnnouncedKey { addr, ifindex }
+    Announced { mac, is_yielded, pad }
+    Announcing { until_ns, led_until_ns }
     GoneBackend { addr, port, pad }
     ConnectionKey { addr, port, protocol, kind, asker, pad }
     Connection {

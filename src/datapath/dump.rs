@@ -19,6 +19,7 @@ use crate::model::MacAddress;
 pub const MAP_NAMES: [&str; 20] = [
     "addresses",
     "affinity",
+    "announced",
     "backends",
     "connections",
     "devices",
@@ -51,6 +52,7 @@ pub fn dump(pins: &Path, map: &str) -> Result<Vec<Value>> {
     match map {
         "addresses" => rows(handle, address_row),
         "affinity" => rows(handle, affinity_row),
+        "announced" => rows(handle, announced_row),
         "backends" => rows(handle, backend_row),
         "connections" => rows(handle, connection_row),
         "devices" => rows(handle, device_row),
@@ -376,6 +378,16 @@ fn nat_row(key: abi::NatKey, row: abi::Nat) -> Row {
         "last_seen_jiffies": row.last_seen_jiffies,
     });
     Some(([&[key.direction], key.as_bytes()].concat(), value))
+}
+
+fn announced_row(key: abi::AnnouncedKey, row: abi::Announced) -> Row {
+    let value = json!({
+        "address": ip_of(key.addr),
+        "ifindex": key.ifindex,
+        "mac": MacAddress(row.mac).to_string(),
+        "is_yielded": row.is_yielded != 0,
+    });
+    Some((key.as_bytes().to_vec(), value))
 }
 
 fn device_row(ifindex: u32, row: abi::OwnAddresses) -> Row {

@@ -14,6 +14,7 @@
 
 pub mod abi;
 mod addresses;
+mod announced;
 mod args;
 mod attach;
 mod backends;
@@ -57,6 +58,7 @@ use libbpf_rs::{MapCore, MapHandle, Object, ProgramMut};
 
 pub use abi::{addr_of, ip_of};
 pub use addresses::{AddressWriter, StackWriter};
+pub use announced::{AnnounceWriter, Place};
 pub use args::{KernelArgs, MapArgs, MapSize, MarkMask, QuotaArgs};
 pub use attach::{attach_tcx, detach_all};
 pub use counters::{EventCounts, MapFill, MetricRow};
@@ -118,6 +120,8 @@ pub struct Writers {
     pub stack: StackWriter,
     /// Of `devices` and `this_node`.
     pub devices: DeviceWriter,
+    /// Of `announced` and `announcing`, for whoever takes it first.
+    pub announced: Option<AnnounceWriter>,
 }
 
 impl Writers {
@@ -200,7 +204,9 @@ impl Datapath {
         let services = ServiceWriter::new(maps, self.maglev_size)?;
         let stack = StackWriter::new(self.typed("node_state")?);
         let devices = DeviceWriter::new(self.mirror("devices")?, self.typed("this_node")?);
-        Ok(Writers { endpoints, addresses, policies, services, stack, devices })
+        let announced = AnnounceWriter::new(self.typed("announced")?, self.typed("announcing")?);
+        let announced = Some(announced);
+        Ok(Writers { endpoints, addresses, policies, services, stack, devices, announced })
     }
 
     /// The reader of the ring buffer. One at a time: a second one would take

@@ -13,7 +13,7 @@ use crate::model::{IdentityLabels, PublishedEndpoint};
 
 /// The version of the definitions below, raised by every change: an operator never replaces
 /// definitions of a higher version.
-pub const SCHEMA_VERSION: u32 = 4;
+pub const SCHEMA_VERSION: u32 = 5;
 /// The annotation of a definition that holds its version.
 pub const SCHEMA_VERSION_ANNOTATION: &str = "weir.dev/schema-version";
 /// An IPv4 address, or what may be an IPv6 one: whoever reads it parses it.
@@ -250,6 +250,26 @@ pub struct LoadBalancerPoolSpec {
     /// Nothing new is given of it; what was given stays.
     #[serde(default)]
     pub disabled: bool,
+    /// Nodes answer ARP and neighbour discovery for the addresses, one node for a Service; absent: the
+    /// network routes them to nodes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub announce: Option<Announce>,
+}
+
+/// How nodes answer on the link for a pool's addresses.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Announce {
+    /// Regular expressions of the names of devices; none: every device that leads out of the node.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), inner(length(max = 128)))]
+    pub interfaces: Vec<String>,
+    /// The nodes that may answer; none: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_selector: Option<LabelSelector>,
+    /// Also external IPs of these Services that are within the pool.
+    #[serde(default, rename = "externalIPs")]
+    pub external_ips: bool,
 }
 
 /// A CIDR, or addresses from one to another.
@@ -309,7 +329,7 @@ pub struct CiliumLoadBalancerIPPoolSpec {
 impl From<CiliumLoadBalancerIPPoolSpec> for LoadBalancerPoolSpec {
     fn from(spec: CiliumLoadBalancerIPPoolSpec) -> Self {
         let CiliumLoadBalancerIPPoolSpec { blocks, service_selector, allow_first_last_ips, disabled } = spec;
-        Self { blocks, service_selector, allow_first_last_ips, disabled }
+        Self { blocks, service_selector, allow_first_last_ips, disabled, announce: None }
     }
 }
 
@@ -366,7 +386,7 @@ mod tests {
             Sha256::digest(text).iter().take(4).map(|byte| format!("{byte:02x}")).collect::<String>();
         assert_eq!(
             (SCHEMA_VERSION, digest.as_str()),
-            (4, "df2d869d"),
+            (5, "95484b87"),
             "raise SCHEMA_VERSION, then note both here"
         );
     }

@@ -29,6 +29,7 @@ mod health;
 mod joined;
 mod kind;
 mod kinds;
+mod leases;
 mod manifests;
 mod publish;
 mod rows;
@@ -48,13 +49,14 @@ pub use health::{Health, KindHealth, Report};
 pub use kind::Kind;
 pub(crate) use kind::ObjectKind;
 pub(crate) use kinds::{Visitor, visit_all};
+pub use leases::{Board, Posted, Postings};
 pub use publish::{Publisher, heartbeat_name};
 pub(crate) use unused::Unused;
 pub(crate) use watched::Watched;
 
 use crate::model::{
-    Allocation, EndpointSlice, IdentityId, IdentityLabels, LocalRedirect, Namespace, Node, NodeEndpoints,
-    ObjectKey, Pod, Policy, PolicyRef, Service,
+    Allocation, Announcement, EndpointSlice, IdentityId, IdentityLabels, LocalRedirect, Namespace, Node,
+    NodeEndpoints, ObjectKey, Pod, Policy, PolicyRef, Service,
 };
 use crate::policy;
 use crate::tables::{Snapshot, State, Table};
@@ -103,6 +105,14 @@ impl Tables {
     /// Policies that lead what is for a Service to pods of the client's node.
     pub fn redirects(&self) -> Snapshot<ObjectKey, Arc<LocalRedirect>> {
         self.of::<kinds::CiliumLocalRedirectPolicy>().snapshot()
+    }
+
+    /// Which addresses of Services are answered on the link.
+    pub fn announcements(&self) -> [Snapshot<ObjectKey, Arc<Announcement>>; 2] {
+        [
+            self.of::<kinds::LoadBalancerPool>().snapshot(),
+            self.of::<kinds::CiliumL2AnnouncementPolicy>().snapshot(),
+        ]
     }
 
     /// The table of a kind that has no field here.

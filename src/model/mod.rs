@@ -3,6 +3,7 @@
 //! Kubernetes objects are converted to these types at the edge (`kube`), once;
 //! nothing behind that edge sees an API type. This module knows no other.
 
+mod announcement;
 pub mod cni;
 mod desired;
 mod device;
@@ -18,6 +19,7 @@ mod redirect;
 mod service;
 mod trace;
 
+pub use announcement::*;
 pub use desired::*;
 pub use device::*;
 pub use endpoint::*;

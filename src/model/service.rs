@@ -19,6 +19,9 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// `status.loadBalancer.ingress`: the addresses that packets still have when they come to a node.
     pub balancer_addresses: Vec<IpAddr>,
+    /// `spec.loadBalancerClass`, where somebody in particular is to give the addresses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balancer_class: Option<Arc<str>>,
     /// `spec.externalIPs`.
     pub external_addresses: Vec<IpAddr>,
     /// `spec.internalTrafficPolicy`: whose backends the cluster IPs lead to.
@@ -53,6 +56,7 @@ impl Service {
             addresses: Vec::new(),
             ports: Vec::new(),
             balancer_addresses: Vec::new(),
+            balancer_class: None,
             external_addresses: Vec::new(),
             internal_policy: TrafficPolicy::Cluster,
             external_policy: TrafficPolicy::Cluster,

@@ -6,6 +6,7 @@
 //! to the kernel in one datagram.
 //!
 //! ```text
+//! announce     gratuitous ARP and unsolicited neighbour advertisements
 //! address      the node's addresses, and news of them
 //! connection   the socket: batches of requests, dumps
 //! netfilter    whether the node has rules that drop what is forwarded
@@ -24,6 +25,7 @@
 //! ```
 
 mod address;
+mod announce;
 mod connection;
 mod ipsec;
 mod link;
@@ -43,6 +45,7 @@ use std::io;
 use std::path::PathBuf;
 
 pub use address::{address_news, local_addresses};
+pub use announce::{Listening, announce};
 pub use ipsec::{ipsec_news, ipsec_policies};
 pub use link::{
     Link, add_address, addresses_of, delete_address, delete_link, devices_with, ensure_vxlan, link,

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::str::FromStr;
 
-use clap::Args;
+use clap::{ArgAction, Args};
 use ipnet::IpNet;
 
 use super::Defaults;
@@ -48,6 +48,15 @@ pub struct ServiceArgs {
         default_value = "127.0.0.1:10249"
     )]
     pub proxy_metrics_address: HealthzAddress,
+
+    /// This node may answer ARP and neighbour discovery for addresses of Services, where a LoadBalancerPool
+    /// (`announce`) or a CiliumL2AnnouncementPolicy asks for it.
+    #[arg(long, env = "WEIR_ANNOUNCE", action = ArgAction::Set, default_value_t = true)]
+    pub announce: bool,
+
+    /// A node that is silent for so long loses the addresses that it answers for to another node.
+    #[arg(long, env = "WEIR_ANNOUNCE_LEASE_SECONDS", value_name = "SECONDS", default_value_t = 10)]
+    pub announce_lease_seconds: u32,
 }
 
 impl ServiceArgs {
@@ -60,8 +69,9 @@ impl ServiceArgs {
         }
     }
 
-    /// Refuses tables that Maglev cannot fill.
+    /// Refuses tables that Maglev cannot fill, and times that no renewal can keep.
     pub fn check(&self) -> Result<(), SettingError> {
+        crate::settings::within("announce-lease-seconds", self.announce_lease_seconds, 2..=300)?;
         let size = self.maglev_table_size;
         let is_prime = || (2..).take_while(|n| n * n <= size).all(|n| !size.is_multiple_of(n));
         if (251..=131_071).contains(&size) && is_prime() {

@@ -8,6 +8,7 @@
 //! Every cluster IP also has a wildcard row, so that a port that no Service has is refused and not routed away.
 //! [`frontends`] says what there is; [`Frontends`] says the same again and again at the cost of what changed.
 
+pub mod announced;
 mod args;
 mod choice;
 mod claims;

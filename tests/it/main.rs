@@ -2,6 +2,7 @@
 //!
 //! A new test goes into the module that names its subject; a new subject gets a module.
 
+mod announced;
 mod api_server;
 mod audit;
 mod cni;

@@ -1,6 +1,7 @@
 //! Packets through the real programs by BPF_PROG_TEST_RUN: what is given, the
 //! packet, the verdict, what comes out, what is reported and remembered.
 
+mod announced;
 mod backends;
 mod denied;
 mod drops;

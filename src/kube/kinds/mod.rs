@@ -36,6 +36,8 @@ kinds! {
     cluster_network_policy::ClusterNetworkPolicy,
     cilium_cidr_group::CiliumCIDRGroup,
     cilium_local_redirect_policy::CiliumLocalRedirectPolicy,
+    cilium_l2_announcement_policy::CiliumL2AnnouncementPolicy,
+    load_balancer_pool::LoadBalancerPool,
     identity::Identity,
     node_endpoints::NodeEndpoints,
     weir_node::WeirNode,

@@ -135,6 +135,7 @@ fn read_balancer(
     warnings: &mut Vec<FieldError>,
 ) -> Result<()> {
     let spec = document.get("spec")?;
+    service.balancer_class = spec.get("loadBalancerClass")?.string()?.map(Into::into);
     let ranges = items(&spec.get("loadBalancerSourceRanges")?)?;
     service.source_ranges = ranges.iter().map(Field::cidr).collect::<Result<Vec<_>>>()?.into();
     let policy = document.get("metadata")?.get("annotations")?.get(RANGES_POLICY)?;
