@@ -14,6 +14,7 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, Time};
 use kube::api::{Api, ListParams, Patch, PatchParams};
+use kube::core::{Selector, SelectorExt};
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::runtime::reflector::{Store, store};
 use kube::{Client, Resource, ResourceExt};
@@ -405,21 +406,7 @@ fn wish(service: &Service, pools: &[ReadPool]) -> Option<Wish> {
 
 /// A selector that cannot be read selects nothing.
 fn selects(selector: &LabelSelector, labels: &BTreeMap<String, String>) -> bool {
-    let equal = |(key, value): (&String, &String)| labels.get(key) == Some(value);
-    let expressions = selector.match_expressions.iter().flatten();
-    selector.match_labels.iter().flatten().all(equal)
-        && expressions.into_iter().all(|expression| {
-            let value = labels.get(&expression.key);
-            let is_in =
-                || value.is_some_and(|value| expression.values.iter().flatten().any(|other| other == value));
-            match expression.operator.as_str() {
-                "In" => is_in(),
-                "NotIn" => !is_in(),
-                "Exists" => value.is_some(),
-                "DoesNotExist" => value.is_none(),
-                _ => false,
-            }
-        })
+    Selector::try_from(selector.clone()).is_ok_and(|selector| selector.matches(labels))
 }
 
 /// The ranges of a pool, or what is wrong with it.

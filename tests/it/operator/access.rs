@@ -6,8 +6,8 @@ use anyhow::{Result, ensure};
 use k8s_openapi::api::core::v1::{Pod, Secret};
 use kube::api::{ListParams, Patch, PatchParams};
 use weir::kube::crd::{Identity, IdentitySpec, UNUSED_SINCE, WeirNodeSpec, WeirNodeStatus};
-use weir::kube::{Publisher, Source, Tables};
-use weir::model::{self, IdentityLabels};
+use weir::kube::{Board, Publisher, Source, Tables};
+use weir::model::{self, IdentityLabels, ObjectKey};
 
 use super::*;
 
@@ -51,7 +51,7 @@ fn an_agent_writes_for_its_own_node_only() -> Result<()> {
         weir_nodes.create(&Default::default(), &WeirNode::new("b", WeirNodeSpec::default())).await.ok();
         for (refused, message) in [
             (other.publish_node(&status).await, "its own WeirNode only"),
-            (other.beat().await, "its own heartbeat only"),
+            (other.beat().await, "its own heartbeat and leadership only"),
             (other.publish_endpoints(&endpoints("b")).await, "its own endpoints only"),
         ] {
             let error = format!("{:#}", refused.err().context("it was written")?);
@@ -67,6 +67,7 @@ fn an_agent_writes_for_its_own_node_only() -> Result<()> {
         );
         ensure!(is_forbidden(of_agent.delete("a", &Default::default()).await), "it deleted its WeirNode");
         identities(&agent).await?;
+        leadership(&admin, &agent).await?;
         a6_addresses_outside_of_the_nodes_pod_cidrs_are_refused(&admin, &own).await?;
 
         ensure!(is_forbidden(Api::<Secret>::all(agent.clone()).list(&ListParams::default()).await));
@@ -135,4 +136,45 @@ async fn identities(agent: &Client) -> Result<()> {
 /// The admission policy said no.
 fn is_refused<T>(answer: Result<T, kube::Error>) -> bool {
     matches!(answer, Err(kube::Error::Api(status)) if matches!(status.code, 403 | 422))
+}
+
+/// An agent makes its own node the leader of a Service's addresses, and no other node.
+async fn leadership(admin: &Client, agent: &Client) -> Result<()> {
+    let source = Source::Kubernetes(agent.clone(), "a".to_owned());
+    let board = Arc::new(Board::new(&source, "a", Duration::from_secs(10)));
+    let following = board.clone();
+    let following = tokio::spawn(async move { following.follow().await });
+    until("the first list of Leases", || board.read()).await?;
+    board.renew().await?;
+    let service = ObjectKey::new("shop", "web");
+    let posted = |holder: &'static str| {
+        let (board, service) = (&board, &service);
+        until("the watch to say so", move || async move {
+            let all = board.read().await?.context("a list")?;
+            Ok(all.services.get(service).filter(|posted| posted.holder == holder).cloned())
+        })
+    };
+    let refused = |outcome: Result<bool>| {
+        let error = format!("{:#}", outcome.err().context("it was written")?);
+        ensure!(error.contains("its own heartbeat and leadership only"), "{error}");
+        anyhow::Ok(())
+    };
+    refused(board.post(&service, None, "b").await)?;
+    ensure!(board.post(&service, None, "a").await?, "it leads");
+    ensure!(!board.post(&service, None, "a").await?, "there is a leader already");
+    refused(board.post(&service, Some(&posted("a").await?), "b").await)?;
+    ensure!(board.post(&service, Some(&posted("a").await?), "").await?, "it gives back");
+    let old = posted("").await?;
+    let leases: Api<k8s_openapi::api::coordination::v1::Lease> =
+        Api::namespaced(admin.clone(), "weir-system");
+    let other = Patch::Merge(json!({"spec": {"holderIdentity": "b"}}));
+    leases.patch("announce-shop.web", &PatchParams::default(), &other).await?;
+    ensure!(!board.post(&service, Some(&old), "a").await?, "b was first");
+    let new = posted("b").await?;
+    refused(board.remove(&service, &new).await)?;
+    ensure!(board.post(&service, Some(&new), "a").await?, "it takes over");
+    ensure!(board.remove(&service, &posted("a").await?).await?, "it takes its Lease away");
+    ensure!(board.read().await?.context("a list")?.nodes.contains_key("a"), "the node's own Lease is seen");
+    following.abort();
+    Ok(())
 }
