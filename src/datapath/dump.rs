@@ -16,7 +16,7 @@ use super::types::{
 use crate::model::MacAddress;
 
 /// The maps that can be dumped.
-pub const MAP_NAMES: [&str; 20] = [
+pub const MAP_NAMES: [&str; 21] = [
     "addresses",
     "affinity",
     "announced",
