@@ -78,6 +78,7 @@ enum drop_reason {
 	DROP_SOURCE_RANGE = 177,
 	DROP_POLICY_DENY_RULE = 181,
 	DROP_INVALID_VNI = 183,
+	DROP_UNENCRYPTED = 195,
 	DROP_TTL_EXCEEDED = 196,
 	DROP_QUOTA_CONNECTIONS = 198,
 	DROP_ENDPOINT_NOT_READY = 203,
@@ -145,6 +146,7 @@ enum address_flags {
 	ADDRESS_NODE = 1 << 1,	/* an address of a node of the cluster */
 	ADDRESS_LOCAL = 1 << 2,	/* on this node */
 	ADDRESS_INTERNAL = 1 << 3, /* a node's address inside the pod network: reached by tunnel */
+	ADDRESS_ENCRYPT = 1 << 4, /* its node is never spoken to in plain (lib/encrypt.h) */
 };
 
 /* prefixes: CIDRs of rules, and the cluster's pod CIDRs; LPM over addr, IPv4 at 96 + n. */
@@ -161,6 +163,7 @@ struct prefix {
 
 enum prefix_flags {
 	PREFIX_POD_CIDR = 1 << 0, /* cluster pods live here: never masqueraded; unknown = unroutable */
+	PREFIX_ENCRYPT = 1 << 2,  /* as ADDRESS_ENCRYPT, for addresses without a row */
 	PREFIX_GUARDED = 1 << 1,  /* pods go there through the node's netfilter, and hear from there through it */
 };
 

@@ -7,6 +7,7 @@
  * masquerades what pods send out of the cluster.
  */
 #include "lib/announce.h"
+#include "lib/encrypt.h"
 #include "lib/flow.h"
 #include "lib/forward.h"
 #include "lib/fragment.h"
@@ -212,8 +213,8 @@ static __always_inline bool network_is_neighbours(const struct packet *packet)
 		packet->icmp_type == ICMPV6_NEIGHBOUR_ADVERTISEMENT);
 }
 
-SEC("tcx/ingress")
-int from_network(struct __sk_buff *ctx)
+/* A packet from the network, plain or decrypted: an action of tc. */
+static __always_inline int network_arrive(struct __sk_buff *ctx)
 {
 	struct packet *packet;
 	int parsed, ret;
@@ -289,6 +290,32 @@ int from_network(struct __sk_buff *ctx)
 	return finish(ctx, packet, forward(ctx, packet));
 }
 
+/* A packet that came in plain and must not: counts and reports it. */
+static __always_inline int network_refuse_plain(struct __sk_buff *ctx, int drop)
+{
+	struct packet *packet = packet_begin(DIRECTION_INGRESS);
+
+	if (!packet)
+		return TC_ACT_SHOT;
+	packet_parse(ctx, packet);
+	return finish(ctx, packet, drop);
+}
+
+SEC("tcx/ingress")
+int from_network(struct __sk_buff *ctx)
+{
+	int ret = settings.encrypt_ifindex ? encrypt_arrive(ctx) : 0;
+
+	return ret ? network_refuse_plain(ctx, ret) : network_arrive(ctx);
+}
+
+/* What the encrypting device has decrypted: its sender is who it says it is. */
+SEC("tcx/ingress")
+int from_encrypted(struct __sk_buff *ctx)
+{
+	return encrypt_add_ethernet(ctx) ? network_arrive(ctx) : TC_ACT_SHOT;
+}
+
 /*
  * 1 if what a pod sends there must bear the node's address, 0 if not, or a drop.
  * The guard behind leave(): whatever leaves by it has its mark and is not seen
@@ -333,6 +360,11 @@ int to_network(struct __sk_buff *ctx)
 	int parsed, ret;
 	__u32 share;
 
+	if (settings.encrypt_ifindex) {
+		ret = encrypt_leave(ctx);
+		if (ret != TC_ACT_OK)
+			return ret;
+	}
 	if (mark_is(ctx, MARK_LEAVE))
 		return TC_ACT_OK;
 	packet = packet_begin(DIRECTION_EGRESS);

@@ -10,9 +10,10 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use super::args::{Config, Routing};
 use super::node::Devices;
 use crate::backoff::Backoff;
+use crate::encryption::Mode;
 use crate::kube::Publisher;
-use crate::kube::crd::{ClosedPolicy, Tunnel, WeirNodeStatus};
-use crate::model::{Node, PolicyRef};
+use crate::kube::crd::{ClosedPolicy, NodeEncryption, Tunnel, WeirNodeStatus};
+use crate::model::{Node, NodeKey, PolicyRef};
 use crate::telemetry::{PartRow, Telemetry};
 
 /// An agent that is started again is ready sooner than this: until then the node is what
@@ -47,6 +48,8 @@ pub async fn run(
     if publisher.has_operator() {
         let every = Duration::from_secs(config.args.timing.node_stale_seconds.into()) / 4;
         futures::join!(announce(config, publisher, telemetry, facts), beat(publisher, telemetry, every));
+    } else if config.args.encryption.encryption != Mode::Off {
+        announce(config, publisher, telemetry, facts).await;
     }
     std::future::pending().await
 }
@@ -101,6 +104,10 @@ fn status(config: &Config, facts: &Facts, pending: &[String]) -> WeirNodeStatus 
             .map_or_else(Vec::new, |node| node.pod_cidrs.iter().map(ToString::to_string).collect()),
         mtu: facts.devices.as_ref().map(|devices| devices.mtu),
         tunnel,
+        encryption: facts.devices.as_ref().and_then(|devices| devices.encryption.as_ref()).map(|device| {
+            let NodeKey { public_key, port } = device.published();
+            NodeEncryption { protocol: "wireguard".to_owned(), public_key: public_key.to_string(), port }
+        }),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         ready: pending.is_empty(),
         message: match (pending, node) {

@@ -11,6 +11,7 @@ use ipnet::IpNet;
 
 use crate::cni::CniArgs;
 use crate::datapath::{KernelArgs, MapArgs, QuotaArgs, pin_directory};
+use crate::encryption::EncryptionArgs;
 use crate::flow::FlowArgs;
 use crate::hubble::args::HubbleArgs;
 use crate::identity::LabelFilter;
@@ -66,6 +67,10 @@ pub struct AgentArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub network: NetworkArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub encryption: EncryptionArgs,
 
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -250,6 +255,11 @@ impl TryFrom<AgentArgs> for Config {
         args.timing.check()?;
         args.cni.check()?;
         args.network.check()?;
+        args.encryption.check()?;
+        if args.encryption.wireguard_port == args.network.tunnel_port {
+            let allowed = "must be another one than --tunnel-port";
+            return Err(SettingError::new("wireguard-port", args.encryption.wireguard_port, allowed));
+        }
         args.nat.check()?;
         args.services.check()?;
         let node_ports = args.services.node_port_range;

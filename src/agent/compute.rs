@@ -15,10 +15,10 @@ use super::local::Local;
 use crate::identity::LabelFilter;
 use crate::kube::Tables;
 use crate::model::{
-    AddressEntry, AddressPair, CompiledPolicy, Endpoint, EndpointEntry, EndpointId, EndpointSlice, Frontend,
-    FrontendKey, IdentityId, IdentityLabels, LocalIdentity, LocalRedirect, Marks, Namespace, NetworkDevice,
-    Node, NodeEndpoints, ObjectKey, Origins, Pod, Policy, PolicyId, PolicyRef, PrefixEntry,
-    PublishedEndpoint, Service,
+    AddressEntry, AddressPair, Allocation, CompiledPolicy, Endpoint, EndpointEntry, EndpointId,
+    EndpointSlice, Frontend, FrontendKey, IdentityId, IdentityLabels, LocalIdentity, LocalRedirect, Marks,
+    Namespace, NetworkDevice, Node, NodeEndpoints, NodeKey, ObjectKey, Origins, Pod, Policy, PolicyId,
+    PolicyRef, PrefixEntry, PublishedEndpoint, Service,
 };
 use crate::tables::{Snapshot, Table};
 use crate::{node, policy, service};
@@ -39,6 +39,7 @@ pub struct View {
     local_addresses: Snapshot<IpAddr, ()>,
     devices: Snapshot<u32, NetworkDevice>,
     redirects: Snapshot<ObjectKey, Arc<LocalRedirect>>,
+    allocations: Snapshot<Arc<str>, Arc<Allocation>>,
 }
 
 impl View {
@@ -59,6 +60,7 @@ impl View {
             local_addresses: local.addresses.snapshot(),
             devices: local.devices.snapshot(),
             redirects: tables.redirects(),
+            allocations: tables.allocations.snapshot(),
         }
     }
 
@@ -98,6 +100,8 @@ pub struct Desired {
     pub isolated_by: BTreeMap<EndpointId, [Origins; 2]>,
     /// The other nodes, for routes.
     pub nodes: Vec<Arc<Node>>,
+    /// What nodes have published of their encryption.
+    pub keys: BTreeMap<Arc<str>, NodeKey>,
     /// Rows of `devices`.
     pub devices: Snapshot<u32, NetworkDevice>,
     /// The addresses by which the other nodes know this one.
@@ -269,6 +273,8 @@ impl Compute {
                 None => drop(desired.frontends.insert(key, frontend)),
             }
         }
+        let key = |(name, row): (&Arc<str>, &Arc<Allocation>)| Some((name.clone(), row.key?));
+        desired.keys = view.allocations.iter().filter_map(key).collect();
         desired.devices = view.devices.clone();
         if let Some(node) = view.nodes.get(&self.node_name) {
             self.node_addresses = AddressPair::first_of(node.addresses.iter().copied());

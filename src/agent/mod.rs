@@ -23,6 +23,7 @@ mod health_ports;
 mod ipsec;
 mod lead;
 mod local;
+mod mtu;
 mod node;
 mod observer;
 pub mod policy_diff;
@@ -256,6 +257,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         config.args.kernel.socket_lb,
         restart.clone(),
     );
+    let encryption = encryption_sink(&config, &datapath, &devices, &restart)?;
     let (health, service_health) = watch::channel(health_ports::HealthOf::default());
     answer_load_balancers(&config, &known, service_health);
     let rounds = Rounds {
@@ -265,7 +267,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         local,
         ipsec: ipsec.clone(),
         compute,
-        sinks: sinks::all(&datapath, writers, device_sink, limits, ipsec, parts)
+        sinks: sinks::all(&datapath, writers, device_sink, encryption, limits, ipsec, parts)
             .context("ordering the sinks")?,
         datapath,
         kernel_news: netlink::kernel_news(endpoint::is_host_interface_name)?,
@@ -296,6 +298,26 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         failed = offering => failed.context("offering the node's network to the runtime"),
         error = restart.serve() => Err(error),
     }
+}
+
+/// What tells the device that encrypts its peers.
+fn encryption_sink(
+    config: &Config,
+    datapath: &Arc<Datapath>,
+    devices: &Devices,
+    restart: &Restart,
+) -> Result<Option<sinks::Encryption>> {
+    let Some(device) = &devices.encryption else { return Ok(None) };
+    let args = &config.args;
+    let sink = sinks::Encryption::new(
+        device.clone(),
+        datapath.clone(),
+        args.encryption.encryption_strict,
+        &args.state_dir,
+        restart.clone(),
+        sinks::SharedEncryption::default(),
+    );
+    sink.map(Some).context("reading whose keys were seen")
 }
 
 /// Begins to answer load balancers, as kube-proxy does.
@@ -348,6 +370,9 @@ fn load(config: &Config, node: &Node, ports: &Ports) -> Result<(Devices, Arc<Dat
     } else if netlink::delete_link(OVERLAY_DEVICE).context("removing the tunnel device")? {
         tracing::info!(device = OVERLAY_DEVICE, "removed the tunnel device: routing is native now");
     }
+    if let Some(device) = &devices.encryption {
+        datapath.attach_encrypted(device.ifindex()).context("attaching to the device that encrypts")?;
+    }
     if let Some([_, comes_out]) = devices.wait {
         datapath.attach_wait(comes_out).context("attaching to the device of waiting fragments")?;
     }
@@ -372,6 +397,8 @@ fn options(config: &Config, devices: &Devices, ports: &Ports, secret: [u64; 2]) 
             secret,
             netns_cookie: netlink::namespace_cookie(),
             tunnel_ifindex: devices.overlay,
+            encrypt_ifindex: devices.encryption.as_ref().map(|device| device.ifindex()),
+            encrypt_strict: args.encryption.encryption_strict,
             wait_ifindex: devices.wait.map(|[given, _]| given),
             tunnel_port: args.network.tunnel_port,
             flow_report: args.flows.report_every(),

@@ -8,6 +8,8 @@ use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
 
 use super::args::{Config, Routing};
+use super::mtu::{Ground, Mtus};
+use crate::encryption::{self, Device};
 use crate::files::{self, Survives};
 use crate::kube::Tables;
 use crate::model::Node;
@@ -15,10 +17,6 @@ use crate::netlink;
 
 /// The device of VXLAN tunnels.
 pub const OVERLAY_DEVICE: &str = "weir_vxlan";
-
-/// Bytes that VXLAN adds: outer Ethernet, IP, UDP and VXLAN headers.
-const TUNNEL_OVERHEAD_IPV4: u32 = 50;
-const TUNNEL_OVERHEAD_IPV6: u32 = 70;
 
 /// Where fragments wait for the first one of their packet: what the first one sends the second one receives.
 const WAIT_DEVICES: [&str; 2] = ["weir_wait", "weir_waited"];
@@ -39,6 +37,8 @@ const FACTS_FILE: &str = "node.json";
 pub struct Devices {
     /// The tunnel's device; `None` with native routing.
     pub overlay: Option<u32>,
+    /// What encrypts; `None`: nothing does.
+    pub encryption: Option<Arc<Device>>,
     /// Fragments are given to the first one, and come out of the second one when they have waited a little;
     /// `None` on a kernel that has no way.
     pub wait: Option<[u32; 2]>,
@@ -134,17 +134,30 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
     let network = network_devices(config, node)?;
     let device_mtu =
         network.iter().map(|device| device.mtu).min().context("finding the MTU of the node's devices")?;
-    let settings = forwarding(node, &network)?;
+    let mut settings = forwarding(node, &network)?;
+    if config.args.encryption.encryption != encryption::Mode::Off {
+        // Decrypted packets come from nodes that other devices lead to. The loose filter, too, drops them where
+        // the device has no address; who sent them the encryption has proved.
+        settings.push((format!("net/ipv4/conf/{}/rp_filter", encryption::DEVICE), "0".to_owned()));
+        if netlink::get_sysctl("net/ipv4/conf/all/rp_filter")?.is_some_and(|value| value != "0") {
+            tracing::warn!(
+                "net.ipv4.conf.all.rp_filter is not 0: the node's stack drops what was decrypted; set it to 0, and \
+                 that of each device to what all had"
+            );
+        }
+    }
+    let mtus = Mtus::of(Ground {
+        underlay: device_mtu,
+        routing: config.args.network.routing,
+        is_ipv6: node.addresses.iter().all(IpAddr::is_ipv6),
+        is_encrypted: config.args.encryption.encryption != encryption::Mode::Off,
+        given: config.args.network.mtu,
+    });
+    let encryption = prepare_encryption(config, &mtus)?;
+    let mtu = mtus.pod;
     for (name, value) in &settings {
         netlink::set_sysctl(name, value)?;
     }
-    let ipv6_underlay = node.addresses.iter().all(IpAddr::is_ipv6);
-    let overhead = if ipv6_underlay { TUNNEL_OVERHEAD_IPV6 } else { TUNNEL_OVERHEAD_IPV4 };
-    let mtu = match (config.args.network.mtu, config.args.network.routing) {
-        (0, Routing::Tunnel) => device_mtu.saturating_sub(overhead),
-        (0, Routing::Native) => device_mtu,
-        (mtu, _) => mtu,
-    };
     let internal_addresses = node.pod_cidrs.iter().filter_map(internal_address).collect::<Vec<_>>();
     let overlay = match config.args.network.routing {
         Routing::Native => None,
@@ -155,7 +168,30 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
             Some(ifindex)
         }
     };
-    Ok(Devices { overlay, wait: prepare_wait(), mtu, internal_addresses, settings })
+    Ok(Devices { overlay, encryption, wait: prepare_wait(), mtu, internal_addresses, settings })
+}
+
+/// The device that encrypts, where there is to be one; else one that was there goes.
+fn prepare_encryption(config: &Config, mtus: &Mtus) -> Result<Option<Arc<Device>>> {
+    let args = &config.args;
+    let socket = args.socket.with_file_name(encryption::protocol::SOCKET_NAME);
+    let Some(mtu) = mtus.encrypted else {
+        if encryption::remove_device(&socket).context("removing the device that encrypted")? {
+            tracing::info!(device = encryption::DEVICE, "removed the device: nothing is encrypted now");
+        }
+        return Ok(None);
+    };
+    let plan = encryption::Plan {
+        choice: args.encryption.wireguard_device,
+        mtu,
+        port: args.encryption.wireguard_port,
+        fwmark: 0,
+        state_directory: args.state_dir.clone(),
+        socket,
+    };
+    let device = Device::prepare(plan).context("making the device that encrypts")?;
+    tracing::info!(device = encryption::DEVICE, mtu, by = %device.kind(), "encrypting between nodes");
+    Ok(Some(Arc::new(device)))
 }
 
 /// Those of former pod CIDRs go: they are other nodes' now.

@@ -97,6 +97,7 @@ pub fn verify(args: &VerifyArgs) -> Result<(), Failure> {
         netns_cookie: Some(1),
         tunnel_ifindex: Some(1),
         wait_ifindex: Some(1),
+        encrypt_ifindex: Some(1),
         ..Settings::default()
     };
     let programs = datapath::verify(&settings)?;

@@ -17,6 +17,7 @@ mod settings;
 mod status;
 mod sysdump;
 mod table;
+mod wireguard;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -45,6 +46,8 @@ enum Command {
     Operator(Box<OperatorArgs>),
     /// Run the relay: the flows of all nodes in one stream, and the flows page.
     Relay(Box<RelayArgs>),
+    /// Encrypt for this node where the kernel has no WireGuard; the agent starts it.
+    Wireguard(wireguard::WireguardArgs),
     /// Show flows: who talked to whom, what became of it, and why.
     Observe(Box<observe::ObserveArgs>),
     /// Show how the agent is, or with --cluster all of them; exits with 3 when one is not ready.
@@ -154,6 +157,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Agent(args) => agent::run(*args),
         Command::Operator(args) => operator::run(*args),
         Command::Relay(args) => relay::run(*args),
+        Command::Wireguard(args) => wireguard::run(&args),
         Command::Observe(args) => observe::run(*args),
         Command::Status(args) => status::run(&args),
         Command::Connectivity(command) => connectivity::run(command),

@@ -13,7 +13,7 @@ use nix::sys::signal::{SigSet, Signal};
 use super::Failure;
 use super::cni::DirectoryArgs;
 use crate::cni::install;
-use crate::{api, datapath, endpoint, netlink};
+use crate::{api, datapath, encryption, endpoint, netlink};
 
 #[derive(Args)]
 pub(super) struct PrepareArgs {
@@ -83,6 +83,10 @@ pub(super) fn uninstall(args: &UninstallArgs) -> Result<(), Failure> {
         writeln!(output, "removed links and maps in {}", pins.display())?;
     }
     remove_directory(&args.bpffs.join("weir"))?;
+    let encrypting = args.socket.with_file_name(encryption::protocol::SOCKET_NAME);
+    if encryption::remove_device(&encrypting).context("removing the device that encrypts")? {
+        writeln!(output, "removed the device {}", encryption::DEVICE)?;
+    }
     for name in delete_devices()? {
         writeln!(output, "removed the device {name}")?;
     }

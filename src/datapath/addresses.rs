@@ -32,6 +32,8 @@ pub struct AddressWriter {
     refused_prefixes: BTreeMap<IpNet, String>,
     /// What `prefixes` holds exactly, where that is known.
     settled_prefixes: Option<BTreeMap<IpNet, PrefixEntry>>,
+    /// Whose rows say that nothing goes there in plain.
+    encrypted: Encrypted,
     /// Identities were changed in the maps, but the epoch could not be raised yet.
     is_epoch_due: bool,
 }
@@ -50,6 +52,7 @@ impl AddressWriter {
             refused: Refused::default(),
             refused_prefixes: BTreeMap::new(),
             settled_prefixes: None,
+            encrypted: Encrypted::default(),
             is_epoch_due: false,
         };
         if writer.node_state.get(&0)?.unwrap_or_default().address_epoch == 0 {
@@ -78,6 +81,15 @@ impl AddressWriter {
         let written = self.write_addresses(addresses).and_then(|()| self.write_prefixes(prefixes));
         // Also after an error: what was written before it counts.
         self.raise_epoch_if_due().and(written)
+    }
+
+    /// From now on nothing goes to these nodes and their pods in plain; the next `write` says so in the rows.
+    pub fn encrypt(&mut self, encrypted: &Encrypted) {
+        if self.encrypted != *encrypted {
+            self.encrypted = encrypted.clone();
+            self.settled = Settled::Unknown;
+            self.settled_prefixes = None;
+        }
     }
 
     /// Deletes the rows that are not desired. Only after every source is synced.
@@ -156,7 +168,7 @@ impl AddressWriter {
     }
 
     fn write_address(&mut self, address: IpAddr, entry: &AddressEntry) -> Result<(), MapError> {
-        let row = address_row(entry);
+        let row = address_row(entry, &self.encrypted);
         match self.addresses.put(addr_of(address), row)? {
             Put::Unchanged => {}
             Put::Replaced(old) => self.is_epoch_due |= old.identity != row.identity,
@@ -190,7 +202,7 @@ impl AddressWriter {
         self.settled_prefixes = None;
         self.refused_prefixes.clear();
         for (&prefix, entry) in prefixes {
-            match self.prefixes.put(prefix_key(prefix), prefix_row(*entry)) {
+            match self.prefixes.put(prefix_key(prefix), prefix_row(*entry, &self.encrypted)) {
                 Ok(Put::Unchanged) => {}
                 Ok(Put::Inserted | Put::Replaced(_)) => self.is_epoch_due = true,
                 Err(error) => {
@@ -284,18 +296,42 @@ impl StackWriter {
     }
 }
 
-fn address_row(entry: &AddressEntry) -> Address {
+/// Which nodes are never spoken to in plain, by their addresses between the nodes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Encrypted {
+    /// None of them: encryption is off.
+    #[default]
+    Nobody,
+    /// These.
+    Nodes(BTreeSet<IpAddr>),
+    /// Every other node, also one that has no key yet.
+    Everybody,
+}
+
+impl Encrypted {
+    /// Whether a node is; `None` is this node.
+    pub fn has(&self, node: Option<IpAddr>) -> bool {
+        match self {
+            Self::Nobody => false,
+            Self::Nodes(nodes) => node.is_some_and(|node| nodes.contains(&node)),
+            Self::Everybody => node.is_some(),
+        }
+    }
+}
+
+fn address_row(entry: &AddressEntry, encrypted: &Encrypted) -> Address {
     let kind = match entry.kind {
         AddressKind::Pod => address_flags::ADDRESS_POD,
         AddressKind::Node => address_flags::ADDRESS_NODE,
         AddressKind::NodeInternal => address_flags::ADDRESS_INTERNAL,
     };
     let local = if entry.node.is_none() { address_flags::ADDRESS_LOCAL.0 } else { 0 };
+    let encrypt = if encrypted.has(entry.node) { address_flags::ADDRESS_ENCRYPT.0 } else { 0 };
     Address {
         node: entry.node.map(addr_of).unwrap_or_default(),
         identity: entry.identity.0,
         endpoint_id: entry.endpoint.map_or(0, |id| id.0),
-        flags: (kind.0 | local) as u16,
+        flags: (kind.0 | local | encrypt) as u16,
     }
 }
 
@@ -308,13 +344,14 @@ fn prefix_key(prefix: IpNet) -> PrefixKey {
     PrefixKey { prefix_length: offset + u32::from(prefix.prefix_len()), addr: addr_of(prefix.network()) }
 }
 
-fn prefix_row(entry: PrefixEntry) -> Prefix {
+fn prefix_row(entry: PrefixEntry, encrypted: &Encrypted) -> Prefix {
     let flag = |is_set: bool, flag: prefix_flags| if is_set { flag.0 } else { 0 };
     Prefix {
         node: entry.node.map(addr_of).unwrap_or_default(),
         identity: entry.identity.0,
         flags: flag(entry.is_pod_cidr, prefix_flags::PREFIX_POD_CIDR)
-            | flag(entry.is_guarded, prefix_flags::PREFIX_GUARDED),
+            | flag(entry.is_guarded, prefix_flags::PREFIX_GUARDED)
+            | flag(entry.is_pod_cidr && encrypted.has(entry.node), prefix_flags::PREFIX_ENCRYPT),
     }
 }
 
@@ -333,7 +370,7 @@ mod tests {
             kind: AddressKind::Pod,
         };
         let row = Address { identity: 300, endpoint_id: 7, flags: 1 | 4, ..Address::default() };
-        assert_eq!(address_row(&entry).as_bytes(), row.as_bytes());
+        assert_eq!(address_row(&entry, &Encrypted::Everybody).as_bytes(), row.as_bytes());
     }
 
     #[test]
@@ -346,7 +383,11 @@ mod tests {
             kind: AddressKind::NodeInternal,
         };
         let row = Address { node: addr_of(node), identity: 6, endpoint_id: 0, flags: 8 };
-        assert_eq!(address_row(&entry).as_bytes(), row.as_bytes());
+        assert_eq!(address_row(&entry, &Encrypted::Nobody).as_bytes(), row.as_bytes());
+        let row = Address { flags: 8 | 16, ..row };
+        for encrypted in [Encrypted::Everybody, Encrypted::Nodes(BTreeSet::from([node]))] {
+            assert_eq!(address_row(&entry, &encrypted).as_bytes(), row.as_bytes());
+        }
     }
 
     #[test]

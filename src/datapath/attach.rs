@@ -22,7 +22,7 @@ use super::probe::{cgroup_root_below, find_or_mount_cgroup_root};
 use super::settings::AttachMode;
 
 /// Programs of devices: `from_*` sees what a device receives, `to_*` what it sends.
-pub(super) const TC_PROGRAMS: [&str; 8] = [
+pub(super) const TC_PROGRAMS: [&str; 9] = [
     "from_pod",
     "to_pod",
     "from_network",
@@ -31,7 +31,11 @@ pub(super) const TC_PROGRAMS: [&str; 8] = [
     "to_overlay",
     "from_wait",
     "from_proxy",
+    ENCRYPTED_PROGRAM,
 ];
+
+/// The program of the device that encrypts; it is loaded where there is such a device.
+pub(super) const ENCRYPTED_PROGRAM: &str = "from_encrypted";
 
 /// The programs of a device that leads to the network.
 const NETWORK_PROGRAMS: [&str; 2] = ["from_network", "to_network"];
@@ -77,6 +81,16 @@ impl Datapath {
     /// Puts the tunnel device under `from_overlay` and `to_overlay`.
     pub fn attach_overlay(&self, ifindex: u32) -> Result<()> {
         self.attach_device(ifindex, &OVERLAY_PROGRAMS).context("attaching to the tunnel device")
+    }
+
+    /// Puts the device that encrypts under `from_encrypted`.
+    pub fn attach_encrypted(&self, ifindex: u32) -> Result<()> {
+        self.attach_device(ifindex, &[ENCRYPTED_PROGRAM]).context("attaching to the device that encrypts")
+    }
+
+    /// Verifies that the device that encrypts is under its program.
+    pub fn verify_encrypted(&self, ifindex: u32) -> Result<()> {
+        self.verify_device(ifindex, &[ENCRYPTED_PROGRAM])
     }
 
     /// Verifies that a device that leads to the network is under its programs; the error names what is not.

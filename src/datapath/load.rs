@@ -9,7 +9,7 @@ use libbpf_rs::{Object, ObjectBuilder, OpenMapMut, OpenObject, ProgramAttachType
 
 use super::OBJECT;
 use super::abi::{self, Plain, SETTINGS_OFFSET};
-use super::attach::TC_PROGRAMS;
+use super::attach::{ENCRYPTED_PROGRAM, TC_PROGRAMS};
 use super::messages::{collect_libbpf_messages, with_messages};
 use super::pins::Pins;
 use super::probe::{self, Features};
@@ -112,7 +112,8 @@ pub(super) fn prepare(
     fill_settings(&mut section, settings.encode(features.jiffies_per_second, &limits))?;
     for mut program in object.progs_mut() {
         let name = program.name().to_string_lossy().into_owned();
-        if features.not_loaded.iter().any(|(left_out, _)| *left_out == name) {
+        let is_useless = name == ENCRYPTED_PROGRAM && settings.encrypt_ifindex.is_none();
+        if is_useless || features.not_loaded.iter().any(|(left_out, _)| *left_out == name) {
             program.set_autoload(false);
         }
         if !features.has_tcx && TC_PROGRAMS.contains(&name.as_str()) {

@@ -57,7 +57,7 @@ use anyhow::{Context, Result, bail};
 use libbpf_rs::{MapCore, MapHandle, Object, ProgramMut};
 
 pub use abi::{addr_of, ip_of};
-pub use addresses::{AddressWriter, StackWriter};
+pub use addresses::{AddressWriter, Encrypted, StackWriter};
 pub use announced::{AnnounceWriter, Place};
 pub use args::{KernelArgs, MapArgs, MapSize, MarkMask, QuotaArgs};
 pub use attach::{attach_tcx, detach_all};

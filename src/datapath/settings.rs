@@ -104,6 +104,10 @@ pub struct Settings {
     pub socket_lb: bool,
     /// Put on and take off the tunnel's headers, past its device.
     pub tunnel_direct: bool,
+    /// The device that encrypts what is sent to it; without it nothing is encrypted.
+    pub encrypt_ifindex: Option<u32>,
+    /// Drop what comes in plain and has to be encrypted.
+    pub encrypt_strict: bool,
     /// Where fragments wait for the first one of their packet; without it they are dropped.
     pub wait_ifindex: Option<u32>,
     /// The bits of `skb->mark` that are Weir's: adjacent, at least three.
@@ -138,6 +142,8 @@ impl Default for Settings {
             socket_lb: true,
             tunnel_direct: true,
             wait_ifindex: None,
+            encrypt_ifindex: None,
+            encrypt_strict: true,
             mark_mask: MARK_MASK,
             quotas: Quotas::default(),
             maglev_size: super::maglev::TABLE_SIZE,
@@ -162,6 +168,7 @@ impl Settings {
             tcp_closing_seconds: seconds(self.tcp_closing),
             other_timeout_seconds: seconds(self.other_timeout),
             mark_mask: self.mark_mask,
+            encrypt_ifindex: self.encrypt_ifindex.unwrap_or(0),
             wait_ifindex: self.wait_ifindex.unwrap_or(0),
             quota_limit: limits.of_one,
             quota_capacity: limits.of_all,
@@ -176,7 +183,8 @@ impl Settings {
             flow_events: self.flow_events.into(),
             socket_lb: self.socket_lb.into(),
             tunnel_direct: self.tunnel_direct.into(),
-            pad: [0; 5],
+            encrypt_strict: self.encrypt_strict.into(),
+            pad: [0; 8],
         }
     }
 }

@@ -30,6 +30,7 @@ const REASONS: &[(u8, &str, &str)] = &[
     (177, "DENIED_BY_LB_SRC_RANGE_CHECK", "Denied by LB source range check"),
     (181, "POLICY_DENY", "Denied by a deny rule"),
     (183, "INVALID_VNI", "Tunnel packet with an invalid VNI"),
+    (195, "UNENCRYPTED_TRAFFIC", "Came in plain and had to be encrypted"),
     (196, "TTL_EXCEEDED", "Time to live exceeded"),
     (198, "DROP_RATE_LIMITED", "Pod has its share of connections"),
     (203, "DROP_EP_NOT_READY", "Policy of the pod is not in force yet"),

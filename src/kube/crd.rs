@@ -13,7 +13,7 @@ use crate::model::{IdentityLabels, PublishedEndpoint};
 
 /// The version of the definitions below, raised by every change: an operator never replaces
 /// definitions of a higher version.
-pub const SCHEMA_VERSION: u32 = 5;
+pub const SCHEMA_VERSION: u32 = 6;
 /// The annotation of a definition that holds its version.
 pub const SCHEMA_VERSION_ANNOTATION: &str = "weir.dev/schema-version";
 /// An IPv4 address, or what may be an IPv6 one: whoever reads it parses it.
@@ -167,6 +167,9 @@ pub struct WeirNodeStatus {
     /// How packets for other nodes travel; absent: by plain routes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tunnel: Option<Tunnel>,
+    /// How packets for this node are encrypted; absent: they are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<NodeEncryption>,
     /// The agent's version.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub version: String,
@@ -202,6 +205,21 @@ pub struct ClosedPolicy {
     /// Why not, and what to do.
     #[schemars(length(max = 1000))]
     pub reason: String,
+}
+
+/// The encryption of what goes to a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeEncryption {
+    /// wireguard.
+    #[schemars(length(max = 16))]
+    pub protocol: String,
+    /// The public half of the node's key, in base64.
+    #[schemars(regex(pattern = "^[A-Za-z0-9+/]{43}=$"))]
+    pub public_key: String,
+    /// Its UDP port.
+    #[schemars(range(min = 1, max = 65535))]
+    pub port: u16,
 }
 
 /// A tunnel between nodes.
@@ -386,7 +404,7 @@ mod tests {
             Sha256::digest(text).iter().take(4).map(|byte| format!("{byte:02x}")).collect::<String>();
         assert_eq!(
             (SCHEMA_VERSION, digest.as_str()),
-            (5, "95484b87"),
+            (6, "04dbb8a7"),
             "raise SCHEMA_VERSION, then note both here"
         );
     }

@@ -131,6 +131,11 @@ impl Files {
         self.replace(&path, text)
     }
 
+    /// Makes `text` what this node says of itself.
+    pub fn publish_node(&self, text: &str) -> Result<()> {
+        self.replace(&self.directory.join(format!("weirnode-{}.yaml", self.node)), text)
+    }
+
     /// Makes `text` the content of a file, in one step.
     pub fn replace(&self, path: &Path, text: &str) -> Result<()> {
         let temporary = self.temporary(text)?;

@@ -111,7 +111,7 @@ mod tests {
     }
 
     fn given(pod_cidrs: &[&str]) -> Arc<Allocation> {
-        Arc::new(Allocation { pod_cidrs: node(pod_cidrs).pod_cidrs.clone() })
+        Arc::new(Allocation { pod_cidrs: node(pod_cidrs).pod_cidrs.clone(), ..Allocation::default() })
     }
 
     #[test]

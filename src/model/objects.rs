@@ -8,7 +8,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::Labels;
+use super::{Labels, NodeKey};
 
 /// Namespace and name of a namespaced object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -181,9 +181,11 @@ pub struct CidrGroup {
     pub is_partial: bool,
 }
 
-/// What the operator gave to a node.
+/// What the operator gave to a node, and the key that the node has published.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Allocation {
     /// `spec.podCIDRs` of its WeirNode.
     pub pod_cidrs: Vec<IpNet>,
+    /// `status.encryption` of its WeirNode.
+    pub key: Option<NodeKey>,
 }

@@ -9,6 +9,7 @@
 //! announce     gratuitous ARP and unsolicited neighbour advertisements
 //! address      the node's addresses, and news of them
 //! connection   the socket: batches of requests, dumps
+//! descriptors  open descriptors for another process
 //! netfilter    whether the node has rules that drop what is forwarded
 //! listen       messages to groups of listeners
 //! namespace    a thread that enters a pod's namespace
@@ -22,11 +23,14 @@
 //! route        routes and neighbours that are ours
 //! socket       ending sockets, through sock_diag
 //! sysctl       /proc/sys/net
+//! tun          a TUN device
+//! wireguard    the kernel's WireGuard
 //! ```
 
 mod address;
 mod announce;
 mod connection;
+mod descriptors;
 mod ipsec;
 mod link;
 mod listen;
@@ -40,12 +44,15 @@ mod queue;
 mod route;
 mod socket;
 mod sysctl;
+mod tun;
+mod wireguard;
 
 use std::io;
 use std::path::PathBuf;
 
 pub use address::{address_news, local_addresses};
 pub use announce::{Listening, announce};
+pub use descriptors::{DESCRIPTORS_MAX, receive_with_descriptors, send_with_descriptors};
 pub use ipsec::{ipsec_news, ipsec_policies};
 pub use link::{
     Link, add_address, addresses_of, delete_address, delete_link, devices_with, ensure_vxlan, link,
@@ -64,6 +71,8 @@ pub use queue::{TokenBucket, ensure_queue};
 pub use route::{NODE_ROUTE_PROTOCOL, Route, neighbours, node_routes, sync_neighbours, sync_routes};
 pub use socket::destroy_socket;
 pub use sysctl::{get_sysctl, set_sysctl, set_sysctl_root};
+pub use tun::{TunOffload, ensure_tun, set_tun_offload, take_tun};
+pub use wireguard::{ensure_wireguard, set_wireguard_peers, wireguard_peers};
 
 /// What went wrong between us and the kernel.
 #[derive(Debug, thiserror::Error)]

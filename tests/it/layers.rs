@@ -9,18 +9,19 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(&str, &str)] = &[
     (
         "cli",
-        "agent operator relay hubble cni api endpoint telemetry flow kube policy identity datapath netlink tables model \
+        "agent operator relay hubble cni api encryption endpoint telemetry flow kube policy identity datapath netlink tables model \
          settings yaml error",
     ),
     (
         "agent",
-        "hubble endpoint cni api telemetry flow kube policy node service identity datapath netlink tables model \
-         settings signals backoff files error",
+        "hubble endpoint encryption cni api telemetry flow kube policy node service identity datapath netlink tables \
+         model settings signals backoff files error",
     ),
     ("operator", "hubble telemetry kube settings signals error"),
     ("relay", "hubble signals settings error"),
     ("hubble", "api telemetry flow kube datapath tables model settings error"),
     ("endpoint", "cni telemetry ipam netlink tables model files"),
+    ("encryption", "netlink model settings files error"),
     ("cni", "api netlink model settings files"),
     ("api", "telemetry flow policy datapath model"),
     ("telemetry", "flow datapath model error"),

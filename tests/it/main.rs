@@ -9,6 +9,7 @@ mod cni;
 mod control_plane;
 mod datapath;
 mod demo;
+mod encryption;
 mod floods;
 mod flows;
 mod fragments;

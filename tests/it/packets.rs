@@ -5,6 +5,7 @@ mod announced;
 mod backends;
 mod denied;
 mod drops;
+mod encryption;
 mod ends;
 mod fairness;
 mod flows;

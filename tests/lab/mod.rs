@@ -26,6 +26,7 @@ mod probe;
 mod relay;
 mod space;
 mod traffic;
+mod wall;
 mod wire;
 
 use std::cell::Cell;
@@ -49,6 +50,7 @@ pub use self::{
     relay::relay,
     space::{Running, Space, output_of},
     traffic::{Report, Traffic},
+    wall::{MARKER, Wall},
     wire::{OUTSIDE, Wire, node_addresses, route_to_pods},
 };
 
@@ -169,6 +171,11 @@ impl Lab {
     pub fn renew_wire(&self, number: usize) -> Result<()> {
         let node = self.node(number);
         self.wire.renew(node.space(), node.name(), node.addresses())
+    }
+
+    /// Looks at what passes on the wire.
+    pub fn look_at_wire(&self) -> Result<Wall> {
+        Wall::start(self.wire.space())
     }
 
     /// The host on the wire that is not a node.

@@ -34,6 +34,11 @@ impl Wire {
         Ok(wire)
     }
 
+    /// The namespace that joins the hosts.
+    pub(super) fn space(&self) -> &Space {
+        &self.space
+    }
+
     /// The host on the wire that is not a node.
     pub fn outside(&self) -> &Space {
         &self.outside

@@ -1,10 +1,12 @@
 //! Who has which address: `addresses` and `prefixes`.
 
 use std::collections::BTreeMap;
+use std::sync::PoisonError;
 
 use anyhow::Result;
 use ipnet::IpNet;
 
+use super::encryption::Shared;
 use super::policies::few;
 use super::{Drift, Problem, Refusal, Round, Sink};
 use crate::agent::compute::Desired;
@@ -14,14 +16,16 @@ use crate::model::{CompiledDirection, CompiledPolicy, IdentityId, PolicyId};
 /// Writes after the policies: a new identity has its class before an address shows it.
 pub struct Addresses {
     writer: AddressWriter,
+    /// Whom nothing goes to in plain; none: encryption is off.
+    encrypted: Option<Shared>,
     /// How many tries in a row prefixes did not fit.
     tries: u32,
 }
 
 impl Addresses {
-    /// Of the writer.
-    pub fn new(writer: AddressWriter) -> Self {
-        Self { writer, tries: 0 }
+    /// Of the writer, and of what the sink of encryption says.
+    pub fn new(writer: AddressWriter, encrypted: Option<Shared>) -> Self {
+        Self { writer, encrypted, tries: 0 }
     }
 
     fn problems(&self) -> Vec<Problem> {
@@ -67,6 +71,9 @@ impl Sink for Addresses {
         let desired = round.desired;
         if round.is_retry {
             self.writer.retry_refused();
+        }
+        if let Some(encrypted) = &self.encrypted {
+            self.writer.encrypt(&encrypted.lock().unwrap_or_else(PoisonError::into_inner));
         }
         self.writer.write(&desired.addresses, &desired.prefixes)?;
         let refused = self.writer.refused_prefixes();

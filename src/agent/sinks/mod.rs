@@ -16,6 +16,7 @@
 
 mod addresses;
 mod devices;
+mod encryption;
 mod endpoints;
 mod links;
 mod network;
@@ -40,6 +41,7 @@ use crate::netlink::News;
 use crate::telemetry::Parts;
 
 pub use devices::DeviceSink;
+pub use encryption::{Encryption, Shared as SharedEncryption};
 pub use network::bring_up;
 pub use policies::few;
 pub use retry::Retry;
@@ -159,16 +161,20 @@ pub fn all(
     datapath: &Arc<Datapath>,
     writers: Writers,
     devices: DeviceSink,
+    encryption: Option<Encryption>,
     limits: Limits,
     ipsec: ipsec::News,
     parts: Parts,
 ) -> Result<Sinks> {
     let plan = devices.devices().clone();
     let in_force = writers.endpoints.policies_in_force();
-    let sinks: Vec<Box<dyn Sink>> = vec![
+    let encrypted = encryption.as_ref().map(Encryption::shared);
+    let encryption = encryption.map(|sink| Box::new(sink) as Box<dyn Sink>);
+    let mut sinks: Vec<Box<dyn Sink>> = encryption.into_iter().collect();
+    let others: Vec<Box<dyn Sink>> = vec![
         Box::new(stack::Stack::new(writers.stack, ipsec)),
         Box::new(policies::Policies::new(writers.policies, limits)),
-        Box::new(addresses::Addresses::new(writers.addresses)),
+        Box::new(addresses::Addresses::new(writers.addresses, encrypted)),
         Box::new(endpoints::Endpoints::new(writers.endpoints)),
         Box::new(services::Services::new(writers.services)),
         Box::new(devices),
@@ -176,6 +182,8 @@ pub fn all(
         Box::new(routes::Routes::new(plan)),
         Box::new(links::Links::new(datapath.clone())),
     ];
+    // Peers come before the rows that send to them.
+    sinks.extend(others);
     Sinks::new(sinks, in_force, parts)
 }
 

@@ -1,4 +1,4 @@
-//! Nodes as Weir has them: what the operator gave to each.
+//! Nodes as Weir has them: what the operator gave to each, and the key that each has published.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::kube::Tables;
 use crate::kube::convert::{Cidr, Field, Notes, ObjectId, Result};
 use crate::kube::kind::{Meta, ObjectKind};
 use crate::kube::rows::Rows;
-use crate::model::{Allocation, ObjectKey};
+use crate::model::{Allocation, NodeKey, ObjectKey};
 use crate::tables::State;
 
 /// weir.dev/v1alpha1
@@ -24,13 +24,37 @@ struct Spec {
     pod_cidrs: Vec<Cidr>,
 }
 
+/// What the node's agent says of it; the rest is for people and the operator.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Status {
+    encryption: Option<Encryption>,
+}
+
+/// The key of a node. One that is not understood is none: nothing goes to that node then.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Encryption {
+    public_key: String,
+    port: u16,
+}
+
+impl Encryption {
+    fn key(&self) -> Option<NodeKey> {
+        let public_key = self.public_key.parse().ok()?;
+        (self.port > 0).then_some(NodeKey { public_key, port: self.port })
+    }
+}
+
 impl ObjectKind for WeirNode {
     const META: Meta = Meta { name: "WeirNode", plural: "weirnodes", ..Meta::OWN };
     type Row = Allocation;
 
     fn read(_: &ObjectId, document: &Field, _: &mut Notes) -> Result<Option<Allocation>> {
         let spec: Spec = document.get("spec")?.read()?;
-        Ok(Some(Allocation { pod_cidrs: spec.pod_cidrs.into_iter().map(IpNet::from).collect() }))
+        let status: Status = document.get("status")?.read()?;
+        let key = status.encryption.and_then(|encryption| encryption.key());
+        Ok(Some(Allocation { pod_cidrs: spec.pod_cidrs.into_iter().map(IpNet::from).collect(), key }))
     }
 
     fn rows(tables: &Arc<Tables>) -> Box<dyn Rows<Allocation>> {

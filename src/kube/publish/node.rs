@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::json;
 
-use super::{FIELD_MANAGER, Publisher, Target};
+use super::{FIELD_MANAGER, Publisher, Target, to_yaml};
 use crate::kube::crd::{WeirNode, WeirNodeSpec, WeirNodeStatus};
 
 /// The name of the Lease that is the heartbeat of `node`'s agent.
@@ -27,7 +27,21 @@ impl Publisher {
 
     /// Says how this node is; makes its WeirNode when there is none.
     pub async fn publish_node(&self, status: &WeirNodeStatus) -> Result<()> {
-        let Target::Kubernetes { nodes, .. } = &self.target else { return Ok(()) };
+        let nodes = match &self.target {
+            Target::Kubernetes { nodes, .. } => nodes,
+            Target::Manifests(files) => {
+                // The key is what the others need; for the rest there is nobody to read it.
+                let Some(encryption) = &status.encryption else { return Ok(()) };
+                let object = json!({
+                    "apiVersion": "weir.dev/v1alpha1",
+                    "kind": "WeirNode",
+                    "metadata": { "name": self.node },
+                    "status": { "encryption": encryption },
+                });
+                let (files, text) = (files.clone(), to_yaml([object])?);
+                return tokio::task::spawn_blocking(move || files.publish_node(&text)).await?;
+            }
+        };
         match self.apply_status(nodes, status).await {
             Err(kube::Error::Api(answer)) if answer.code == 404 => {}
             applied => return applied.map(drop).context("applying the status of this node's WeirNode"),

@@ -58,6 +58,10 @@ const REASONS: Record<string, Reason> = {
     advice: "The client's address is in none of the Service's loadBalancerSourceRanges. Add its range, if the client should get in.",
   },
   INVALID_VNI: { text: 'Tunnel packet with an invalid VNI', advice: "Another program uses the tunnel's port. Give Weir another port." },
+  UNENCRYPTED_TRAFFIC: {
+    text: 'Came in plain and had to be encrypted',
+    advice: "A node of the cluster, or somebody in its name, sends plain. Does its agent encrypt (`weir encryption status`)?",
+  },
   TTL_EXCEEDED: { text: 'Time to live exceeded', advice: 'A loop of routes, or a traceroute.' },
   DROP_RATE_LIMITED: {
     text: 'Pod has its share of connections',

@@ -1,0 +1,171 @@
+//! The peers of the device that encrypts: every other node that has published a key.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+
+use super::{Drift, Problem, Round, Sink};
+use crate::agent::compute::Desired;
+use crate::agent::restart::Restart;
+use crate::datapath::{Datapath, Encrypted};
+use crate::encryption::{DEVICE, Device};
+use crate::files::{self, Survives};
+use crate::model::{EncryptionPeer, Node, NodeKey};
+use crate::netlink::News;
+use crate::node::underlay_address;
+
+/// The nodes whose key was seen, with it: what a restart must not forget.
+const FILE: &str = "encryption-peers.json";
+
+/// Whom the rows of `addresses` and `prefixes` say that nothing goes to in plain.
+pub type Shared = Arc<Mutex<Encrypted>>;
+
+/// Adds peers before anything is sent to them, and never takes back that a node encrypts while it is there.
+pub struct Encryption {
+    device: Arc<Device>,
+    datapath: Arc<Datapath>,
+    is_strict: bool,
+    file: PathBuf,
+    restart: Restart,
+    /// By the node's name.
+    seen: BTreeMap<String, NodeKey>,
+    shared: Shared,
+    /// What the device was told last; none: it may have forgotten.
+    told: Option<Vec<EncryptionPeer>>,
+    is_broken: bool,
+}
+
+impl Encryption {
+    /// Remembers whose keys an agent before this one has seen.
+    pub fn new(
+        device: Arc<Device>,
+        datapath: Arc<Datapath>,
+        is_strict: bool,
+        state_directory: &std::path::Path,
+        restart: Restart,
+        shared: Shared,
+    ) -> Result<Self> {
+        let file = state_directory.join(FILE);
+        let seen = match std::fs::read(&file) {
+            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+                tracing::warn!(file = %file.display(), %error, "the keys that were seen are not readable");
+                BTreeMap::new()
+            }),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
+            Err(error) => return Err(error).with_context(|| format!("reading {}", file.display())),
+        };
+        Ok(Self { device, datapath, is_strict, file, restart, seen, shared, told: None, is_broken: false })
+    }
+
+    /// What the rows of addresses are to say.
+    pub fn shared(&self) -> Shared {
+        self.shared.clone()
+    }
+
+    /// Notes new keys, and forgets nodes that are no more. Before anything else: what was seen counts also if
+    /// the next step fails.
+    fn remember(&mut self, desired: &Desired) -> Result<()> {
+        let mut seen = self.seen.clone();
+        let names: BTreeSet<&str> = desired.nodes.iter().map(|node| node.name.as_str()).collect();
+        seen.retain(|name, _| names.contains(name.as_str()));
+        for node in &desired.nodes {
+            if let Some(key) = desired.keys.get(&Arc::from(node.name.as_str())) {
+                seen.insert(node.name.clone(), *key);
+            }
+        }
+        if seen != self.seen {
+            let text = serde_json::to_vec(&seen).context("writing the keys that were seen")?;
+            files::replace(&self.file, &text, 0o600, Survives::Machine)
+                .with_context(|| format!("writing {}", self.file.display()))?;
+            self.seen = seen;
+        }
+        Ok(())
+    }
+
+    /// Says in the rows whom nothing goes to in plain.
+    fn flag(&self, nodes: &[Arc<Node>]) {
+        let encrypted = if self.is_strict {
+            Encrypted::Everybody
+        } else {
+            let seen = nodes.iter().filter(|node| self.seen.contains_key(&node.name));
+            Encrypted::Nodes(seen.flat_map(|node| node.addresses.iter().copied()).collect())
+        };
+        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = encrypted;
+    }
+
+    /// The peers, and what is missing.
+    fn peers(&self, desired: &Desired) -> (Vec<EncryptionPeer>, Vec<Problem>) {
+        let (mut peers, mut problems) = (Vec::new(), Vec::new());
+        let has_ipv4 = desired.node_addresses.ipv4.is_some();
+        for node in &desired.nodes {
+            let Some(address) = underlay_address(node, has_ipv4) else { continue };
+            match self.seen.get(&node.name) {
+                Some(key) => peers.push(peer(node, address, key)),
+                None if self.is_strict => problems.push(Problem::new(format!(
+                    "node {} has published no key: nothing goes to its pods (WEIR_ENCRYPTION there, or \
+                     WEIR_ENCRYPTION_STRICT=false here)",
+                    node.name
+                ))),
+                None => {}
+            }
+        }
+        (peers, problems)
+    }
+}
+
+fn peer(node: &Node, address: IpAddr, key: &NodeKey) -> EncryptionPeer {
+    EncryptionPeer {
+        node: node.name.clone(),
+        public_key: key.public_key,
+        endpoint: SocketAddr::new(address, key.port),
+        allowed: EncryptionPeer::allowed_of(&node.addresses, &node.pod_cidrs),
+    }
+}
+
+impl Sink for Encryption {
+    fn name(&self) -> &'static str {
+        "encryption"
+    }
+
+    fn hears(&self) -> &'static [News] {
+        &[News::Links, News::Filters]
+    }
+
+    fn compare(&mut self) -> Result<Vec<Drift>> {
+        let mut drifts: Vec<Drift> = self.device.look()?.map(Drift::one).into_iter().collect();
+        if drifts.is_empty() && self.datapath.verify_encrypted(self.device.ifindex()).is_err() {
+            drifts.push(Drift::one(format!("programs on {DEVICE}")));
+        }
+        self.is_broken = !drifts.is_empty();
+        // Whoever has the peers may have been changed by somebody else.
+        self.told = None;
+        Ok(drifts)
+    }
+
+    fn write(&mut self, round: &mut Round<'_>) -> Result<Vec<Problem>> {
+        let desired = round.desired;
+        self.remember(desired)?;
+        if self.is_broken {
+            if !self.device.mend().context("making the device that encrypts as it was")? {
+                self.restart
+                    .request(&format!("device {DEVICE} was made anew, and the programs know the old one"));
+                return Ok(Vec::new());
+            }
+            self.datapath.attach_encrypted(self.device.ifindex())?;
+            (self.is_broken, self.told) = (false, None);
+        }
+        let (peers, problems) = self.peers(desired);
+        if self.told.as_ref() != Some(&peers) {
+            // Flagged all the same: a peer that is not known yet gets nothing, and never in plain.
+            let told = self.device.set_peers(&peers);
+            self.flag(&desired.nodes);
+            told?;
+            self.told = Some(peers);
+        }
+        self.flag(&desired.nodes);
+        Ok(problems)
+    }
+}

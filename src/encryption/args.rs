@@ -1,0 +1,54 @@
+//! Settings of the encryption between nodes.
+
+use clap::{ArgAction, Args, ValueEnum};
+
+use crate::settings::{SettingError, within};
+
+/// Whether and how traffic between nodes is encrypted.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Encryption")]
+pub struct EncryptionArgs {
+    /// Encrypt what goes between pods of different nodes, and between pods and other nodes.
+    #[arg(long, env = "WEIR_ENCRYPTION", value_enum, default_value = "off")]
+    pub encryption: Mode,
+
+    /// Send nothing in plain to any other node's pods, and drop what comes from them in plain, also where a
+    /// node has no key yet. False while a running cluster changes to encryption or from it.
+    #[arg(long, env = "WEIR_ENCRYPTION_STRICT", action = ArgAction::Set, default_value_t = true)]
+    pub encryption_strict: bool,
+
+    /// UDP port of WireGuard.
+    #[arg(long, env = "WEIR_WIREGUARD_PORT", value_name = "PORT", default_value_t = 51871)]
+    pub wireguard_port: u16,
+
+    /// Who encrypts: the kernel's WireGuard, or a process of Weir's on kernels without it.
+    #[arg(long, env = "WEIR_WIREGUARD_DEVICE", value_enum, default_value = "auto")]
+    pub wireguard_device: DeviceChoice,
+}
+
+/// How traffic between nodes is encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// Not at all.
+    Off,
+    /// By WireGuard.
+    Wireguard,
+}
+
+/// Who encrypts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceChoice {
+    /// The kernel where it can, else the process.
+    Auto,
+    /// The kernel; without its WireGuard the agent does not start.
+    Kernel,
+    /// The process, whatever the kernel can.
+    User,
+}
+
+impl EncryptionArgs {
+    /// Refuses what makes no sense.
+    pub fn check(&self) -> Result<(), SettingError> {
+        within("wireguard-port", self.wireguard_port, 1..=u16::MAX)
+    }
+}

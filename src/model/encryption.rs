@@ -1,0 +1,98 @@
+//! How a node encrypts, as it tells the others.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use ipnet::IpNet;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// The public half of a node's WireGuard key, written in base64 as WireGuard's tools do.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PublicKey(pub [u8; 32]);
+
+impl fmt::Display for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&STANDARD.encode(self.0))
+    }
+}
+
+impl fmt::Debug for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for PublicKey {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bytes = STANDARD.decode(text).ok().and_then(|bytes| bytes.try_into().ok());
+        bytes.map(Self).ok_or_else(|| "must be a WireGuard key: 32 bytes in base64".to_owned())
+    }
+}
+
+impl Serialize for PublicKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for PublicKey {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+/// What a node has published of its encryption.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeKey {
+    /// Its WireGuard key.
+    pub public_key: PublicKey,
+    /// Where it listens, by UDP.
+    pub port: u16,
+}
+
+/// Another node, as the device that encrypts knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EncryptionPeer {
+    /// The node's name.
+    pub node: String,
+    /// Its key.
+    pub public_key: PublicKey,
+    /// Where it listens.
+    pub endpoint: SocketAddr,
+    /// What it may send from, and what is sent to it.
+    pub allowed: Vec<IpNet>,
+}
+
+impl EncryptionPeer {
+    /// The node's own addresses stand for its tunnels, its pod CIDRs for its pods: pods come and go without
+    /// a change.
+    pub fn allowed_of(addresses: &[IpAddr], pod_cidrs: &[IpNet]) -> Vec<IpNet> {
+        let mut allowed: Vec<IpNet> = addresses.iter().map(|address| IpNet::from(*address)).collect();
+        allowed.extend(pod_cidrs.iter().map(IpNet::trunc));
+        allowed.sort_unstable();
+        allowed.dedup();
+        allowed
+    }
+}
+
+/// How a peer is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerState {
+    /// Its key.
+    pub public_key: PublicKey,
+    /// Where its packets go.
+    pub endpoint: Option<SocketAddr>,
+    /// Seconds since the last handshake; none: there was none.
+    pub last_handshake_seconds: Option<u64>,
+    /// Bytes of packets that came from it.
+    pub received_bytes: u64,
+    /// Bytes of packets that went to it.
+    pub sent_bytes: u64,
+    /// Packets that could not be encrypted, decrypted or sent; those with a source that is not the peer's.
+    pub errors: u64,
+}

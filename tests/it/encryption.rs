@@ -1,0 +1,155 @@
+//! What goes between nodes is encrypted, through every accident; the wire is looked at all the while.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use weir::encryption::protocol::{Client, Request, SideState};
+
+use crate::lab::{Lab, MARKER, Node, Pod, Server, Setup, Traffic, Via, ping, probe_udp, wait_for};
+use crate::require::require_lab;
+use crate::verdicts::{Expected, Row, expect_all, expect_full_mesh};
+
+fn setup(routing: &str) -> Setup {
+    Setup {
+        nodes: 2,
+        routing: routing.to_owned(),
+        agent_arguments: ["--encryption", "wireguard", "--wireguard-device", "user"]
+            .map(str::to_owned)
+            .into(),
+        ..Setup::default()
+    }
+}
+
+/// How the process is that encrypts for a node.
+fn side(node: &Node) -> Result<SideState> {
+    let mut client = Client::connect(&node.directory().join("run/wireguard.sock"))?;
+    Ok(client.call(&Request::Status, &[])?)
+}
+
+fn say_the_marker(from: &Pod, to: &Pod) -> Result<()> {
+    for address in to.addresses().to_vec() {
+        let target = SocketAddr::new(address, 80);
+        let outcome = from.space().run(move || probe_udp(target, &[MARKER, &[b'x'; 1000]].concat()))?;
+        ensure!(outcome.is_answered(), "UDP {address}: {outcome}");
+        let outcome = from.space().run(move || ping(address, 3000))?;
+        ensure!(outcome.is_answered(), "fragments to {address}: {outcome}");
+    }
+    Ok(())
+}
+
+fn all_is_encrypted(routing: &str) -> Result<()> {
+    let lab = Lab::start(setup(routing))?;
+    let wall = lab.look_at_wire()?;
+    let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(2, "shop/b").create()?);
+    expect_full_mesh(&[&a, &b])?;
+    say_the_marker(&a, &b)?;
+    say_the_marker(&b, &a)?;
+    let _server = Server::start(lab.node(2).space(), "node2", lab.node(2).addresses(), &[8080])?;
+    let mut rows = Vec::new();
+    for via in [Via::Tcp, Via::Udp, Via::Ping] {
+        for address in b.addresses() {
+            let target = SocketAddr::new(*address, 80);
+            rows.push(Row::from_space(lab.node(1).space(), "node1", via, target, Expected::Answered));
+        }
+        for address in lab.node(2).addresses() {
+            rows.push(Row::new(&a, via, SocketAddr::new(*address, 8080), Expected::Answered));
+        }
+    }
+    expect_all(&rows)?;
+    for is_ipv4 in [true, false] {
+        let stream = Traffic::tcp(a.space(), SocketAddr::new(b.address(is_ipv4), 80));
+        stream.wait_for_answers(200)?;
+        stream.stop()?.check_nothing_lost()?;
+    }
+    wall.check().map(drop)
+}
+
+#[test]
+fn pods_of_two_nodes_are_encrypted_in_the_tunnel() -> Result<()> {
+    require_lab!();
+    all_is_encrypted("tunnel")
+}
+
+#[test]
+fn pods_of_two_nodes_are_encrypted_with_native_routing() -> Result<()> {
+    require_lab!();
+    all_is_encrypted("native")
+}
+
+fn survive(routing: &str) -> Result<()> {
+    let lab = Lab::start(setup(routing))?;
+    let wall = lab.look_at_wire()?;
+    let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(2, "shop/b").create()?);
+    expect_full_mesh(&[&a, &b])?;
+    let streams: Vec<Traffic> =
+        [true, false].map(|is_ipv4| Traffic::udp(a.space(), SocketAddr::new(b.address(is_ipv4), 80))).into();
+    let goes_on = || streams.iter().try_for_each(|stream| stream.wait_for_answers(100));
+    goes_on()?;
+
+    // The agent is away: nothing else is.
+    let before = side(lab.node(1))?;
+    lab.node(1).kill_agent()?;
+    goes_on()?;
+    ensure!(side(lab.node(1))?.pid == before.pid, "the process has ended with its agent");
+    lab.node(1).start_agent()?;
+    lab.node(1).wait_ready()?;
+    goes_on()?;
+    ensure!(side(lab.node(1))?.pid == before.pid, "the agent has started another process");
+
+    // The process is killed: another one comes.
+    kill(Pid::from_raw(before.pid as i32), Signal::SIGKILL)?;
+    wait_for("another process", || Ok(side(lab.node(1)).is_ok_and(|now| now.pid != before.pid)))?;
+    goes_on()?;
+
+    // Both are killed, and then the agent comes back.
+    let before = side(lab.node(1))?;
+    lab.node(1).kill_agent()?;
+    kill(Pid::from_raw(before.pid as i32), Signal::SIGKILL)?;
+    streams[0].wait_for_silence()?;
+    lab.node(1).start_agent()?;
+    lab.node(1).wait_ready()?;
+    goes_on()?;
+    for stream in streams {
+        let report = stream.stop()?;
+        ensure!(report.answered > 0, "{report:?}");
+    }
+    wall.check().map(drop)
+}
+
+#[test]
+fn nothing_goes_in_plain_when_agent_and_process_are_killed_in_the_tunnel() -> Result<()> {
+    require_lab!();
+    survive("tunnel")
+}
+
+#[test]
+fn nothing_goes_in_plain_when_agent_and_process_are_killed_with_native_routing() -> Result<()> {
+    require_lab!();
+    survive("native")
+}
+
+#[test]
+fn a_node_that_comes_anew_under_its_name_has_another_key() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(setup("tunnel"))?;
+    let wall = lab.look_at_wire()?;
+    let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(2, "shop/b").create()?);
+    expect_full_mesh(&[&a, &b])?;
+    let node = lab.node(2);
+    let before = side(node)?.running.context("the process has a device")?.public_key;
+    node.stop_agent()?;
+    Client::connect(&node.directory().join("run/wireguard.sock"))?.call(&Request::Stop, &[])?;
+    std::fs::remove_file(node.directory().join("state/wireguard.key"))?;
+    // Sends to a node that does not answer: node 1 waits, and says nothing in plain.
+    let stream = Traffic::udp(a.space(), SocketAddr::new(b.address(true), 80));
+    stream.wait_for_silence()?;
+    node.start_agent()?;
+    node.wait_ready()?;
+    ensure!(side(node)?.running.is_some_and(|now| now.public_key != before), "it has the same key");
+    stream.wait_for_answers(100)?;
+    stream.stop()?;
+    expect_full_mesh(&[&a, &b])?;
+    wall.check().map(drop)
+}
