@@ -48,11 +48,17 @@ fn compile_proto(out: &Path) -> Result<()> {
     let set = protox::compile(files, ["proto"]).context("compiling proto/")?;
     std::fs::write(out.join("hubble.fds"), prost::Message::encode_to_vec(&set))
         .context("writing the descriptors of proto/")?;
-    tonic_prost_build::configure()
-        .build_transport(false)
-        .emit_rerun_if_changed(false)
-        .compile_fds(set)
-        .context("generating code of proto/")
+    // What a collector serves is no part of our own descriptors.
+    let logs =
+        protox::compile(["opentelemetry/logs.proto"], ["proto"]).context("compiling proto/opentelemetry")?;
+    for set in [set, logs] {
+        tonic_prost_build::configure()
+            .build_transport(false)
+            .emit_rerun_if_changed(false)
+            .compile_fds(set)
+            .context("generating code of proto/")?;
+    }
+    Ok(())
 }
 
 /// The files of the built page, which become part of the program; none where it was not built.

@@ -69,7 +69,7 @@ impl Known {
         progress: watch::Receiver<Progress>,
     ) -> Self {
         let recorder =
-            Arc::new(Recorder::new(config.args.flows.flow_buffer).redacting(config.args.flows.redact()));
+            Arc::new(Recorder::new(config.args.flows.records()).redacting(config.args.flows.redact()));
         Self {
             config,
             tables: Arc::default(),

@@ -9,8 +9,10 @@ use tokio::sync::watch;
 use super::answers::Known;
 use super::args::{Config, Routing};
 use crate::flow::Names;
+use crate::flow::disk::{self, Segments};
 use crate::hubble::convert::Converter;
 use crate::hubble::events::AgentEvents;
+use crate::hubble::export;
 use crate::hubble::metrics::FlowMetrics;
 use crate::hubble::page;
 use crate::hubble::serve::{agent_routes, serve_socket, serve_tcp};
@@ -30,11 +32,14 @@ pub async fn serve(known: Arc<Known>, names: Arc<Names>, stopping: watch::Receiv
         args.network.routing == Routing::Tunnel,
     );
     let metrics = FlowMetrics::new(hubble.hubble_metrics_context);
-    known.telemetry.register_with(|registry| {
-        registry.sub_registry_with_prefix("hubble").register_collector(Box::new(metrics.clone()));
-    });
+    known.telemetry.register_as("hubble", |registry| registry.register_collector(Box::new(metrics.clone())));
     tokio::spawn(metrics.follow(known.recorder.clone(), names.clone()));
     let source = Source { recorder: known.recorder.clone(), names, converter: Arc::new(converter) };
+    if let Some(path) = hubble.hubble_exporters.clone() {
+        let counts = export::Counts::default();
+        known.telemetry.register_with(|registry| counts.register(registry));
+        tokio::spawn(export::run(path, source.clone(), counts, known.telemetry.parts().clone()));
+    }
     let events = Arc::new(AgentEvents::default());
     events.started();
     tokio::spawn(events.clone().follow(known.tables.clone(), known.endpoints.clone()));
@@ -59,6 +64,28 @@ pub async fn serve(known: Arc<Known>, names: Arc<Names>, stopping: watch::Receiv
     tokio::select! {
         served = socket => served,
         served = serve_tcp(address, identity, routes, stopping) => served.context("serving the relay"),
+    }
+}
+
+/// Reads back what the agent before has left, and goes on writing.
+pub fn keep_on_disk(known: &Known) {
+    let args = &known.config.args;
+    let bytes_max = args.flows.flow_history_disk.0;
+    if bytes_max == 0 {
+        return;
+    }
+    let directory = args.state_dir.join("flows");
+    let opened = Segments::open(&directory, bytes_max)
+        .and_then(|segments| Ok((segments.restore(&known.recorder)?, segments)));
+    match opened {
+        Ok((restored, segments)) => {
+            tracing::info!(restored, "the history of flows is kept on disk");
+            tokio::spawn(disk::keep(segments, known.recorder.clone()));
+        }
+        Err(error) => tracing::warn!(
+            error = crate::error::chain(&error),
+            "the history of flows is not kept on disk; see --flow-history-disk"
+        ),
     }
 }
 

@@ -17,6 +17,7 @@ mod settings;
 mod status;
 mod sysdump;
 mod table;
+mod top;
 mod wireguard;
 
 use std::io::{self, Write};
@@ -50,6 +51,8 @@ enum Command {
     Wireguard(wireguard::WireguardArgs),
     /// Show flows: who talked to whom, what became of it, and why.
     Observe(Box<observe::ObserveArgs>),
+    /// Show the live talkers, pairs and drops; --once prints them for scripts.
+    Top(Box<top::TopArgs>),
     /// Show how the agent is, or with --cluster all of them; exits with 3 when one is not ready.
     Status(status::StatusArgs),
     /// Try a cluster's network: pods, services, nodes, DNS, policies.
@@ -159,6 +162,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Relay(args) => relay::run(*args),
         Command::Wireguard(args) => wireguard::run(&args),
         Command::Observe(args) => observe::run(*args),
+        Command::Top(args) => top::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Connectivity(command) => connectivity::run(command),
         Command::Sysdump(args) => sysdump::run(&args),

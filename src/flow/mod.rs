@@ -12,6 +12,7 @@
 
 mod args;
 mod clock;
+pub mod disk;
 mod label;
 mod names;
 pub mod reader;

@@ -34,6 +34,10 @@ pub struct HubbleArgs {
     #[arg(long, env = "WEIR_HUBBLE_PAGE_ADDRESS", value_name = "ADDRESS:PORT")]
     pub hubble_page_address: Option<SocketAddr>,
 
+    /// A file that names exporters of flows, as docs/flows.md has it; its changes are followed.
+    #[arg(long, env = "WEIR_HUBBLE_EXPORTERS", value_name = "FILE")]
+    pub hubble_exporters: Option<PathBuf>,
+
     /// Which labels of the hubble_* metrics say who the two sides are. Pods are many: each is a series.
     #[arg(long, env = "WEIR_HUBBLE_METRICS_CONTEXT", value_enum, default_value = "none")]
     pub hubble_metrics_context: Context,

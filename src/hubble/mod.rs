@@ -13,6 +13,7 @@ pub mod certs;
 pub mod client;
 pub mod convert;
 pub mod events;
+pub mod export;
 pub mod filter;
 pub mod json;
 pub mod mask;

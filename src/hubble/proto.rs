@@ -24,6 +24,12 @@ pub mod relay {
     tonic::include_proto!("relay");
 }
 
+/// What a collector of OpenTelemetry takes.
+#[allow(missing_docs, clippy::all, clippy::unwrap_used)]
+pub mod otlp {
+    tonic::include_proto!("opentelemetry.proto.collector.logs.v1");
+}
+
 use jiff::Timestamp;
 
 /// The descriptors of every message, for JSON and for reflection.

@@ -54,6 +54,15 @@ pub struct RelayArgs {
     )]
     pub relay_page_address: SocketAddr,
 
+    /// Where metrics are served over HTTP.
+    #[arg(
+        long,
+        env = "WEIR_RELAY_METRICS_ADDRESS",
+        value_name = "ADDRESS:PORT",
+        default_value = "127.0.0.1:9966"
+    )]
+    pub relay_metrics_address: SocketAddr,
+
     /// A name by which browsers reach the page, beside addresses, localhost and names of Services.
     #[arg(long, env = "WEIR_RELAY_PAGE_HOST", value_name = "NAME", value_delimiter = ',')]
     pub relay_page_host: Vec<String>,

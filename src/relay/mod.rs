@@ -8,6 +8,7 @@
 
 mod args;
 mod fan;
+pub(crate) mod metrics;
 mod nodes;
 mod server;
 
@@ -38,16 +39,18 @@ pub async fn run(config: RelayConfig) -> Result<()> {
     if args.relay_node.is_empty() {
         tokio::spawn(nodes.clone().follow(args.target()));
     }
-    let relay = Relay::new(nodes);
+    let relay = Relay::new(nodes.clone());
+    let metrics = metrics::serve(args.relay_metrics_address, relay.counts(), nodes, stopping.clone());
     let server_identity =
         args.relay_server_tls_dir.as_deref().map(|directory| Arc::new(Identity::new(directory)));
     let routes = relay.routes().await?;
     let grpc = serve_tcp(args.relay_listen, server_identity, routes, stopping.clone());
-    let pages = page::routes(Arc::new(relay), page::Hosts(args.relay_page_host.clone()));
+    let pages = page::routes(Arc::new(relay.clone()), page::Hosts(args.relay_page_host.clone()));
     let page = page::serve(args.relay_page_address, pages, stopping);
     tokio::select! {
         served = grpc => served.context("serving clients"),
         served = page => served.context("serving the page"),
+        served = metrics => served.context("serving metrics"),
     }
 }
 

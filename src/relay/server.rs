@@ -14,6 +14,7 @@ use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
 use super::fan::Fan;
+use super::metrics::Counts;
 use super::nodes::{Link, Nodes};
 use crate::hubble::filter::Filters;
 use crate::hubble::mask::Mask;
@@ -41,12 +42,13 @@ const UNAVAILABLE_NAMED: usize = 10;
 pub struct Relay {
     nodes: Nodes,
     streams: Arc<Semaphore>,
+    counts: Counts,
 }
 
 impl Relay {
     /// Asks these nodes.
     pub fn new(nodes: Nodes) -> Self {
-        Self { nodes, streams: Arc::new(Semaphore::new(STREAMS_MAX)) }
+        Self { nodes, streams: Arc::new(Semaphore::new(STREAMS_MAX)), counts: Counts::default() }
     }
 
     /// Every service of a relay.
@@ -64,9 +66,34 @@ impl Relay {
         view.into_values().filter_map(channel).collect()
     }
 
+    /// What clients were told.
+    pub fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
     /// Requests that are being answered.
     pub fn busy(&self) -> usize {
         STREAMS_MAX - self.streams.available_permits()
+    }
+
+    fn answers(&self, request: GetFlowsRequest) -> Result<Answers<GetFlowsResponse>, Status> {
+        let slot = self.slot()?;
+        // A bad request is refused once, not by every node.
+        let bad = |error: &dyn std::fmt::Display| Status::invalid_argument(error.to_string());
+        Filters::new(&request.whitelist, &request.blacklist).map_err(|error| bad(&error))?;
+        let paths = request.field_mask.as_ref().map(|mask| mask.paths.as_slice()).unwrap_or_default();
+        Mask::new(paths).map_err(|error| bad(&error))?;
+        if request.first && request.follow {
+            return Err(Status::invalid_argument("first and follow exclude each other"));
+        }
+        let answers = ReceiverStream::new(Fan::start(self.nodes.subscribe(), request));
+        let counts = self.counts.clone();
+        Ok(answers
+            .map(move |answer| {
+                let _for_as_long = &slot;
+                answer.inspect(|answer| counts.answer(answer))
+            })
+            .boxed())
     }
 
     fn slot(&self) -> Result<tokio::sync::OwnedSemaphorePermit, Status> {
@@ -80,22 +107,10 @@ impl Relay {
 #[tonic::async_trait]
 impl Flows for Relay {
     fn flows(&self, request: GetFlowsRequest) -> Result<Answers<GetFlowsResponse>, Status> {
-        let slot = self.slot()?;
-        // A bad request is refused once, not by every node.
-        let bad = |error: &dyn std::fmt::Display| Status::invalid_argument(error.to_string());
-        Filters::new(&request.whitelist, &request.blacklist).map_err(|error| bad(&error))?;
-        let paths = request.field_mask.as_ref().map(|mask| mask.paths.as_slice()).unwrap_or_default();
-        Mask::new(paths).map_err(|error| bad(&error))?;
-        if request.first && request.follow {
-            return Err(Status::invalid_argument("first and follow exclude each other"));
-        }
-        let answers = ReceiverStream::new(Fan::start(self.nodes.subscribe(), request));
-        Ok(answers
-            .map(move |answer| {
-                let _for_as_long = &slot;
-                answer
-            })
-            .boxed())
+        self.counts.requests.inc();
+        self.answers(request).inspect_err(|_| {
+            self.counts.refused.inc();
+        })
     }
 
     async fn status(&self) -> ServerStatusResponse {

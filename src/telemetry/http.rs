@@ -67,17 +67,23 @@ pub async fn serve_on(
 }
 
 async fn metrics(State(telemetry): State<Arc<Telemetry>>, headers: HeaderMap) -> Response {
-    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
-    let is_open = accept.contains("application/openmetrics-text");
     // Reading maps takes system calls; other tasks need not wait for them.
     let text = tokio::task::spawn_blocking(move || telemetry.open_metrics()).await;
     match text {
-        Ok(Ok(text)) if is_open => ([(header::CONTENT_TYPE, OPEN_METRICS)], text).into_response(),
-        Ok(Ok(text)) => ([(header::CONTENT_TYPE, CLASSIC)], classic(&text)).into_response(),
+        Ok(Ok(text)) => readable(text, &headers),
         Ok(Err(_)) | Err(_) => {
             warn!("metrics could not be written");
             StatusCode::INTERNAL_SERVER_ERROR.into_response()
         }
+    }
+}
+
+/// OpenMetrics text in the form that a collector asks for.
+pub fn readable(open_metrics: String, headers: &HeaderMap) -> Response {
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
+    match accept.contains("application/openmetrics-text") {
+        true => ([(header::CONTENT_TYPE, OPEN_METRICS)], open_metrics).into_response(),
+        false => ([(header::CONTENT_TYPE, CLASSIC)], classic(&open_metrics)).into_response(),
     }
 }
 

@@ -22,7 +22,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 pub use collect::{KernelCounters, ObjectCounts, WatchHealth};
-pub use http::{listen, serve, serve_on};
+pub use http::{listen, readable, serve, serve_on};
 pub use parts::{PartRow, Parts};
 pub use ready::{Ready, ReadyGuard};
 
@@ -206,6 +206,11 @@ impl Telemetry {
     /// Lets another module register its own metrics, under `weir_`.
     pub fn register_with(&self, register: impl FnOnce(&mut Registry)) {
         register(self.registry().sub_registry_with_prefix("weir"));
+    }
+
+    /// Lets another module register its own metrics, under `prefix_`.
+    pub fn register_as(&self, prefix: &str, register: impl FnOnce(&mut Registry)) {
+        register(self.registry().sub_registry_with_prefix(prefix));
     }
 
     /// All metrics, as OpenMetrics text.

@@ -120,6 +120,7 @@ fn metrics_and_health_are_served() -> Result<()> {
         ("weir_forwarded_packets_total", &[]),
         ("weir_policy_computations_total", &[]),
         ("weir_flow_events_seen_total", &[]),
+        ("hubble_drop_total", &["POLICY_DENIED"]),
         ("weir_endpoints", &[]),
     ] {
         wait_for(&format!("{metric} above 0"), || Ok(node.metric(metric, labels)? > 0.0))?;

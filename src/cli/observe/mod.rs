@@ -11,23 +11,36 @@ use jiff::Timestamp;
 use super::cluster::ClusterArgs;
 use super::{Connection, Failure};
 use crate::hubble::page::moment;
-use filters::FilterArgs;
-pub use stream::flows_of;
+pub use filters::FilterArgs;
+pub use stream::{channel, flows_of};
+
+/// Whose flows: this node's, those of a server, or of every node.
+#[derive(Args, Clone)]
+pub struct From {
+    #[command(flatten)]
+    pub(super) connection: Connection,
+
+    /// Ask this observer or relay by Hubble's API: HOST:PORT, or unix:PATH.
+    #[arg(long, env = "HUBBLE_SERVER", value_name = "TARGET", conflicts_with = "cluster")]
+    pub(super) server: Option<String>,
+    /// Reach --server with TLS: a directory with ca.crt, tls.crt and tls.key.
+    #[arg(long, value_name = "DIR", requires = "server")]
+    pub(super) tls_dir: Option<PathBuf>,
+    /// The name that the certificate of --server must have.
+    #[arg(long, value_name = "NAME", requires = "tls_dir")]
+    pub(super) tls_server_name: Option<String>,
+
+    /// The flows of every node of the cluster, through the API server.
+    #[arg(long)]
+    pub(super) cluster: bool,
+    #[command(flatten)]
+    pub(super) of: ClusterArgs,
+}
 
 #[derive(Args)]
 pub struct ObserveArgs {
     #[command(flatten)]
-    connection: Connection,
-
-    /// Ask this observer or relay by Hubble's API: HOST:PORT, or unix:PATH.
-    #[arg(long, env = "HUBBLE_SERVER", value_name = "TARGET", conflicts_with = "cluster")]
-    server: Option<String>,
-    /// Reach --server with TLS: a directory with ca.crt, tls.crt and tls.key.
-    #[arg(long, value_name = "DIR", requires = "server")]
-    tls_dir: Option<PathBuf>,
-    /// The name that the certificate of --server must have.
-    #[arg(long, value_name = "NAME", requires = "tls_dir")]
-    tls_server_name: Option<String>,
+    from: From,
     /// Read flows from a file, one JSON object a line, as -o json writes them; - is standard input.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["server", "cluster", "follow"])]
     input_file: Option<PathBuf>,
@@ -68,12 +81,6 @@ pub struct ObserveArgs {
     /// Only these fields of a flow, as source.pod_name; for -o json.
     #[arg(long, value_name = "FIELDS", value_delimiter = ',')]
     field_mask: Vec<String>,
-
-    /// The flows of every node of the cluster, through the API server.
-    #[arg(long)]
-    cluster: bool,
-    #[command(flatten)]
-    of: ClusterArgs,
 
     #[command(flatten)]
     filter: FilterArgs,

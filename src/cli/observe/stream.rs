@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, anyhow};
 use tonic::transport::Channel;
 
-use super::{FlowFormat, ObserveArgs};
+use super::{FlowFormat, From, ObserveArgs};
 use crate::cli::cluster::observe::{Wanted, run as observe_cluster};
 use crate::cli::{Connection, Failure, cluster, output};
 use crate::hubble::args::socket_beside;
@@ -35,7 +35,7 @@ pub fn run(args: &ObserveArgs) -> Result<(), Failure> {
         Some(path) => from_file(args, path, &mut printer)?,
         None => {
             let runtime = cluster::runtime()?;
-            let outcome = match args.cluster {
+            let outcome = match args.from.cluster {
                 true => runtime.block_on(from_cluster(args, &mut printer)),
                 false => runtime.block_on(from_server(args, &mut printer)),
             };
@@ -85,18 +85,20 @@ fn request(args: &ObserveArgs) -> Result<GetFlowsRequest, Failure> {
     })
 }
 
-async fn channel(args: &ObserveArgs) -> Result<Channel, Failure> {
-    let Some(server) = &args.server else { return node_channel(&args.connection).await };
+/// The server that is asked.
+pub async fn channel(from: &From) -> Result<Channel, Failure> {
+    let Some(server) = &from.server else { return node_channel(&from.connection).await };
     if let Some(path) = server.strip_prefix("unix:") {
         return Ok(connect_socket(Path::new(path.trim_start_matches("//"))).await?);
     }
-    let identity = args.tls_dir.as_deref().map(Identity::new);
-    Ok(connect(server, identity.as_ref(), args.tls_server_name.as_deref()).await?)
+    let identity = from.tls_dir.as_deref().map(Identity::new);
+    Ok(connect(server, identity.as_ref(), from.tls_server_name.as_deref()).await?)
 }
 
 async fn from_server(args: &ObserveArgs, printer: &mut Printer<'_>) -> Result<(), Failure> {
     let request = request(args)?;
-    let mut client = ObserverClient::new(channel(args).await?).max_decoding_message_size(ANSWER_BYTES_MAX);
+    let mut client =
+        ObserverClient::new(channel(&args.from).await?).max_decoding_message_size(ANSWER_BYTES_MAX);
     let refused = |status: tonic::Status| Failure::Other(anyhow!("{}", status.message().to_owned()));
     let mut answers = client.get_flows(request).await.map_err(refused)?.into_inner();
     while let Some(answer) = answers.message().await.map_err(refused)? {
@@ -142,7 +144,7 @@ async fn from_cluster(args: &ObserveArgs, printer: &mut Printer<'_>) -> Result<(
         false => args.last.or(Some(DEFAULT_LAST)),
     };
     let wanted = Wanted::typed(std::env::args(), args.follow, last);
-    observe_cluster(&args.of, wanted, |answer| {
+    observe_cluster(&args.from.of, wanted, |answer| {
         printer.show(answer)?;
         if args.follow { Ok(printer.out.flush()?) } else { Ok(()) }
     })

@@ -28,7 +28,9 @@ fn samples() -> BTreeMap<String, BTreeSet<String>> {
     metrics.register(registry.sub_registry_with_prefix("weir"));
     let mut operator = String::new();
     prometheus_client::encoding::text::encode(&mut operator, &registry).expect("text");
-    let text = http::classic(&telemetry().open_metrics().expect("text")) + &http::classic(&operator);
+    let text = http::classic(&telemetry().open_metrics().expect("text"))
+        + &http::classic(&operator)
+        + &http::classic(&of_flows());
     let mut samples = BTreeMap::<String, BTreeSet<String>>::new();
     for line in text.lines() {
         let names: Vec<String> = match line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
@@ -53,6 +55,25 @@ fn samples() -> BTreeMap<String, BTreeSet<String>> {
         }
     }
     samples
+}
+
+/// The metrics of flows, exporters and the relay.
+fn of_flows() -> String {
+    let mut registry = Registry::default();
+    let flows = crate::hubble::metrics::FlowMetrics::new(crate::hubble::metrics::Context::None);
+    let names = crate::flow::tests::names();
+    for event in [crate::flow::tests::forwarded(), crate::flow::tests::dropped()] {
+        flows.count(&event, &names);
+    }
+    registry.sub_registry_with_prefix("hubble").register_collector(Box::new(flows));
+    let exporters = crate::hubble::export::Counts::default();
+    exporters.of("a", "written");
+    exporters.register(registry.sub_registry_with_prefix("weir"));
+    let nodes = crate::relay::Nodes::new(None);
+    crate::relay::metrics::Counts::default().register(nodes, registry.sub_registry_with_prefix("weir"));
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &registry).expect("text");
+    text
 }
 
 /// Every identifier outside of quotes, with what follows it.
