@@ -23,6 +23,7 @@ pub mod netlink;
 pub mod node;
 pub mod operator;
 pub mod policy;
+pub mod proxy;
 pub mod relay;
 pub mod service;
 pub mod settings;

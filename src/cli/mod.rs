@@ -12,6 +12,7 @@ mod observe;
 mod operator;
 mod output;
 mod policy;
+mod proxy;
 mod relay;
 mod settings;
 mod status;
@@ -29,6 +30,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::agent::AgentArgs;
 use crate::api;
 use crate::operator::OperatorArgs;
+use crate::proxy::ProxyArgs;
 use crate::relay::RelayArgs;
 
 /// Networking, security and observability for Kubernetes on eBPF.
@@ -49,6 +51,8 @@ enum Command {
     Relay(Box<RelayArgs>),
     /// Encrypt for this node where the kernel has no WireGuard; the agent starts it.
     Wireguard(wireguard::WireguardArgs),
+    /// Run the proxy of layer 7, which the agent starts: HTTP, gRPC, DNS, Kafka, TLS names.
+    Proxy(Box<ProxyArgs>),
     /// Show flows: who talked to whom, what became of it, and why.
     Observe(Box<observe::ObserveArgs>),
     /// Show the live talkers, pairs and drops; --once prints them for scripts.
@@ -161,6 +165,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Operator(args) => operator::run(*args),
         Command::Relay(args) => relay::run(*args),
         Command::Wireguard(args) => wireguard::run(&args),
+        Command::Proxy(args) => proxy::run(*args),
         Command::Observe(args) => observe::run(*args),
         Command::Top(args) => top::run(&args),
         Command::Status(args) => status::run(&args),

@@ -18,6 +18,7 @@
 //! news         that something changed
 //! outward      devices that may lead out of the node
 //! pod          the link between a pod and its node
+//! privileges   giving up capabilities
 //! proxy        the proxy's network namespace
 //! queue        a pair of devices that delays packets
 //! route        routes and neighbours that are ours
@@ -39,6 +40,7 @@ mod netfilter;
 mod news;
 mod outward;
 mod pod;
+mod privileges;
 mod proxy;
 mod queue;
 mod route;
@@ -66,6 +68,7 @@ pub use pod::{
     GATEWAY_IPV4, GATEWAY_IPV6, POD_ROUTE_PROTOCOL, PodLink, PodLinkSpec, create_pod_link, raise_pod_link,
     verify_pod_link,
 };
+pub use privileges::{keep_transparent_sockets_only, raise_descriptor_limit};
 pub use proxy::{ProxyLink, create_proxy_link, find_proxy_link, new_namespace, proxy_listeners};
 pub use queue::{TokenBucket, ensure_queue};
 pub use route::{NODE_ROUTE_PROTOCOL, Route, neighbours, node_routes, sync_neighbours, sync_routes};

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(&str, &str)] = &[
     (
         "cli",
-        "agent operator relay hubble cni api encryption endpoint telemetry flow kube policy identity datapath netlink tables model \
-         settings yaml error",
+        "agent operator proxy relay hubble cni api encryption endpoint telemetry flow kube policy identity datapath netlink \
+         tables model settings signals yaml error",
     ),
     (
         "agent",
@@ -18,6 +18,7 @@ const LAYERS: &[(&str, &str)] = &[
          model settings signals backoff files error",
     ),
     ("operator", "hubble telemetry kube settings signals error"),
+    ("proxy", "netlink model settings"),
     ("relay", "hubble telemetry signals settings error"),
     ("hubble", "api telemetry flow kube datapath tables model settings yaml error"),
     ("endpoint", "cni telemetry ipam netlink tables model files"),

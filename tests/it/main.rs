@@ -31,6 +31,7 @@ mod page;
 mod policies;
 mod policy_changes;
 mod policy_model;
+mod proxy;
 mod published_policies;
 mod real_node;
 mod require;

@@ -17,8 +17,7 @@ pub enum L7Rules {
     Dns(Vec<DnsRule>),
     /// Kafka's protocol. No rule at all allows any request.
     Kafka(Vec<KafkaRule>),
-    /// The names that a TLS client may ask for: exact, or `*.example.com` for one label more. No name at all
-    /// allows any TLS.
+    /// The names that a TLS client may ask for: exact, or patterns as those of DNS. No name at all allows any TLS.
     ServerNames(Vec<String>),
 }
 
@@ -39,9 +38,7 @@ impl L7Rules {
             Self::Http(rules) => rules.iter().try_for_each(HttpRule::check),
             Self::Dns(rules) => rules.iter().try_for_each(DnsRule::check),
             Self::Kafka(rules) => rules.iter().try_for_each(KafkaRule::check),
-            Self::ServerNames(names) => {
-                names.iter().try_for_each(|name| check_name(name.strip_prefix("*.").unwrap_or(name), false))
-            }
+            Self::ServerNames(names) => names.iter().try_for_each(|name| check_pattern(name)),
         }
     }
 }
@@ -184,10 +181,16 @@ impl DnsRule {
     fn check(&self) -> Result<(), String> {
         match self {
             Self::MatchName(name) => check_name(name, false),
-            Self::MatchPattern(pattern) if pattern == "*" => Ok(()),
-            Self::MatchPattern(pattern) => check_name(pattern.strip_prefix("**.").unwrap_or(pattern), true),
+            Self::MatchPattern(pattern) => check_pattern(pattern),
         }
     }
+}
+
+fn check_pattern(pattern: &str) -> Result<(), String> {
+    if pattern == "*" {
+        return Ok(());
+    }
+    check_name(pattern.strip_prefix("**.").unwrap_or(pattern), true)
 }
 
 /// Names of at most 255 bytes with labels of letters, digits, `-`, `_` and, in a pattern, `*`.

@@ -1,0 +1,35 @@
+//! The connection to the server: from the client's address and port, so that both legs are one flow.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::IpTransparent;
+use tokio::net::{TcpSocket, TcpStream, UdpSocket};
+
+/// Connects to `server` as `client`.
+pub async fn connect(client: SocketAddr, server: SocketAddr, within: Duration) -> io::Result<TcpStream> {
+    let socket = match server {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    }?;
+    setsockopt(&socket, IpTransparent, &true)?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(client)?;
+    let connecting = tokio::time::timeout(within, socket.connect(server));
+    let stream = connecting.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// A UDP socket that speaks as `client` to `server`, and hears nobody else.
+pub async fn datagrams(client: SocketAddr, server: SocketAddr) -> io::Result<UdpSocket> {
+    let domain = socket2::Domain::for_address(server);
+    let socket = socket2::Socket::new(domain, socket2::Type::DGRAM.nonblocking(), None)?;
+    setsockopt(&socket, IpTransparent, &true)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&client.into())?;
+    socket.connect(&server.into())?;
+    UdpSocket::from_std(socket.into())
+}
