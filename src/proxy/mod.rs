@@ -13,6 +13,7 @@ mod accept;
 mod args;
 mod control;
 mod dns;
+mod frames;
 mod http;
 mod http1;
 mod http2;

@@ -36,6 +36,7 @@ pub struct Shared {
 }
 
 /// One flow.
+#[derive(Clone)]
 pub struct Session {
     /// What all flows share.
     pub shared: Arc<Shared>,

@@ -25,11 +25,18 @@ pub async fn connect(client: SocketAddr, server: SocketAddr, within: Duration) -
 
 /// A UDP socket that speaks as `client` to `server`, and hears nobody else.
 pub async fn datagrams(client: SocketAddr, server: SocketAddr) -> io::Result<UdpSocket> {
-    let domain = socket2::Domain::for_address(server);
-    let socket = socket2::Socket::new(domain, socket2::Type::DGRAM.nonblocking(), None)?;
-    setsockopt(&socket, IpTransparent, &true)?;
-    socket.set_reuse_address(true)?;
-    socket.bind(&client.into())?;
+    let socket = bound_datagrams(client)?;
     socket.connect(&server.into())?;
     UdpSocket::from_std(socket.into())
+}
+
+/// A UDP socket with somebody else's address and port.
+pub fn bound_datagrams(address: SocketAddr) -> io::Result<socket2::Socket> {
+    let domain = socket2::Domain::for_address(address);
+    let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, None)?;
+    socket.set_nonblocking(true)?;
+    setsockopt(&socket, IpTransparent, &true)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
 }

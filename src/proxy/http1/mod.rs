@@ -13,4 +13,5 @@ mod head;
 mod judge;
 mod relay;
 
+pub use judge::{Denied, Grants, ask};
 pub use relay::{Outcome, Relay, close};
