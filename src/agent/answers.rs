@@ -22,11 +22,12 @@ use crate::api::answers::{
     ServiceRow, StatusAnswer, WaitingRow,
 };
 use crate::api::{Handler, Refusal, Reply, Request};
-use crate::datapath::{Datapath, MapFill, RuleOrigins, Usage, UsageKind};
+use crate::datapath::{Datapath, MapFill, PolicyWriter, RuleOrigins, RuleSets, Usage, UsageKind};
 use crate::endpoint::{Manager, Progress};
 use crate::flow::{Direction, NameSource, NameTables, Names, Recorder};
 use crate::kube::foreign::ForeignPolicy;
 use crate::kube::{Health, Tables};
+use crate::model::l7::RuleSetId;
 use crate::model::{
     Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Origins, Policy,
     PolicyDirection, PolicyRef, Protocol, Scope, ServiceQuestion, ServiceTrace,
@@ -57,6 +58,7 @@ pub struct Known {
 struct Loaded {
     datapath: Arc<Datapath>,
     rule_origins: RuleOrigins,
+    rule_sets: RuleSets,
     ports: Ports,
 }
 
@@ -86,8 +88,9 @@ impl Known {
     }
 
     /// The programs run.
-    pub fn loaded(self: &Arc<Self>, datapath: Arc<Datapath>, rule_origins: RuleOrigins, ports: Ports) {
-        if self.loaded.set(Loaded { datapath: datapath.clone(), rule_origins, ports }).is_ok() {
+    pub fn loaded(self: &Arc<Self>, datapath: Arc<Datapath>, policies: &PolicyWriter, ports: Ports) {
+        let (rule_origins, rule_sets) = (policies.rule_origins(), policies.rule_sets());
+        if self.loaded.set(Loaded { datapath: datapath.clone(), rule_origins, rule_sets, ports }).is_ok() {
             self.telemetry.show_kernel(datapath);
         }
     }
@@ -502,6 +505,10 @@ impl NameSource for Known {
 
     fn rule_origin(&self, rule_id: u32) -> Option<Origins> {
         self.loaded.get()?.rule_origins.get(rule_id)
+    }
+
+    fn rule_set_origin(&self, id: RuleSetId) -> Option<Origins> {
+        Some(self.loaded.get()?.rule_sets.get(id)?.origins)
     }
 
     fn is_audit(&self, rule_id: u32) -> bool {

@@ -21,6 +21,7 @@ mod ends;
 mod follow;
 mod health_ports;
 mod ipsec;
+mod layer7;
 mod lead;
 mod local;
 mod mtu;
@@ -28,6 +29,7 @@ mod node;
 mod observer;
 pub mod policy_diff;
 mod ports;
+mod proxy;
 mod publish;
 mod removed;
 mod restart;
@@ -214,7 +216,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     }
     // Before policies are counted for the first time, or one that comes in between would be missed.
     let ipsec = ipsec::follow();
-    known.loaded(datapath.clone(), writers.policies.rule_origins(), ports);
+    known.loaded(datapath.clone(), &writers.policies, ports);
 
     let events = KernelEvents::open(datapath.clone()).context("opening the ring buffer of events")?;
     flow::reader::start(events, known.recorder.clone(), names, stopping.clone())
@@ -250,6 +252,16 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
             tracing::error!(error = crate::error::chain(&error), "queued deletions wait for the next start");
         }
     });
+    let proxy = proxy::Proxy::default();
+    let of_proxy = proxy::Options {
+        datapath: datapath.clone(),
+        state_dir: config.args.state_dir.clone(),
+        mtu: devices.mtu,
+        sets: writers.policies.rule_sets(),
+        hears: Arc::new(layer7::Told { known: known.clone() }),
+        parts: parts.clone(),
+    };
+    tokio::spawn(proxy::run(of_proxy, proxy.clone()));
     let limits = sinks::Limits { policy_rows: config.args.rules.policy_rows_max };
     let device_sink = DeviceSink::new(
         datapath.clone(),
@@ -268,7 +280,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         local,
         ipsec: ipsec.clone(),
         compute,
-        sinks: sinks::all(&datapath, writers, device_sink, encryption, limits, ipsec, parts)
+        sinks: sinks::all(&datapath, writers, device_sink, encryption, (limits, proxy), ipsec, parts)
             .context("ordering the sinks")?,
         datapath,
         kernel_news: netlink::kernel_news(endpoint::is_host_interface_name)?,

@@ -103,8 +103,9 @@ pub fn create_proxy_link(namespace: &File, name: &str, mtu: u32) -> Result<Proxy
     let request =
         Request::new(format!("making device {name}"), RouteNetlinkMessage::NewLink(message)).create();
     Connection::open()?.execute(vec![request])?;
-    // What pods send comes by this device, too: the way back to them is another one.
-    set_if_there(&format!("net/ipv4/conf/{name}/rp_filter"), "2")?;
+    // What pods send comes by this device, too, and the way back to them is another one. The kernel's loose
+    // filter takes nothing by a device without an address.
+    set_if_there(&format!("net/ipv4/conf/{name}/rp_filter"), "0")?;
     set_if_there(&format!("net/ipv6/conf/{name}/addr_gen_mode"), "1")?;
     let host = link(name)?.ok_or_else(|| Error::Different(format!("device {name} went away")))?;
     Connection::open()?.execute(vec![super::link::raise(host.index)])?;

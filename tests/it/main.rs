@@ -15,6 +15,7 @@ mod flows;
 mod fragments;
 mod golden;
 mod host_ports;
+mod l7;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod lab_itself;

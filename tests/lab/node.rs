@@ -154,6 +154,23 @@ impl Node {
         Ok(())
     }
 
+    /// The process id of the proxy that the agent has started last, while it runs.
+    pub fn proxy_pid(&self) -> Option<i32> {
+        let pid: i32 =
+            fs::read_to_string(self.directory.join("state/proxy.pid")).ok()?.trim().parse().ok()?;
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let own = self.directory.display().to_string();
+        String::from_utf8_lossy(&line).contains(&own).then_some(pid)
+    }
+
+    /// Ends the proxy with SIGKILL, as a crash does.
+    pub fn kill_proxy(&self) -> Result<()> {
+        match self.proxy_pid() {
+            Some(pid) => Ok(kill(Pid::from_raw(pid), Signal::SIGKILL)?),
+            None => Ok(()),
+        }
+    }
+
     /// The process id of the agent, while it runs.
     pub fn agent_pid(&self) -> Option<u32> {
         self.agent.lock().expect("no test panics while it holds the agent").as_ref().map(Child::id)
@@ -274,7 +291,7 @@ impl Drop for Node {
                 drops.unwrap_or_else(|error| format!("{error:#}"))
             );
         }
-        let ended = self.kill_agent();
+        let ended = self.kill_agent().and(self.kill_proxy());
         // What encrypts for the node goes on without its agent.
         let socket = self.directory.join("run/wireguard.sock");
         if let Ok(mut client) = weir::encryption::protocol::Client::connect(&socket) {

@@ -35,6 +35,7 @@ use anyhow::Result;
 
 use super::compute::Desired;
 use super::ipsec;
+use super::proxy::Proxy;
 use crate::datapath::{Datapath, Writers};
 use crate::model::{EndpointId, PolicyId, PolicyRef};
 use crate::netlink::News;
@@ -162,7 +163,7 @@ pub fn all(
     writers: Writers,
     devices: DeviceSink,
     encryption: Option<Encryption>,
-    limits: Limits,
+    (limits, proxy): (Limits, Proxy),
     ipsec: ipsec::News,
     parts: Parts,
 ) -> Result<Sinks> {
@@ -173,7 +174,7 @@ pub fn all(
     let mut sinks: Vec<Box<dyn Sink>> = encryption.into_iter().collect();
     let others: Vec<Box<dyn Sink>> = vec![
         Box::new(stack::Stack::new(writers.stack, ipsec)),
-        Box::new(policies::Policies::new(writers.policies, limits)),
+        Box::new(policies::Policies::new(writers.policies, limits, proxy)),
         Box::new(addresses::Addresses::new(writers.addresses, encrypted)),
         Box::new(endpoints::Endpoints::new(writers.endpoints)),
         Box::new(services::Services::new(writers.services)),

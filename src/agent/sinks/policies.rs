@@ -2,12 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
 use super::{Drift, Limits, Problem, Refusal, Round, Sink};
 use crate::agent::compute::Desired;
-use crate::datapath::PolicyWriter;
+use crate::agent::proxy::Proxy;
+use crate::datapath::{PolicyWriter, RuleSets};
+use crate::model::l7::RuleSetId;
 use crate::model::{CompiledPolicy, PolicyId};
 
 type Compiled = BTreeMap<PolicyId, Arc<CompiledPolicy>>;
@@ -20,12 +23,51 @@ pub struct Policies {
     tried: BTreeMap<PolicyId, (String, u32)>,
     /// What `delete` may take as desired.
     fitting: Compiled,
+    layer7: Layer7,
+}
+
+/// So long a policy waits until the proxy has its rules. After that it counts: what it leaves to the proxy is closed.
+const PROXY_WITHIN: Duration = Duration::from_secs(2);
+
+/// Which rule sets policies leave to the proxy.
+struct Layer7 {
+    sets: RuleSets,
+    proxy: Proxy,
+    of_policy: BTreeMap<PolicyId, (Arc<CompiledPolicy>, BTreeSet<RuleSetId>)>,
+    waiting: BTreeMap<PolicyId, Instant>,
+}
+
+impl Layer7 {
+    /// Asks for the rule sets of these policies. Returns the policies that wait for the proxy.
+    fn ask(&mut self, policies: &Compiled) -> BTreeMap<PolicyId, Refusal> {
+        self.of_policy.retain(|id, _| policies.contains_key(id));
+        for (id, policy) in policies {
+            let known = self.of_policy.get(id);
+            if known.is_none_or(|(known, _)| !Arc::ptr_eq(known, policy)) {
+                let sets = policy.rule_sets().map(|set| self.sets.id_of(set)).collect();
+                self.of_policy.insert(*id, (policy.clone(), sets));
+            }
+        }
+        self.proxy.want(self.of_policy.values().flat_map(|(_, sets)| sets).copied().collect());
+        let now = Instant::now();
+        let lacking = self.of_policy.iter().filter(|(_, (_, sets))| !self.proxy.knows(sets));
+        let lacking: BTreeSet<PolicyId> = lacking.map(|(id, _)| *id).collect();
+        self.waiting.retain(|id, _| lacking.contains(id));
+        for id in lacking {
+            self.waiting.entry(id).or_insert(now);
+        }
+        let cause = || "the proxy does not have its rules yet".to_owned();
+        let waits = self.waiting.iter().filter(|(_, since)| now.duration_since(**since) < PROXY_WITHIN);
+        waits.map(|(id, _)| (*id, Refusal { cause: cause(), closes: false })).collect()
+    }
 }
 
 impl Policies {
     /// The writer, and how much it may write for one policy.
-    pub fn new(writer: PolicyWriter, limits: Limits) -> Self {
-        Self { writer, limits, tried: BTreeMap::new(), fitting: BTreeMap::new() }
+    pub fn new(writer: PolicyWriter, limits: Limits, proxy: Proxy) -> Self {
+        let layer7 =
+            Layer7 { sets: writer.rule_sets(), proxy, of_policy: BTreeMap::new(), waiting: BTreeMap::new() };
+        Self { writer, limits, tried: BTreeMap::new(), fitting: BTreeMap::new(), layer7 }
     }
 
     /// Policies that are not even tried: those over the budget and, when all policies are more than the
@@ -53,8 +95,12 @@ impl Sink for Policies {
         let desired = &round.desired.policies;
         let too_large = self.too_large(desired);
         self.tried.retain(|id, _| desired.contains_key(id) && !too_large.contains_key(id));
-        let may =
-            |id: &PolicyId| !too_large.contains_key(id) && (round.is_retry || !self.tried.contains_key(id));
+        let waiting = self.layer7.ask(desired);
+        let may = |id: &PolicyId| {
+            !too_large.contains_key(id)
+                && !waiting.contains_key(id)
+                && (round.is_retry || !self.tried.contains_key(id))
+        };
         let fitting: Compiled =
             desired.iter().filter(|(id, _)| may(id)).map(|(id, policy)| (*id, policy.clone())).collect();
         let refused = self.writer.write(&fitting, round.in_force);
@@ -73,7 +119,7 @@ impl Sink for Policies {
             .tried
             .iter()
             .map(|(id, (cause, tries))| (*id, Refusal { cause: cause.clone(), closes: *tries > 1 }));
-        let refused: BTreeMap<PolicyId, Refusal> = too_large.chain(tried).collect();
+        let refused: BTreeMap<PolicyId, Refusal> = too_large.chain(tried).chain(waiting).collect();
         let problems = refused.iter().map(|(id, refusal)| problem(round.desired, *id, &refusal.cause));
         let problems = problems.collect();
         round.refused.extend(refused);

@@ -247,14 +247,6 @@ fn rules_of_layer_7_are_read_for_the_protocols_that_they_are_for() {
         ),
         ("{ports: [{port: '80', protocol: TCP}], rules: {http: [{}]}}", r#"TCP {"http":[{}]}"#),
         (
-            "{ports: [{port: '53', protocol: ANY}], rules: {dns: [{matchName: A.example.}, {matchPattern: '*.b'}]}}",
-            r#"TCP,UDP {"dns":[{"matchName":"a.example"},{"matchPattern":"*.b"}]}"#,
-        ),
-        (
-            "{ports: [{port: '9092', protocol: TCP}], rules: {kafka: [{role: produce, topic: t}]}}",
-            r#"TCP {"kafka":[{"apiKeys":[0,3,18,22,75],"topic":"t"}]}"#,
-        ),
-        (
             "{ports: [{port: '443', protocol: TCP}], serverNames: [a.example]}",
             r#"TCP {"serverNames":["a.example"]}"#,
         ),
@@ -275,6 +267,9 @@ fn rules_of_layer_7_are_read_for_the_protocols_that_they_are_for() {
         "{ports: [{port: '80', protocol: TCP}], rules: {http: [{}], dns: [{matchPattern: '*'}]}}",
         "{ports: [{port: '80', protocol: TCP}], rules: {http: [{headerMatches: [{name: a, secret: {name: b}}]}]}}",
         "{ports: [{port: '9092', protocol: TCP}], rules: {kafka: [{role: produce, apiKey: fetch}]}}",
+        // The proxy does not speak these yet.
+        "{ports: [{port: '9092', protocol: TCP}], rules: {kafka: [{role: produce, topic: t}]}}",
+        "{ports: [{port: '53', protocol: ANY}], rules: {dns: [{matchName: A.example.}, {matchPattern: '*.b'}]}}",
     ] {
         let (rules, doubts) = read(rules);
         assert_eq!((rules, doubts.len()), (vec![], 1), "{doubts:?}");

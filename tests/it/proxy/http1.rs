@@ -428,7 +428,9 @@ fn both_ends_must_allow_and_looking_on_denies_nothing() -> Result<()> {
     let status = |path: &str| world.status(&[&format!("http://10.78.0.2{path}")]);
     assert_eq!((status("/a")?, status("/b")?, status("/c")?), ("403".into(), "200".into(), "403".into()));
     assert_eq!(world.status(&["http://10.78.0.2:8080/any"])?, "200");
-    assert!(world.send(at(443), b"GET / HTTP/1.1\r\n\r\n")?.is_empty(), "a flow that nobody knows is closed");
+    // The reset may come before the request has left.
+    let unknown = world.send(at(443), b"GET / HTTP/1.1\r\n\r\n");
+    assert!(!unknown.is_ok_and(|answer| !answer.is_empty()), "a flow that nobody knows is closed");
     assert_eq!(world.status(&["http://10.78.0.2:8080/again"])?, "200");
     Ok(())
 }

@@ -1,0 +1,259 @@
+//! Rules of layer 7 on real nodes: agent, programs, proxy, and clients and servers that know nothing of them.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::lab::{Lab, Pod, Running, Setup, Space, noting_failure, wait_for};
+use crate::require::require_lab;
+
+const PORT: u16 = 18080;
+
+/// A server of HTTP/1.1 that answers every request with its path and the client's address.
+struct Http {
+    stops: Arc<AtomicBool>,
+    running: Option<Running<Result<()>>>,
+}
+
+impl Http {
+    fn start(space: &Space) -> Result<Self> {
+        let stops = Arc::new(AtomicBool::new(false));
+        let listener = space.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, PORT)))?;
+        listener.set_nonblocking(true)?;
+        let running = space.start({
+            let stops = stops.clone();
+            move || -> Result<()> {
+                while !stops.load(Ordering::Relaxed) {
+                    match listener.accept() {
+                        Ok((stream, peer)) => {
+                            std::thread::spawn(move || answer(stream, peer));
+                        }
+                        Err(_) => std::thread::sleep(Duration::from_millis(2)),
+                    }
+                }
+                Ok(())
+            }
+        });
+        Ok(Self { stops, running: Some(running) })
+    }
+}
+
+impl Drop for Http {
+    fn drop(&mut self) {
+        self.stops.store(true, Ordering::Relaxed);
+        if let Some(running) = self.running.take()
+            && let Err(error) = running.wait()
+        {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+fn answer(stream: TcpStream, peer: SocketAddr) -> Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut writer = stream;
+    loop {
+        let Some(path) =
+            read_head(&mut reader)?.first().and_then(|line| Some(line.split(' ').nth(1)?.to_owned()))
+        else {
+            return Ok(());
+        };
+        let body = format!("{path} {}", peer.ip().to_canonical());
+        write!(writer, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
+    }
+}
+
+/// The lines of a head; none at the end of the connection.
+fn read_head(reader: &mut impl BufRead) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line)? == 0 || line == "\r\n" {
+            return Ok(lines);
+        }
+        lines.push(line.trim_end().to_owned());
+    }
+}
+
+/// A connection that stays open.
+struct Client(BufReader<TcpStream>);
+
+impl Client {
+    fn connect(space: &Space, server: SocketAddr) -> Result<Self> {
+        let connect = move || TcpStream::connect_timeout(&server, Duration::from_secs(3));
+        let stream = space.run(connect).with_context(|| format!("connecting to {server}"))?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    /// The status and body of a request.
+    fn ask(&mut self, method: &str, path: &str) -> Result<(u16, String)> {
+        write!(self.0.get_mut(), "{method} {path} HTTP/1.1\r\nHost: web\r\nContent-Length: 0\r\n\r\n")?;
+        let head = read_head(&mut self.0)?;
+        let status =
+            head.first().context("the connection was closed")?.split(' ').nth(1).context("a status")?;
+        let length = head.iter().find_map(|line| {
+            line.to_ascii_lowercase().strip_prefix("content-length: ")?.parse::<usize>().ok()
+        });
+        let mut body = vec![0; length.unwrap_or(0)];
+        self.0.read_exact(&mut body)?;
+        Ok((status.parse()?, String::from_utf8(body)?))
+    }
+}
+
+/// The status of one request on a connection of its own.
+fn ask(space: &Space, server: IpAddr, method: &str, path: &str) -> Result<(u16, String)> {
+    Client::connect(space, SocketAddr::new(server, PORT))?.ask(method, path)
+}
+
+/// Lets everybody send these requests to pods with the label `app: web`.
+fn allow(lab: &Lab, http: &str) -> Result<()> {
+    lab.manifests().apply(&format!(
+        "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {{name: web, namespace: shop}}
+spec:
+  endpointSelector: {{matchLabels: {{app: web}}}}
+  ingress:
+  - fromEntities: [all]
+    toPorts: [{{ports: [{{port: '{PORT}', protocol: TCP}}], rules: {{http: {http}}}}}]
+"
+    ))
+}
+
+/// A policy is in force when what it forbids is forbidden.
+fn wait_for_status(space: &Space, server: IpAddr, (method, path): (&str, &str), wanted: u16) -> Result<()> {
+    let (method, path) = (method.to_owned(), path.to_owned());
+    wait_for(&format!("{wanted} for {method} {path}"), || {
+        Ok(ask(space, server, &method, &path).is_ok_and(|(status, _)| status == wanted))
+    })
+}
+
+/// GET /health passes, as whom it was sent; all other requests get 403.
+fn expect_health_only(space: &Space, client: Option<&Pod>, server: IpAddr) -> Result<()> {
+    let (status, body) = ask(space, server, "GET", "/health")?;
+    ensure!(status == 200, "GET /health: {status}");
+    if let Some(client) = client {
+        let own = client.address(server.is_ipv4());
+        ensure!(body == format!("/health {own}"), "the server saw {body:?}, not {own}");
+    }
+    for (method, path) in [("GET", "/admin"), ("POST", "/health"), ("GET", "/health/x")] {
+        let (status, _) = ask(space, server, method, path)?;
+        ensure!(status == 403, "{method} {path}: {status}");
+    }
+    Ok(())
+}
+
+fn only_health_passes(routing: &str) -> Result<()> {
+    let lab = Lab::start(Setup { nodes: 2, routing: routing.to_owned(), ..Setup::default() })?;
+    let client = lab.pod(1, "shop/client").create()?;
+    let servers = [
+        lab.pod(1, "shop/near").label("app", "web").create()?,
+        lab.pod(2, "shop/far").label("app", "web").create()?,
+    ];
+    let _running = servers.iter().map(|server| Http::start(server.space())).collect::<Result<Vec<_>>>()?;
+    allow(&lab, "[{method: GET, path: /health}]")?;
+    for server in &servers {
+        for address in server.addresses().to_vec() {
+            wait_for_status(client.space(), address, ("GET", "/admin"), 403)?;
+            expect_health_only(client.space(), Some(&client), address)
+                .with_context(|| format!("{routing}: to {} at {address}", server.name()))?;
+            expect_health_only(lab.outside(), None, address)
+                .with_context(|| format!("{routing}: from outside to {} at {address}", server.name()))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn only_get_health_passes_by_the_tunnel() -> Result<()> {
+    require_lab!();
+    only_health_passes("tunnel")
+}
+
+#[test]
+fn only_get_health_passes_by_native_routing() -> Result<()> {
+    require_lab!();
+    only_health_passes("native")
+}
+
+#[test]
+fn rules_of_the_clients_pod_hold_by_whichever_way_it_leaves() -> Result<()> {
+    require_lab!();
+    for routing in ["tunnel", "native"] {
+        let lab = Lab::start(Setup { nodes: 2, routing: routing.to_owned(), ..Setup::default() })?;
+        let client = lab.pod(1, "shop/client").create()?;
+        let servers = [lab.pod(1, "shop/near").create()?, lab.pod(2, "shop/far").create()?];
+        let mut running =
+            servers.iter().map(|server| Http::start(server.space())).collect::<Result<Vec<_>>>()?;
+        running.push(Http::start(lab.outside())?);
+        running.push(Http::start(lab.node(1).space())?);
+        lab.manifests().apply(
+            "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: client, namespace: shop}
+spec:
+  endpointSelector: {}
+  egress:
+  - toEntities: [all]
+    toPorts: [{ports: [{port: '18080', protocol: TCP}], rules: {http: [{method: GET, path: /health}]}}]
+",
+        )?;
+        let outside = crate::lab::OUTSIDE.map(|address| address.parse::<IpAddr>().expect("an address"));
+        let nodes = lab.node(1).addresses().to_vec();
+        let pods = servers.iter().flat_map(|server| server.addresses().to_vec());
+        for (number, address) in pods.chain(outside).chain(nodes).enumerate() {
+            wait_for_status(client.space(), address, ("GET", "/admin"), 403)?;
+            // Outside of the cluster the client has its node's address.
+            let seen = (number < 4).then_some(&client);
+            let outcome = expect_health_only(client.space(), seen, address);
+            noting_failure(outcome.with_context(|| format!("{routing}: to {address}")))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_running_connection_follows_its_policy_and_survives_agents_but_not_its_proxy() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup::default())?;
+    let client = lab.pod(1, "shop/client").create()?;
+    let server = lab.pod(1, "shop/web").label("app", "web").create()?;
+    let _running = Http::start(server.space())?;
+    let node = lab.node(1);
+    let target = SocketAddr::new(server.address(true), PORT);
+    allow(&lab, "[{method: GET, path: /health}]")?;
+    wait_for_status(client.space(), target.ip(), ("GET", "/admin"), 403)?;
+
+    let mut kept = Client::connect(client.space(), target)?;
+    ensure!(kept.ask("GET", "/health")?.0 == 200);
+    allow(&lab, "[{method: GET, path: /status}]")?;
+    wait_for("the connection to lose its right", || Ok(kept.ask("GET", "/health")?.0 == 403))?;
+    wait_for_status(client.space(), target.ip(), ("GET", "/status"), 200)?;
+    ensure!(kept.ask("GET", "/status")?.0 == 200, "the connection goes on");
+
+    let proxy = node.proxy_pid().context("a proxy runs")?;
+    node.kill_agent()?;
+    ensure!(kept.ask("GET", "/status")?.0 == 200, "without an agent the connection goes on");
+    ensure!(ask(client.space(), target.ip(), "GET", "/status")?.0 == 200, "and new ones begin");
+    ensure!(ask(client.space(), target.ip(), "GET", "/health")?.0 == 403);
+    node.start_agent()?;
+    node.wait_ready()?;
+    ensure!(kept.ask("GET", "/status")?.0 == 200, "the next agent changes nothing");
+    allow(&lab, "[{method: GET, path: /health}]")?;
+    wait_for_status(client.space(), target.ip(), ("GET", "/health"), 200)?;
+    ensure!(kept.ask("GET", "/status")?.0 == 403 && kept.ask("GET", "/health")?.0 == 200);
+    ensure!(node.proxy_pid() == Some(proxy), "the proxy is the same");
+
+    node.kill_proxy()?;
+    ensure!(kept.ask("GET", "/health").is_err(), "what the proxy had in its hands breaks");
+    wait_for_status(client.space(), target.ip(), ("GET", "/health"), 200)?;
+    ensure!(ask(client.space(), target.ip(), "GET", "/admin")?.0 == 403);
+    Ok(())
+}
