@@ -2,7 +2,7 @@
 //! metrics ask: everything that is read from the agent.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime};
 
@@ -22,19 +22,19 @@ use crate::api::answers::{
     ServiceRow, StatusAnswer, WaitingRow,
 };
 use crate::api::{Handler, Refusal, Reply, Request};
-use crate::datapath::{Datapath, MapFill, PolicyWriter, RuleOrigins, RuleSets, Usage, UsageKind};
+use crate::datapath::{Datapath, MapFill, PolicyWriter, RuleOrigins, RuleSets, Usage, UsageKind, maglev};
 use crate::endpoint::{Manager, Progress};
 use crate::flow::{Direction, NameSource, NameTables, Names, Recorder};
 use crate::kube::foreign::ForeignPolicy;
 use crate::kube::{Health, Tables};
 use crate::model::l7::RuleSetId;
 use crate::model::{
-    Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Origins, Policy,
+    Endpoint, EndpointId, Frontend, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Origins, Policy,
     PolicyDirection, PolicyRef, Protocol, Scope, ServiceQuestion, ServiceTrace,
 };
 use crate::policy::diff::Change;
 use crate::policy::explain::{Explanation, Packet, Question};
-use crate::service::Client;
+use crate::service::{Client, Flow};
 use crate::tables::{Snapshot, Table};
 use crate::telemetry::{ObjectCounts, Telemetry, WatchHealth};
 use crate::{netlink, policy};
@@ -432,12 +432,21 @@ impl Known {
         let client = self.service_client(&question.client)?;
         let mut services = crate::service::Frontends::default();
         services.update(&self.tables.services.snapshot(), &self.tables.slices.snapshot(), &current.place);
-        services.trace(client, question).map_err(refusal)
+        services.trace(client, question, |of, flow| self.maglev(of, flow)).map_err(refusal)
+    }
+
+    /// The backend that the programs choose for a flow by Maglev's table.
+    fn maglev(&self, frontend: &Frontend, flow: Flow) -> Option<SocketAddr> {
+        let backends: Vec<_> =
+            frontend.backends.iter().map(|backend| (backend.address, backend.weight)).collect();
+        let table = maglev::table(&backends, self.config.args.services.maglev_table_size);
+        let index = maglev::choose(&table, flow.client, flow.frontend, flow.protocol)?;
+        backends.get(usize::try_from(index).ok()?).map(|(address, _)| *address)
     }
 
     /// Whoever is of the cluster asks from within.
     fn service_client(&self, text: &str) -> Result<Client, Refusal> {
-        let of = |scope, address| Ok(Client { scope, address });
+        let of = |scope, address| Ok(Client { scope, address, port: None });
         match text {
             "node" => return of(Scope::Internal, None),
             "world" => return of(Scope::External, None),
@@ -446,6 +455,10 @@ impl Known {
         if let Ok(address) = text.parse::<IpAddr>() {
             let is_inside = self.current.load().addresses.contains_key(&address);
             return of(if is_inside { Scope::Internal } else { Scope::External }, Some(address));
+        }
+        if let Ok(from) = text.parse::<SocketAddr>() {
+            let client = self.service_client(&from.ip().to_string())?;
+            return Ok(Client { port: Some(from.port()), ..client });
         }
         let endpoints = self.endpoints.snapshot();
         let Some(endpoint) = endpoints.values().find(|endpoint| endpoint.pod.to_string() == text) else {

@@ -4,7 +4,7 @@
 //! out, and the last identity of each endpoint, which stays in force while a
 //! new one is being claimed.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -64,9 +64,9 @@ impl View {
         }
     }
 
-    /// True if an EndpointSlice has this address, ready or not.
-    pub fn lists(&self, address: IpAddr) -> bool {
-        self.slices.values().any(|slice| slice.backends.iter().any(|backend| backend.address == address))
+    /// The addresses that EndpointSlices have, ready or not.
+    pub fn listed(&self) -> HashSet<IpAddr> {
+        self.slices.values().flat_map(|slice| &slice.backends).map(|backend| backend.address).collect()
     }
 }
 

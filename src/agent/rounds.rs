@@ -5,6 +5,7 @@
 //! its first full list: until then the kernel goes on with what the agent before
 //! left. What a sink could not write it tries again by itself (`sinks`).
 
+use std::cell::LazyCell;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -226,8 +227,11 @@ impl Rounds {
     }
 
     fn tell_sockets(&mut self, view: &View, desired: &Desired, unlisted: &[SocketAddr]) {
-        let exists =
-            |backend: &SocketAddr| desired.addresses.contains_key(&backend.ip()) || view.lists(backend.ip());
+        // Worked out only where an address is asked for.
+        let listed = LazyCell::new(|| view.listed());
+        let exists = |backend: &SocketAddr| {
+            desired.addresses.contains_key(&backend.ip()) || listed.contains(&backend.ip())
+        };
         let Some(removed) = self.leaving.update(unlisted.to_vec(), exists) else { return };
         if self.removed_backends.send(removed).is_err() {
             tracing::debug!("nobody ends stale sockets any more: the agent is stopping");

@@ -88,7 +88,7 @@ pub struct TraceArgs {
     /// The port's protocol, where one number has several.
     #[arg(long, value_name = "tcp|udp|sctp", value_parser = protocol)]
     protocol: Option<Protocol>,
-    /// Who asks: a pod of this node as NAMESPACE/NAME, an address, node or world.
+    /// Who asks: a pod of this node as NAMESPACE/NAME, an address (with :PORT Maglev's choice is said), node or world.
     client: String,
     /// A Service as NAMESPACE/NAME, or an address; behind a colon the port, by number or name.
     #[arg(value_name = "SERVICE[:PORT]")]

@@ -48,7 +48,7 @@ pub use convert::FieldError;
 pub use health::{Health, KindHealth, Report};
 pub use kind::Kind;
 pub(crate) use kind::ObjectKind;
-pub(crate) use kinds::{Visitor, visit_all};
+pub(crate) use kinds::{Node as NodeKind, Service as ServiceKind, Visitor, visit_all};
 pub use leases::{Board, Posted, Postings};
 pub use publish::{Publisher, heartbeat_name};
 pub(crate) use unused::Unused;

@@ -15,7 +15,7 @@ use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, Time};
 use kube::api::{Api, ListParams, Patch, PatchParams};
 use kube::core::{Selector, SelectorExt};
-use kube::runtime::events::{Event, EventType, Recorder};
+use kube::runtime::events::Recorder;
 use kube::runtime::reflector::{Store, store};
 use kube::{Client, Resource, ResourceExt};
 use serde_json::json;
@@ -24,6 +24,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::addresses::{self, Outcome, Pool, Range, Wish};
+use super::events::warning;
 use super::metrics::Metrics;
 use super::{BATCH, FIELD_MANAGER, RETRY, is_conflict, nodes, recorder};
 use crate::kube::crd::{AddressBlock, CiliumLoadBalancerIPPool, LoadBalancerPool, LoadBalancerPoolSpec};
@@ -137,6 +138,8 @@ impl Balancers {
         services.sort_by_key(|service| {
             (service.meta().creation_timestamp.clone(), service.namespace(), service.name_any())
         });
+        let there: BTreeSet<String> = services.iter().filter_map(|service| service.uid()).collect();
+        self.said.retain(|uid, _| there.contains(uid));
         let (pools, faults) = self.read_pools();
         let wishes: Vec<(Arc<Service>, Wish)> =
             services.iter().filter_map(|service| Some((service.clone(), wish(service, &pools)?))).collect();
@@ -249,13 +252,7 @@ impl Balancers {
         if self.said.get(&uid) == Some(&message) {
             return Ok(());
         }
-        let event = Event {
-            type_: EventType::Warning,
-            reason: reason.to_owned(),
-            note: Some(message.chars().take(1000).collect()),
-            action: "GiveAddress".to_owned(),
-            secondary: None,
-        };
+        let event = warning(reason, "GiveAddress", &message);
         self.recorder.publish(&event, &service.object_ref(&())).await.context("publishing an event")?;
         self.said.insert(uid, message);
         Ok(())

@@ -13,11 +13,12 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::api::{Api, Patch, PatchParams, PostParams};
-use kube::runtime::events::{Event, EventType, Recorder};
+use kube::runtime::events::Recorder;
 use kube::{Client, Resource, ResourceExt};
 use serde_json::json;
 use tracing::{error, info, warn};
 
+use super::events::warning;
 use super::metrics::Metrics;
 use super::nodes::View;
 use super::pools::{Pool, Pools};
@@ -192,13 +193,7 @@ impl Cidrs {
             uid,
             ..ObjectReference::default()
         };
-        let event = Event {
-            type_: EventType::Warning,
-            reason: reason.to_owned(),
-            note: Some(text.to_owned()),
-            action: "AllocatePodCIDRs".to_owned(),
-            secondary: None,
-        };
+        let event = warning(reason, "AllocatePodCIDRs", text);
         self.recorder.publish(&event, &regarding).await.context("publishing an event")
     }
 

@@ -7,11 +7,12 @@ use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::{Api, DynamicObject, ListParams};
 use kube::core::ApiResource;
-use kube::runtime::events::{Event, EventType, Recorder};
+use kube::runtime::events::Recorder;
 use kube::{Client, ResourceExt};
 use tokio::time::Instant;
 use tracing::warn;
 
+use super::events::warning;
 use super::nodes::View;
 use crate::kube::Kind;
 use crate::kube::crd::ClosedPolicy;
@@ -37,10 +38,14 @@ impl Closed {
     /// Says what is new in what the nodes report.
     pub async fn round(&mut self, view: &View) {
         let statuses = view.weir_nodes.iter().filter_map(|(name, node)| Some((name, node.status.as_ref()?)));
-        let reported: HashMap<&ClosedPolicy, _> = statuses
+        let mut reported: HashMap<&ClosedPolicy, _> = HashMap::new();
+        for (policy, name) in statuses
             .flat_map(|(name, status)| status.closed_policies.iter().map(move |policy| (policy, name)))
-            .take(SAID_MAX)
-            .collect();
+        {
+            if reported.len() < SAID_MAX {
+                reported.entry(policy).or_insert(name);
+            }
+        }
         self.said.retain(|policy, _| reported.contains_key(policy));
         for (policy, node) in reported {
             if self.said.get(policy).is_some_and(|said| said.elapsed() < AGAIN) {
@@ -52,6 +57,8 @@ impl Closed {
                     error = crate::error::chain(&error),
                     "publishing an event on a policy"
                 );
+                // The next round tries again.
+                return;
             }
             self.said.insert(policy.clone(), Instant::now());
         }
@@ -83,13 +90,7 @@ impl Closed {
             uid: object.uid(),
             ..ObjectReference::default()
         };
-        let event = Event {
-            type_: EventType::Warning,
-            reason: "NotEnforced".to_owned(),
-            note: Some(format!("Node {node}: {}", policy.reason).chars().take(900).collect()),
-            action: "Enforce".to_owned(),
-            secondary: None,
-        };
+        let event = warning("NotEnforced", "Enforce", &format!("Node {node}: {}", policy.reason));
         self.recorder.publish(&event, &regarding).await.context("publishing the event")
     }
 }

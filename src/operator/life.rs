@@ -12,12 +12,13 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, NodeCondition, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{Api, DeleteParams, Patch, Preconditions};
-use kube::runtime::events::{Event, EventType, Recorder};
+use kube::runtime::events::Recorder;
 use kube::{Client, Resource, ResourceExt};
 use serde_json::json;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use super::events::warning;
 use super::metrics::{Metrics, StateLabel};
 use super::nodes::{Heartbeats, Life, View};
 use super::{is_conflict, merge};
@@ -26,8 +27,6 @@ use crate::kube::heartbeat_name;
 
 /// Pods without a toleration of it do not start on a node while its agent is not ready.
 pub const TAINT: &str = "node.weir.dev/agent-not-ready";
-/// Characters of an event's note, at most.
-const NOTE_MAX: usize = 1000;
 /// The condition of a Node that the network's plugin writes.
 const NETWORK_UNAVAILABLE: &str = "NetworkUnavailable";
 
@@ -199,15 +198,9 @@ impl Keeper {
     async fn say(&self, name: &str, node: &Node, state: State, message: &str) {
         let note = match state {
             State::Silent => "Weir's agent has said nothing for too long".to_owned(),
-            _ => format!("Weir's agent is not ready: {message}").chars().take(NOTE_MAX).collect(),
+            _ => format!("Weir's agent is not ready: {message}"),
         };
-        let event = Event {
-            type_: EventType::Warning,
-            reason: "WeirIsNotReady".to_owned(),
-            note: Some(note),
-            action: "Taint".to_owned(),
-            secondary: None,
-        };
+        let event = warning("WeirIsNotReady", "Taint", &note);
         if let Err(error) = self.recorder.publish(&event, &node.object_ref(&())).await {
             self.metrics.errors.inc();
             warn!(node = name, %error, "publishing an event");

@@ -5,7 +5,8 @@
 //!                                            │        └──> life   taint, condition, deleted nodes
 //!                                            ├ identities         garbage collection
 //!                                            ├ reports            events on broken objects
-//!                                            └ balancers          addresses of load balancers from pools
+//!                                            ├ balancers          addresses of load balancers from pools
+//!                                            └ conflicts          events on Services that want one address
 //! ```
 //!
 //! Pods need no operator: what it does is for nodes and identities that come and go. Replicas that do
@@ -18,9 +19,11 @@ mod balancers;
 mod certificates;
 mod cidrs;
 mod closed;
+mod conflicts;
 mod contact;
 mod definitions;
 mod election;
+mod events;
 mod identities;
 mod life;
 pub(crate) mod metrics;
@@ -173,12 +176,13 @@ async fn work(
         let mut closed = closed::Closed::new(client, recorder(client, &args.operator_name));
         info!(nodes = stores.view().nodes.len(), "looking after nodes");
         while !*resigning.borrow() {
-            closed.round(&stores.view()).await;
-            if let Err(error) = round(&stores, &mut cidrs, &mut keeper).await {
+            let view = stores.view();
+            if let Err(error) = round(&view, &mut cidrs, &mut keeper).await {
                 metrics.errors.inc();
                 warn!(error = crate::error::chain(&error), "looking after nodes");
                 sleep(RETRY).await;
             }
+            closed.round(&view).await;
             tokio::select! {
                 () = changed.notified() => sleep(BATCH).await,
                 () = sleep(IDLE_ROUND) => {}
@@ -207,13 +211,13 @@ async fn work(
         () = collector.run() => Ok(()),
         () = reports::run(client, &args.operator_name, metrics) => Ok(()),
         () = balancers::run(client, &args.operator_name, metrics) => Ok(()),
+        () = conflicts::run(client, &args.operator_name, metrics) => Ok(()),
     }
 }
 
-async fn round(stores: &nodes::Stores, cidrs: &mut cidrs::Cidrs, keeper: &mut life::Keeper) -> Result<()> {
-    let view = stores.view();
-    let given = cidrs.round(&view).await.context("giving pod CIDRs");
-    let forgotten = keeper.round(&view).await?;
+async fn round(view: &nodes::View, cidrs: &mut cidrs::Cidrs, keeper: &mut life::Keeper) -> Result<()> {
+    let given = cidrs.round(view).await.context("giving pod CIDRs");
+    let forgotten = keeper.round(view).await?;
     forgotten.iter().for_each(|name| cidrs.forget(name));
     given
 }

@@ -12,12 +12,13 @@ use futures::future::{BoxFuture, join_all};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::Api;
 use kube::runtime::WatchStreamExt;
-use kube::runtime::events::{Event, EventType, Recorder};
+use kube::runtime::events::{Event, Recorder};
 use kube::runtime::watcher::{self, watcher};
 use kube::{Client, Resource, ResourceExt};
 use tokio::time::{Instant, interval_at};
 use tracing::warn;
 
+use super::events::warning;
 use super::metrics::{KindLabel, Metrics};
 use super::recorder;
 use crate::kube::{FieldError, ObjectKind, Visitor, Watched, visit_all};
@@ -28,8 +29,6 @@ const PAGE: u32 = 50;
 const WATCH_SECONDS: u32 = 290;
 /// API servers forget events after an hour.
 const AGAIN: Duration = Duration::from_secs(50 * 60);
-/// A note has at most 1024 bytes (events.k8s.io/v1, `note`).
-const NOTE_MAX: usize = 1000;
 
 /// Follows every kind that agents read and that somebody may have written wrong. Never returns.
 pub async fn run(client: &Client, name: &str, metrics: &Metrics) {
@@ -171,18 +170,5 @@ fn complaint<K: ObjectKind>(object: &Watched<K>) -> Option<Event> {
     if text.is_empty() {
         return None;
     }
-    Some(Event {
-        type_: EventType::Warning,
-        reason: reason.to_owned(),
-        note: Some(
-            text.chars()
-                .scan(0, |length, letter| {
-                    *length += letter.len_utf8();
-                    (*length <= NOTE_MAX).then_some(letter)
-                })
-                .collect(),
-        ),
-        action: "Read".to_owned(),
-        secondary: None,
-    })
+    Some(warning(reason, "Read", &text))
 }

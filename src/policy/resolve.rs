@@ -233,7 +233,11 @@ impl References {
     }
 
     fn backends(&self, service: &ObjectKey) -> Vec<Peer> {
-        let slices = self.slices.values().filter(|slice| slice.service == *service);
+        // A slice is in the namespace of its Service.
+        let first = ObjectKey::new(service.namespace.clone(), "");
+        let in_namespace =
+            self.slices.range(first..).take_while(|(slice, _)| slice.namespace == service.namespace);
+        let slices = in_namespace.map(|(_, slice)| slice).filter(|slice| slice.service == *service);
         let addresses: BTreeSet<IpAddr> =
             slices.flat_map(|slice| &slice.backends).map(|backend| backend.address).collect();
         let block = |address: IpAddr| Peer::Block { cidr: address.into(), except: Vec::new() };

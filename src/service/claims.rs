@@ -93,9 +93,10 @@ impl Claims {
         self.0.range(least((address, port, protocol))..).take_while(same)
     }
 
-    /// The Service that has the whole address.
+    /// The Service that has the whole address, because it is a cluster IP.
     pub fn owner_of(&self, address: IpAddr) -> Option<&Arc<ObjectKey>> {
-        self.at((address, 0, None)).next().map(|claim| &claim.service)
+        let first = self.at((address, 0, None)).next();
+        first.filter(|claim| claim.kind == FrontendKind::ClusterIp).map(|claim| &claim.service)
     }
 
     /// Whoever may gain or lose when this claim comes or goes.

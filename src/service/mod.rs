@@ -5,7 +5,8 @@
 //! - `rows`: the frontends of one Service, at its own addresses, the nodes' and those from outside;
 //! - `claims`: whose an address is that several Services want.
 //!
-//! Every cluster IP also has a wildcard row, so that a port that no Service has is refused and not routed away.
+//! Every cluster IP and load balancer's address also has a wildcard row, so that a port that no Service has is
+//! refused and not routed away.
 //! [`frontends`] says what there is; [`Frontends`] says the same again and again at the cost of what changed.
 
 pub mod announced;
@@ -33,9 +34,9 @@ pub use claims::{Conflict, Reason};
 pub use host_ports::host_ports;
 pub use place::{Defaults, Place};
 pub use redirects::{Redirect, redirects};
-pub use trace::Client;
+pub use trace::{Client, Flow};
 
-use crate::model::{EndpointSlice, Frontend, FrontendKey, ObjectKey, Service};
+use crate::model::{EndpointSlice, Frontend, FrontendKey, FrontendKind, ObjectKey, Service};
 use crate::tables::Snapshot;
 use claims::Claims;
 use rows::Claim;
@@ -147,6 +148,8 @@ impl Frontends {
                     keys.push(key);
                     self.output.frontends.insert(key, frontend);
                 }
+                // Who shares an address wants its ports, and not what nobody serves.
+                Some(_) if key.protocol.is_none() && frontend.kind == FrontendKind::LoadBalancer => {}
                 Some(conflict) => {
                     self.output.conflicts.entry(ObjectKey::clone(name)).or_default().insert(conflict);
                 }

@@ -34,6 +34,9 @@ pub(super) fn claims<'a>(
         move |address, port, protocol, kind| Claim { address, port, protocol, kind, service: name.clone() };
     let whole = service.addresses.iter().filter(|address| is_usable(address));
     let whole = whole.map(move |address| claim(*address, 0, None, FrontendKind::ClusterIp));
+    // Of Services that share one the first has what no port of it is.
+    let rest = outer_addresses(service).filter(|(_, kind)| *kind == FrontendKind::LoadBalancer);
+    let whole = whole.chain(rest.map(move |(address, kind)| claim(address, 0, None, kind)));
     let by_port = service.ports.iter().flat_map(move |port| {
         let protocol = Some(port.protocol);
         let node_port =
@@ -73,6 +76,13 @@ pub(super) fn rows(
         for address in service.addresses.iter().filter(cluster) {
             let refused = Frontend::refusing(name.clone(), FrontendKind::ClusterIp);
             rows.rows.push((FrontendKey::rest_of(*address), refused));
+        }
+        // A node's own address serves other things beside.
+        let is_balancers = |(address, kind): &(IpAddr, FrontendKind)| {
+            *kind == FrontendKind::LoadBalancer && address.is_ipv4() == is_ipv4 && !place.is_a_nodes(address)
+        };
+        for (address, kind) in outer_addresses(service).filter(is_balancers) {
+            rows.rows.push((FrontendKey::rest_of(address), Frontend::refusing(name.clone(), kind)));
         }
         for port in service.ports.iter().filter(|port| port.port != 0) {
             rows.of_port(port, is_ipv4, slices);

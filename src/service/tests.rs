@@ -366,6 +366,68 @@ fn addresses_from_outside_capture_nothing() {
     assert_eq!(owner("10.96.0.2"), None);
 }
 
+#[test]
+fn a_load_balancers_address_leads_nowhere_else_but_a_nodes_own_does() {
+    let shared = |name: &str, address: &str, port| {
+        let (key, row) = service(name, &[address], &[("", TCP, port)]);
+        let balancer_addresses = vec![ip("203.0.113.1"), ip("192.0.2.1")];
+        (key, Arc::new(Service { balancer_addresses, ..Service::clone(&row) }))
+    };
+    let all = [shared("a", "10.96.0.1", 80), shared("b", "10.96.0.2", 81)];
+    let mut following = Frontends::default();
+    let mut rest = |services: &[(ObjectKey, Arc<Service>)]| {
+        let output = following.update(&services.iter().cloned().collect(), &Snapshot::new(), &place());
+        assert_eq!(said(output), Vec::<String>::new());
+        let row = output.frontends.get(&FrontendKey::rest_of(ip("203.0.113.1")));
+        assert!(!output.frontends.contains_key(&FrontendKey::rest_of(ip("192.0.2.1"))), "a node's own");
+        assert!(row.is_none_or(|row| row.backends.is_empty() && !row.has_others));
+        row.map(|row| row.service.name.to_string())
+    };
+    assert_eq!(rest(&all).as_deref(), Some("a"));
+    assert_eq!(rest(&all[1..]).as_deref(), Some("b"));
+    assert_eq!(rest(&[]), None);
+}
+
+#[test]
+fn a_trace_says_what_maglev_picks_and_where_a_redirection_leads() {
+    let web = edited("web", "10.96.0.1", |web| web.algorithm = Some(crate::model::Algorithm::Maglev));
+    let slices: Slices = [slice("web", "web", &[("", TCP, 8080)], &[ready("10.0.0.1"), ready("10.0.0.2")])]
+        .into_iter()
+        .collect();
+    let services: Services = [web].into_iter().collect();
+    let mut following = Frontends::default();
+    following.update(&services, &slices, &place());
+    let lines = traced(&following, Scope::Internal, Some("10.0.0.9"), "shop/web", "");
+    let pick = "maglev: a new connection from 10.0.0.9:40000 goes to 10.0.0.2:8080, if its packets are \
+                translated and not its socket";
+    assert!(lines.contains(&pick.to_owned()), "{lines:?}");
+    let lines = traced(&following, Scope::Internal, None, "shop/web", "");
+    assert!(
+        lines.contains(&"maglev: name the client as ADDRESS:PORT to learn which".to_owned()),
+        "{lines:?}"
+    );
+
+    let policy = crate::model::LocalRedirect {
+        key: ObjectKey::new("shop", "cache"),
+        service: ObjectKey::new("shop", "web"),
+        service_ports: vec![],
+        selector: crate::model::Selector::default(),
+        ports: vec![crate::model::RedirectPort { name: String::new(), port: 9090, protocol: TCP }],
+    };
+    let redirect = Redirect { policy: Arc::new(policy), pods: [ip("10.0.9.9")].into() };
+    let redirected = Place { redirects: [(ObjectKey::new("shop", "web"), redirect)].into(), ..place() };
+    following.update(&services, &slices, &redirected);
+    let lines = traced(&following, Scope::Internal, Some("10.0.0.9"), "shop/web", "");
+    assert_eq!(
+        lines[lines.len() - 3..],
+        [
+            "+ 10.0.9.9:9090: a ready pod of this node that the policy selects",
+            "- 10.0.0.1:8080: CiliumLocalRedirectPolicy shop/cache leads elsewhere",
+            "- 10.0.0.2:8080: CiliumLocalRedirectPolicy shop/cache leads elsewhere",
+        ]
+    );
+}
+
 /// A trace as its verdict, its facts and its backends, a line each.
 fn traced(
     following: &Frontends,
@@ -380,7 +442,11 @@ fn traced(
         port: (!port.is_empty()).then(|| port.to_owned()),
         protocol: None,
     };
-    match following.trace(Client { scope, address: address.map(ip) }, &question) {
+    match following.trace(
+        Client { scope, address: address.map(ip), port: Some(40000) },
+        &question,
+        |of, _| of.addresses().last(),
+    ) {
         Err(reason) => vec![reason],
         Ok(trace) => {
             let mut lines =

@@ -1,7 +1,7 @@
 //! Which backend a client would get of a service and why, in words. Pure: tables in, an explanation out, by the
 //! same choice that makes the frontends.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use super::choice::{Candidates, Fate, Topology};
 use super::{Frontends, Place};
@@ -17,11 +17,29 @@ pub struct Client {
     pub scope: Scope,
     /// Its address, where it is known: its family and the source ranges ask for it.
     pub address: Option<IpAddr>,
+    /// Its port, where it is known: Maglev asks for it.
+    pub port: Option<u16>,
+}
+
+/// A flow, for whoever knows what the programs make of it under Maglev.
+#[derive(Clone, Copy, Debug)]
+pub struct Flow {
+    /// Its client; no port where all of a client's flows have one backend.
+    pub client: (IpAddr, Option<u16>),
+    /// The address and port that it asks for.
+    pub frontend: SocketAddr,
+    /// Its protocol's number.
+    pub protocol: u8,
 }
 
 impl Frontends {
     /// What a new connection of `client` would meet; or why that cannot be said.
-    pub fn trace(&self, client: Client, question: &ServiceQuestion) -> Result<ServiceTrace, String> {
+    pub fn trace(
+        &self,
+        client: Client,
+        question: &ServiceQuestion,
+        pick: impl Fn(&Frontend, Flow) -> Option<SocketAddr>,
+    ) -> Result<ServiceTrace, String> {
         let (key, frontend) = self.find(client, question)?;
         let service = self.services.get(&*frontend.service);
         let port = service.and_then(|service| Some((service, port_of(service, key, frontend.kind)?)));
@@ -39,16 +57,16 @@ impl Frontends {
         if policy == TrafficPolicy::Cluster {
             facts.push(topology_text(candidates.topology(&self.place), service, &self.place));
         }
-        if frontend.kind == FrontendKind::ClusterIp
-            && let Some(redirect) = self.place.redirects.get(&service.key)
-            && !redirect.backends(port, key.address.is_ipv4()).is_empty()
-        {
+        let redirect = self.place.redirects.get(&service.key).filter(|redirect| {
+            frontend.kind == FrontendKind::ClusterIp
+                && !redirect.backends(port, key.address.is_ipv4()).is_empty()
+        });
+        facts.extend(redirect.map(|redirect| {
             let policy = &redirect.policy.key;
-            facts.push(format!(
-                "CiliumLocalRedirectPolicy {policy} leads to pods of this node instead of the backends"
-            ));
-        }
+            format!("CiliumLocalRedirectPolicy {policy} leads to pods of this node instead of the backends")
+        }));
         facts.extend(manner(key, frontend));
+        facts.extend(picked(client, key, frontend, pick));
         let backend = |(address, of, fate): (_, &crate::model::SliceBackend, Fate)| TracedBackend {
             address,
             node: of.node.as_deref().map(str::to_owned),
@@ -56,7 +74,22 @@ impl Frontends {
             is_chosen: fate.is_chosen(),
             why: fate_text(fate, of),
         };
-        let backends: Vec<_> = candidates.fates(policy, &self.place).map(backend).collect();
+        let mut backends: Vec<_> = candidates.fates(policy, &self.place).map(backend).collect();
+        if let Some(redirect) = redirect {
+            let why = format!("CiliumLocalRedirectPolicy {} leads elsewhere", redirect.policy.key);
+            for other in &mut backends {
+                (other.is_chosen, other.why) = (false, why.clone());
+            }
+            let of_node = |address: SocketAddr| TracedBackend {
+                address,
+                node: Some(self.place.node.to_string()),
+                zone: self.place.zone.as_deref().map(str::to_owned),
+                is_chosen: true,
+                why: "a ready pod of this node that the policy selects".to_owned(),
+            };
+            backends.retain(|other| frontend.addresses().all(|address| address != other.address));
+            backends.splice(0..0, frontend.addresses().map(of_node));
+        }
         let verdict = verdict(client, frontend, slices.len());
         Ok(ServiceTrace { facts, backends, ..outline(key, frontend, verdict) })
     }
@@ -218,6 +251,39 @@ fn manner(key: &FrontendKey, frontend: &Frontend) -> Vec<String> {
         facts.push(format!("backends of other nodes are reached by {}", frontend.forwarding));
     }
     facts
+}
+
+/// Which one Maglev gives, where that can be said.
+fn picked(
+    client: Client,
+    key: &FrontendKey,
+    frontend: &Frontend,
+    pick: impl Fn(&Frontend, Flow) -> Option<SocketAddr>,
+) -> Option<String> {
+    if frontend.algorithm != Algorithm::Maglev || frontend.backends.len() < 2 {
+        return None;
+    }
+    let (Some(address), true) = (client.address, frontend.affinity.is_some() || client.port.is_some()) else {
+        return Some("maglev: name the client as ADDRESS:PORT to learn which".to_owned());
+    };
+    let port = client.port.filter(|_| frontend.affinity.is_none());
+    let flow = Flow {
+        client: (address, port),
+        frontend: SocketAddr::new(key.address, key.port),
+        protocol: key.protocol?.number(),
+    };
+    let backend = pick(frontend, flow)?;
+    let socket = match key.scope {
+        Scope::Internal => ", if its packets are translated and not its socket",
+        Scope::External => "",
+    };
+    Some(format!(
+        "maglev: a new connection from {} goes to {backend}{socket}",
+        match port {
+            Some(port) => SocketAddr::new(address, port).to_string(),
+            None => address.to_string(),
+        }
+    ))
 }
 
 fn fate_text(fate: Fate, of: &crate::model::SliceBackend) -> String {

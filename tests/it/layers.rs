@@ -17,7 +17,7 @@ const LAYERS: &[(&str, &str)] = &[
         "hubble endpoint encryption cni api telemetry flow kube policy node service identity datapath netlink tables \
          model settings signals backoff files error",
     ),
-    ("operator", "hubble telemetry kube settings signals error"),
+    ("operator", "hubble telemetry kube service model settings signals error"),
     ("proxy", "netlink model settings"),
     ("relay", "hubble telemetry signals settings error"),
     ("hubble", "api telemetry flow kube datapath tables model settings yaml error"),

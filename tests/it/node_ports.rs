@@ -287,6 +287,30 @@ fn ask_unconnected(target: SocketAddr) -> Result<Vec<String>> {
 }
 
 #[test]
+fn a_load_balancers_address_leads_nowhere_by_a_port_that_no_service_has() -> Result<()> {
+    require_lab!();
+    for routing in ["tunnel", "native"] {
+        let world = World::start(routing)?;
+        world.serve("Cluster", &[&world.near])?;
+        expect_all(&rows((world.lab.outside(), "outside"), &world.balancers()?, Expected::Answered))?;
+        let mut others = Vec::new();
+        for address in BALANCER_IPS {
+            others.extend(both(address.parse()?, 1081));
+        }
+        let mut table = rows((world.lab.outside(), "outside"), &others, Expected::Denied);
+        for place in world.inside() {
+            table.extend(rows(place, &others, Expected::Refused));
+        }
+        // Dropped by a reason, and not sent back to where it came from.
+        let dropped = || world.lab.node(1).metric("weir_dropped_packets_total", &[]);
+        let before = dropped()?;
+        expect_all(&table).with_context(|| routing.to_owned())?;
+        ensure!(dropped()? > before, "{routing}: nothing was dropped");
+    }
+    Ok(())
+}
+
+#[test]
 fn nobody_on_the_node_binds_a_node_port() -> Result<()> {
     require_lab!();
     let world = World::start("tunnel")?;

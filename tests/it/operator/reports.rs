@@ -16,6 +16,12 @@ const TAKEN: &[(&str, &str, &str, &str)] = &[
         "metadata.annotations.weir.dev/algorithm: \"least\" is not random or maglev",
     ),
     ("Service", "outer", "PartlyIgnored", "spec.ports[1].protocol: Weir serves TCP and UDP only"),
+    (
+        "Service",
+        "rival",
+        "AddressConflict",
+        "Service default/rival has port 80 of the external IP 203.0.113.9, which is Service default/eldest's",
+    ),
     ("EndpointSlice", "names", "PartlyIgnored", "addressType: FQDN names no addresses"),
     (
         "NetworkPolicy",
@@ -34,6 +40,10 @@ const DOCUMENTS: &[&str] = &[
       spec: {sessionAffinity: ClientIP, ports: [{port: 80}]}}",
     "{apiVersion: v1, kind: Service, metadata: {name: outer, namespace: default}, \
       spec: {type: NodePort, ports: [{name: a, port: 80}, {name: b, port: 81, protocol: SCTP}]}}",
+    "{apiVersion: v1, kind: Service, metadata: {name: eldest, namespace: default}, \
+      spec: {externalIPs: [203.0.113.9], ports: [{port: 80}]}}",
+    "{apiVersion: v1, kind: Service, metadata: {name: rival, namespace: default}, \
+      spec: {externalIPs: [203.0.113.9], ports: [{port: 80}]}}",
     "{apiVersion: v1, kind: Service, metadata: {name: good, namespace: default}, spec: {ports: [{port: 80}]}}",
     "{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: FQDN, endpoints: [{addresses: [a.example]}], \
       metadata: {name: names, namespace: default, labels: {kubernetes.io/service-name: good}}, ports: []}",
