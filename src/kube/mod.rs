@@ -34,6 +34,7 @@ mod manifests;
 mod publish;
 mod rows;
 mod unused;
+pub mod upstream;
 mod watched;
 
 use std::any::{Any, TypeId};

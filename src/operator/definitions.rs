@@ -1,4 +1,5 @@
-//! The definitions of Weir's own kinds: made, brought up to date, never replaced by older ones.
+//! The definitions of Weir's own kinds: made, brought up to date, never replaced by older ones. Those of
+//! others that Weir reads: made where nobody has made them.
 
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use tracing::{info, warn};
 
 use super::FIELD_MANAGER;
 use crate::kube::crd::{SCHEMA_VERSION, SCHEMA_VERSION_ANNOTATION, crds};
+use crate::kube::upstream;
 
 /// A definition that is not served within this time never is.
 const SERVED_WITHIN: Duration = Duration::from_secs(30);
@@ -49,6 +51,34 @@ pub async fn install(client: &Client) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Makes the API server know the kinds of others that Weir reads. A definition that somebody else has made or
+/// changed stays as it is, and serves as well.
+pub async fn install_upstream(client: &Client) -> Result<()> {
+    let definitions: Api<CustomResourceDefinition> = Api::all(client.clone());
+    for definition in upstream::definitions() {
+        let name = definition.name_any();
+        let there = definitions.get_opt(&name).await.with_context(|| format!("reading {name}"))?;
+        match there.as_ref().map(|there| (is_ours(there), version(there))) {
+            Some((false, _)) => info!(definition = name, "somebody else's definition is used as it is"),
+            Some((true, version)) if version >= upstream::VERSION => {}
+            _ => {
+                info!(definition = name, ours = upstream::VERSION, "making the definition");
+                let parameters = PatchParams::apply(FIELD_MANAGER).force();
+                let made = definitions.patch(&name, &parameters, &Patch::Apply(&definition)).await;
+                made.with_context(|| format!("applying {name}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Made by an operator, and by nobody else since. The API server writes the status.
+fn is_ours(definition: &CustomResourceDefinition) -> bool {
+    let mut writers = definition.managed_fields().iter().filter(|fields| fields.subresource.is_none());
+    definition.annotations().contains_key(SCHEMA_VERSION_ANNOTATION)
+        && writers.all(|fields| fields.manager.as_deref() == Some(FIELD_MANAGER))
 }
 
 /// One without the annotation is older than every version.

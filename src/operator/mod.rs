@@ -158,6 +158,12 @@ async fn work(
     mut resigning: watch::Receiver<bool>,
 ) -> Result<()> {
     definitions::install(client).await.context("installing definitions")?;
+    if let Err(error) = definitions::install_upstream(client).await {
+        warn!(
+            error = format!("{error:#}"),
+            "a definition of others' kinds is missing: policies of this kind may be, too"
+        );
+    }
     let changed = Arc::new(Notify::new());
     let (stores, filling) = nodes::Stores::follow(client, changed.clone());
     let args = &config.args;

@@ -6,6 +6,7 @@ mod identities;
 mod leaders;
 mod nodes;
 mod reports;
+mod upstream;
 
 use std::collections::BTreeSet;
 use std::future::Future;

@@ -392,24 +392,7 @@ impl Cast {
             spec = spec.replace(&format!("{variable}.4"), &pod.address(true).to_string());
             spec = spec.replace(&format!("{variable}.6"), &pod.address(false).to_string());
         }
-        let spec: serde_json::Value = weir::yaml::read(&spec).with_context(|| spec.clone())?;
-        let (annotations, words): (Vec<&str>, Vec<&str>) =
-            namespace.split(' ').partition(|word| word.starts_with('@'));
-        let annotations: BTreeMap<&str, &str> =
-            annotations.iter().filter_map(|word| word.trim_start_matches('@').split_once('=')).collect();
-        let (version, kind, namespace, field) = match words.as_slice() {
-            [kind @ "ClusterNetworkPolicy"] => ("policy.networking.k8s.io/v1alpha2", *kind, None, "spec"),
-            [kind @ "CiliumClusterwideNetworkPolicy"] => ("cilium.io/v2", *kind, None, "spec"),
-            ["CiliumNetworkPolicy", namespace] => ("cilium.io/v2", words[0], Some(*namespace), "spec"),
-            ["CiliumNetworkPolicy", namespace, field] => ("cilium.io/v2", words[0], Some(*namespace), *field),
-            [namespace] => ("networking.k8s.io/v1", "NetworkPolicy", Some(*namespace), "spec"),
-            _ => bail!("no kind and namespace: {namespace}"),
-        };
-        Ok(serde_json::json!({
-            "apiVersion": version, "kind": kind,
-            "metadata": {"name": format!("policy-{number}"), "namespace": namespace, "annotations": annotations},
-            field: spec,
-        }))
+        object_of(number, namespace, &spec)
     }
 
     /// The probe in both families.
@@ -458,4 +441,26 @@ impl Cast {
         let found = self.pods.iter().find(|pod| format!("{}/{}", pod.namespace(), pod.name()) == name);
         found.with_context(|| format!("no pod {name}"))
     }
+}
+
+/// The object of a policy as a case has it: its words, and what it says.
+pub fn object_of(number: usize, words: &str, spec: &str) -> Result<serde_json::Value> {
+    let spec: serde_json::Value = weir::yaml::read(spec).with_context(|| spec.to_owned())?;
+    let (annotations, words): (Vec<&str>, Vec<&str>) =
+        words.split(' ').partition(|word| word.starts_with('@'));
+    let annotations: BTreeMap<&str, &str> =
+        annotations.iter().filter_map(|word| word.trim_start_matches('@').split_once('=')).collect();
+    let (version, kind, namespace, field) = match words.as_slice() {
+        [kind @ "ClusterNetworkPolicy"] => ("policy.networking.k8s.io/v1alpha2", *kind, None, "spec"),
+        [kind @ "CiliumClusterwideNetworkPolicy"] => ("cilium.io/v2", *kind, None, "spec"),
+        ["CiliumNetworkPolicy", namespace] => ("cilium.io/v2", words[0], Some(*namespace), "spec"),
+        ["CiliumNetworkPolicy", namespace, field] => ("cilium.io/v2", words[0], Some(*namespace), *field),
+        [namespace] => ("networking.k8s.io/v1", "NetworkPolicy", Some(*namespace), "spec"),
+        _ => bail!("no kind and namespace: {words:?}"),
+    };
+    Ok(serde_json::json!({
+        "apiVersion": version, "kind": kind,
+        "metadata": {"name": format!("policy-{number}"), "namespace": namespace, "annotations": annotations},
+        field: spec,
+    }))
 }

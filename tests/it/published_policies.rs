@@ -9,7 +9,7 @@ use crate::policies::{Case, judge_all};
 use crate::require::require_lab;
 
 /// A policy's first word is its kind where it is not NetworkPolicy; the second is its namespace.
-const CASES: &[Case] = &[
+pub const CASES: &[Case] = &[
     Case {
         name: "lockdown of a namespace",
         policies: &[("CiliumNetworkPolicy x", "{endpointSelector: {}, ingress: [{fromEndpoints: [{}]}]}")],
