@@ -109,6 +109,9 @@ _Static_assert(__builtin_offsetof(struct endpoint, epoch) == 0 &&
 		       __builtin_offsetof(struct endpoint, policy) == 4,
 	       "one aligned word of 8 bytes");
 
+/* The row of the node itself: a policy and an epoch, and no device. */
+#define HOST_ENDPOINT 0
+
 enum endpoint_flags {
 	ENDPOINT_READY = 1 << 0, /* policy is enforced; else all is dropped, 203 */
 };

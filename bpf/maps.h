@@ -318,6 +318,23 @@ struct {
 	__type(value, struct share);
 } shares SEC(".maps") __weak;
 
+/*
+ * Written by the programs: what the node's policy lets through that is no TCP;
+ * evicts the oldest; never pinned, never read outside.
+ */
+struct host_flow {
+	__u64 seen_jiffies;
+	__u32 epoch;
+	__u32 direction; /* of the packet that began it */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 32768);
+	__type(key, struct connection_key);
+	__type(value, struct host_flow);
+} host_flows SEC(".maps") __weak;
+
 /* Written by the collecting programs while they count; never pinned, never read outside. */
 struct recount {
 	__u32 found[QUOTA_KINDS];

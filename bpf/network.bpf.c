@@ -11,6 +11,7 @@
 #include "lib/flow.h"
 #include "lib/forward.h"
 #include "lib/fragment.h"
+#include "lib/host.h"
 #include "lib/icmp.h"
 #include "lib/nat.h"
 #include "lib/node_socket.h"
@@ -254,6 +255,9 @@ static __always_inline int network_arrive(struct __sk_buff *ctx)
 		return parsed;
 	ret = network_find_way(ctx, packet, parsed);
 	if (!ret) {
+		ret = host_receive(packet, parsed);
+		if (ret)
+			return finish(ctx, packet, ret);
 		/* Of what is the stack's later fragments are, too. */
 		if (!parsed)
 			fragment_keep(packet, share);
@@ -373,6 +377,9 @@ int to_network(struct __sk_buff *ctx)
 	parsed = packet_parse(ctx, packet);
 	if (!(packet->flags & PACKET_HAS_ADDRESSES))
 		return TC_ACT_OK;
+	ret = host_send(ctx, packet, parsed);
+	if (ret)
+		return finish(ctx, packet, ret);
 	own = own_device_find(ctx->ifindex);
 	node = own ? own_addr(own, packet->flags & PACKET_IPV6) : NULL;
 	if ((node && addr_equal(&packet->source, node)) ||

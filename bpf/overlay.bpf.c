@@ -7,6 +7,7 @@
 #include "lib/flow.h"
 #include "lib/forward.h"
 #include "lib/fragment.h"
+#include "lib/host.h"
 #include "lib/icmp.h"
 #include "lib/outside.h"
 #include "lib/tunnel.h"
@@ -114,7 +115,7 @@ static __always_inline int overlay_judge(struct __sk_buff *ctx,
 	ret = overlay_is_for_node(packet);
 	if (ret > 0) {
 		packet->route = ROUTE_STACK;
-		return 0;
+		return host_receive(packet, 0);
 	}
 	if (ret)
 		return ret;
@@ -190,7 +191,7 @@ int to_overlay(struct __sk_buff *ctx)
 {
 	struct address *address;
 	struct packet *packet;
-	int identity, ret;
+	int identity, parsed, ret;
 
 	/* from_pod has set the tunnel key. */
 	if (mark_is(ctx, MARK_LEAVE)) {
@@ -200,7 +201,7 @@ int to_overlay(struct __sk_buff *ctx)
 	packet = packet_begin(DIRECTION_EGRESS);
 	if (!packet)
 		return TC_ACT_SHOT;
-	packet_parse(ctx, packet);
+	parsed = packet_parse(ctx, packet);
 	if (!(packet->flags & PACKET_HAS_ADDRESSES))
 		return finish(ctx, packet, -DROP_UNSUPPORTED_L3);
 	/* What the stack tells every device (MLD, mDNS) is no packet lost. */
@@ -214,6 +215,8 @@ int to_overlay(struct __sk_buff *ctx)
 	identity = overlay_identity(ctx, packet);
 	if (identity < 0)
 		return finish(ctx, packet, identity);
-	ret = forward_set_tunnel_key(ctx, &address->node, identity);
+	ret = host_send(ctx, packet, parsed);
+	if (!ret)
+		ret = forward_set_tunnel_key(ctx, &address->node, identity);
 	return finish(ctx, packet, ret ? ret : TC_ACT_OK);
 }

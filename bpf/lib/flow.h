@@ -256,6 +256,34 @@ static __always_inline int flow_judge(struct packet *packet, struct flow *flow)
 	return ret;
 }
 
+/* A pod asks its own node: the node's policy, where there is one. */
+static __noinline int flow_judge_host(struct packet *packet, struct flow *flow)
+{
+	struct endpoint *host = endpoint_by_id(HOST_ENDPOINT);
+	int ret;
+
+	if (!host || !(host->policy & POLICY_ENFORCE_INGRESS))
+		return 0;
+	packet->direction = DIRECTION_INGRESS;
+	ret = policy_check(host->policy, &flow->ingress, flow->source.identity,
+			   packet);
+	if (ret)
+		return ret;
+	/* No proxy judges what is for the node. */
+	if (flow->ingress.l7_set)
+		return -DROP_NO_PROXY;
+	packet->direction = DIRECTION_EGRESS;
+	return 0;
+}
+
+static __always_inline bool flow_is_to_host(const struct packet *packet,
+					    const struct flow *flow)
+{
+	return packet->flags & PACKET_FROM_POD &&
+	       flow->destination.flags & ADDRESS_LOCAL &&
+	       !flow->destination.endpoint;
+}
+
 /*
  * A flow that policy leaves for the proxy to judge is the proxy's from its
  * beginning to its end: its two ends speak to two sockets. One that began before
@@ -332,6 +360,9 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 		ret = -DROP_UNSUPPORTED_ICMP;
 	if (!ret)
 		ret = flow_judge(packet, flow);
+	/* What runs goes on. */
+	if (!ret && !connection && flow_is_to_host(packet, flow))
+		ret = flow_judge_host(packet, flow);
 	if (!ret)
 		ret = flow_choose_proxy(packet, flow, &connection);
 	if (ret)

@@ -353,7 +353,8 @@ impl Known {
 
     fn policy_diff(&self, manifests: &str) -> Result<Vec<Change>, String> {
         let current = self.current.load();
-        let endpoints = current.endpoints.iter().map(|(id, entry)| (*id, entry.identity)).collect();
+        let pods = current.endpoints.iter().filter(|(id, _)| **id != EndpointId::HOST);
+        let endpoints = pods.map(|(id, entry)| (*id, entry.identity)).collect();
         let identities = self.tables.identities.snapshot();
         let addresses = Snapshot::new();
         let pods =

@@ -210,6 +210,12 @@ pub struct RuleArgs {
     #[arg(long, env = "WEIR_DENY_RESPONSE", value_enum, default_value = "drop")]
     pub deny_response: DenyResponse,
 
+    /// A policy of the host is suspended if the node has not reached the API server for so long under it; it is tried
+    /// again when it has changed.
+    #[arg(long, env = "WEIR_HOST_POLICY_CONFIRM_SECONDS", value_name = "SECONDS", default_value_t = 60,
+        value_parser = clap::value_parser!(u32).range(3..))]
+    pub host_policy_confirm_seconds: u32,
+
     /// Rows that one compiled policy may have in map policy_rules: a pod whose policies need more is
     /// closed, and `weir status` names them.
     #[arg(long, env = "WEIR_POLICY_ROWS_MAX", value_name = "N", default_value_t = 16_384)]

@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::confirm::Confirming;
 use super::health_ports::HealthOf;
+use super::host;
 use super::local::Local;
 use crate::identity::LabelFilter;
 use crate::kube::Tables;
@@ -159,6 +161,7 @@ pub struct Compute {
     asked_labels: BTreeSet<String>,
     asked_by: Snapshot<PolicyRef, Arc<Policy>>,
     last_identity: BTreeMap<EndpointId, (ObjectKey, IdentityId)>,
+    confirming: Option<Arc<Confirming>>,
 }
 
 impl Compute {
@@ -190,7 +193,34 @@ impl Compute {
             asked_labels: BTreeSet::new(),
             asked_by: Snapshot::new(),
             last_identity: BTreeMap::new(),
+            confirming: None,
         }
+    }
+
+    /// Policies of the host are in force as this says; without it they are not.
+    pub fn confirmed_by(self, confirming: Arc<Confirming>) -> Self {
+        Self { confirming: Some(confirming), ..self }
+    }
+
+    /// The policies with what stays open on the host, and the node's labels, where any policy selects it.
+    fn host(
+        &self,
+        view: &View,
+        policies: &Snapshot<PolicyRef, Arc<Policy>>,
+    ) -> Option<(Snapshot<PolicyRef, Arc<Policy>>, Arc<IdentityLabels>)> {
+        let found = view.nodes.get(&self.node_name).and_then(|node| host::find(node, &view.policies));
+        let names =
+            || found.iter().flat_map(|it| &it.names).map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let confirming = self.confirming.as_ref()?;
+        if !confirming.ask(found.as_ref().map(|it| it.definition), names) {
+            return None;
+        }
+        let found = found?;
+        let own: Vec<IpAddr> = view.local_addresses.keys().copied().collect();
+        let open = host::always_open(&found, &host::api_servers(&view.slices), &own);
+        let mut policies = policies.clone();
+        policies.insert(open.reference.clone(), Arc::new(open));
+        Some((policies, found.labels))
     }
 
     /// What `view` asks of the kernel.
@@ -201,6 +231,11 @@ impl Compute {
             self.asked_labels = policy::asked_labels(&policies, &self.rules.labels);
             self.asked_by = policies.clone();
         }
+        let host = self.host(view, &policies);
+        let (policies, host_labels) = match &host {
+            Some((policies, labels)) => (policies.clone(), labels.clone()),
+            None => (policies, Arc::default()),
+        };
         let mut desired = Desired::default();
         let endpoints = self.resolve(view, &mut desired);
         let mut place = service::Place::of(
@@ -224,7 +259,11 @@ impl Compute {
             node_endpoints: &view.node_endpoints,
             believes_any_address: self.rules.believes_any_address,
         });
-        let identities = endpoints.iter().map(|(id, (_, identity))| (*id, *identity)).collect();
+        let mut identities: BTreeMap<_, _> =
+            endpoints.iter().map(|(id, (_, identity))| (*id, *identity)).collect();
+        if host.is_some() {
+            identities.insert(EndpointId::HOST, IdentityId::HOST);
+        }
         let pod_cidrs: Vec<IpNet> = view.nodes.values().flat_map(|node| node.pod_cidrs.clone()).collect();
         let audited = endpoints.iter().filter(|(_, (endpoint, _))| view.marks_of(endpoint).audit);
         let audited: BTreeSet<EndpointId> = audited.map(|(id, _)| *id).collect();
@@ -233,6 +272,7 @@ impl Compute {
             identities: &view.identities,
             endpoints: &identities,
             audited: &audited,
+            host: &host_labels,
             addresses: &owners.addresses,
             pod_cidrs: &pod_cidrs,
         })?;
@@ -245,6 +285,9 @@ impl Compute {
         let held = |identity| Some((identity, view.identities.get(&identity)?.clone()));
         desired.held = endpoints.values().filter_map(|(_, identity)| held(*identity)).collect();
         desired.endpoints = endpoint_entries(&endpoints, &compiled);
+        if host.is_some() {
+            desired.endpoints.extend(host_entry(&self.node_name, &compiled));
+        }
         for (id, entry) in &mut desired.endpoints {
             let selecting = compiled.selected_by.get(id).into_iter().flat_map(|selecting| selecting.iter());
             let of_policies =
@@ -379,22 +422,29 @@ fn publish((endpoint, identity): &(Arc<Endpoint>, IdentityId), view: &View) -> P
 /// reach it is not known, so nothing may.
 fn endpoint_entries(endpoints: &Resolved, compiled: &policy::Output) -> BTreeMap<EndpointId, EndpointEntry> {
     let entry = |(id, (endpoint, identity)): (&EndpointId, &(Arc<Endpoint>, IdentityId))| {
-        let policy = *compiled.of_endpoint.get(id)?;
-        let rules = compiled.policies.get(&policy);
-        let entry = EndpointEntry {
-            endpoint: endpoint.clone(),
-            identity: *identity,
-            policy,
-            enforces_ingress: rules.is_some_and(|rules| rules.ingress.is_some()),
-            enforces_egress: rules.is_some_and(|rules| rules.egress.is_some()),
-            refuses_strangers: rules
-                .and_then(|rules| rules.ingress.as_ref())
-                .is_some_and(|ingress| ingress.refuses_strangers),
-            rejects: false,
-        };
-        Some((*id, entry))
+        let empty = EndpointEntry { endpoint: endpoint.clone(), identity: *identity, ..host::entry("") };
+        Some((*id, with_policy(*id, empty, compiled)?))
     };
     endpoints.iter().filter_map(entry).collect()
+}
+
+fn host_entry(node: &str, compiled: &policy::Output) -> Option<(EndpointId, EndpointEntry)> {
+    let entry = with_policy(EndpointId::HOST, host::entry(node), compiled)?;
+    Some((EndpointId::HOST, entry))
+}
+
+fn with_policy(id: EndpointId, empty: EndpointEntry, compiled: &policy::Output) -> Option<EndpointEntry> {
+    let policy = *compiled.of_endpoint.get(&id)?;
+    let rules = compiled.policies.get(&policy);
+    Some(EndpointEntry {
+        policy,
+        enforces_ingress: rules.is_some_and(|rules| rules.ingress.is_some()),
+        enforces_egress: rules.is_some_and(|rules| rules.egress.is_some()),
+        refuses_strangers: rules
+            .and_then(|rules| rules.ingress.as_ref())
+            .is_some_and(|ingress| ingress.refuses_strangers),
+        ..empty
+    })
 }
 
 fn conflicts(addresses: &[node::Conflict]) -> Vec<String> {

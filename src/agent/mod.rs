@@ -15,11 +15,13 @@ mod announce;
 mod answers;
 mod args;
 mod compute;
+mod confirm;
 mod devices;
 mod election;
 mod ends;
 mod follow;
 mod health_ports;
+mod host;
 mod ipsec;
 mod layer7;
 mod lead;
@@ -63,6 +65,7 @@ use crate::signals::stop_at_signal;
 use crate::tables::Table;
 use crate::telemetry::{self, ReadyGuard, Telemetry};
 use answers::{Answers, Known};
+use confirm::Confirming;
 use node::OVERLAY_DEVICE;
 use ports::Ports;
 use restart::Restart;
@@ -194,6 +197,10 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
             services: config.args.services.defaults(),
         },
     );
+    let patience = Duration::from_secs(config.args.rules.host_policy_confirm_seconds.into());
+    let confirming = Arc::new(Confirming::open(&config.args.state_dir, patience));
+    let (compute, host_decided) = (compute.confirmed_by(confirming.clone()), confirming.decided());
+    tokio::spawn(confirming.run(tables.clone(), known.telemetry.parts().clone()));
     let local = local::Follow {
         tables: tables.clone(),
         node: node.clone(),
@@ -279,6 +286,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         endpoints: known.endpoints.clone(),
         local,
         ipsec: ipsec.clone(),
+        host_decided,
         compute,
         sinks: sinks::all(&datapath, writers, device_sink, encryption, (limits, proxy), ipsec, parts)
             .context("ordering the sinks")?,

@@ -49,6 +49,8 @@ pub struct Rounds {
     pub local: Arc<Local>,
     /// From the kernel.
     pub ipsec: ipsec::News,
+    /// Verdicts on the host's policies.
+    pub host_decided: watch::Receiver<u64>,
     /// Numbers and their memory.
     pub compute: Compute,
     /// The kernel.
@@ -96,11 +98,13 @@ impl Rounds {
         self.write_early_until_synced().await;
         let tables = self.tables.clone();
         let mut ipsec = self.ipsec.clone();
+        let mut host_decided = self.host_decided.clone();
         loop {
             let mut changes = std::pin::pin!(tables.changed());
             endpoint_changes.mark_unchanged();
             address_changes.mark_unchanged();
             ipsec.mark_unchanged();
+            host_decided.mark_unchanged();
             device_changes.mark_unchanged();
             let applied = tokio::task::block_in_place(|| self.round());
             self.telemetry.main_loop_alive();
@@ -121,6 +125,7 @@ impl Rounds {
                     changed = address_changes.changed() => if changed.is_err() { return } else { break },
                     changed = device_changes.changed() => if changed.is_err() { return } else { break },
                     changed = ipsec.changed() => if changed.is_err() { return } else { break },
+                    changed = host_decided.changed() => if changed.is_err() { return } else { break },
                     // This alone is no reason for a round: the sinks say when they want one.
                     () = self.wait_for_kernel() => self.hear(),
                 }

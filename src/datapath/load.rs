@@ -134,6 +134,7 @@ pub(super) fn is_private(map: &str) -> bool {
         "recounts",
         "routes",
         "scratch",
+        "host_flows",
         "shares",
         "waiting",
     ];

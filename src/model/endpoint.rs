@@ -8,10 +8,15 @@ use serde::{Deserialize, Serialize};
 
 use super::{ObjectKey, PortMapping};
 
-/// The number of a pod on its node: index of the `endpoints` map, 1 to 4095.
+/// The number of a pod on its node: index of the `endpoints` map, 1 to 4095. 0 is the node itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct EndpointId(pub u16);
+
+impl EndpointId {
+    /// The node itself: it has a policy and no device.
+    pub const HOST: Self = Self(0);
+}
 
 impl fmt::Display for EndpointId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -191,7 +191,7 @@ pub enum Subject {
         /// Asked of the pod's labels.
         pods: Selector,
     },
-    /// Nodes by label. They are not enforced.
+    /// Nodes by label: their own addresses.
     Nodes(Selector),
 }
 

@@ -61,6 +61,8 @@ pub struct Input<'a> {
     pub endpoints: &'a BTreeMap<EndpointId, IdentityId>,
     /// Those of them of which a denial is only reported.
     pub audited: &'a BTreeSet<EndpointId>,
+    /// The node's labels, as a pod's are: policies may select the endpoint of the host by them.
+    pub host: &'a Arc<IdentityLabels>,
     /// Every address of a pod or node.
     pub addresses: &'a Snapshot<IpAddr, BaseAddress>,
     /// The pod CIDRs of every node.
@@ -107,6 +109,7 @@ pub struct Compiler {
     selections: Selections,
     endpoints: BTreeMap<EndpointId, IdentityId>,
     audited: BTreeSet<EndpointId>,
+    host: Arc<IdentityLabels>,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     prefixes: BTreeSet<IpNet>,
     tree: Tree,
@@ -130,6 +133,7 @@ impl Compiler {
             selections: Selections::default(),
             endpoints: BTreeMap::new(),
             audited: BTreeSet::new(),
+            host: Arc::default(),
             identities: Snapshot::new(),
             prefixes: BTreeSet::new(),
             tree: Tree::default(),
@@ -207,6 +211,10 @@ impl Compiler {
     ) -> bool {
         let mut is_changed = self.selections.update(input.policies);
         is_changed |= self.selections.forget(relabelled.keys());
+        if *input.host != self.host {
+            self.host = input.host.clone();
+            is_changed |= self.selections.forget([IdentityId::HOST].iter());
+        }
         is_changed |= *input.endpoints != self.endpoints || *input.audited != self.audited;
         let used = input.endpoints.iter().map(|(endpoint, id)| (*id, input.audited.contains(endpoint)));
         let used: BTreeSet<Selected> = used.collect();
@@ -214,7 +222,7 @@ impl Compiler {
         if is_changed {
             self.endpoints.clone_from(input.endpoints);
             self.audited.clone_from(input.audited);
-            self.selections.select(&used, input.identities);
+            self.selections.select(&used, input.identities, &self.host);
         }
         is_changed
     }
@@ -268,7 +276,8 @@ impl Compiler {
     fn add_missing(&mut self, identities: &Snapshot<IdentityId, Arc<IdentityLabels>>) -> Result<(), Error> {
         for ((id, is_audit), selection) in self.selections.selected() {
             let Some(definition) = &selection.definition else { continue };
-            let Some(labels) = identities.get(id) else { continue };
+            let labels = if *id == IdentityId::HOST { Some(&self.host) } else { identities.get(id) };
+            let Some(labels) = labels else { continue };
             if self.values.contains_key(definition) {
                 continue;
             }

@@ -40,7 +40,7 @@ pub struct Selection {
     pub definition: Option<Definition>,
 }
 
-/// Whom policies select: pods of an identity, and whether what is denied them is only reported.
+/// Whom policies select: pods of an identity or the host, and whether what is denied them is only reported.
 pub type Selected = (IdentityId, bool);
 
 /// The policies, with what does not depend on who is selected.
@@ -142,14 +142,19 @@ impl Selections {
         &mut self,
         used: &BTreeSet<Selected>,
         identities: &Snapshot<IdentityId, Arc<IdentityLabels>>,
+        host: &IdentityLabels,
     ) {
         self.selected.retain(|id, _| used.contains(id));
         for key @ (id, is_audit) in used {
-            if !self.selected.contains_key(key)
-                && let Some(labels) = identities.get(id)
-            {
-                let selection = Arc::new(self.selection_of(labels, *is_audit));
-                self.selected.insert(*key, selection);
+            if self.selected.contains_key(key) {
+                continue;
+            }
+            let selection = match *id {
+                IdentityId::HOST => Some(self.selection_of_host(host)),
+                id => identities.get(&id).map(|labels| self.selection_of(labels, *is_audit)),
+            };
+            if let Some(selection) = selection {
+                self.selected.insert(*key, Arc::new(selection));
             }
         }
     }
@@ -162,30 +167,18 @@ impl Selections {
     fn selection_of(&self, labels: &IdentityLabels, is_audit: bool) -> Selection {
         let namespace = Arc::from(labels.namespace.as_str());
         let may_select = [Some(namespace), None].into_iter().filter_map(|key| self.states.get(&key));
-        let mut states: Vec<&State> =
-            may_select.flat_map(BTreeMap::values).filter(|state| state.selects(labels)).collect();
-        states.sort_unstable_by(|a, b| a.policy.reference.cmp(&b.policy.reference));
-        let names: BTreeSet<_> = states.iter().flat_map(|state| &state.names).collect();
-        let mut ports = Vec::new();
-        for (name, protocol) in names {
-            let resolved =
-                value::resolve(labels, name).iter().filter(|port| *protocol == port.protocol.into());
-            ports.extend(resolved.map(|port| (name.clone(), *protocol, port.port)));
-        }
-        ports.sort_unstable();
-        ports.dedup();
-        let revisions: Vec<Revision> = states.iter().map(|state| state.revision).collect();
-        let isolating = |side: fn(&Policy) -> &Option<PolicyDirection>| -> Origins {
-            let isolates =
-                |policy: &Policy| side(policy).as_ref().is_some_and(|it| it.default == Action::Deny);
-            let isolating = states.iter().filter(|state| isolates(&state.policy));
-            isolating.map(|state| state.policy.reference.clone()).collect()
+        let states = may_select.flat_map(BTreeMap::values).filter(|state| state.selects(labels));
+        selection(states.collect(), labels, is_audit)
+    }
+
+    /// Of the node whose labels these are.
+    fn selection_of_host(&self, host: &IdentityLabels) -> Selection {
+        let selects = |state: &&State| match &state.policy.subject {
+            Subject::Nodes(selector) => selector.matches(&host.pod_labels),
+            Subject::Pods { .. } => false,
         };
-        Selection {
-            isolating: [isolating(|policy| &policy.ingress), isolating(|policy| &policy.egress)],
-            policies: states.iter().map(|state| state.policy.reference.clone()).collect(),
-            definition: (!revisions.is_empty()).then_some(Definition { is_audit, revisions, ports }),
-        }
+        let of_cluster = self.states.get(&None).into_iter().flat_map(BTreeMap::values);
+        selection(of_cluster.filter(selects).collect(), host, false)
     }
 
     /// The policies of a selection.
@@ -203,6 +196,30 @@ impl Selections {
             .flat_map(|state| &state.prefixes)
             .copied()
             .collect()
+    }
+}
+
+/// What the states that select somebody are to him.
+fn selection(mut states: Vec<&State>, labels: &IdentityLabels, is_audit: bool) -> Selection {
+    states.sort_unstable_by(|a, b| a.policy.reference.cmp(&b.policy.reference));
+    let names: BTreeSet<_> = states.iter().flat_map(|state| &state.names).collect();
+    let mut ports = Vec::new();
+    for (name, protocol) in names {
+        let resolved = value::resolve(labels, name).iter().filter(|port| *protocol == port.protocol.into());
+        ports.extend(resolved.map(|port| (name.clone(), *protocol, port.port)));
+    }
+    ports.sort_unstable();
+    ports.dedup();
+    let revisions: Vec<Revision> = states.iter().map(|state| state.revision).collect();
+    let isolating = |side: fn(&Policy) -> &Option<PolicyDirection>| -> Origins {
+        let isolates = |policy: &Policy| side(policy).as_ref().is_some_and(|it| it.default == Action::Deny);
+        let isolating = states.iter().filter(|state| isolates(&state.policy));
+        isolating.map(|state| state.policy.reference.clone()).collect()
+    };
+    Selection {
+        isolating: [isolating(|policy| &policy.ingress), isolating(|policy| &policy.egress)],
+        policies: states.iter().map(|state| state.policy.reference.clone()).collect(),
+        definition: (!revisions.is_empty()).then_some(Definition { is_audit, revisions, ports }),
     }
 }
 

@@ -14,6 +14,7 @@ struct World {
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     endpoints: BTreeMap<EndpointId, IdentityId>,
     audited: BTreeSet<EndpointId>,
+    host: Arc<IdentityLabels>,
     addresses: Snapshot<IpAddr, BaseAddress>,
     pod_cidrs: Vec<IpNet>,
 }
@@ -66,6 +67,7 @@ impl World {
                 identities: &self.identities,
                 endpoints: &self.endpoints,
                 audited: &self.audited,
+                host: &self.host,
                 addresses: &self.addresses,
                 pod_cidrs: &self.pod_cidrs,
             })
@@ -490,6 +492,7 @@ fn exhausted_numbers_are_an_error_and_then_a_fresh_start() {
         identities: &world.identities,
         endpoints: &world.endpoints,
         audited: &world.audited,
+        host: &world.host,
         addresses: &world.addresses,
         pod_cidrs: &world.pod_cidrs,
     };

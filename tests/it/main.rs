@@ -14,6 +14,7 @@ mod floods;
 mod flows;
 mod fragments;
 mod golden;
+mod host_policy;
 mod host_ports;
 mod l7;
 #[path = "../lab/mod.rs"]

@@ -114,6 +114,8 @@ pub fn probe(via: Via, target: SocketAddr) -> Outcome {
             Outcome::Unreachable
         }
         ErrorKind::TimedOut | ErrorKind::WouldBlock => Outcome::TimedOut,
+        // Dropped on its way out of the prober's own device.
+        _ if error.raw_os_error() == Some(nix::errno::Errno::ENOBUFS as i32) => Outcome::TimedOut,
         _ => Outcome::Failed(error.to_string()),
     })
 }

@@ -69,6 +69,11 @@ fn with_closed<'a>(
     let mut entries = desired.clone();
     entries.retain(|id, entry| {
         let Some(refusal) = refused.get(&entry.policy) else { return true };
+        // A closed node could not be mended: its own policy stays as it was.
+        if *id == EndpointId::HOST {
+            held_back.insert(*id, format!("the host's policy is not in force: {}", refusal.cause));
+            return false;
+        }
         if refusal.closes {
             held_back.insert(*id, format!("closed, because its policy is not in force: {}", refusal.cause));
             (entry.policy, entry.enforces_ingress, entry.enforces_egress) = (PolicyId::CLOSED, true, true);

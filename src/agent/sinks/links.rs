@@ -63,7 +63,7 @@ impl Sink for Links {
         let ifindex_of = |id: &EndpointId| desired.get(id).map(|entry| entry.endpoint.host_ifindex);
         self.failed.retain(|id, (ifindex, _)| !round.is_retry && ifindex_of(id) == Some(*ifindex));
         let mut problems = Vec::new();
-        for (id, entry) in desired {
+        for (id, entry) in desired.iter().filter(|(id, _)| **id != EndpointId::HOST) {
             let ifindex = entry.endpoint.host_ifindex;
             if self.attached.get(id) != Some(&ifindex) && !self.failed.contains_key(id) {
                 match self.datapath.attach_pod(*id, ifindex) {

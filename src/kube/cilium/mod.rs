@@ -132,14 +132,12 @@ impl Reader<'_> {
                 }
             };
         };
-        match self.namespace {
-            Some(_) => {
-                self.notes.doubt(nodes.error("only a CiliumClusterwideNetworkPolicy may select nodes"))
-            }
-            None => self.unenforced.push(nodes.error("policies for nodes are not enforced yet")),
+        if self.namespace.is_some() {
+            self.notes.doubt(nodes.error("only a CiliumClusterwideNetworkPolicy may select nodes"));
         }
         let read = selector::of_nodes(&nodes);
-        Subject::Nodes(self.notes.read(read).unwrap_or_default())
+        // A selector that cannot be read selects no node: one typo would close all of them.
+        Subject::Nodes(self.notes.read(read).unwrap_or_else(Selector::nothing))
     }
 
     /// `None`: it says nothing of that direction. Where the subject cannot be read, the policy selects pods that

@@ -328,12 +328,12 @@ fn every_spec_is_a_policy_by_itself() {
 }
 
 #[test]
-fn nodes_are_read_and_said_not_to_be_enforced() {
+fn policies_of_the_cluster_may_select_nodes() {
     let policy = read::<CiliumClusterwideNetworkPolicy>(
         "spec: {nodeSelector: {matchLabels: {zone: a}}, ingress: [{fromEntities: [cluster]}]}",
     );
     assert!(matches!(&policy.subject, Subject::Nodes(nodes) if selector(nodes) == "zone=a"));
-    assert_eq!(policy.doubts, ["spec.nodeSelector: policies for nodes are not enforced yet"]);
+    assert!(policy.doubts.is_empty(), "{:?}", policy.doubts);
     assert_eq!(direction(&policy.ingress), "[Allow Entity(Cluster)] else deny");
 }
 

@@ -241,6 +241,7 @@ fn a_difference_is_said_by_pair_and_ports() {
         identities: &before.identities,
         endpoints: &before.endpoints,
         audited: &before.audited,
+        host: &before.host,
         addresses: &before.addresses,
         pod_cidrs: &before.pod_cidrs,
     };
