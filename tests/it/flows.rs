@@ -127,3 +127,48 @@ fn metrics_and_health_are_served() -> Result<()> {
     }
     Ok(())
 }
+
+/// Drops go to an exporter's file, `weir top` sums them up, and the next agent has the history of this one.
+#[test]
+fn flows_are_exported_summed_up_and_kept_for_the_next_agent() -> Result<()> {
+    require_lab!();
+    let directory = tempfile::tempdir()?;
+    let (settings, exported) =
+        (directory.path().join("exporters.yaml"), directory.path().join("drops.jsonl"));
+    let text = format!(
+        "exporters: [{{name: drops, file: {{path: {}}}, allow: [{{verdict: [DROPPED]}}]}}]",
+        exported.display()
+    );
+    std::fs::write(&settings, text)?;
+    let settings = settings.display().to_string();
+    let arguments = ["--hubble-exporters", &settings, "--flow-history-disk", "8MiB"];
+    let agent_arguments = arguments.map(str::to_owned).to_vec();
+    let lab = Lab::start(Setup { agent_arguments, ..Setup::default() })?;
+    let node = lab.node(1);
+    let server = lab.pod(1, "shop/server").label("app", "server").create()?;
+    let client = lab.pod(1, "shop/client").create()?;
+    lab.manifests().apply(POLICIES)?;
+    expect_all(&[Row::new(&client, Via::Tcp, SocketAddr::new(server.address(true), 80), Expected::Denied)])?;
+    wait_for("the drop in the exporter's file", || {
+        let lines = std::fs::read_to_string(&exported).unwrap_or_default();
+        Ok(lines.lines().all(|line| line.contains("DROPPED")) && lines.contains("shop"))
+    })?;
+    assert!(node.metric("weir_flow_export_flows_total", &["drops", "written"])? > 0.0);
+    let top = node.weir_json(&["top", "--once", "--window", "600"])?;
+    assert_eq!(top["drops"][0]["source"], "shop/client", "{top}");
+    assert_eq!(top["drops"][0]["destination"], "shop/server", "{top}");
+    wait_for("the flows on disk", || {
+        let is_flows = |path: &std::path::PathBuf| path.extension().is_some_and(|end| end == "flows");
+        let length = |path: &std::path::PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
+        Ok(node.state_files().iter().filter(|path| is_flows(path)).any(|path| length(path) > 128))
+    })?;
+    let filters = ["--from-pod", "shop/client", "--verdict", "dropped"];
+    let before = node.flows(&filters)?;
+    node.kill_agent()?;
+    node.start_agent()?;
+    node.wait_ready()?;
+    wait_for("the history of the agent before", || {
+        let ends = &before.first().map_or(Value::Null, |flow| flow["IP"].clone());
+        Ok(node.flows(&["--all-namespaces", "--verdict", "dropped"])?.iter().any(|flow| flow["IP"] == *ends))
+    })
+}
