@@ -37,7 +37,7 @@ bench: setup ## measure; tables here, JSON in target/bench (root)
 
 kernels: setup ## programs, packets and the lab on Linux 6.1 and 6.12, emulated (root)
 	for release in 6.1 6.12; do CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="scripts/kernel $$release" \
-		cargo test --test it -- $(or $(ONLY),datapath:: packets same_node two_nodes services::) || exit 1; done
+		cargo test --test it -- $(or $(ONLY),datapath:: packets encryption:: same_node two_nodes services::) || exit 1; done
 
 demo: setup ## two nodes, a small shop, its policies and its flows (root)
 	cargo build --bins --example demo && cargo run --example demo

@@ -9,7 +9,7 @@ use std::time::{Instant, SystemTime};
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
-use super::args::{Config, Routing};
+use super::args::{AgentArgs, Config, Routing};
 use super::compute::Desired;
 use super::ends::Ends;
 use super::lead::{Leader, Leaders};
@@ -18,19 +18,20 @@ use super::policy_diff;
 use super::ports::Ports;
 use super::rounds::Current;
 use crate::api::answers::{
-    AnnouncedRow, BackendPlace, BrokenRow, EndpointRow, FeatureRow, IdentityRow, KindRow, NodeRow, PolicyRow,
-    ServiceRow, StatusAnswer, WaitingRow,
+    AnnouncedRow, BackendPlace, BrokenRow, EncryptionAnswer, EncryptionDevice, EncryptionPeerRow,
+    EndpointRow, FeatureRow, IdentityRow, KindRow, NodeRow, PolicyRow, ServiceRow, StatusAnswer, WaitingRow,
 };
 use crate::api::{Handler, Refusal, Reply, Request};
 use crate::datapath::{Datapath, MapFill, PolicyWriter, RuleOrigins, RuleSets, Usage, UsageKind, maglev};
+use crate::encryption::{DEVICE, Device};
 use crate::endpoint::{Manager, Progress};
 use crate::flow::{Direction, NameSource, NameTables, Names, Recorder};
 use crate::kube::foreign::ForeignPolicy;
 use crate::kube::{Health, Tables};
 use crate::model::l7::RuleSetId;
 use crate::model::{
-    Endpoint, EndpointId, Frontend, IdentityId, IdentityLabels, LocalIdentity, ObjectKey, Origins, Policy,
-    PolicyDirection, PolicyRef, Protocol, Scope, ServiceQuestion, ServiceTrace,
+    Endpoint, EndpointId, Frontend, IdentityId, IdentityLabels, LocalIdentity, Node, ObjectKey, Origins,
+    PeerState, Policy, PolicyDirection, PolicyRef, Protocol, Scope, ServiceQuestion, ServiceTrace,
 };
 use crate::policy::diff::Change;
 use crate::policy::explain::{Explanation, Packet, Question};
@@ -38,6 +39,12 @@ use crate::service::{Client, Flow};
 use crate::tables::{Snapshot, Table};
 use crate::telemetry::{ObjectCounts, Telemetry, WatchHealth};
 use crate::{netlink, policy};
+
+/// As `weir status` says it.
+fn encryption_text(device: &Device, args: &AgentArgs) -> String {
+    let mode = if args.encryption.encryption_strict { "strict" } else { "not strict" };
+    format!("{DEVICE} with MTU {}, {mode}, by {}", device.mtu(), device.kind())
+}
 
 /// Everything that the agent knows, to be read from anywhere.
 pub struct Known {
@@ -60,6 +67,7 @@ struct Loaded {
     rule_origins: RuleOrigins,
     rule_sets: RuleSets,
     ports: Ports,
+    encryption: Option<Arc<Device>>,
 }
 
 impl Known {
@@ -88,10 +96,22 @@ impl Known {
     }
 
     /// The programs run.
-    pub fn loaded(self: &Arc<Self>, datapath: Arc<Datapath>, policies: &PolicyWriter, ports: Ports) {
+    pub fn loaded(
+        self: &Arc<Self>,
+        datapath: Arc<Datapath>,
+        policies: &PolicyWriter,
+        ports: Ports,
+        encryption: Option<Arc<Device>>,
+    ) {
         let (rule_origins, rule_sets) = (policies.rule_origins(), policies.rule_sets());
-        if self.loaded.set(Loaded { datapath: datapath.clone(), rule_origins, rule_sets, ports }).is_ok() {
+        let loaded = Loaded { datapath: datapath.clone(), rule_origins, rule_sets, ports, encryption };
+        let encrypts = loaded.encryption.is_some();
+        if self.loaded.set(loaded).is_ok() {
             self.telemetry.show_kernel(datapath);
+            if encrypts {
+                let known = self.clone();
+                self.telemetry.show_peers(move || known.encryption_metrics());
+            }
         }
     }
 
@@ -227,6 +247,39 @@ impl Known {
         reports.chain(conflicts).collect()
     }
 
+    fn encryption(&self) -> EncryptionAnswer {
+        let is_strict = self.config.args.encryption.encryption_strict;
+        let Some(device) = self.loaded.get().and_then(|loaded| loaded.encryption.as_ref()) else {
+            return EncryptionAnswer { device: None, is_strict, peers: Vec::new(), error: None };
+        };
+        let published = device.published();
+        let shown = EncryptionDevice {
+            name: DEVICE.to_owned(),
+            kind: device.kind().to_string(),
+            mtu: device.mtu(),
+            pid: device.pid(),
+            public_key: published.public_key,
+            port: published.port,
+        };
+        let (states, error) = match device.peers() {
+            Ok(states) => (states, None),
+            Err(error) => (Vec::new(), Some(crate::error::chain(&error))),
+        };
+        let current = self.current.load();
+        let row = |node: &Arc<Node>| {
+            let public_key = current.keys.get(node.name.as_str()).map(|key| key.public_key);
+            let state = states.iter().find(|state| Some(state.public_key) == public_key);
+            EncryptionPeerRow { node: node.name.clone(), public_key, state: state.cloned() }
+        };
+        let peers = current.nodes.iter().map(row).collect();
+        EncryptionAnswer { device: Some(shown), is_strict, peers, error }
+    }
+
+    fn encryption_metrics(&self) -> Vec<(String, PeerState)> {
+        let peers = self.encryption().peers;
+        peers.into_iter().filter_map(|peer| Some((peer.node, peer.state?))).collect()
+    }
+
     fn features(&self) -> Vec<FeatureRow> {
         let args = &self.config.args;
         let mut rows = vec![("routing", format!("{:?}", args.network.routing).to_lowercase())];
@@ -254,6 +307,11 @@ impl Known {
                 rows.push(("left out", format!("{program}: {reason}")));
             }
         }
+        let device = self.loaded.get().and_then(|loaded| loaded.encryption.as_ref());
+        rows.push((
+            "encryption",
+            device.map_or_else(|| "off".to_owned(), |device| encryption_text(device, args)),
+        ));
         rows.push(("socket load balancing", args.kernel.socket_lb.to_string()));
         rows.push(("masquerade", args.nat.masquerade.to_string()));
         rows.push(("flow events", args.flows.flow_events.to_string()));
@@ -589,6 +647,11 @@ impl Handler for Answers {
             }
             Request::Services => reply.finish(Ok::<_, Refusal>(known.service_rows())).await,
             Request::ServiceTrace(question) => reply.finish(known.service_trace(&question)).await,
+            Request::Encryption => {
+                let known = known.clone();
+                let answer = tokio::task::block_in_place(move || known.encryption());
+                reply.finish(Ok::<_, Refusal>(answer)).await
+            }
             Request::Nodes => reply.finish(Ok::<_, Refusal>(known.node_rows())).await,
         };
         if answered.is_err() {

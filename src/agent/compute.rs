@@ -77,7 +77,11 @@ impl View {
     fn marks_of(&self, endpoint: &Endpoint) -> Marks {
         let namespace = self.namespaces.get(&endpoint.pod.namespace).map(|it| it.marks).unwrap_or_default();
         let pod = self.pods.get(&endpoint.pod).map(|it| it.marks).unwrap_or_default();
-        Marks { audit: namespace.audit || pod.audit, reject: pod.reject.or(namespace.reject) }
+        Marks {
+            audit: namespace.audit || pod.audit,
+            reject: pod.reject.or(namespace.reject),
+            egress_bandwidth: pod.egress_bandwidth,
+        }
     }
 }
 
@@ -102,6 +106,8 @@ pub struct Desired {
     pub isolated_by: BTreeMap<EndpointId, [Origins; 2]>,
     /// The other nodes, for routes.
     pub nodes: Vec<Arc<Node>>,
+    /// What pods of this node may send, in bytes a second; of others there is no limit.
+    pub bandwidth: BTreeMap<EndpointId, u64>,
     /// What nodes have published of their encryption.
     pub keys: BTreeMap<Arc<str>, NodeKey>,
     /// Rows of `devices`.
@@ -316,6 +322,10 @@ impl Compute {
                 None => drop(desired.frontends.insert(key, frontend)),
             }
         }
+        let limit = |(id, (endpoint, _)): (&EndpointId, &(Arc<Endpoint>, IdentityId))| {
+            Some((*id, view.pods.get(&endpoint.pod)?.marks.egress_bandwidth?))
+        };
+        desired.bandwidth = endpoints.iter().filter_map(limit).collect();
         let key = |(name, row): (&Arc<str>, &Arc<Allocation>)| Some((name.clone(), row.key?));
         desired.keys = view.allocations.iter().filter_map(key).collect();
         desired.devices = view.devices.clone();

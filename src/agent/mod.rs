@@ -223,7 +223,8 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     }
     // Before policies are counted for the first time, or one that comes in between would be missed.
     let ipsec = ipsec::follow();
-    known.loaded(datapath.clone(), &writers.policies, ports);
+    let encryption = devices.encryption.clone();
+    known.loaded(datapath.clone(), &writers.policies, ports, encryption);
 
     let events = KernelEvents::open(datapath.clone()).context("opening the ring buffer of events")?;
     flow::reader::start(events, known.recorder.clone(), names, stopping.clone())

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 
 use super::answers::Known;
 use super::args::{Config, Routing};
+use crate::encryption::Mode;
 use crate::flow::Names;
 use crate::flow::disk::{self, Segments};
 use crate::hubble::convert::Converter;
@@ -25,12 +26,14 @@ use crate::kube::Tables;
 pub async fn serve(known: Arc<Known>, names: Arc<Names>, stopping: watch::Receiver<bool>) -> Result<()> {
     let args = &known.config.args;
     let hubble = &args.hubble;
-    let converter = Converter::new(
+    let mut converter = Converter::new(
         &hubble.cluster_name,
         &args.node_name,
         Vec::new(),
         args.network.routing == Routing::Tunnel,
     );
+    // Only then a flow that passed was encrypted whatever the other node has published.
+    converter.is_encrypted = args.encryption.encryption != Mode::Off && args.encryption.encryption_strict;
     let metrics = FlowMetrics::new(hubble.hubble_metrics_context);
     known.telemetry.register_as("hubble", |registry| registry.register_collector(Box::new(metrics.clone())));
     tokio::spawn(metrics.follow(known.recorder.clone(), names.clone()));

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::datapath::{MapFill, Usage};
 use crate::flow::RecorderCounts;
 use crate::model::{
-    Algorithm, EndpointId, Forwarding, FrontendKind, IdentityId, ObjectKey, PolicyRef, Scope,
+    Algorithm, EndpointId, Forwarding, FrontendKind, IdentityId, ObjectKey, PeerState, PolicyRef, PublicKey,
+    Scope,
 };
 use crate::telemetry::{ObjectCounts, PartRow};
 
@@ -68,6 +69,47 @@ impl StatusAnswer {
     pub fn feature(&self, name: &str) -> Option<&str> {
         self.features.iter().find(|feature| feature.name == name).map(|feature| feature.value.as_str())
     }
+}
+
+/// Encryption on this node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EncryptionAnswer {
+    /// What encrypts; none: encryption is off.
+    pub device: Option<EncryptionDevice>,
+    /// Nothing goes to nodes without a key, and nothing is taken from them in plain.
+    pub is_strict: bool,
+    /// The other nodes, by name.
+    pub peers: Vec<EncryptionPeerRow>,
+    /// Why the peers' states are not known.
+    pub error: Option<String>,
+}
+
+/// The device that encrypts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EncryptionDevice {
+    /// Its name.
+    pub name: String,
+    /// Who encrypts, and why.
+    pub kind: String,
+    /// Its MTU.
+    pub mtu: u32,
+    /// The process that encrypts, where the kernel does not.
+    pub pid: Option<u32>,
+    /// The public half of this node's key.
+    pub public_key: PublicKey,
+    /// UDP port.
+    pub port: u16,
+}
+
+/// Another node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EncryptionPeerRow {
+    /// Its name.
+    pub node: String,
+    /// The key that it has published.
+    pub public_key: Option<PublicKey>,
+    /// How the device has it.
+    pub state: Option<PeerState>,
 }
 
 /// The source of one kind of objects.

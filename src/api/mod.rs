@@ -81,6 +81,8 @@ pub enum Request {
     Services,
     /// Where a new connection to a service would go, and why.
     ServiceTrace(ServiceQuestion),
+    /// Who encrypts, and how the peers are.
+    Encryption,
     /// The nodes of the cluster.
     Nodes,
 }

@@ -4,6 +4,7 @@ mod agent;
 mod cluster;
 mod cni;
 mod connectivity;
+mod encryption;
 mod facts;
 mod list;
 mod map;
@@ -76,6 +77,9 @@ enum Command {
     /// Show services and their backends.
     #[command(subcommand)]
     Service(list::ServiceCommand),
+    /// Show who encrypts what goes between nodes, and how the peers are.
+    #[command(subcommand)]
+    Encryption(encryption::EncryptionCommand),
     /// Show the nodes of the cluster, and how this node reaches their pods.
     #[command(subcommand)]
     Node(list::NodeCommand),
@@ -175,6 +179,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Identity(command) => list::identity(command),
         Command::Policy(command) => policy::run(command),
         Command::Service(command) => list::service(command),
+        Command::Encryption(command) => encryption::run(&command),
         Command::Node(command) => list::node(command),
         Command::Map(command) => map::run(command),
         Command::Verify(args) => map::verify(&args),

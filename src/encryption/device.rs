@@ -290,7 +290,7 @@ impl Side {
 
     fn start(&self, client: &mut Client) -> Result<()> {
         let device = netlink::take_tun(DEVICE)?;
-        netlink::set_tun_offload(&device.as_raw_fd(), TunOffload::None)?;
+        netlink::set_tun_offload(&device.as_raw_fd(), TunOffload::Tcp)?;
         let port = self.plan.port;
         let ipv4 = listen(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))
             .with_context(|| format!("listening at UDP port {port}"))?;

@@ -39,6 +39,8 @@ pub struct Converter {
     pub node_labels: Vec<String>,
     /// Pods of other nodes are reached by the tunnel.
     pub is_tunnel: bool,
+    /// Nothing that passes between a pod and another node's pod, or another node, is plain.
+    pub is_encrypted: bool,
     interfaces: Mutex<HashMap<u32, String>>,
 }
 
@@ -46,7 +48,15 @@ impl Converter {
     /// For the flows of `node`.
     pub fn new(cluster: &str, node: &str, node_labels: Vec<String>, is_tunnel: bool) -> Self {
         let name = if cluster == DEFAULT_CLUSTER { node.to_owned() } else { format!("{cluster}/{node}") };
-        Self { cluster: cluster.to_owned(), node: name, node_labels, is_tunnel, interfaces: Mutex::default() }
+        let cluster = cluster.to_owned();
+        Self {
+            cluster,
+            node: name,
+            node_labels,
+            is_tunnel,
+            is_encrypted: false,
+            interfaces: Mutex::default(),
+        }
     }
 
     /// The flow of a record.
@@ -98,6 +108,7 @@ impl Converter {
                 source: from.ip.to_string(),
                 destination: to.ip.to_string(),
                 ip_version: if from.ip.is_ipv4() { pb::IpVersion::IPv4 } else { pb::IpVersion::IPv6 }.into(),
+                encrypted: self.is_encrypted && is_between_nodes(named),
                 ..pb::Ip::default()
             }),
             l4: layer4(named, from.port, to.port),
@@ -323,4 +334,17 @@ pub(super) fn uuid(node: &str, event: &Event) -> String {
 fn interface_name(ifindex: u32) -> String {
     let name = nix::net::if_::if_indextoname(ifindex);
     name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// A flow that passed between a pod of this node and a pod of another one, or another node.
+fn is_between_nodes(named: &Flow) -> bool {
+    let is_elsewhere = |party: &Party| {
+        let identity = party.identity;
+        let is_pod = !identity.is_reserved() && !identity.is_local();
+        party.endpoint.is_none() && (is_pod || identity == IdentityId::REMOTE_NODE)
+    };
+    let [one, other] = [&named.source, &named.destination];
+    named.drop_reason_desc.is_none()
+        && ((one.endpoint.is_some() && is_elsewhere(other))
+            || (other.endpoint.is_some() && is_elsewhere(one)))
 }

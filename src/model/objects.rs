@@ -72,6 +72,8 @@ pub struct Marks {
     pub audit: bool,
     /// `weir.dev/deny-response`: a pod is told what it may not send (`reject`), or not (`drop`).
     pub reject: Option<bool>,
+    /// `kubernetes.io/egress-bandwidth` of a pod, in bytes a second.
+    pub egress_bandwidth: Option<u64>,
 }
 
 impl Marks {

@@ -22,6 +22,7 @@
 //! proxy        the proxy's network namespace
 //! queue        a pair of devices that delays packets
 //! route        routes and neighbours that are ours
+//! shape        what a pod may send
 //! socket       ending sockets, through sock_diag
 //! sysctl       /proc/sys/net
 //! tun          a TUN device
@@ -44,6 +45,7 @@ mod privileges;
 mod proxy;
 mod queue;
 mod route;
+mod shape;
 mod socket;
 mod sysctl;
 mod tun;
@@ -72,6 +74,7 @@ pub use privileges::{keep_transparent_sockets_only, raise_descriptor_limit};
 pub use proxy::{ProxyLink, create_proxy_link, find_proxy_link, new_namespace, proxy_listeners};
 pub use queue::{TokenBucket, ensure_queue};
 pub use route::{NODE_ROUTE_PROTOCOL, Route, neighbours, node_routes, sync_neighbours, sync_routes};
+pub use shape::limit_pod;
 pub use socket::destroy_socket;
 pub use sysctl::{get_sysctl, set_sysctl, set_sysctl_root};
 pub use tun::{TunOffload, ensure_tun, set_tun_offload, take_tun};

@@ -14,8 +14,8 @@ use super::{Error, Result, delete_link, get_sysctl, set_sysctl};
 /// Larger packets do not pass.
 const MTU: u32 = 9216;
 /// TCA_TBF_PARMS and TCA_TBF_BURST of linux/pkt_sched.h.
-const PARAMETERS: u16 = 1;
-const BURST: u16 = 6;
+pub(super) const PARAMETERS: u16 = 1;
+pub(super) const BURST: u16 = 6;
 /// TC_LINKLAYER_ETHERNET.
 const ETHERNET: u8 = 1;
 
@@ -34,7 +34,7 @@ pub struct TokenBucket {
 
 impl TokenBucket {
     /// `struct tc_tbf_qopt`: two `struct tc_ratespec`, of which the second is not used, then limit, buffer, MTU.
-    fn parameters(&self) -> Vec<u8> {
+    pub(super) fn parameters(&self) -> Vec<u8> {
         let mut bytes = vec![0, ETHERNET, 0, 0, 0, 0];
         bytes.extend(self.smallest_packet.to_ne_bytes());
         bytes.extend(self.rate.to_ne_bytes());

@@ -16,6 +16,7 @@ use tracing::warn;
 use super::{PartRow, Parts};
 use crate::datapath::{Datapath, MapFill, MetricRow, UsageKind};
 use crate::flow::{Direction, DropReason, Recorder};
+use crate::model::PeerState;
 
 /// What the programs count, and how full the maps are.
 pub trait KernelCounters: Send + Sync + 'static {
@@ -218,6 +219,43 @@ impl Collector for Objects {
     }
 }
 
+pub(super) struct Peers(pub(super) Box<dyn Fn() -> Vec<(String, PeerState)> + Send + Sync>);
+
+impl Collector for Peers {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Encoded {
+        let peers = (self.0)();
+        let node = |name: &str| [("node", name.to_owned())];
+        let since = |state: &PeerState| state.last_handshake_seconds.map(|seconds| seconds as f64);
+        gauges(
+            &mut encoder,
+            "encryption_peer_last_handshake_age_seconds",
+            "How long ago the last handshake with a node was; absent: there was none",
+            peers.iter().filter_map(|(name, state)| Some((node(name), since(state)?))),
+        )?;
+        for (name, help, value) in [
+            (
+                "encryption_peer_received_bytes",
+                "Bytes that came from a node encrypted",
+                (|state| state.received_bytes) as fn(&PeerState) -> u64,
+            ),
+            ("encryption_peer_sent_bytes", "Bytes that went to a node encrypted", |state| state.sent_bytes),
+            (
+                "encryption_peer_errors",
+                "Packets of a node that could not be encrypted, decrypted or sent, or were not the node's",
+                |state| state.errors,
+            ),
+        ] {
+            counters(
+                &mut encoder,
+                name,
+                help,
+                peers.iter().map(|(node_name, state)| (node(node_name), value(state))),
+            )?;
+        }
+        Ok(())
+    }
+}
+
 pub(super) struct Watches(pub(super) Box<dyn Fn() -> Vec<WatchHealth> + Send + Sync>);
 
 impl Collector for Watches {
@@ -342,4 +380,4 @@ macro_rules! debug {
         }
     )* };
 }
-debug! { AllParts Kernel Flows Objects Watches Process }
+debug! { AllParts Kernel Flows Objects Peers Watches Process }

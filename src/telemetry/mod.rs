@@ -27,6 +27,7 @@ pub use parts::{PartRow, Parts};
 pub use ready::{Ready, ReadyGuard};
 
 use crate::flow::Recorder;
+use crate::model::PeerState;
 
 /// The main loop is stuck when it has said nothing for so long.
 const STUCK_AFTER: Duration = Duration::from_secs(60);
@@ -196,6 +197,11 @@ impl Telemetry {
     /// From now on `count` is asked at every scrape how many objects there are.
     pub fn show_objects(&self, count: impl Fn() -> ObjectCounts + Send + Sync + 'static) {
         self.add(collect::Objects(Box::new(count)));
+    }
+
+    /// From now on `peers` is asked at every scrape how the nodes are that this one speaks to encrypted.
+    pub fn show_peers(&self, peers: impl Fn() -> Vec<(String, PeerState)> + Send + Sync + 'static) {
+        self.add(collect::Peers(Box::new(peers)));
     }
 
     /// From now on `health` is asked at every scrape how the sources are.

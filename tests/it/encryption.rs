@@ -1,25 +1,38 @@
 //! What goes between nodes is encrypted, through every accident; the wire is looked at all the while.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use weir::encryption::protocol::{Client, Request, SideState};
 
-use crate::lab::{Lab, MARKER, Node, Pod, Server, Setup, Traffic, Via, ping, probe_udp, wait_for};
-use crate::require::require_lab;
+use crate::lab::{Lab, MARKER, Node, Pod, Server, Setup, Space, Traffic, Via, ping, probe_udp, wait_for};
+use crate::require::{require_lab, say_skipped};
 use crate::verdicts::{Expected, Row, expect_all, expect_full_mesh};
 
 fn setup(routing: &str) -> Setup {
+    setup_by("user", routing)
+}
+
+fn setup_by(device: &str, routing: &str) -> Setup {
     Setup {
         nodes: 2,
         routing: routing.to_owned(),
-        agent_arguments: ["--encryption", "wireguard", "--wireguard-device", "user"]
+        agent_arguments: ["--encryption", "wireguard", "--wireguard-device", device]
             .map(str::to_owned)
             .into(),
         ..Setup::default()
     }
+}
+
+/// The kernel has WireGuard, built in or as a module.
+fn has_kernel_wireguard() -> Result<bool> {
+    static PROBES: AtomicUsize = AtomicUsize::new(0);
+    let number = PROBES.fetch_add(1, Ordering::Relaxed);
+    let space = Space::create(&format!("weirlab-{}-wg{number}", std::process::id()), None)?;
+    Ok(space.configure(&["link add probe type wireguard"]).is_ok())
 }
 
 /// How the process is that encrypts for a node.
@@ -39,8 +52,8 @@ fn say_the_marker(from: &Pod, to: &Pod) -> Result<()> {
     Ok(())
 }
 
-fn all_is_encrypted(routing: &str) -> Result<()> {
-    let lab = Lab::start(setup(routing))?;
+fn all_is_encrypted(device: &str, routing: &str) -> Result<()> {
+    let lab = Lab::start(setup_by(device, routing))?;
     let wall = lab.look_at_wire()?;
     let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(2, "shop/b").create()?);
     expect_full_mesh(&[&a, &b])?;
@@ -63,19 +76,67 @@ fn all_is_encrypted(routing: &str) -> Result<()> {
         stream.wait_for_answers(200)?;
         stream.stop()?.check_nothing_lost()?;
     }
+    peers_are_shown(&lab, device)?;
     wall.check().map(drop)
+}
+
+fn peers_are_shown(lab: &Lab, device: &str) -> Result<()> {
+    let shown = lab.node(1).weir_json(&["encryption", "status"])?;
+    let by = if device == "kernel" { "the kernel's WireGuard" } else { "weir wireguard" };
+    ensure!(shown["device"]["kind"].as_str().is_some_and(|kind| kind.starts_with(by)), "{shown}");
+    ensure!(shown["peers"][0]["node"] == "node2", "{shown}");
+    let state = &shown["peers"][0]["state"];
+    ensure!(
+        state["last_handshake_seconds"].is_u64() && state["received_bytes"].as_u64() > Some(0),
+        "{shown}"
+    );
+    let metric = lab.node(1).metric("weir_encryption_peer_sent_bytes_total", &["node2"])?;
+    ensure!(metric > 0.0, "weir_encryption_peer_sent_bytes_total is {metric}");
+    let status = lab.node(1).weir(&["status"])?;
+    ensure!(status.contains("weir_wg with MTU 1440, strict"), "{status}");
+    Ok(())
+}
+
+#[test]
+fn pods_of_two_nodes_are_encrypted_by_the_kernels_wireguard() -> Result<()> {
+    require_lab!();
+    if !has_kernel_wireguard()? {
+        say_skipped("needs WireGuard in the kernel: `make kernels`");
+        return Ok(());
+    }
+    all_is_encrypted("kernel", "tunnel")?;
+    all_is_encrypted("kernel", "native")
+}
+
+/// What the other tests look at would show it if it were there.
+#[test]
+fn without_encryption_the_wire_shows_what_pods_say() -> Result<()> {
+    require_lab!();
+    for (routing, what) in [("tunnel", "a tunnel packet"), ("native", "protocol")] {
+        let lab = Lab::start(Setup { agent_arguments: vec![], ..setup(routing) })?;
+        let wall = lab.look_at_wire()?;
+        let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(2, "shop/b").create()?);
+        expect_full_mesh(&[&a, &b])?;
+        say_the_marker(&a, &b)?;
+        let seen = wall.stop()?;
+        ensure!(seen.encrypted == 0, "{seen:?}");
+        for sign in [what, "the marker"] {
+            ensure!(seen.plain.keys().any(|found| found.contains(sign)), "{sign}: {seen:?}");
+        }
+    }
+    Ok(())
 }
 
 #[test]
 fn pods_of_two_nodes_are_encrypted_in_the_tunnel() -> Result<()> {
     require_lab!();
-    all_is_encrypted("tunnel")
+    all_is_encrypted("user", "tunnel")
 }
 
 #[test]
 fn pods_of_two_nodes_are_encrypted_with_native_routing() -> Result<()> {
     require_lab!();
-    all_is_encrypted("native")
+    all_is_encrypted("user", "native")
 }
 
 fn survive(routing: &str) -> Result<()> {

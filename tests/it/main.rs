@@ -5,6 +5,7 @@
 mod announced;
 mod api_server;
 mod audit;
+mod bandwidth;
 mod cni;
 mod control_plane;
 mod datapath;

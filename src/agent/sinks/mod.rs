@@ -15,6 +15,7 @@
 //! A new target is one file that implements `Sink`, and one line in `all`.
 
 mod addresses;
+mod bandwidth;
 mod devices;
 mod encryption;
 mod endpoints;
@@ -182,6 +183,7 @@ pub fn all(
         Box::new(network::Network::new(datapath.clone(), writers.devices, plan.has_ipv6())?),
         Box::new(routes::Routes::new(plan)),
         Box::new(links::Links::new(datapath.clone())),
+        Box::new(bandwidth::Bandwidth::default()),
     ];
     // Peers come before the rows that send to them.
     sinks.extend(others);

@@ -6,6 +6,7 @@
 
 mod net;
 mod peers;
+mod segment;
 mod worker;
 
 use std::fs;

@@ -1,6 +1,6 @@
 //! The packets' way: from the device, encrypted, to a peer; from a peer, decrypted, to the device.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -15,8 +15,9 @@ use boringtun::noise::{Packet, Tunn, TunnResult};
 use boringtun::x25519;
 
 use super::super::PrivateKey;
-use super::net::{HEADER_BYTES, Net, OVERHEAD_BYTES, PACKET_BYTES};
+use super::net::{Net, OVERHEAD_BYTES, PACKET_BYTES};
 use super::peers::{Peer, Table};
+use super::segment::{self, HEADER_BYTES, Merger};
 use crate::model::{EncryptionPeer, PeerState, PublicKey};
 
 /// Handshakes of a second that are answered without asking for a cookie first.
@@ -25,6 +26,42 @@ const HANDSHAKES_PER_SECOND: u64 = 1000;
 const TICK: Duration = Duration::from_millis(100);
 /// A peer that does not answer is called again after so many ticks.
 const RECALL_TICKS: u64 = 20;
+
+/// What the protocol adds to a packet.
+const DATA_BYTES: usize = 32;
+/// The kernel takes so many datagrams at once (UDP_MAX_SEGMENTS), and so many bytes.
+const BATCH_DATAGRAMS: usize = 64;
+const BATCH_BYTES: usize = 65_000;
+
+/// Datagrams for one peer that are sent at once: all of one size, but for the last one.
+#[derive(Default)]
+struct Batch {
+    peer: Option<Arc<Peer>>,
+    bytes: Vec<u8>,
+    used: usize,
+    size: usize,
+    /// The last one was shorter: no other can follow.
+    is_full: bool,
+}
+
+impl Batch {
+    fn takes(&self, peer: &Arc<Peer>, length: usize) -> bool {
+        let Some(own) = &self.peer else { return true };
+        Arc::ptr_eq(own, peer)
+            && !self.is_full
+            && length <= self.size
+            && self.used + length <= BATCH_BYTES
+            && self.used / self.size.max(1) < BATCH_DATAGRAMS
+    }
+
+    fn add(&mut self, peer: &Arc<Peer>, length: usize) {
+        if self.peer.is_none() {
+            (self.peer, self.size) = (Some(peer.clone()), length);
+        }
+        self.used += length;
+        self.is_full = length < self.size;
+    }
+}
 
 /// What the threads share.
 pub struct Worker {
@@ -92,16 +129,23 @@ impl Worker {
         self.deliver(peer, &result);
     }
 
-    /// From the device, until it is gone.
+    /// From the device, until it is gone. What can be read at once is sent at once.
     fn read(&self) {
-        let (mut packet, mut buffer) = (vec![0; PACKET_BYTES], vec![0; PACKET_BYTES + OVERHEAD_BYTES]);
+        let (mut packet, mut room) = (vec![0; PACKET_BYTES], vec![0; PACKET_BYTES]);
+        let mut batch = Batch::default();
         loop {
             match self.net.read(&mut packet) {
-                Ok(length) if length > HEADER_BYTES => {
-                    self.encrypt(&packet[HEADER_BYTES..length], &mut buffer);
+                Ok(Some(length)) if length > HEADER_BYTES => {
+                    let each = |packet: &[u8]| self.encrypt(packet, &mut batch);
+                    if !segment::split(&mut packet[..length], &mut room, each) {
+                        self.without_peer.fetch_add(1, Ordering::Relaxed);
+                    }
                 }
-                Ok(_) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Ok(Some(_)) => {}
+                Ok(None) => {
+                    self.send(&mut batch);
+                    self.net.wait();
+                }
                 Err(error) => {
                     tracing::error!(%error, "the device cannot be read any more: ending");
                     std::process::exit(1);
@@ -110,31 +154,60 @@ impl Worker {
         }
     }
 
-    fn encrypt(&self, packet: &[u8], buffer: &mut [u8]) {
+    /// Adds a packet to what is sent next; sends before where it does not belong there.
+    fn encrypt(&self, packet: &[u8], batch: &mut Batch) {
         let table = self.table.load();
         let Some(peer) = Tunn::dst_address(packet).and_then(|address| table.owner(address)) else {
             self.without_peer.fetch_add(1, Ordering::Relaxed);
             return;
         };
+        let length = packet.len() + DATA_BYTES;
+        if !batch.takes(peer, length) {
+            self.send(batch);
+        }
+        let start = batch.used;
+        batch.bytes.resize((start + length + OVERHEAD_BYTES).max(batch.bytes.len()), 0);
         let mut tunnel = peer.tunnel();
-        let result = tunnel.encapsulate(packet, buffer);
-        self.deliver(peer, &result);
+        match tunnel.encapsulate(packet, &mut batch.bytes[start..]) {
+            // Of this length are data alone, or all but: a handshake goes by itself.
+            TunnResult::WriteToNetwork(datagram) if datagram.len() == length => {
+                drop(tunnel);
+                batch.add(peer, length);
+            }
+            other => self.deliver(peer, &other),
+        }
+    }
+
+    fn send(&self, batch: &mut Batch) {
+        let Some(peer) = batch.peer.take() else { return };
+        let sent = self.net.send_all(&batch.bytes[..batch.used], batch.size, **peer.endpoint.load());
+        if let Err(error) = sent {
+            peer.count_error();
+            tracing::debug!(%error, peer = %peer.key, "sending");
+        }
+        (batch.used, batch.size, batch.is_full) = (0, 0, false);
     }
 
     /// From the peers by one socket.
     fn receive(&self, number: usize) {
-        let socket: &UdpSocket = &self.net.sockets()[number];
-        let (mut datagram, mut buffer) = (vec![0; PACKET_BYTES], vec![0; PACKET_BYTES + OVERHEAD_BYTES]);
+        let (mut datagrams, mut buffer) = (vec![0; PACKET_BYTES], vec![0; PACKET_BYTES + OVERHEAD_BYTES]);
+        let mut merger = Merger::default();
         loop {
-            match socket.recv_from(&mut datagram) {
-                Ok((length, from)) => self.decrypt(&datagram[..length], from, &mut buffer),
+            match self.net.receive(number, &mut datagrams) {
+                Ok((length, size, from)) => {
+                    for datagram in datagrams[..length].chunks(size) {
+                        self.decrypt(datagram, from, &mut buffer, &mut merger);
+                    }
+                    // The device has no room, or the packet is none: TCP sends it again.
+                    let _ = merger.flush(&mut |header, packet| self.net.write(header, packet));
+                }
                 // An ICMP error for what was sent before: the peer is away.
                 Err(error) => tracing::debug!(%error, "receiving"),
             }
         }
     }
 
-    fn decrypt(&self, datagram: &[u8], from: SocketAddr, buffer: &mut [u8]) {
+    fn decrypt(&self, datagram: &[u8], from: SocketAddr, buffer: &mut [u8], merger: &mut Merger) {
         let mut cookie = [0; OVERHEAD_BYTES];
         let packet = match self.limiter.verify_packet(Some(from.ip()), datagram, &mut cookie) {
             Ok(packet) => packet,
@@ -151,11 +224,11 @@ impl Worker {
         let mut tunnel = peer.tunnel();
         let mut result = tunnel.decapsulate(Some(from.ip()), datagram, buffer);
         let has_session = is_data && !matches!(result, TunnResult::Err(_));
-        let mut has_more = self.take(&table, peer, &result) || has_session;
+        let mut has_more = self.take(&table, peer, &result, merger) || has_session;
         // What waited for the session.
         while has_more {
             result = tunnel.decapsulate(None, &[], buffer);
-            has_more = self.take(&table, peer, &result);
+            has_more = self.take(&table, peer, &result, merger);
         }
     }
 
@@ -172,7 +245,7 @@ impl Worker {
     }
 
     /// Takes what came out of a datagram; true if something went to the peer and more may have to.
-    fn take(&self, table: &Table, peer: &Arc<Peer>, result: &TunnResult<'_>) -> bool {
+    fn take(&self, table: &Table, peer: &Arc<Peer>, result: &TunnResult<'_>, merger: &mut Merger) -> bool {
         let (packet, source) = match result {
             TunnResult::WriteToTunnelV4(packet, source) => (packet, (*source).into()),
             TunnResult::WriteToTunnelV6(packet, source) => (packet, (*source).into()),
@@ -183,7 +256,8 @@ impl Worker {
         };
         // Another peer's address, or nobody's.
         let is_own = table.owner(source).is_some_and(|owner| Arc::ptr_eq(owner, peer));
-        if !is_own || self.net.write(packet).is_err() {
+        let mut write = |header: &[u8; HEADER_BYTES], packet: &[u8]| self.net.write(header, packet);
+        if !is_own || merger.push(packet, &mut write).is_err() {
             peer.count_error();
         }
         false

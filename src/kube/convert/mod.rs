@@ -145,7 +145,48 @@ pub(super) fn marks(document: &Field, warnings: &mut Vec<FieldError>) -> Marks {
         };
         marks.reject.is_some()
     });
+    read("kubernetes.io/egress-bandwidth", &mut |text| {
+        marks.egress_bandwidth = bytes_per_second(text);
+        marks.egress_bandwidth.is_some()
+    });
     marks
+}
+
+/// A rate in bits a second, as a quantity of Kubernetes: 1k to 1P, as its own plugin has it.
+fn bytes_per_second(text: &str) -> Option<u64> {
+    let split = text.find(|letter: char| letter.is_ascii_alphabetic()).unwrap_or(text.len());
+    let (number, suffix) = text.split_at(split);
+    let factor = match suffix {
+        "" => 1.0,
+        "k" => 1e3,
+        "M" => 1e6,
+        "G" => 1e9,
+        "T" => 1e12,
+        "P" => 1e15,
+        "Ki" => f64::from(1 << 10),
+        "Mi" => f64::from(1 << 20),
+        "Gi" => f64::from(1 << 30),
+        "Ti" => f64::from(1 << 30) * f64::from(1 << 10),
+        _ => return None,
+    };
+    let bits = number.parse::<f64>().ok()? * factor;
+    (1e3..=1e15).contains(&bits).then_some((bits / 8.0) as u64)
+}
+
+#[cfg(test)]
+mod rate_tests {
+    use super::bytes_per_second;
+
+    #[test]
+    fn rates_are_quantities_of_bits() {
+        assert_eq!(bytes_per_second("10M"), Some(1_250_000));
+        assert_eq!(bytes_per_second("1Gi"), Some(134_217_728));
+        assert_eq!(bytes_per_second("1.5k"), Some(187));
+        assert_eq!(bytes_per_second("8000"), Some(1000));
+        for nonsense in ["", "M", "10 M", "-1M", "100m", "1", "fast", "1e400", "NaN", "inf"] {
+            assert_eq!(bytes_per_second(nonsense), None, "{nonsense}");
+        }
+    }
 }
 
 /// Refuses labels that no API server would store; only strict documents need the check.

@@ -1,0 +1,68 @@
+//! `weir encryption`: who encrypts on this node, and how its peers are.
+
+use std::io::{self, Write};
+
+use clap::{Args, Subcommand};
+
+use super::{Connection, Failure, Format, output, table};
+use crate::api::Request;
+use crate::api::answers::{EncryptionAnswer, EncryptionPeerRow};
+
+#[derive(Subcommand)]
+pub enum EncryptionCommand {
+    /// Who encrypts, with which key, and how each other node is.
+    Status(StatusArgs),
+}
+
+#[derive(Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    connection: Connection,
+    /// Form of what is printed.
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Format,
+}
+
+pub fn run(command: &EncryptionCommand) -> Result<(), Failure> {
+    let EncryptionCommand::Status(args) = command;
+    let answer: EncryptionAnswer = args.connection.ask(&Request::Encryption)?;
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    match args.output {
+        Format::Json => output::write_json(&mut out, &answer)?,
+        Format::Table => write(&mut out, &answer)?,
+    }
+    Ok(out.flush()?)
+}
+
+fn write(out: &mut impl Write, answer: &EncryptionAnswer) -> io::Result<()> {
+    let Some(device) = &answer.device else {
+        return writeln!(out, "off: WEIR_ENCRYPTION says so");
+    };
+    let mode =
+        if answer.is_strict { "strict" } else { "not strict: nodes without a key are spoken to in plain" };
+    writeln!(out, "by {}, device {} with MTU {}, {mode}", device.kind, device.name, device.mtu)?;
+    writeln!(out, "key {}, UDP port {}", device.public_key, device.port)?;
+    if let Some(error) = &answer.error {
+        writeln!(out, "the peers' states are not known: {error}")?;
+    }
+    writeln!(out)?;
+    let rows: Vec<_> = answer.peers.iter().map(row).collect();
+    table::write(out, ["NODE", "ENDPOINT", "LAST HANDSHAKE", "RECEIVED", "SENT", "ERRORS", "KEY"], &rows)
+}
+
+fn row(peer: &EncryptionPeerRow) -> [String; 7] {
+    let state = peer.state.as_ref();
+    let number = |value: fn(&crate::model::PeerState) -> u64| {
+        state.map(|state| value(state).to_string()).unwrap_or_default()
+    };
+    let since = state.and_then(|state| state.last_handshake_seconds);
+    [
+        peer.node.clone(),
+        state.and_then(|state| state.endpoint).map(|endpoint| endpoint.to_string()).unwrap_or_default(),
+        since.map_or_else(|| "never".to_owned(), |seconds| format!("{seconds} s ago")),
+        number(|state| state.received_bytes),
+        number(|state| state.sent_bytes),
+        number(|state| state.errors),
+        peer.public_key.map_or_else(|| "none published".to_owned(), |key| key.to_string()),
+    ]
+}
