@@ -7,7 +7,7 @@
 
 export KEEP SUITE ONLY UPDATE NODES LIKE AWAY FAMILY
 .DEFAULT_GOAL := help
-.PHONY: setup build check deny test golden verify kernels bench demo image kind kind-down cluster cluster-down e2e e2e-faults platforms ui ui-test deploy undeploy clean help
+.PHONY: setup build check deny test golden verify kernels upgrade bench demo image kind kind-down cluster cluster-down e2e e2e-faults platforms ui ui-test deploy undeploy clean help
 
 setup: ## install what the build needs and the machine lacks (Debian, Ubuntu)
 	@scripts/setup
@@ -38,6 +38,9 @@ bench: setup ## measure; tables here, JSON in target/bench (root)
 kernels: setup ## programs, packets and the lab on Linux 6.1 and 6.12, emulated (root)
 	for release in 6.1 6.12; do CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="scripts/kernel $$release" \
 		cargo test --test it -- $(or $(ONLY),datapath:: packets encryption:: same_node two_nodes services::) || exit 1; done
+
+upgrade: setup ## from the agent of the former ABI version to this one, under traffic (root)
+	scripts/previous && cargo test --test it -- upgrade::
 
 demo: setup ## two nodes, a small shop, its policies and its flows (root)
 	cargo build --bins --example demo && cargo run --example demo

@@ -30,6 +30,8 @@ struct settings {
 	__u32 event_buffer_half;     /* bytes of events: when so many wait, records of flows are bounded, too */
 	__u16 nat_port_min;	     /* host order, inclusive */
 	__u16 nat_port_max;
+	__u16 nat_known_min;	     /* of rows in nat: those of a former setting, too */
+	__u16 nat_known_max;
 	__u16 tunnel_port;	     /* host order: 8472 */
 	__u8 masquerade_ipv4;
 	__u8 masquerade_ipv6;
@@ -37,7 +39,7 @@ struct settings {
 	__u8 socket_lb;
 	__u8 tunnel_direct;	     /* put on and take off the tunnel's headers, past the VXLAN device */
 	__u8 encrypt_strict;	     /* what has to be encrypted is dropped where it comes in plain */
-	__u8 pad[8];
+	__u8 pad[4];
 };
 
 extern const volatile struct settings settings;

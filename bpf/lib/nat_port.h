@@ -24,8 +24,8 @@ static __always_inline bool nat_may_have_port(__be16 port)
 {
 	__u16 number = bpf_ntohs(port);
 
-	return number >= settings.nat_port_min &&
-	       number <= settings.nat_port_max;
+	return number >= settings.nat_known_min &&
+	       number <= settings.nat_known_max;
 }
 
 static __always_inline bool nat_row_is(const struct nat *row,

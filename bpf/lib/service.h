@@ -298,7 +298,10 @@ service_recall(const struct service *service, const struct packet *packet,
 	struct connection *chosen = bpf_map_lookup_elem(&connections, key);
 	bool begins = packet->protocol != IPPROTO_TCP;
 
-	if (!chosen || chosen->identity[1] != service->service_id ||
+	/* A former agent's choice says no service: its backend is looked for. */
+	if (!chosen ||
+	    (chosen->identity[1] &&
+	     chosen->identity[1] != service->service_id) ||
 	    connection_is_expired(chosen, packet->protocol, now))
 		return NULL;
 	if (packet->tcp_flags & TCP_SYN) {
@@ -307,12 +310,14 @@ service_recall(const struct service *service, const struct packet *packet,
 			return NULL;
 		begins = true;
 	}
-	if (!begins || chosen->egress_epoch == service->generation)
+	if (!begins || (chosen->identity[1] &&
+			chosen->egress_epoch == service->generation))
 		return chosen;
 	if (!service_has_backend(service, &chosen->service,
 				 chosen->service_port))
 		return NULL;
 	chosen->egress_epoch = service->generation;
+	chosen->identity[1] = service->service_id;
 	return chosen;
 }
 

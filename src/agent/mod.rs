@@ -289,8 +289,17 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         ipsec: ipsec.clone(),
         host_decided,
         compute,
-        sinks: sinks::all(&datapath, writers, device_sink, encryption, (limits, proxy), ipsec, parts)
-            .context("ordering the sinks")?,
+        sinks: sinks::all(
+            &datapath,
+            writers,
+            device_sink,
+            encryption,
+            (limits, proxy),
+            ipsec,
+            attaching_node(&datapath, &devices, config.args.kernel.socket_lb),
+            parts,
+        )
+        .context("ordering the sinks")?,
         datapath,
         kernel_news: netlink::kernel_news(endpoint::is_host_interface_name)?,
         heard: netlink::Heard::default(),
@@ -381,16 +390,30 @@ async fn offer_pods(config: Config, telemetry: Arc<Telemetry>) -> Result<()> {
     std::future::pending().await
 }
 
-/// Loads and attaches everything but the pods' programs, which the rounds attach.
+/// Loads everything, and attaches everything but the pods' programs, which the rounds attach. A former
+/// agent's programs stay until the first round replaces all of them at once.
 fn load(config: &Config, node: &Node, ports: &Ports) -> Result<(Devices, Arc<Datapath>)> {
     let devices = node::prepare(config, node)?;
     let secret = secret::of(&config.args.state_dir)?;
     let options = options(config, &devices, ports, secret);
     let datapath = Datapath::load(&options).context("loading the datapath")?;
+    if !datapath.is_succeeding() {
+        attach_node(&datapath, &devices, config.args.kernel.socket_lb)?;
+    }
+    if devices.overlay.is_none()
+        && netlink::delete_link(OVERLAY_DEVICE).context("removing the tunnel device")?
+    {
+        tracing::info!(device = OVERLAY_DEVICE, "removed the tunnel device: routing is native now");
+    }
+    let zombies = datapath.collect_zombie_links().context("collecting links of devices that are gone")?;
+    tracing::info!(node = node.name, mtu = devices.mtu, zombies, "loaded the datapath");
+    Ok((devices, Arc::new(datapath)))
+}
+
+/// Attaches the programs of the node's own devices, and of sockets if they translate services.
+fn attach_node(datapath: &Datapath, devices: &Devices, socket_lb: bool) -> Result<()> {
     if let Some(overlay) = devices.overlay {
         datapath.attach_overlay(overlay).context("attaching to the tunnel device")?;
-    } else if netlink::delete_link(OVERLAY_DEVICE).context("removing the tunnel device")? {
-        tracing::info!(device = OVERLAY_DEVICE, "removed the tunnel device: routing is native now");
     }
     if let Some(device) = &devices.encryption {
         datapath.attach_encrypted(device.ifindex()).context("attaching to the device that encrypts")?;
@@ -398,14 +421,16 @@ fn load(config: &Config, node: &Node, ports: &Ports) -> Result<(Devices, Arc<Dat
     if let Some([_, comes_out]) = devices.wait {
         datapath.attach_wait(comes_out).context("attaching to the device of waiting fragments")?;
     }
-    if config.args.kernel.socket_lb {
-        datapath.attach_sockets().context("attaching to sockets")?;
+    if socket_lb {
+        datapath.attach_sockets().context("attaching to sockets")
     } else {
-        datapath.detach_sockets().context("detaching from sockets")?;
+        datapath.detach_sockets().context("detaching from sockets")
     }
-    let zombies = datapath.collect_zombie_links().context("collecting links of devices that are gone")?;
-    tracing::info!(node = node.name, mtu = devices.mtu, zombies, "loaded the datapath");
-    Ok((devices, Arc::new(datapath)))
+}
+
+fn attaching_node(datapath: &Arc<Datapath>, devices: &Devices, socket_lb: bool) -> sinks::AttachNode {
+    let (datapath, devices) = (datapath.clone(), devices.clone());
+    Box::new(move || attach_node(&datapath, &devices, socket_lb))
 }
 
 fn options(config: &Config, devices: &Devices, ports: &Ports, secret: [u64; 2]) -> Options {

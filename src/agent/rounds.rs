@@ -187,7 +187,7 @@ impl Rounds {
 
     /// What an agent of another ABI version has left goes when everything is attached.
     fn remove_other_versions(&self) {
-        if let Err(error) = self.datapath.remove_other_versions() {
+        if let Err(error) = self.datapath.end_succession() {
             tracing::warn!(error = crate::error::chain(&error), "removing what another version has left");
         }
     }

@@ -34,15 +34,18 @@ pub struct AddressWriter {
     settled_prefixes: Option<BTreeMap<IpNet, PrefixEntry>>,
     /// Whose rows say that nothing goes there in plain.
     encrypted: Encrypted,
-    /// Identities were changed in the maps, but the epoch could not be raised yet.
+    /// Identities were changed in the maps, or other programs judged by them, but the epoch was not raised yet.
     is_epoch_due: bool,
 }
 
 impl AddressWriter {
+    /// With `is_epoch_due` every flow gets a new verdict once the first rows are written: other programs
+    /// gave those that it has.
     pub(super) fn new(
         addresses: Mirror<Addr, Address>,
         prefixes: Mirror<PrefixKey, Prefix>,
         node_state: TypedMap<u32, NodeState>,
+        is_epoch_due: bool,
     ) -> Result<Self> {
         let writer = Self {
             addresses,
@@ -53,7 +56,7 @@ impl AddressWriter {
             refused_prefixes: BTreeMap::new(),
             settled_prefixes: None,
             encrypted: Encrypted::default(),
-            is_epoch_due: false,
+            is_epoch_due,
         };
         if writer.node_state.get(&0)?.unwrap_or_default().address_epoch == 0 {
             // The map is new but `connections` may be older: no epoch of theirs may come again.

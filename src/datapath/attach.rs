@@ -169,7 +169,7 @@ impl Datapath {
 
     /// Removes what an agent of another ABI version has left: links of devices that
     /// nobody attached since, and its maps. Only when everything is attached.
-    pub fn remove_other_versions(&self) -> Result<()> {
+    pub(super) fn remove_other_versions(&self) -> Result<()> {
         let Some(pins) = &self.pins else { return Ok(()) };
         for version in other_versions(pins.root())? {
             tracing::info!(directory = %version.display(), "removing the pins of another version");
@@ -375,7 +375,7 @@ fn is_zombie(info: &LinkTypeInfo) -> bool {
     }
 }
 
-fn pinned_links(directory: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn pinned_links(directory: &Path) -> Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.with_context(|| format!("listing {}", directory.display()))?,

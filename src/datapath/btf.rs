@@ -1,10 +1,15 @@
 //! Reads BTF, the kernel's own description of types: which fields a row of a map has, and where.
+//!
+//! A pinned map carries the BTF of the program that made it. So an agent can read rows of a map
+//! whose layout none of its own structs has.
 
+use std::collections::HashMap;
 use std::ffi::c_void;
+use std::io;
 use std::ptr::NonNull;
 
 use anyhow::{Context, Result, bail, ensure};
-use libbpf_rs::{AsRawLibbpf, OpenMap, OpenObject, libbpf_sys};
+use libbpf_rs::{AsRawLibbpf, MapCore, MapHandle, OpenMap, OpenObject, libbpf_sys};
 
 /// How the bytes of a type are to be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +40,24 @@ pub(super) struct Row {
     pub(super) key: Layout,
     /// Of the value.
     pub(super) value: Layout,
+}
+
+impl Layout {
+    /// Bytes of a value.
+    pub(super) fn size(&self) -> u32 {
+        match self {
+            Self::Integer { size, .. } | Self::Struct { size, .. } => *size,
+            Self::Array { of, count } => of.size() * count,
+        }
+    }
+
+    /// The field of this name; of a struct only.
+    pub(super) fn field(&self, name: &str) -> Option<&Field> {
+        match self {
+            Self::Struct { fields, .. } => fields.iter().find(|field| field.name == name),
+            Self::Integer { .. } | Self::Array { .. } => None,
+        }
+    }
 }
 
 /// The kinds of types that are looked at, with their numbers in BTF.
@@ -76,6 +99,7 @@ struct Type<'a> {
 }
 
 /// Constants of an enum, by name.
+#[cfg(test)]
 pub(super) type Constants = Vec<(String, u32)>;
 
 /// All types of one BTF.
@@ -118,6 +142,7 @@ impl Btf {
     }
 
     /// Every named enum: its size and its constants.
+    #[cfg(test)]
     pub(super) fn enums(&self) -> Result<Vec<(String, Constants)>> {
         let mut enums = Vec::new();
         for id in 1..self.begins.len() {
@@ -131,6 +156,7 @@ impl Btf {
     }
 
     /// The number of the struct of this name.
+    #[cfg(test)]
     pub(super) fn struct_id(&self, name: &str) -> Option<u32> {
         let is_it =
             |id: &u32| self.of(*id).is_ok_and(|of| of.kind == kind::STRUCT && self.name(of.name) == name);
@@ -227,11 +253,38 @@ pub(super) fn row_of_object(btf: &Btf, map: &OpenMap<'_>) -> Result<Option<Row>>
     row(btf, ids)
 }
 
+/// What a map of the kernel holds; `None` where nobody has said so.
+pub(super) fn row_of_kernel(map: &MapHandle, known: &mut Known) -> Result<Option<Row>> {
+    let info = map.info().context("reading a map's description")?.info;
+    if info.btf_id == 0 {
+        return Ok(None);
+    }
+    let btf = match known.0.entry(info.btf_id) {
+        std::collections::hash_map::Entry::Occupied(there) => there.into_mut(),
+        std::collections::hash_map::Entry::Vacant(place) => place.insert(of_kernel(info.btf_id)?),
+    };
+    row(btf, (info.btf_key_type_id, info.btf_value_type_id))
+}
+
+/// BTF of the kernel that was read already, by its number: most maps share one.
+#[derive(Default)]
+pub(super) struct Known(HashMap<u32, Btf>);
+
 /// The types of an object that is open.
 pub(super) fn of_object(object: &OpenObject) -> Result<Btf> {
     // SAFETY: the object is open, and owns its BTF.
     let btf = NonNull::new(unsafe { libbpf_sys::bpf_object__btf(object.as_libbpf_object().as_ptr()) });
     parse_raw(btf.context("the BPF object has no BTF")?)
+}
+
+fn of_kernel(id: u32) -> Result<Btf> {
+    // SAFETY: takes a number only; the result is ours to free.
+    let btf = NonNull::new(unsafe { libbpf_sys::btf__load_from_kernel_by_id(id) });
+    let btf = btf.with_context(|| format!("reading BTF {id}: {}", io::Error::last_os_error()))?;
+    let parsed = parse_raw(btf);
+    // SAFETY: it is ours, and nobody else has it.
+    unsafe { libbpf_sys::btf__free(btf.as_ptr()) };
+    parsed
 }
 
 fn parse_raw(btf: NonNull<libbpf_sys::btf>) -> Result<Btf> {
@@ -248,4 +301,9 @@ fn row(btf: &Btf, (key, value): (u32, u32)) -> Result<Option<Row>> {
         return Ok(None);
     }
     Ok(Some(Row { key: btf.layout(key)?, value: btf.layout(value)? }))
+}
+
+/// The number that the kernel has for a map.
+pub(super) fn map_id(map: &MapHandle) -> Result<u32> {
+    Ok(map.info().context("reading a map's description")?.info.id)
 }

@@ -10,11 +10,12 @@ use libbpf_rs::{Object, ObjectBuilder, OpenMapMut, OpenObject, ProgramAttachType
 use super::OBJECT;
 use super::abi::{self, Plain, SETTINGS_OFFSET};
 use super::attach::{ENCRYPTED_PROGRAM, TC_PROGRAMS};
+use super::carry::Carrier;
 use super::messages::{collect_libbpf_messages, with_messages};
 use super::pins::Pins;
 use super::probe::{self, Features};
 use super::quota::Limits;
-use super::reuse::{Origin, pin_new_maps, take_over};
+use super::reuse::{Origin, Reuse};
 use super::settings::{AttachMode, MapSizes, Settings};
 
 /// What loading made.
@@ -22,6 +23,8 @@ pub(super) struct Loaded {
     pub(super) object: Object,
     pub(super) features: Features,
     pub(super) limits: Limits,
+    /// What is to be carried over when the programs are replaced.
+    pub(super) carriers: Vec<Carrier>,
 }
 
 /// Opens, sizes, fills in and loads the object; takes over and makes pins where there are any.
@@ -32,7 +35,13 @@ pub(super) fn load(
     pins: Option<&Pins>,
 ) -> Result<Loaded> {
     let mut features = probe::probe(attach)?;
-    let opened = prepare(settings, sizes, pins, &features)?;
+    let mut reuse = pins.map(|pins| Reuse::new(pins, &open()?)).transpose()?;
+    let mut settings = settings.clone();
+    if let Some(reuse) = &mut reuse {
+        settings.nat_known = reuse.known_nat_ports().context("reading the ports of running flows")?;
+    }
+    let settings = &settings;
+    let opened = prepare(settings, sizes, reuse.as_mut(), &features)?;
     let limits = opened.limits;
     let (mut object, origins) = match load_object(opened.object) {
         Ok(object) => (object, opened.origins),
@@ -40,17 +49,18 @@ pub(super) fn load(
             // Perhaps only what is optional does not load.
             let reason = crate::error::chain(&error);
             features.leave_out_optional(&reason);
-            let opened = prepare(settings, sizes, pins, &features)?;
+            let opened = prepare(settings, sizes, reuse.as_mut(), &features)?;
             let object = load_object(opened.object).map_err(|_| explain(error, &features.kernel))?;
             tracing::warn!(%reason, "leaving out the programs that do not load here");
             (object, opened.origins)
         }
         Err(error) => return Err(explain(error, &features.kernel)),
     };
-    if let Some(pins) = pins {
-        pin_new_maps(&mut object, pins, &origins)?;
-    }
-    Ok(Loaded { object, features, limits })
+    let carriers = match &mut reuse {
+        Some(reuse) => reuse.pin_new_maps(&mut object, origins)?,
+        None => Vec::new(),
+    };
+    Ok(Loaded { object, features, limits, carriers })
 }
 
 fn explain(error: anyhow::Error, kernel: &str) -> anyhow::Error {
@@ -83,7 +93,7 @@ fn open() -> Result<OpenObject> {
 pub(super) fn prepare(
     settings: &Settings,
     sizes: &MapSizes,
-    pins: Option<&Pins>,
+    mut reuse: Option<&mut Reuse<'_>>,
     features: &Features,
 ) -> Result<Opened> {
     let mut object = open()?;
@@ -100,8 +110,8 @@ pub(super) fn prepare(
         if let Some(&entries) = sizes.0.get(&name) {
             map.set_max_entries(entries).with_context(|| format!("setting the size of map {name}"))?;
         }
-        if let Some(pins) = pins {
-            let origin = take_over(&mut map, &name, pins)?;
+        if let Some(reuse) = reuse.as_mut() {
+            let origin = reuse.take_over(&mut map, &name)?;
             origins.push((name.clone(), origin));
         }
         rows.insert(name, map.max_entries());

@@ -18,8 +18,8 @@ mod announced;
 mod args;
 mod attach;
 mod backends;
-#[cfg(test)]
 mod btf;
+mod carry;
 #[cfg(test)]
 mod contract;
 mod counters;
@@ -48,6 +48,7 @@ mod settings;
 mod settle;
 mod settled;
 pub mod skeleton;
+mod succeed;
 mod verify;
 
 use std::path::PathBuf;
@@ -85,6 +86,7 @@ use mirror::{Fill, Mirror};
 use pins::Pins;
 use services::ServiceMaps;
 use settle::Unsettled;
+use succeed::Succession;
 
 use crate::model::IdentityId;
 
@@ -102,6 +104,7 @@ pub struct Datapath {
     maglev_size: u32,
     /// Rows of `l7_flows` that the last collection saw without a connection.
     l7_flows_alone: Mutex<Vec<map::Bytes<abi::L7FlowKey>>>,
+    succession: Succession,
     /// `None`: the maps are private to this value and go with it.
     pins: Option<Pins>,
 }
@@ -150,6 +153,7 @@ impl Datapath {
             unsettled: Unsettled::default(),
             maglev_size: options.settings.maglev_size,
             l7_flows_alone: Mutex::default(),
+            succession: Succession::new(&pins, loaded.carriers)?,
             pins: Some(pins),
         })
     }
@@ -168,6 +172,7 @@ impl Datapath {
             unsettled: Unsettled::default(),
             maglev_size: settings.maglev_size,
             l7_flows_alone: Mutex::default(),
+            succession: Succession::default(),
             pins: None,
         })
     }
@@ -188,6 +193,7 @@ impl Datapath {
             self.mirror("addresses")?,
             self.mirror("prefixes")?,
             self.typed("node_state")?,
+            self.is_succeeding(),
         )?;
         let policies = PolicyWriter::new(
             (self.typed("policy_rules")?, self.fills.of("policy_rules")),
@@ -201,7 +207,7 @@ impl Datapath {
             maglev: self.mirror("maglev")?,
             source_ranges: self.mirror("source_ranges")?,
         };
-        let services = ServiceWriter::new(maps, self.maglev_size)?;
+        let services = ServiceWriter::new(maps, self.maglev_size, self.is_succeeding())?;
         let stack = StackWriter::new(self.typed("node_state")?);
         let devices = DeviceWriter::new(self.mirror("devices")?, self.typed("this_node")?);
         let announced = AnnounceWriter::new(self.typed("announced")?, self.typed("announcing")?);

@@ -2,8 +2,9 @@
 //! name, `links/` by device and program. One process at a time owns it.
 //!
 //! Its name carries the ABI version. An agent of another version makes its own
-//! beside it, takes over the links one by one when it attaches (two programs on
-//! a hook would be one too many), and at last removes what is left of the other.
+//! beside it, replaces the programs of all links at once (`succeed`), takes the
+//! links over when it attaches (two programs on a hook would be one too many),
+//! and at last removes what is left of the other.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -60,7 +61,7 @@ impl Pins {
     }
 }
 
-/// The pin directories of other ABI versions beside this one.
+/// The pin directories of other ABI versions beside this one, the highest version first.
 pub(super) fn other_versions(root: &Path) -> Result<Vec<PathBuf>> {
     let Some(parent) = root.parent() else { return Ok(Vec::new()) };
     let entries = match fs::read_dir(parent) {
@@ -70,16 +71,16 @@ pub(super) fn other_versions(root: &Path) -> Result<Vec<PathBuf>> {
     let mut versions = Vec::new();
     for entry in entries {
         let path = entry.with_context(|| format!("listing {}", parent.display()))?.path();
-        if path != root && is_version(&path) {
+        if path != root && version_of(&path).is_some() {
             versions.push(path);
         }
     }
+    versions.sort_by_key(|path| std::cmp::Reverse(version_of(path)));
     Ok(versions)
 }
 
-fn is_version(path: &Path) -> bool {
-    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    name.strip_prefix('v').is_some_and(|number| number.parse::<u32>().is_ok())
+fn version_of(path: &Path) -> Option<u32> {
+    path.file_name()?.to_str()?.strip_prefix('v')?.parse().ok()
 }
 
 /// Where maps are pinned.

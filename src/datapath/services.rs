@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use imbl::OrdMap;
@@ -42,8 +43,10 @@ pub struct ServiceWriter {
 }
 
 impl ServiceWriter {
-    pub(super) fn new(maps: ServiceMaps, table_size: u32) -> Result<Self> {
-        let next_id = maps.services.rows().values().map(|row| row.service_id).max().unwrap_or(0) + 1;
+    /// With `ids_are_known` rows of other maps name services of a former agent by their ids.
+    pub(super) fn new(maps: ServiceMaps, table_size: u32, ids_are_known: bool) -> Result<Self> {
+        let last_id = maps.services.rows().values().map(|row| row.service_id).max();
+        let next_id = last_id.unwrap_or(if ids_are_known { seconds_now() } else { 0 }) + 1;
         let mut writer = Self {
             maps,
             table_size,
@@ -328,4 +331,10 @@ impl ServiceWriter {
         super::await_programs();
         Ok(self.maps.backends.free_unused()?)
     }
+}
+
+/// No id of a former agent comes again above this: nobody makes a service a second for years.
+fn seconds_now() -> u32 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    u32::try_from(now).unwrap_or(0)
 }

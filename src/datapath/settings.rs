@@ -94,6 +94,8 @@ pub struct Settings {
     pub other_timeout: Duration,
     /// Ports for masquerading.
     pub nat_ports: RangeInclusive<u16>,
+    /// Ports that running flows have been given already, perhaps of another range.
+    pub nat_known: Option<RangeInclusive<u16>>,
     /// Masquerade IPv4.
     pub masquerade_ipv4: bool,
     /// Masquerade IPv6.
@@ -136,6 +138,7 @@ impl Default for Settings {
             tcp_closing: Duration::from_secs(10),
             other_timeout: Duration::from_secs(60),
             nat_ports: 12288..=28671,
+            nat_known: None,
             masquerade_ipv4: true,
             masquerade_ipv6: true,
             flow_events: true,
@@ -155,6 +158,7 @@ impl Settings {
     /// As the programs read it, with these limits.
     pub(super) fn encode(&self, jiffies_per_second: u32, limits: &Limits) -> abi::Settings {
         let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
+        let known = self.nat_known.as_ref().unwrap_or(&self.nat_ports);
         abi::Settings {
             loopback_ipv4: addr_of(self.loopback_ipv4.into()),
             loopback_ipv6: addr_of(self.loopback_ipv6.into()),
@@ -177,6 +181,8 @@ impl Settings {
             event_buffer_half: limits.event_buffer_bytes / 2,
             nat_port_min: *self.nat_ports.start(),
             nat_port_max: *self.nat_ports.end(),
+            nat_known_min: *known.start().min(self.nat_ports.start()),
+            nat_known_max: *known.end().max(self.nat_ports.end()),
             tunnel_port: self.tunnel_port,
             masquerade_ipv4: self.masquerade_ipv4.into(),
             masquerade_ipv6: self.masquerade_ipv6.into(),
@@ -184,7 +190,7 @@ impl Settings {
             socket_lb: self.socket_lb.into(),
             tunnel_direct: self.tunnel_direct.into(),
             encrypt_strict: self.encrypt_strict.into(),
-            pad: [0; 8],
+            pad: [0; 4],
         }
     }
 }

@@ -5,6 +5,7 @@
 mod attach;
 mod events;
 mod restart;
+mod upgrade;
 mod writers;
 
 use std::path::Path;

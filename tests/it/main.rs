@@ -48,6 +48,7 @@ mod sinks;
 mod sockets;
 mod tools;
 mod two_nodes;
+mod upgrade;
 mod verdicts;
 #[allow(dead_code)]
 #[path = "../bench/cluster/world.rs"]

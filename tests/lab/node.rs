@@ -30,6 +30,8 @@ pub struct Node {
     directory: PathBuf,
     arguments: Vec<String>,
     agent: Mutex<Option<Child>>,
+    /// Where the agent's program and its plugin are; `None`: beside the test's own.
+    programs: Mutex<Option<PathBuf>>,
     // Last, so that it goes when the space's threads are gone.
     cgroup: Cgroup,
 }
@@ -67,7 +69,8 @@ impl Node {
             arguments.extend([flag.to_owned(), value]);
         }
         arguments.extend(setup.agent_arguments.iter().cloned());
-        Ok(Self { name, addresses, space, directory: own, arguments, agent: Mutex::new(None), cgroup })
+        let (agent, programs) = (Mutex::new(None), Mutex::new(None));
+        Ok(Self { name, addresses, space, directory: own, arguments, agent, programs, cgroup })
     }
 
     /// `node1`, `node2`, ...
@@ -105,6 +108,20 @@ impl Node {
         self.start_agent_with(&[])
     }
 
+    /// From now on the agent and its plugin are the ones of this directory, or else those of this build.
+    pub fn use_programs(&self, directory: Option<&Path>) {
+        *self.programs.lock().expect("no test panics while it holds a path") = directory.map(Path::to_owned);
+    }
+
+    /// Where the agent's program and its plugin are, if not beside the test's own.
+    pub(super) fn programs(&self) -> Option<PathBuf> {
+        self.programs.lock().expect("no test panics while it holds a path").clone()
+    }
+
+    fn program(&self, name: &str) -> Result<PathBuf> {
+        program_in(self.programs().as_deref(), name)
+    }
+
     /// Starts the agent with more arguments; a flag of them replaces the lab's own.
     pub fn start_agent_with(&self, more: &[&str]) -> Result<()> {
         let mut agent = self.agent.lock().expect("no test panics while it holds the agent");
@@ -112,7 +129,7 @@ impl Node {
             bail!("the agent of {} runs already", self.name);
         }
         let log = OpenOptions::new().create(true).append(true).open(self.log_file())?;
-        let mut command = Command::new(binary("weir")?);
+        let mut command = Command::new(self.program("weir")?);
         let mut own = self.arguments.iter();
         while let Some(argument) = own.next() {
             match more.contains(&argument.as_str()) {
@@ -198,7 +215,7 @@ impl Node {
 
     /// What `weir ARGUMENTS` prints when it asks this node's agent.
     pub fn weir(&self, arguments: &[&str]) -> Result<String> {
-        let mut command = Command::new(binary("weir")?);
+        let mut command = Command::new(self.program("weir")?);
         command.args(arguments).arg("--socket").arg(self.socket());
         output_of(&mut command, "")
     }
@@ -221,7 +238,7 @@ impl Node {
 
     /// The rows of one of the node's BPF maps, decoded.
     pub fn map(&self, name: &str) -> Result<Vec<serde_json::Value>> {
-        let mut command = Command::new(binary("weir")?);
+        let mut command = Command::new(self.program("weir")?);
         command.args(["map", "dump", name, "--bpffs"]).arg(self.directory.join("bpf"));
         let written = output_of(&mut command, "")?;
         let rows = written.lines().map(serde_json::from_str).collect::<Result<_, _>>();
@@ -323,4 +340,9 @@ fn files_below(directory: &Path) -> Vec<PathBuf> {
 pub(super) fn can_mount_bpffs(directory: &Path) -> bool {
     let mounted = mount(Some("bpf"), directory, Some("bpf"), MsFlags::empty(), None::<&str>);
     mounted.is_ok() && umount2(directory, MntFlags::MNT_DETACH).is_ok() && File::open(directory).is_ok()
+}
+
+/// The path of `weir` or `weir-cni` in a directory, or beside the test's own program.
+pub(super) fn program_in(programs: Option<&Path>, name: &str) -> Result<PathBuf> {
+    programs.map_or_else(|| binary(name), |directory| Ok(directory.join(name)))
 }

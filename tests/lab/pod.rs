@@ -1,16 +1,17 @@
 //! A pod: a network namespace that the real `weir-cni` connects, called as a runtime calls it.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::node::Node;
+use super::Lab;
+use super::node::{Node, program_in};
 use super::probe::{Outcome, Server, Via, probe};
 use super::space::{Running, Space, output_of};
-use super::{Lab, binary};
 
 /// The ports on which every pod answers, TCP and UDP, besides those that it names.
 pub const PORTS: [u16; 4] = [80, 81, 8080, 9090];
@@ -47,6 +48,7 @@ pub struct Pod {
 pub struct Plugin {
     config: Value,
     node: String,
+    programs: Option<PathBuf>,
 }
 
 impl<'a> PodSpec<'a> {
@@ -178,7 +180,7 @@ impl Plugin {
             "cniVersion": "1.1.0", "name": "weir", "type": "weir-cni",
             "socket": node.socket(), "stateDir": node.directory().join("state"),
         });
-        Self { config, node: node.name().to_owned() }
+        Self { config, node: node.name().to_owned(), programs: node.programs() }
     }
 
     /// Runs the plugin; an error holds what it printed.
@@ -187,7 +189,7 @@ impl Plugin {
     }
 
     fn call_in(&self, space: &Space, command: &str, environment: &[(&str, &str)]) -> Result<Value> {
-        let mut plugin = Command::new(binary("weir-cni")?);
+        let mut plugin = Command::new(program_in(self.programs.as_deref(), "weir-cni")?);
         plugin.env("CNI_COMMAND", command).env("CNI_IFNAME", "eth0").env("CNI_PATH", "/opt/cni/bin");
         plugin.envs(environment.iter().copied());
         let config = self.config.to_string();

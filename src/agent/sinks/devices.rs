@@ -62,6 +62,8 @@ impl DeviceSink {
     }
 
     fn look(&self) -> Result<Vec<Wrong>> {
+        // The programs of a former agent are replaced all at once, by the sink `succession`.
+        let is_succeeding = self.datapath.is_succeeding();
         let mut wrong = Vec::new();
         for (name, value) in &self.devices.settings {
             if netlink::get_sysctl(name)?.is_some_and(|found| found != *value) {
@@ -77,7 +79,7 @@ impl DeviceSink {
                 _ => wrong.push(Wrong::Overlay),
             }
         }
-        if self.has_socket_programs && self.datapath.verify_sockets().is_err() {
+        if !is_succeeding && self.has_socket_programs && self.datapath.verify_sockets().is_err() {
             wrong.push(Wrong::SocketPrograms);
         }
         Ok(wrong)
@@ -87,7 +89,8 @@ impl DeviceSink {
         let there = netlink::addresses_of(index)?;
         let wanted = self.devices.internal_addresses.iter().map(|address| IpNet::from(*address));
         let missing = wanted.filter(|address| !there.contains(address)).map(Wrong::OverlayAddress);
-        let programs = self.datapath.verify_overlay(index).is_err().then_some(Wrong::OverlayPrograms(index));
+        let is_wrong = !self.datapath.is_succeeding() && self.datapath.verify_overlay(index).is_err();
+        let programs = is_wrong.then_some(Wrong::OverlayPrograms(index));
         Ok(missing.chain(programs).collect())
     }
 

@@ -31,7 +31,7 @@ impl Sink for Links {
     }
 
     fn needs(&self) -> &'static [&'static str] {
-        &["endpoints"]
+        &["endpoints", "succession"]
     }
 
     fn is_for_pods(&self) -> bool {

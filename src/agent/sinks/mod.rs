@@ -7,7 +7,7 @@
 //! minute.
 //!
 //! ```text
-//! desired ─> [ policies ─> addresses ─> endpoints ─> links ]   write, in the order of `needs`
+//! desired ─> [ policies ─> addresses ─> endpoints ─> succession ─> links ]   write, in the order of `needs`
 //!            [ services ]   [ devices ─> network ─> routes ]   [ ... ]
 //!            then each deletes what is not desired, in the opposite order
 //! ```
@@ -27,6 +27,7 @@ mod routes;
 mod run;
 mod services;
 mod stack;
+mod succession;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -166,6 +167,7 @@ pub fn all(
     encryption: Option<Encryption>,
     (limits, proxy): (Limits, Proxy),
     ipsec: ipsec::News,
+    attach_node: AttachNode,
     parts: Parts,
 ) -> Result<Sinks> {
     let plan = devices.devices().clone();
@@ -179,6 +181,7 @@ pub fn all(
         Box::new(addresses::Addresses::new(writers.addresses, encrypted)),
         Box::new(endpoints::Endpoints::new(writers.endpoints)),
         Box::new(services::Services::new(writers.services)),
+        Box::new(succession::Succession::new(datapath.clone(), attach_node)),
         Box::new(devices),
         Box::new(network::Network::new(datapath.clone(), writers.devices, plan.has_ipv6())?),
         Box::new(routes::Routes::new(plan)),
@@ -189,6 +192,9 @@ pub fn all(
     sinks.extend(others);
     Sinks::new(sinks, in_force, parts)
 }
+
+/// Attaches the programs of the node's own devices and of sockets.
+pub type AttachNode = Box<dyn Fn() -> Result<()> + Send>;
 
 /// How much one object may take of what all share.
 #[derive(Clone, Copy, Debug)]

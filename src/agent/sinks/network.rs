@@ -49,7 +49,8 @@ impl Network {
     }
 }
 
-/// Writes and attaches what leads out at start, before there are rounds.
+/// Writes and attaches what leads out at start, before there are rounds. Programs of an agent with other
+/// tables stay until the first round.
 pub fn bring_up(
     datapath: &Datapath,
     writer: &mut DeviceWriter,
@@ -59,7 +60,9 @@ pub fn bring_up(
     writer.write_node(node)?;
     for (ifindex, device) in devices {
         writer.write(*ifindex, &device.sources)?;
-        datapath.attach_network(*ifindex).with_context(|| format!("attaching to {}", device.name))?;
+        if !datapath.is_succeeding() {
+            datapath.attach_network(*ifindex).with_context(|| format!("attaching to {}", device.name))?;
+        }
     }
     Ok(())
 }
@@ -70,7 +73,7 @@ impl Sink for Network {
     }
 
     fn needs(&self) -> &'static [&'static str] {
-        &["devices"]
+        &["devices", "succession"]
     }
 
     fn hears(&self) -> &'static [News] {

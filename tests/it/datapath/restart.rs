@@ -142,7 +142,7 @@ fn another_abi_version_takes_over_the_links() -> Result<()> {
         assert_eq!(after.map(|(link, _)| link), before.map(|(link, _)| link), "the links are the same");
         assert_ne!(after.map(|(_, program)| program), before.map(|(_, program)| program));
         assert_eq!(std::fs::read_dir(old.join("links"))?.count(), 2, "not attached by the new version yet");
-        datapath.remove_other_versions()?;
+        datapath.end_succession()?;
         assert!(!old.exists());
         assert_eq!(pod_links(pins)?, after);
         Ok(())
