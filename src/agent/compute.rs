@@ -328,6 +328,13 @@ impl Compute {
         desired.bandwidth = endpoints.iter().filter_map(limit).collect();
         let key = |(name, row): (&Arc<str>, &Arc<Allocation>)| Some((name.clone(), row.key?));
         desired.keys = view.allocations.iter().filter_map(key).collect();
+        let others = view.nodes.values().filter(|node| *node.name != *self.node_name);
+        for node in others {
+            let Some(published) = view.node_endpoints.get(node.name.as_str()) else { continue };
+            for (key, frontend) in service::host_ports_of(node, published, &desired.addresses) {
+                desired.frontends.entry(key).or_insert(frontend);
+            }
+        }
         desired.devices = view.devices.clone();
         if let Some(node) = view.nodes.get(&self.node_name) {
             self.node_addresses = AddressPair::first_of(node.addresses.iter().copied());
@@ -425,6 +432,7 @@ fn publish((endpoint, identity): &(Arc<Endpoint>, IdentityId), view: &View) -> P
         addresses: endpoint.addresses().collect(),
         identity: *identity,
         workload: view.pods.get(&endpoint.pod).and_then(|pod| pod.workload.clone()),
+        host_ports: endpoint.port_mappings.clone(),
     }
 }
 

@@ -316,6 +316,7 @@ mod tests {
             addresses: Vec::new(),
             identity: IdentityId(identity),
             workload: None,
+            host_ports: Vec::new(),
         };
         let node = |endpoints| NodeEndpoints { node: "a".into(), internal_addresses: Vec::new(), endpoints };
         let before = node(vec![endpoint("same", 300), endpoint("other", 300), endpoint("gone", 300)]);

@@ -84,6 +84,7 @@ fn node(name: &str, pods: &[(&str, &str, u32)]) -> (Arc<str>, Arc<NodeEndpoints>
         addresses: vec![ip(address)],
         identity: IdentityId(*identity),
         workload: crate::model::Workload::parse("Deployment/backend").filter(|_| pod.starts_with("backend")),
+        host_ports: Vec::new(),
     });
     let node =
         NodeEndpoints { node: name.into(), internal_addresses: vec![], endpoints: endpoints.collect() };

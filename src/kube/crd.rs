@@ -9,7 +9,7 @@ use kube::{CustomResource, CustomResourceExt, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{IdentityLabels, PublishedEndpoint};
+use crate::model::{IdentityLabels, PortMapping, PublishedEndpoint};
 
 /// The version of the definitions below, raised by every change: an operator never replaces
 /// definitions of a higher version.
@@ -104,6 +104,7 @@ pub struct NodeEndpointsSpec {
 
 /// A pod as other nodes see it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
 pub struct Endpoint {
     /// The pod's namespace.
     pub namespace: String,
@@ -119,6 +120,29 @@ pub struct Endpoint {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 320))]
     pub workload: Option<String>,
+    /// Ports of the node that lead to the pod.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 1024))]
+    pub host_ports: Vec<HostPort>,
+}
+
+/// A port of a node that leads to a port of a pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HostPort {
+    /// The node's port.
+    #[schemars(range(min = 1, max = 65535))]
+    pub host_port: u16,
+    /// The pod's port.
+    #[schemars(range(min = 1, max = 65535))]
+    pub container_port: u16,
+    /// TCP, UDP or SCTP.
+    #[schemars(regex(pattern = "^(TCP|UDP|SCTP)$"))]
+    pub protocol: String,
+    /// The address of the node that has it, the unspecified one for all of that family; none: all of them.
+    #[serde(rename = "hostIP", default, skip_serializing_if = "Option::is_none")]
+    #[schemars(inner(regex(pattern = ADDRESS), length(max = 45)))]
+    pub host_ip: Option<String>,
 }
 
 /// A node as Weir has it, named like its Node: the operator says in `spec` what the node is to
@@ -374,6 +398,18 @@ impl From<&PublishedEndpoint> for Endpoint {
             addresses: endpoint.addresses.iter().map(IpAddr::to_string).collect(),
             identity: endpoint.identity.0,
             workload: endpoint.workload.as_ref().map(ToString::to_string),
+            host_ports: endpoint.host_ports.iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl From<&PortMapping> for HostPort {
+    fn from(mapping: &PortMapping) -> Self {
+        Self {
+            host_port: mapping.host_port,
+            container_port: mapping.container_port,
+            protocol: mapping.protocol.to_string(),
+            host_ip: mapping.host_ip.map(|address| address.to_string()),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{NamedPort, ObjectKey, Workload};
+use super::{NamedPort, ObjectKey, PortMapping, Workload};
 
 /// Label keys and values.
 pub type Labels = BTreeMap<String, String>;
@@ -107,4 +107,7 @@ pub struct PublishedEndpoint {
     pub identity: IdentityId,
     /// What made the pod; for flows alone.
     pub workload: Option<Workload>,
+    /// Ports of its node that lead to it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_ports: Vec<PortMapping>,
 }

@@ -30,6 +30,7 @@ impl World {
             addresses: vec![ip(address)],
             identity: IdentityId(*identity),
             workload: None,
+            host_ports: Vec::new(),
         };
         let published = NodeEndpoints {
             node: node.to_owned(),

@@ -31,7 +31,7 @@ use serde::Serialize;
 pub use args::{HealthzAddress, PortRange, ServiceArgs};
 pub use choice::{Candidates, Fate, Topology};
 pub use claims::{Conflict, Reason};
-pub use host_ports::host_ports;
+pub use host_ports::{host_ports, host_ports_of};
 pub use place::{Defaults, Place};
 pub use redirects::{Redirect, redirects};
 pub use trace::{Client, Flow};

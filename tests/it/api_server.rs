@@ -131,6 +131,7 @@ fn endpoints(count: usize) -> NodeEndpoints {
         addresses: vec![std::net::Ipv4Addr::from(0x0a00_0000 + number as u32).into()],
         identity: IdentityId(4711),
         workload: None,
+        host_ports: Vec::new(),
     };
     let internal_addresses = vec![std::net::Ipv4Addr::new(10, 1, 0, 1).into()];
     NodeEndpoints { node: "b".to_owned(), internal_addresses, endpoints: (0..count).map(endpoint).collect() }

@@ -38,7 +38,7 @@ impl World {
             .create()?;
         let near = lab.pod(1, "shop/near").label("app", "near").create()?;
         let packets = lab.pod(1, "shop/packets").outside_cgroup().create()?;
-        let far = lab.pod(2, "shop/far").create()?;
+        let far = lab.pod(2, "shop/far").label("app", "far").create()?;
         Ok(Self { web, near, packets, far, lab })
     }
 
@@ -126,6 +126,35 @@ fn the_pods_policy_judges() -> Result<()> {
         rows.push(Row::from_space(world.lab.node(1).space(), "node1", via, target, Expected::Answered));
     }
     expect_all(&rows)
+}
+
+#[test]
+fn a_pod_of_another_node_is_judged_as_itself() -> Result<()> {
+    require_lab!();
+    let world = World::start("tunnel")?;
+    let packets = world.lab.pod(2, "shop/far-packets").label("app", "far").outside_cgroup().create()?;
+    let node2 = world.lab.node(2).space();
+    let rows = |of_pods, of_node| {
+        let row = |(via, target)| {
+            [
+                Row::new(&world.far, via, target, of_pods),
+                Row::new(&packets, via, target, of_pods),
+                Row::from_space(node2, "node2", via, target, of_node),
+            ]
+        };
+        world.targets().flat_map(row).collect::<Vec<_>>()
+    };
+    expect_all(&rows(Expected::Answered, Expected::Answered))?;
+    let policy = |from: &str| {
+        format!(
+            "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {{name: web, namespace: shop}}\n\
+             spec: {{endpointSelector: {{matchLabels: {{app: web}}}}, ingress: [{from}]}}\n"
+        )
+    };
+    world.lab.manifests().apply(&policy("{fromEndpoints: [{matchLabels: {app: far}}]}"))?;
+    expect_all(&rows(Expected::Answered, Expected::Denied))?;
+    world.lab.manifests().apply(&policy("{fromEntities: [remote-node]}"))?;
+    expect_all(&rows(Expected::Denied, Expected::Answered))
 }
 
 #[test]

@@ -42,6 +42,7 @@ impl Lab {
             addresses: vec![],
             identity: *id,
             workload: None,
+            host_ports: Vec::new(),
         };
         let endpoints = used.iter().map(endpoint).collect();
         let all = NodeEndpoints { node: "a".to_owned(), internal_addresses: vec![], endpoints };

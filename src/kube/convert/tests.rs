@@ -10,8 +10,9 @@ use crate::kube::kind::{self, ObjectKind};
 use crate::kube::kinds;
 use crate::model::{
     Action, EndpointSlice, IdentityId, IdentityLabels, NamedPort, Namespace, Node, NodeEndpoints, Peer, Pod,
-    Policy, PolicyDirection, PolicyRef, PolicyRule, PortMatch, PortSelector, Protocol, PublishedEndpoint,
-    Requirement, Selector, Service, ServicePort, SliceBackend, SlicePort, Subject, Tier, Workload,
+    Policy, PolicyDirection, PolicyRef, PolicyRule, PortMapping, PortMatch, PortSelector, Protocol,
+    PublishedEndpoint, Requirement, Selector, Service, ServicePort, SliceBackend, SlicePort, Subject, Tier,
+    Workload,
 };
 
 mod services;
@@ -649,6 +650,12 @@ fn own_kinds_are_read_as_they_are_written() {
             addresses: vec!["10.1.0.2".parse().expect("an address"), "fd00::2".parse().expect("an address")],
             identity: IdentityId(4711),
             workload: Workload::parse("Deployment/web"),
+            host_ports: vec![PortMapping {
+                host_port: 8080,
+                container_port: 80,
+                protocol: Protocol::Udp,
+                host_ip: Some("192.0.2.1".parse().expect("an address")),
+            }],
         }],
     };
     let spec = crate::kube::crd::NodeEndpointsSpec {

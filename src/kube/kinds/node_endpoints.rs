@@ -11,7 +11,7 @@ use crate::kube::Tables;
 use crate::kube::convert::{Field, Notes, ObjectId, Result, items};
 use crate::kube::kind::{Meta, ObjectKind};
 use crate::kube::rows::Rows;
-use crate::model::{self, IdentityId, ObjectKey, PublishedEndpoint, Workload};
+use crate::model::{self, IdentityId, ObjectKey, PortMapping, PublishedEndpoint, Workload};
 use crate::tables::State;
 
 /// weir.dev/v1alpha1
@@ -130,12 +130,31 @@ fn node_endpoints(id: &ObjectId, document: &Field) -> Result<model::NodeEndpoint
                 identity.error(format!("must be an identity's number ({first} to {last})"))
             })?,
             workload: endpoint.get("workload")?.string()?.and_then(Workload::parse),
+            host_ports: items(&endpoint.get("hostPorts")?)?
+                .iter()
+                .map(host_port)
+                .collect::<Result<_>>()?,
         });
     }
     Ok(model::NodeEndpoints {
         node: name.to_owned(),
         internal_addresses: addresses(spec.get("internalAddresses")?)?,
         endpoints,
+    })
+}
+
+fn host_port(field: &Field) -> Result<PortMapping> {
+    let port = |name: &str| -> Result<u16> {
+        let field = field.get(name)?;
+        let number = field.unsigned()?.and_then(|number| u16::try_from(number).ok());
+        number.filter(|number| *number > 0).ok_or_else(|| field.error("must be a port (1 to 65535)"))
+    };
+    let host_ip = field.get("hostIP")?;
+    Ok(PortMapping {
+        host_port: port("hostPort")?,
+        container_port: port("containerPort")?,
+        protocol: field.get("protocol")?.protocol()?,
+        host_ip: host_ip.string()?.map(|_| host_ip.address()).transpose()?,
     })
 }
 

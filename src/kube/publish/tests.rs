@@ -52,6 +52,7 @@ fn endpoints(count: usize) -> NodeEndpoints {
         addresses: vec![std::net::Ipv4Addr::from(0x0a00_0000 + number as u32).into()],
         identity: IdentityId(4711),
         workload: None,
+        host_ports: Vec::new(),
     };
     NodeEndpoints {
         node: "a".to_owned(),

@@ -98,6 +98,7 @@ async fn a6_addresses_outside_of_the_nodes_pod_cidrs_are_refused(
             addresses: vec![address.parse()?],
             identity: model::IdentityId(4711),
             workload: None,
+            host_ports: Vec::new(),
         };
         let (internal_addresses, endpoints) = (vec![internal.parse()?], vec![endpoint]);
         own.publish_endpoints(&model::NodeEndpoints { node: "a".to_owned(), internal_addresses, endpoints })

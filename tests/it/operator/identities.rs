@@ -92,6 +92,7 @@ impl Agent {
             addresses: vec![Ipv4Addr::new(10, 1, 0, 2).into()],
             identity,
             workload: None,
+            host_ports: Vec::new(),
         };
         let endpoints = identity.map(endpoint).into_iter().collect();
         let all = NodeEndpoints { node: self.name.clone(), internal_addresses: vec![], endpoints };
