@@ -38,7 +38,7 @@ pub(super) const TC_PROGRAMS: [&str; 9] = [
 pub(super) const ENCRYPTED_PROGRAM: &str = "from_encrypted";
 
 /// The programs of a device that leads to the network.
-const NETWORK_PROGRAMS: [&str; 2] = ["from_network", "to_network"];
+pub(super) const NETWORK_PROGRAMS: [&str; 2] = ["from_network", "to_network"];
 /// The programs of the tunnel device.
 const OVERLAY_PROGRAMS: [&str; 2] = ["from_overlay", "to_overlay"];
 
@@ -285,6 +285,16 @@ impl Datapath {
 }
 
 impl Datapath {
+    /// The filter of this name on a device, ready to get our program in the place of the one that it has;
+    /// `None`: there is none.
+    pub(super) fn filter_to_replace(&self, ifindex: u32, name: &str) -> Result<Option<TcHook>> {
+        let program = self.program(name)?;
+        let mut hook = clsact_hook(&program, ifindex, name)?;
+        let is_there = filter_program(&mut hook)?.as_deref() == Some(name);
+        hook.replace(true);
+        Ok(is_there.then_some(hook))
+    }
+
     /// Moves the link of this name here from another ABI version's directory.
     fn adopt_link(&self, pin: &Path) -> Result<()> {
         let (Some(pins), Some(name)) = (&self.pins, pin.file_name()) else { return Ok(()) };

@@ -78,6 +78,7 @@ pub use rule_sets::RuleSets;
 pub use services::ServiceWriter;
 pub use settings::{AttachMode, MARK_MASK, MapSizes, Options, Settings};
 pub use skeleton::types;
+pub use succeed::Devices as AttachedDevices;
 pub use verify::{STACK_LIMIT_BYTES, Verification, verify};
 
 use backends::Backends;

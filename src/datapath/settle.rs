@@ -19,7 +19,7 @@ use super::settings::AttachMode;
 use crate::model::EndpointId;
 
 /// The programs of a pod's device.
-const POD_PROGRAMS: [&str; 2] = ["from_pod", "to_pod"];
+pub(super) const POD_PROGRAMS: [&str; 2] = ["from_pod", "to_pod"];
 
 /// On a node where pods come all the time a device waits no longer than this.
 const LONGEST: Duration = Duration::from_secs(60);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::{AttachNode, Problem, Round, Sink};
-use crate::datapath::Datapath;
+use crate::datapath::{AttachedDevices, Datapath};
 
 /// Does its work in the first round that has written the tables. Then there is nothing left to do.
 pub struct Succession {
@@ -34,9 +34,13 @@ impl Sink for Succession {
         true
     }
 
-    fn write(&mut self, _round: &mut Round<'_>) -> Result<Vec<Problem>> {
+    fn write(&mut self, round: &mut Round<'_>) -> Result<Vec<Problem>> {
         if self.datapath.is_succeeding() {
-            self.datapath.succeed(&self.attach_node)?;
+            let devices = AttachedDevices {
+                pods: round.desired.endpoints.values().map(|entry| entry.endpoint.host_ifindex).collect(),
+                network: round.desired.devices.keys().copied().collect(),
+            };
+            self.datapath.succeed(&devices, &self.attach_node)?;
         }
         Ok(Vec::new())
     }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, Object};
 use serde_json::json;
 use weir::datapath::abi::{Endpoint, Nat, NatKey, NodeState, Plain, Service, ServiceKey};
-use weir::datapath::{Datapath, addr_of, dump, mount_bpffs};
+use weir::datapath::{AttachedDevices, Datapath, addr_of, dump, mount_bpffs};
 
 use super::{isolated, options};
 use crate::packets::world::load_test_program;
@@ -115,7 +115,7 @@ fn rows_of_another_layout_are_carried_over_by_the_names_of_their_fields() -> Res
         // What the old programs write until they are replaced.
         masquerade(&previous, 40001, 20001)?;
         assert_eq!(masqueraded(&datapath, 40001)?, None);
-        datapath.succeed(|| masquerade(&previous, 40002, 20002))?;
+        datapath.succeed(&AttachedDevices::default(), || masquerade(&previous, 40002, 20002))?;
         assert_eq!(masqueraded(&datapath, 40001)?, Some(20001));
         assert_eq!(masqueraded(&datapath, 40002)?, Some(20002), "written while the programs were replaced");
         datapath.end_succession()?;
@@ -149,7 +149,7 @@ fn work_that_was_left_half_done_is_done_by_the_next_process() -> Result<()> {
         masquerade(&previous, 40001, 20001)?;
         let datapath = Datapath::load(&options(pins))?;
         check(&datapath)?;
-        datapath.succeed(|| Ok(()))?;
+        datapath.succeed(&AttachedDevices::default(), || Ok(()))?;
         assert_eq!(masqueraded(&datapath, 40001)?, Some(20001));
         Ok(())
     })
