@@ -261,6 +261,8 @@ static __always_inline void service_prepare(const struct packet *packet,
 					    __u8 scope,
 					    struct service_choice *choice)
 {
+	__u64 hash;
+
 	addr_copy(&choice->frontend.addr, &packet->service);
 	choice->frontend.port = packet->service_port;
 	choice->frontend.protocol = packet->protocol;
@@ -269,9 +271,17 @@ static __always_inline void service_prepare(const struct packet *packet,
 	addr_copy(&choice->client.client, &packet->source);
 	choice->client.kind = AFFINITY_ADDRESS;
 	choice->number = bpf_get_prandom_u32();
-	choice->hash = service->algorithm == SERVICE_MAGLEV
-			       ? service_hash(packet, service)
-			       : 0;
+	choice->hash = 0;
+	if (!service->affinity_seconds &&
+	    service->algorithm != SERVICE_MAGLEV)
+		return;
+	hash = service_hash(packet, service);
+	if (service->algorithm == SERVICE_MAGLEV)
+		choice->hash = hash;
+	/* A client's first packets may come on several CPUs at once: before one
+	 * of them has left a row of affinity, they choose the same. */
+	if (service->affinity_seconds)
+		choice->number = hash >> 32;
 }
 
 /* Copies the pod that has a port of this node: true if one has. */
