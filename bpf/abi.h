@@ -529,6 +529,20 @@ struct nat {
 _Static_assert(sizeof(struct nat) == 48, "nat");
 
 /*
+ * nat_searches: how many searches for a port have found one with at most
+ * 2^index tries, per CPU. The last row: those that found none.
+ */
+struct nat_search {
+	__u64 searches;
+	__u64 tries; /* of them all */
+};
+
+enum nat_search_index {
+	NAT_SEARCH_FAILED = 10, /* NAT_STEPS is 2^9 */
+	NAT_SEARCH_ENTRIES = 11,
+};
+
+/*
  * fragments: the first fragment of a packet, for those that follow it. Addresses
  * and ports are those in the frame.
  */

@@ -84,6 +84,7 @@ struct exported_types {
 	enum metric_size metric_size;
 	enum usage_size usage_size;
 	enum quota_kind quota_kind;
+	enum nat_search_index nat_search_index;
 	enum endpoint_mac endpoint_mac;
 };
 

@@ -242,6 +242,14 @@ struct {
 	__type(value, struct nat);
 } nat SEC(".maps") __weak;
 
+/* Written by the programs that masquerade. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, NAT_SEARCH_ENTRIES);
+	__type(key, __u32);
+	__type(value, struct nat_search);
+} nat_searches SEC(".maps") __weak;
+
 /*
  * Written by the programs: when a client outside last spoke to a backend that is
  * the node itself. Only then the node's answers are looked for. Never pinned,

@@ -39,7 +39,7 @@ static __always_inline bool nat_has_port(const struct packet *packet)
 static __always_inline int nat_allocate(struct __sk_buff *ctx,
 					struct nat_mapping *to)
 {
-	int ret = nat_find_port(ctx, &to->out);
+	int ret = nat_find_port(ctx, to);
 
 	if (ret)
 		return ret;

@@ -188,6 +188,7 @@ __weak __noinline int nat_take_port(struct __sk_buff *ctx, __u32 port)
 	if (!room)
 		return 0;
 	to = &room->mapping;
+	to->tries++;
 	to->back.local_port = bpf_htons(port);
 	row = bpf_map_lookup_elem(&nat, &to->back);
 	/* The other half of this flow's mapping was lost, or is on its way. */
@@ -220,6 +221,21 @@ static __always_inline __u32 nat_port_mask(__u32 range)
 	return mask | mask >> 8;
 }
 
+/* Counts a search, by how many ports it has tried. */
+static __always_inline void nat_note_search(__u32 tries, bool is_found)
+{
+	__u32 bucket = is_found ? 0 : NAT_SEARCH_FAILED;
+	struct nat_search *row;
+
+	while (bucket < NAT_SEARCH_FAILED - 1 && tries > 1U << bucket)
+		bucket++;
+	row = bpf_map_lookup_elem(&nat_searches, &bucket);
+	if (!row)
+		return;
+	row->searches++;
+	row->tries += tries;
+}
+
 /*
  * Finds a port of the node for the flow of the mapping in `scratch`: 0 or a
  * drop. The first port and the step are the tuple's (double hashing), so that
@@ -227,8 +243,9 @@ static __always_inline __u32 nat_port_mask(__u32 range)
  * odd, so no port comes twice before all came.
  */
 static __always_inline int nat_find_port(struct __sk_buff *ctx,
-					 const struct nat_key *out)
+					 struct nat_mapping *to)
 {
+	const struct nat_key *out = &to->out;
 	__u32 range = settings.nat_port_max - settings.nat_port_min + 1;
 	__u32 mask = nat_port_mask(range);
 	struct hash hash;
@@ -243,9 +260,14 @@ static __always_inline int nat_find_port(struct __sk_buff *ctx,
 	number = hash_end(&hash);
 	place = number;
 	step = number >> 32 | 1;
-	for (int i = 0; i < NAT_STEPS; i++, place += step)
-		if ((place & mask) < range &&
-		    nat_take_port(ctx, settings.nat_port_min + (place & mask)))
-			return 0;
+	to->tries = 0;
+	for (int i = 0; i < NAT_STEPS; i++, place += step) {
+		if ((place & mask) >= range ||
+		    !nat_take_port(ctx, settings.nat_port_min + (place & mask)))
+			continue;
+		nat_note_search(to->tries, true);
+		return 0;
+	}
+	nat_note_search(to->tries, false);
 	return -DROP_NO_NAT_MAPPING;
 }

@@ -230,7 +230,7 @@ static __always_inline int outside_find_port(struct __sk_buff *ctx,
 		return nat_take_port(ctx, bpf_ntohs(to->pod.port))
 			       ? 0
 			       : -DROP_NO_NAT_MAPPING;
-	return nat_find_port(ctx, &to->out);
+	return nat_find_port(ctx, to);
 }
 
 /* A new flow to a backend elsewhere: finds its port. 0 or a drop. */

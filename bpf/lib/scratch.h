@@ -34,6 +34,8 @@ struct nat_mapping {
 	struct nat_key back; /* without the port that is sought */
 	struct nat node;     /* for the way out */
 	struct nat pod;	     /* for the way back */
+	__u32 tries;	     /* ports that were looked at */
+	__u32 pad;
 };
 
 /* A backend is chosen for a flow to a service: who asks for what, and the one. */

@@ -10,12 +10,13 @@ pub use super::types::{
     collect_request as CollectRequest, connection as Connection, connection_key as ConnectionKey,
     ended as Ended, endpoint as Endpoint, event as Event, event_count as EventCount, fragment as Fragment,
     gone_backend as GoneBackend, l7_flow as L7Flow, l7_flow_key as L7FlowKey, maglev_key as MaglevKey,
-    maglev_piece as MaglevPiece, metric as Metric, nat as Nat, nat_key as NatKey, node_state as NodeState,
-    own_addresses as OwnAddresses, policy_peer as PolicyPeer, policy_peer_key as PolicyPeerKey,
-    policy_rule as PolicyRule, policy_rule_key as PolicyRuleKey, prefix as Prefix, prefix_key as PrefixKey,
-    proxy_device as ProxyDevice, recount_request as RecountRequest, service as Service,
-    service_key as ServiceKey, settings as Settings, slot as Slot, slot_key as SlotKey,
-    source_range_key as SourceRangeKey, stale_socket as StaleSocket, usage as Usage,
+    maglev_piece as MaglevPiece, metric as Metric, nat as Nat, nat_key as NatKey, nat_search as NatSearch,
+    node_state as NodeState, own_addresses as OwnAddresses, policy_peer as PolicyPeer,
+    policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule, policy_rule_key as PolicyRuleKey,
+    prefix as Prefix, prefix_key as PrefixKey, proxy_device as ProxyDevice,
+    recount_request as RecountRequest, service as Service, service_key as ServiceKey, settings as Settings,
+    slot as Slot, slot_key as SlotKey, source_range_key as SourceRangeKey, stale_socket as StaleSocket,
+    usage as Usage,
 };
 
 /// Types that are nothing but their bytes: every bit pattern is a value, and
@@ -102,6 +103,7 @@ plain! {
     Metric { packets, bytes }
     NodeState { address_epoch, flags }
     EventCount { offered, lost, suppressed }
+    NatSearch { searches, tries }
     Usage { in_use, taken, refused, records_due, records_suppressed }
     OwnAddresses { ipv4, ipv6 }
     RecountRequest { is_end, lease_seconds }

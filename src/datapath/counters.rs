@@ -11,9 +11,10 @@ use libbpf_rs::{MapCore, MapHandle};
 use serde::{Deserialize, Serialize};
 
 use super::Datapath;
-use super::abi::{EventCount, Metric, Plain};
+use super::abi::{EventCount, Metric, NatSearch, Plain};
 use super::map::walk;
 use super::mirror::Fill;
+use super::types::nat_search_index;
 
 /// Packets and bytes of one reason and direction since the map was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -37,6 +38,17 @@ pub struct EventCounts {
     pub lost: u64,
     /// The pod had its share of records.
     pub suppressed: u64,
+}
+
+/// Searches for a port of the node for a flow to be masqueraded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct NatSearches {
+    /// So many found a port at most at this try; `None`: they found none.
+    pub most_tries: Option<u32>,
+    /// Searches, of all CPUs.
+    pub searches: u64,
+    /// Ports that all of them tried.
+    pub tries: u64,
 }
 
 /// How full a map is.
@@ -126,6 +138,20 @@ impl Datapath {
             }
         })?;
         Ok(counts)
+    }
+
+    /// Searches for ports, by how many ports they tried; the last row has those that found none.
+    pub fn nat_searches(&self) -> Result<Vec<NatSearches>> {
+        let mut rows = Vec::new();
+        per_cpu(&self.map("nat_searches")?, |index, values: Vec<NatSearch>| {
+            rows.push(NatSearches {
+                most_tries: (index != nat_search_index::NAT_SEARCH_FAILED.0).then_some(1 << index),
+                searches: values.iter().map(|value| value.searches).sum(),
+                tries: values.iter().map(|value| value.tries).sum(),
+            });
+        })?;
+        rows.sort_by_key(|row| row.most_tries.unwrap_or(u32::MAX));
+        Ok(rows)
     }
 
     /// How full the maps are. Counts of maps that the programs write may be 10 s old.

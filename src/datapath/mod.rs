@@ -62,7 +62,7 @@ pub use addresses::{AddressWriter, Encrypted, StackWriter};
 pub use announced::{AnnounceWriter, Place};
 pub use args::{KernelArgs, MapArgs, MapSize, MarkMask, QuotaArgs};
 pub use attach::{attach_tcx, detach_all};
-pub use counters::{EventCounts, MapFill, MetricRow};
+pub use counters::{EventCounts, MapFill, MetricRow, NatSearches};
 pub use devices::DeviceWriter;
 pub use dump::{MAP_NAMES, dump};
 pub use endpoints::EndpointWriter;

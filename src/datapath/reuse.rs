@@ -55,7 +55,8 @@ const OF_SERVICES: [&str; 5] = ["backends", "maglev", "services", "slots", "sour
 /// What the programs fill, and running connections need.
 const LIVE: [&str; 2] = ["connections", "nat"];
 /// What another ABI version's programs fill, and may be used together with them.
-const SHARED: [&str; 6] = ["connections", "fragments", "metrics", "nat", "quota_totals", "usage"];
+const SHARED: [&str; 7] =
+    ["connections", "fragments", "metrics", "nat", "nat_searches", "quota_totals", "usage"];
 /// The same; the rows name services by their ids.
 const SHARED_BY_ID: [&str; 3] = ["affinity", "socket_service", "socket_services"];
 

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use anyhow::Result;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::{PartRow, Parts};
-use crate::datapath::{Datapath, MapFill, MetricRow, UsageKind};
+use crate::datapath::{Datapath, MapFill, MetricRow, NatSearches, UsageKind};
 use crate::flow::{Direction, DropReason, Recorder};
 use crate::model::PeerState;
 
@@ -24,6 +24,8 @@ pub trait KernelCounters: Send + Sync + 'static {
     fn packets(&self) -> Result<Vec<MetricRow>>;
     /// Every map with the number of its entries, as far as that can be told.
     fn maps(&self) -> Result<Vec<MapFill>>;
+    /// Searches for a port for masquerading, by how many ports they tried.
+    fn nat_searches(&self) -> Result<Vec<NatSearches>>;
     /// What pods did not get of each kind, or lost their oldest for.
     fn refused(&self) -> Result<Vec<(UsageKind, u64)>>;
 }
@@ -35,6 +37,10 @@ impl KernelCounters for Datapath {
 
     fn maps(&self) -> Result<Vec<MapFill>> {
         self.map_fill()
+    }
+
+    fn nat_searches(&self) -> Result<Vec<NatSearches>> {
+        Datapath::nat_searches(self)
     }
 
     fn refused(&self) -> Result<Vec<(UsageKind, u64)>> {
@@ -130,6 +136,10 @@ impl Collector for Kernel {
             Ok(packets) => encode_packets(&mut encoder, &packets)?,
             Err(error) => warn!(error = crate::error::chain(&error), "reading the kernel's packet counters"),
         }
+        match self.0.nat_searches() {
+            Ok(searches) => encode_nat_searches(&mut encoder, &searches)?,
+            Err(error) => warn!(error = crate::error::chain(&error), "reading the searches for ports"),
+        }
         match self.0.refused() {
             Ok(refused) => counters(
                 &mut encoder,
@@ -152,6 +162,17 @@ impl Collector for Kernel {
         gauges(&mut encoder, "map_entries", "What a map holds", rows(|map| map.used))?;
         gauges(&mut encoder, "map_max_entries", "What a map can hold", rows(|map| map.capacity))
     }
+}
+
+/// A histogram; who found no port is beyond its last bound.
+fn encode_nat_searches(encoder: &mut DescriptorEncoder, rows: &[NatSearches]) -> Encoded {
+    let bounds = |row: &NatSearches| (row.most_tries.map_or(f64::INFINITY, f64::from), row.searches);
+    let buckets: Vec<_> = rows.iter().map(bounds).collect();
+    let searches = rows.iter().map(|row| row.searches).sum();
+    let tries: u64 = rows.iter().map(|row| row.tries).sum();
+    let help = "Ports that were tried for a flow to be masqueraded; +Inf: none of them was free";
+    let mut family = encoder.encode_descriptor("nat_port_tries", help, None, MetricType::Histogram)?;
+    family.encode_histogram::<NoLabelSet>(tries as f64, searches, &buckets, None)
 }
 
 fn encode_packets(encoder: &mut DescriptorEncoder, packets: &[MetricRow]) -> Encoded {

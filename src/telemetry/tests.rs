@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 use super::*;
-use crate::datapath::{MapFill, MetricRow, UsageKind};
+use crate::datapath::{MapFill, MetricRow, NatSearches, UsageKind};
 
 struct Counters;
 
@@ -24,6 +24,11 @@ impl KernelCounters for Counters {
 
     fn maps(&self) -> Result<Vec<MapFill>> {
         Ok(vec![MapFill { map: "connections".into(), used: 3, capacity: 262_144 }])
+    }
+
+    fn nat_searches(&self) -> Result<Vec<NatSearches>> {
+        let row = |most_tries, searches, tries| NatSearches { most_tries, searches, tries };
+        Ok(vec![row(Some(1), 7, 7), row(Some(2), 3, 6), row(None, 1, 512)])
     }
 
     fn refused(&self) -> Result<Vec<(UsageKind, u64)>> {
@@ -71,6 +76,11 @@ fn metrics_are_classic_text() {
         "weir_map_entries{map=\"connections\"} 3.0",
         "weir_map_max_entries{map=\"connections\"} 262144.0",
         "weir_endpoint_quota_exceeded_total{kind=\"connections\"} 3",
+        "weir_nat_port_tries_sum 525.0",
+        "weir_nat_port_tries_count 11",
+        "weir_nat_port_tries_bucket{le=\"1.0\"} 7",
+        "weir_nat_port_tries_bucket{le=\"2.0\"} 10",
+        "weir_nat_port_tries_bucket{le=\"+Inf\"} 11",
         "weir_flow_events_lost_total{where=\"quota\"} 0",
         "weir_endpoints 2.0",
         "weir_endpoints_enforced 1.0",

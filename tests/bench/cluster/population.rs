@@ -122,6 +122,7 @@ pub fn node_endpoints(number: usize, identities: &[IdentityId], changes: usize) 
             name: format!("app-{}-5d4f8c7b9-{number:03x}{at:02x}", identity / NAMESPACES),
             addresses: addresses(number, at).into(),
             identity: identities[identity].0,
+            workload: None,
             host_ports: Vec::new(),
         }
     };

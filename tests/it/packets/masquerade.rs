@@ -3,8 +3,8 @@
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 
 use anyhow::{Context, Result, ensure};
-use weir::datapath::Settings;
 use weir::datapath::abi::{Nat, NatKey};
+use weir::datapath::{Settings, TypedMap};
 
 use super::frame::{ACK, FIN, Packet, RST, SYN, echo, echo_reply, tcp, udp};
 use super::network::ip;
@@ -271,4 +271,65 @@ fn the_secret_decides_which_port_a_flow_gets() -> Result<()> {
     }
     assert_eq!(seen.len(), 3, "{seen:?}");
     Ok(())
+}
+
+/// Takes ports for other flows to the same peer, as the row of one that is there has its own.
+fn take_ports(map: &TypedMap<NatKey, Nat>, like: (NatKey, Nat), ports: &[u16]) -> Result<()> {
+    let (key, row) = like;
+    for port in ports {
+        let taken = NatKey { local_port: port.to_be(), ..key };
+        map.insert(&taken, &Nat { port: port.to_be(), ..row })?;
+    }
+    Ok(())
+}
+
+/// What searches there were: how many, how many that found nothing, and tries.
+fn searched(world: &World) -> Result<[u64; 3]> {
+    let rows = world.datapath.nat_searches()?;
+    let failed = rows.iter().filter(|row| row.most_tries.is_none()).map(|row| row.searches).sum();
+    Ok([rows.iter().map(|row| row.searches).sum(), failed, rows.iter().map(|row| row.tries).sum()])
+}
+
+/// The table of docs/performance.md: run it with --nocapture.
+#[test]
+fn a_new_flow_finds_a_port_however_many_are_taken() -> Result<()> {
+    require_lab!();
+    super::world::within(with_ports(12288..=28671), |world| {
+        let [cast, _] = super::world::casts();
+        let map = world.datapath.typed::<NatKey, Nat>("nat")?;
+        let first = leaves_by(world, &udp((cast.b, 999), (cast.world, 443)))?.context("a port")?;
+        let is_back = |key: &NatKey| u32::from(key.direction) == INGRESS;
+        let like = map.rows()?.into_iter().find(|(key, _)| is_back(&key.0)).context("a row back")?;
+        let like = (like.0.0, like.1);
+        // In an order that has nothing to do with that of the search.
+        let mut ports: Vec<u16> = (12288..=28671).filter(|port| *port != first).collect();
+        ports.sort_by_key(|port| u32::from(*port).wrapping_mul(0x9e37_79b1).rotate_left(11));
+        let mut taken = 1;
+        println!("| ports in use | new flows | without a port | tries for one |");
+        let levels = [(50, 400), (80, 400), (90, 400), (95, 400), (99, 1000)];
+        for ((percent, flows), first_port) in levels.into_iter().zip((1000..).step_by(1000)) {
+            let wanted = 16384 * percent / 100;
+            take_ports(&map, like, &ports[taken - 1..wanted - 1])?;
+            taken = wanted;
+            let before = searched(world)?;
+            for flow in 0..flows {
+                let Some(port) = leaves_by(world, &udp((cast.a, first_port + flow), (cast.world, 443)))?
+                else {
+                    continue;
+                };
+                let back = NatKey { local_port: port.to_be(), ..like.0 };
+                ensure!(map.remove(&back)?, "no row for port {port}");
+            }
+            let after = searched(world)?;
+            let [searches, failed, tries] = [0, 1, 2].map(|at| after[at] - before[at]);
+            let share = failed as f64 * 100.0 / searches as f64;
+            println!("| {percent} % | {searches} | {share:.2} % | {:.1} |", tries as f64 / searches as f64);
+            ensure!(searches == u64::from(flows), "{searches} of {flows}");
+            ensure!(
+                if percent < 99 { failed == 0 } else { failed * 100 <= searches * 3 },
+                "{percent}: {failed}"
+            );
+        }
+        Ok(())
+    })
 }

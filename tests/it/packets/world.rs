@@ -247,8 +247,9 @@ pub fn within_empty(
 
 impl World {
     fn new(settings: &Settings) -> Result<Self> {
-        let sizes =
-            ["connections", "nat"].into_iter().fold(MapSizes::default(), |sizes, map| sizes.with(map, 4096));
+        // Room for two rows a port, and for what an LRU map cannot use.
+        let nat = u32::try_from(settings.nat_ports.len())? * 4;
+        let sizes = MapSizes::default().with("connections", 4096).with("nat", nat.max(4096));
         let datapath = Datapath::open_private(settings, &sizes)?;
         let events = datapath.events()?;
         let directory = tempfile::tempdir()?;
