@@ -53,10 +53,10 @@ pub(super) const GROWING: [&str; 9] = [
 /// Tables that name one another's rows by ids: all are copied, or all are new.
 const OF_SERVICES: [&str; 5] = ["backends", "maglev", "services", "slots", "source_ranges"];
 /// What the programs fill, and running connections need.
-const LIVE: [&str; 2] = ["connections", "nat"];
+const LIVE: [&str; 3] = ["connections", "l7_flows", "nat"];
 /// What another ABI version's programs fill, and may be used together with them.
-const SHARED: [&str; 7] =
-    ["connections", "fragments", "metrics", "nat", "nat_searches", "quota_totals", "usage"];
+const SHARED: [&str; 8] =
+    ["connections", "fragments", "l7_flows", "metrics", "nat", "nat_searches", "quota_totals", "usage"];
 /// The same; the rows name services by their ids.
 const SHARED_BY_ID: [&str; 3] = ["affinity", "socket_service", "socket_services"];
 
