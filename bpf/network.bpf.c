@@ -16,6 +16,7 @@
 #include "lib/nat.h"
 #include "lib/node_socket.h"
 #include "lib/outside.h"
+#include "lib/parse.h"
 #include "lib/refuse.h"
 #include "lib/service.h"
 #include "lib/tunnel.h"
@@ -134,13 +135,13 @@ static __always_inline int network_open(struct __sk_buff *ctx,
 }
 
 /* The verdict on a packet for a pod: 0, or a drop; 1 if it is the node's. */
-static __always_inline int network_judge(struct __sk_buff *ctx,
+static __always_inline int network_decide(struct __sk_buff *ctx,
 					 struct packet *packet)
 {
 	int ret;
 
 	if (packet->flags & PACKET_ICMP_ERROR)
-		return icmp_judge(ctx, packet);
+		return icmp_decide(ctx, packet);
 	if (packet->choice == CHOICE_NEW) {
 		ret = service_keep(packet);
 		if (ret)
@@ -275,7 +276,7 @@ static __always_inline int network_arrive(struct __sk_buff *ctx)
 		return finish(ctx, packet, outside_forward(ctx, packet));
 	}
 	if (!ret)
-		ret = network_judge(ctx, packet);
+		ret = network_decide(ctx, packet);
 	if (ret > 0) {
 		fragment_keep(packet, share);
 		return TC_ACT_OK;

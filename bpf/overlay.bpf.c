@@ -10,6 +10,7 @@
 #include "lib/host.h"
 #include "lib/icmp.h"
 #include "lib/outside.h"
+#include "lib/parse.h"
 #include "lib/tunnel.h"
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
@@ -96,7 +97,7 @@ __weak __noinline int overlay_answer_client(struct __sk_buff *ctx,
 }
 
 /* Most packets belong to a flow whose verdict stands. */
-static __always_inline int overlay_judge(struct __sk_buff *ctx,
+static __always_inline int overlay_decide(struct __sk_buff *ctx,
 					 struct packet *packet)
 {
 	int ret;
@@ -119,7 +120,7 @@ static __always_inline int overlay_judge(struct __sk_buff *ctx,
 	}
 	if (ret)
 		return ret;
-	return packet->flags & PACKET_ICMP_ERROR ? icmp_judge(ctx, packet)
+	return packet->flags & PACKET_ICMP_ERROR ? icmp_decide(ctx, packet)
 						 : flow_open(ctx, packet);
 }
 
@@ -148,7 +149,7 @@ int from_overlay(struct __sk_buff *ctx)
 	if (ret > 0)
 		return ret;
 	if (!ret)
-		ret = overlay_judge(ctx, packet);
+		ret = overlay_decide(ctx, packet);
 	if (ret)
 		return finish(ctx, packet, ret);
 	fragment_keep(packet, share);

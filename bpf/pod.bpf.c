@@ -12,6 +12,7 @@
 #include "lib/fragment.h"
 #include "lib/icmp.h"
 #include "lib/neighbour.h"
+#include "lib/parse.h"
 #include "lib/refuse.h"
 #include "lib/service.h"
 
@@ -76,7 +77,8 @@ static __always_inline bool from_pod_clashes(const struct packet *packet,
 			       ? connection_ended_here(&fast->key)
 			       : connection_ended(&fast->key);
 	return flow && flow->flags & CONNECTION_TRANSLATED &&
-	       (fast->high ^ (flow->flags & CONNECTION_INITIATOR_HIGH)) ==
+	       (fast->source_index ^
+		(flow->flags & CONNECTION_INITIATOR_HIGH)) ==
 		       connection_client_side(flow) &&
 	       !connection_is_expired(flow, packet->protocol, bpf_jiffies64());
 }
@@ -87,7 +89,7 @@ static __always_inline bool from_pod_continues(struct __sk_buff *ctx,
 					       struct fast *fast)
 {
 	if (!fast->is_looked_up) {
-		fast->high = connection_key_of(packet, &fast->key);
+		fast->source_index = connection_key_of(packet, &fast->key);
 		fast->connection =
 			bpf_map_lookup_elem(&connections, &fast->key);
 	}
@@ -99,7 +101,7 @@ static __always_inline bool from_pod_continues(struct __sk_buff *ctx,
 		fast->connection = flow_recall(packet, &fast->key);
 	if (fast->connection)
 		return flow_continue(ctx, packet, &fast->key, fast->connection,
-				     fast->high);
+				     fast->source_index);
 	packet->flags |= PACKET_BEGINS;
 	return false;
 }
@@ -138,7 +140,7 @@ int from_pod(struct __sk_buff *ctx)
 		return ret < 0 ? finish(ctx, packet, ret) : ret;
 
 	if (packet->flags & PACKET_ICMP_ERROR) {
-		ret = icmp_judge(ctx, packet);
+		ret = icmp_decide(ctx, packet);
 		if (ret)
 			return finish(ctx, packet, ret);
 	} else if (!from_pod_continues(ctx, packet, &fast)) {

@@ -7,6 +7,7 @@
 #include "lib/flow.h"
 #include "lib/forward.h"
 #include "lib/fragment.h"
+#include "lib/parse.h"
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
 

@@ -42,15 +42,15 @@ static __always_inline void connection_delete_choice(struct share_room *room,
 						     __u32 owner)
 {
 	const struct connection_key *flow = (const void *)&room->former;
-	bool high = of->flags & CONNECTION_INITIATOR_HIGH;
+	bool second_began = of->flags & CONNECTION_INITIATOR_HIGH;
 	__be16 port = of->other_port;
 
 	if (!(of->flags & CONNECTION_TRANSLATED) ||
 	    of->flags & (CONNECTION_LOOPBACK | CONNECTION_REVERSED))
 		return;
 	if (!port)
-		port = high ? flow->port[1] : flow->port[0];
-	connection_key_fill(high ? (const void *)&flow->addr[1]
+		port = second_began ? flow->port[1] : flow->port[0];
+	connection_key_fill(second_began ? (const void *)&flow->addr[1]
 				 : (const void *)&flow->addr[0],
 			    (const void *)&of->service, port, of->service_port,
 			    flow->protocol, &room->key);

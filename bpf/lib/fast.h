@@ -9,13 +9,14 @@
 #pragma once
 
 #include "flow.h"
+#include "parse.h"
 #include "route.h"
 
 /* What was found on the fast way, for the ordinary one. */
 struct fast {
 	struct connection_key key __attribute__((aligned(8)));
 	struct connection *connection;
-	__u32 high;
+	__u32 source_index; /* of the packet's sender, in key.addr */
 	bool is_looked_up;
 };
 
@@ -72,7 +73,7 @@ static __always_inline bool fast_parse(void *frame, void *end,
 static __always_inline struct connection *
 fast_find(struct fast *fast, const struct packet_tuple *tuple)
 {
-	fast->high = connection_key_fill(
+	fast->source_index = connection_key_fill(
 		tuple->source, tuple->destination, tuple->source_port,
 		tuple->destination_port, tuple->protocol, &fast->key);
 	fast->connection = bpf_map_lookup_elem(&connections, &fast->key);
@@ -84,7 +85,7 @@ fast_find(struct fast *fast, const struct packet_tuple *tuple)
 static __always_inline __u32 fast_side(const struct fast *fast,
 				       const struct connection *connection)
 {
-	return index_of_two(fast->high ^
+	return index_of_two(fast->source_index ^
 			    (connection->flags & CONNECTION_INITIATOR_HIGH));
 }
 
@@ -99,7 +100,7 @@ fast_destination(const struct fast *fast, const struct connection *connection,
 
 	if (!endpoint ||
 	    !fast_has(endpoint,
-		      (const void *)&fast->key.addr[fast->high ? 0 : 1],
+		      (const void *)&fast->key.addr[fast->source_index ? 0 : 1],
 		      is_ipv6) ||
 	    !fast_is_current(endpoint, side ? connection->egress_epoch
 					    : connection->ingress_epoch))
@@ -152,7 +153,7 @@ static __always_inline int fast_leave(struct __sk_buff *ctx, struct fast *fast,
 	__u32 length = packet_wire_length(ctx, ETHERNET_LENGTH + ip,
 					  tuple->protocol);
 
-	return fast->high ? route_leave(ctx, second, first, length)
+	return fast->source_index ? route_leave(ctx, second, first, length)
 			  : route_leave(ctx, first, second, length);
 }
 
@@ -171,7 +172,7 @@ static __always_inline int fast_from_pod(struct __sk_buff *ctx,
 
 	fast->is_looked_up = false;
 	fast->connection = NULL;
-	fast->high = 0;
+	fast->source_index = 0;
 	if (!fast_parse(data, end, &tuple))
 		return FAST_OTHER_WAY;
 	id = ethernet->destination[4] << 8 | ethernet->destination[5];

@@ -234,7 +234,7 @@ static __noinline int flow_judge_end(struct packet *packet,
 }
 
 /* Egress at the initiator's pod, ingress at the responder's: 0 or a drop. */
-static __always_inline int flow_judge(struct packet *packet, struct flow *flow)
+static __always_inline int flow_decide(struct packet *packet, struct flow *flow)
 {
 	bool reply = flow->side;
 	const struct peer *first = reply ? &flow->destination : &flow->source;
@@ -257,7 +257,7 @@ static __always_inline int flow_judge(struct packet *packet, struct flow *flow)
 }
 
 /* A pod asks its own node: the node's policy, where there is one. */
-static __noinline int flow_judge_host(struct packet *packet, struct flow *flow)
+static __noinline int flow_decide_host(struct packet *packet, struct flow *flow)
 {
 	struct endpoint *host = endpoint_by_id(HOST_ENDPOINT);
 	int ret;
@@ -331,11 +331,11 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 	flow->egress.direction = DIRECTION_EGRESS;
 	flow->ingress.direction = DIRECTION_INGRESS;
 	sender = packet->source_identity;
-	flow->high = connection_key_of(packet, &flow->key);
+	flow->source_index = connection_key_of(packet, &flow->key);
 	if (!(packet->flags & PACKET_BEGINS))
 		connection = bpf_map_lookup_elem(&connections, &flow->key);
 	if (connection)
-		flow->side = flow->high ^
+		flow->side = flow->source_index ^
 			    (connection->flags & CONNECTION_INITIATOR_HIGH);
 	if (flow->side)
 		packet->flags |= PACKET_REPLY;
@@ -359,10 +359,10 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 	if (!ret && !connection && packet->flags & PACKET_ANSWERS)
 		ret = -DROP_UNSUPPORTED_ICMP;
 	if (!ret)
-		ret = flow_judge(packet, flow);
+		ret = flow_decide(packet, flow);
 	/* What runs goes on. */
 	if (!ret && !connection && flow_is_to_host(packet, flow))
-		ret = flow_judge_host(packet, flow);
+		ret = flow_decide_host(packet, flow);
 	if (!ret)
 		ret = flow_choose_proxy(packet, flow, &connection);
 	if (ret)
@@ -424,7 +424,7 @@ __weak __noinline int flow_open_again(struct __sk_buff *ctx,
 	packet->route = cached->route[1];
 	packet->source_route = cached->route[0];
 	packet->rule_id = cached->rule[1] ? cached->rule[1] : cached->rule[0];
-	flow->high = connection_key_of(packet, &flow->key);
+	flow->source_index = connection_key_of(packet, &flow->key);
 	if (packet->flags & PACKET_FROM_POD)
 		flow_find_socket(ctx, packet);
 	ret = flow_begin(ctx, packet, flow);

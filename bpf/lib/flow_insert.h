@@ -37,7 +37,8 @@ static __always_inline void flow_reverse(const struct connection *over,
 					 const struct flow *flow,
 					 struct connection *fresh)
 {
-	__u32 sender = flow->high ^ (over->flags & CONNECTION_INITIATOR_HIGH);
+	__u32 sender = flow->source_index ^
+		       (over->flags & CONNECTION_INITIATOR_HIGH);
 
 	if (!(over->flags & CONNECTION_TRANSLATED) ||
 	    over->flags & CONNECTION_LOOPBACK ||
@@ -88,7 +89,7 @@ static __noinline int flow_insert(struct __sk_buff *ctx,
 	fresh->other_port = packet->own_port;
 	fresh->tcp_flags[0] = packet->tcp_flags;
 	fresh->flags = CONNECTION_OPENING;
-	if (flow->high)
+	if (flow->source_index)
 		fresh->flags |= CONNECTION_INITIATOR_HIGH;
 	if (packet->flags & PACKET_LOOPBACK)
 		fresh->flags |= CONNECTION_LOOPBACK;

@@ -9,6 +9,7 @@
 
 #include "flow.h"
 #include "nat.h"
+#include "parse.h"
 #include "service.h"
 
 #define ICMP_HEADER_LENGTH ((__u32)sizeof(struct icmphdr))
@@ -103,16 +104,17 @@ static __noinline int icmp_name_backend(struct __sk_buff *ctx,
 	struct scratch *room = scratch_get();
 	__be16 own_port = inner->destination_port;
 	struct connection *chosen;
-	__u32 high;
+	__u32 source_index;
 	int ret;
 
 	if (!room)
 		return -DROP_UNSUPPORTED_ICMP;
-	high = connection_key_of(inner, &room->service_key);
+	source_index = connection_key_of(inner, &room->service_key);
 	room->service_key.kind = CONNECTION_SERVICE;
 	chosen = bpf_map_lookup_elem(&connections, &room->service_key);
 	/* The sender of what is quoted is the service's side. */
-	if (!chosen || high == (chosen->flags & CONNECTION_INITIATOR_HIGH) ||
+	if (!chosen ||
+	    source_index == (chosen->flags & CONNECTION_INITIATOR_HIGH) ||
 	    connection_is_expired(chosen, inner->protocol, bpf_jiffies64()))
 		return 0;
 	addr_copy(&packet->destination, &chosen->service);
@@ -129,7 +131,7 @@ static __noinline int icmp_name_backend(struct __sk_buff *ctx,
 }
 
 /* Lets an ICMP error pass if it belongs to a running flow: 0 or a drop. */
-__weak __noinline int icmp_judge(struct __sk_buff *ctx, struct packet *packet)
+__weak __noinline int icmp_decide(struct __sk_buff *ctx, struct packet *packet)
 {
 	struct scratch *room = scratch_get();
 	struct packet *inner;
@@ -207,7 +209,7 @@ static __always_inline int judge(struct __sk_buff *ctx, struct packet *packet)
 	int ret;
 
 	if (packet->flags & PACKET_ICMP_ERROR)
-		return icmp_judge(ctx, packet);
+		return icmp_decide(ctx, packet);
 	if (flow_established(ctx, packet))
 		return 0;
 	ret = flow_open_again(ctx, packet);

@@ -193,7 +193,7 @@ __weak __noinline int outside_keep(struct packet *packet, __u32 flags)
 	struct scratch *room = scratch_get();
 	__u64 now = bpf_jiffies64();
 	struct connection *chosen;
-	__u32 high;
+	__u32 source_index;
 
 	if (!packet || !room)
 		return -DROP_CONNECTION_INSERT;
@@ -210,13 +210,13 @@ __weak __noinline int outside_keep(struct packet *packet, __u32 flags)
 	chosen->tcp_flags[0] = packet->tcp_flags;
 	chosen->route[1] = packet->route;
 	chosen->flags = flags;
-	high = connection_key_fill(
+	source_index = connection_key_fill(
 		(const void *)&packet->source, (const void *)&packet->service,
 		packet->own_port ? packet->own_port : packet->source_port,
 		packet->service_port, packet->protocol,
 		&room->service_key);
 	room->service_key.kind = CONNECTION_SERVICE;
-	if (high)
+	if (source_index)
 		chosen->flags |= CONNECTION_INITIATOR_HIGH;
 	return connection_insert(&room->service_key, chosen, false);
 }

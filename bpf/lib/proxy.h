@@ -23,7 +23,7 @@ static __always_inline int proxy_tell(const struct packet *packet,
 					       : &flow->source;
 	const struct peer *server = flow->side ? &flow->source
 					       : &flow->destination;
-	__u32 first = index_of_two(flow->high ^ flow->side);
+	__u32 first = index_of_two(flow->source_index ^ flow->side);
 	struct l7_flow_key key __attribute__((aligned(8))) = {
 		.client_port = flow->key.port[first],
 		.server_port = flow->key.port[first ^ 1],

@@ -23,7 +23,7 @@ struct flow {
 	struct peer destination;
 	struct flow_verdict egress;
 	struct flow_verdict ingress;
-	__u32 high;
+	__u32 source_index; /* of the packet's sender, in key.addr */
 	__u32 side; /* 0: the packet is the initiator's */
 };
 

@@ -362,10 +362,10 @@ static __always_inline int service_choose_port(struct packet *packet,
 {
 	struct connection *flow;
 	__be16 own_port = packet->source_port;
-	__u32 high;
+	__u32 source_index;
 
 	for (int i = 0; i < SERVICE_PORT_TRIES; i++) {
-		high = connection_key_of(packet, key);
+		source_index = connection_key_of(packet, key);
 		flow = bpf_map_lookup_elem(&connections, key);
 		/* Or the SYN may meet a socket that is about to close. */
 		if (!flow)
@@ -373,7 +373,7 @@ static __always_inline int service_choose_port(struct packet *packet,
 		if (!flow ||
 		    connection_is_expired(flow, packet->protocol, now) ||
 		    service_is_own(flow, packet,
-				   high ^ (flow->flags &
+				   source_index ^ (flow->flags &
 					   CONNECTION_INITIATOR_HIGH),
 				   own_port)) {
 			if (packet->source_port != own_port)
@@ -417,7 +417,7 @@ __weak __noinline int service_keep(struct packet *packet)
 	struct connection *chosen;
 	struct service service;
 	__u64 now = bpf_jiffies64();
-	__u32 high;
+	__u32 source_index;
 	int ret;
 
 	if (!packet || !room)
@@ -453,7 +453,7 @@ __weak __noinline int service_keep(struct packet *packet)
 	}
 
 	/* Under the name that the pod knows. */
-	high = connection_key_fill(
+	source_index = connection_key_fill(
 		packet->flags & PACKET_LOOPBACK
 			? (const void *)&packet->destination
 			: (const void *)&packet->source,
@@ -461,7 +461,7 @@ __weak __noinline int service_keep(struct packet *packet)
 		packet->own_port ? packet->own_port : packet->source_port,
 		packet->service_port, packet->protocol, key);
 	key->kind = CONNECTION_SERVICE;
-	chosen->flags = high ? CONNECTION_INITIATOR_HIGH : 0;
+	chosen->flags = source_index ? CONNECTION_INITIATOR_HIGH : 0;
 	return connection_insert(key, chosen, false);
 }
 
