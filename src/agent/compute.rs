@@ -132,6 +132,9 @@ pub struct Desired {
     pub conflicts: Vec<String>,
 }
 
+/// The policies of every kind with those of the host, and the labels of the node.
+type HostPolicies = (Snapshot<PolicyRef, Arc<Policy>>, Arc<IdentityLabels>);
+
 /// Endpoints whose identity is known.
 type Resolved = BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>;
 
@@ -209,11 +212,7 @@ impl Compute {
     }
 
     /// The policies with what stays open on the host, and the node's labels, where any policy selects it.
-    fn host(
-        &self,
-        view: &View,
-        policies: &Snapshot<PolicyRef, Arc<Policy>>,
-    ) -> Option<(Snapshot<PolicyRef, Arc<Policy>>, Arc<IdentityLabels>)> {
+    fn host(&self, view: &View, policies: &Snapshot<PolicyRef, Arc<Policy>>) -> Option<HostPolicies> {
         let found = view.nodes.get(&self.node_name).and_then(|node| host::find(node, &view.policies));
         let names =
             || found.iter().flat_map(|it| &it.names).map(ToString::to_string).collect::<Vec<_>>().join(", ");

@@ -295,8 +295,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
             device_sink,
             encryption,
             (limits, proxy),
-            ipsec,
-            attaching_node(&datapath, &devices, config.args.kernel.socket_lb),
+            (ipsec, attaching_node(&datapath, &devices, config.args.kernel.socket_lb)),
             parts,
         )
         .context("ordering the sinks")?,

@@ -474,7 +474,7 @@ impl RuleOrigins {
         let ids = |origins: &Origins| {
             [false, true].map(|is_audit| known.ids.get(&(origins.clone(), is_audit)).copied())
         };
-        let used: HashSet<u32> = used.flat_map(|origins| ids(origins)).flatten().collect();
+        let used: HashSet<u32> = used.flat_map(ids).flatten().collect();
         let unused: Vec<u32> = known.by_id.keys().copied().filter(|id| !used.contains(id)).collect();
         for id in &unused[..unused.len().saturating_sub(GONE_KEPT)] {
             if let Some(key) = known.by_id.remove(id) {

@@ -72,7 +72,7 @@ pub(super) enum Origin {
     /// A map of another version is used, which has no pin under this one yet.
     Shared,
     /// Rows of this map are copied into a new one.
-    Copied(MapHandle, Conversion),
+    Copied(Box<MapHandle>, Conversion),
 }
 
 /// Decides what becomes of pinned maps.
@@ -135,7 +135,7 @@ impl<'a> Reuse<'a> {
             let is_wanted = !OF_SERVICES.contains(&name) || self.keeps_services(root)?;
             let rows = if is_wanted { self.conversion(map.map_type(), name, &pinned)? } else { None };
             return match rows {
-                Some(rows) => Ok(Origin::Copied(pinned, rows)),
+                Some(rows) => Ok(Origin::Copied(Box::new(pinned), rows)),
                 None => {
                     tracing::warn!(map = name, "the pinned map has another shape: starting with a new one");
                     let path = self.pins.map(name);
@@ -148,7 +148,7 @@ impl<'a> Reuse<'a> {
         if wanted > size && GROWING.contains(&name) {
             tracing::info!(map = name, from = size, to = wanted, "growing a map");
             let rows = Conversion::same(pinned.key_size(), pinned.value_size());
-            return Ok(Origin::Copied(pinned, rows));
+            return Ok(Origin::Copied(Box::new(pinned), rows));
         }
         share(map, name, &pinned)?;
         Ok(Origin::Pinned)
@@ -175,7 +175,7 @@ impl<'a> Reuse<'a> {
         }
         let rows = self.conversion(map.map_type(), name, &pinned)?;
         let rows = rows.map(|rows| forgotten.into_iter().fold(rows, Conversion::forget));
-        Ok(rows.map_or(Origin::New, |rows| Origin::Copied(pinned, rows)))
+        Ok(rows.map_or(Origin::New, |rows| Origin::Copied(Box::new(pinned), rows)))
     }
 
     /// What rows of `connections` say of services whose ids nobody knows any more.
@@ -253,7 +253,7 @@ impl<'a> Reuse<'a> {
                 }
                 Origin::New | Origin::Shared => {}
                 Origin::Copied(old, rows) => {
-                    let carrier = Carrier::new(&name, old, handle, rows);
+                    let carrier = Carrier::new(&name, *old, handle, rows);
                     carrier.carry()?;
                     carriers.extend(LIVE.contains(&name.as_str()).then_some(carrier));
                 }

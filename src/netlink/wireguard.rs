@@ -269,8 +269,7 @@ impl Family {
             let mut rest = &buffer[..];
             while !rest.is_empty() {
                 let broken = |error| io::Error::new(io::ErrorKind::InvalidData, format!("{error}"));
-                let answer =
-                    NetlinkMessage::<GenlMessage<T>>::deserialize(rest).map_err(|error| broken(error))?;
+                let answer = NetlinkMessage::<GenlMessage<T>>::deserialize(rest).map_err(broken)?;
                 let length = (answer.header.length as usize).next_multiple_of(4);
                 rest = rest.get(length..).unwrap_or_default();
                 if answer.header.sequence_number != self.sequence {

@@ -7,10 +7,12 @@ const NOTE_MAX: usize = 1024;
 
 /// A warning: a reason in one word, what was tried, and the text, cut where it is too long.
 pub fn warning(reason: &str, action: &str, text: &str) -> Event {
+    let end =
+        (0..=text.len().min(NOTE_MAX)).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
     Event {
         type_: EventType::Warning,
         reason: reason.to_owned(),
-        note: Some(text[..text.floor_char_boundary(NOTE_MAX)].to_owned()),
+        note: Some(text[..end].to_owned()),
         action: action.to_owned(),
         secondary: None,
     }

@@ -68,7 +68,7 @@ async fn serve(session: Session, stream: TcpStream) {
         Spoken::Anything => pipe::pipe(session, stream, Vec::new()).await,
         Spoken::Http => {
             if let Outcome::Http2(session, stream, bytes) = Relay::new(session, stream).await {
-                http2::serve(session, stream, bytes).await;
+                http2::serve(*session, stream, bytes).await;
             }
         }
         Spoken::Dns => dns::tcp::serve(session, stream).await,

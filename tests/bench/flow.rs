@@ -130,6 +130,7 @@ struct Cluster;
 impl NameSource for Cluster {
     fn tables(&self) -> NameTables {
         let pod = |number: u32| PublishedEndpoint {
+            host_ports: Vec::new(),
             pod: ObjectKey::new("shop", format!("pod-{number}")),
             addresses: vec![[10, 0, 0, number as u8].into()],
             identity: IdentityId(256 + number),

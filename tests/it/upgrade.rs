@@ -44,9 +44,10 @@ fn start_traffic(client: &Pod, near: &Pod, far: &Pod) -> Vec<Traffic> {
 
 fn all_answer(running: &[Traffic], more: u64) -> Result<()> {
     // In the order of start_traffic, once a client.
-    let each = running.iter().enumerate();
-    each.map(|(number, traffic)| traffic.wait_for_answers(more).with_context(|| format!("traffic {number}")))
-        .collect()
+    let mut each = running.iter().enumerate();
+    each.try_for_each(|(number, traffic)| {
+        traffic.wait_for_answers(more).with_context(|| format!("traffic {number}"))
+    })
 }
 
 fn upgrade(routing: &str) -> Result<()> {

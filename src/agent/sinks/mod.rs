@@ -166,8 +166,7 @@ pub fn all(
     devices: DeviceSink,
     encryption: Option<Encryption>,
     (limits, proxy): (Limits, Proxy),
-    ipsec: ipsec::News,
-    attach_node: AttachNode,
+    (ipsec, attach_node): (ipsec::News, AttachNode),
     parts: Parts,
 ) -> Result<Sinks> {
     let plan = devices.devices().clone();

@@ -76,7 +76,7 @@ fn seen_of(flow: &Flow, way: Way, other: &Side<'_>, port: u16) -> Option<Seen> {
     let protocol = match protocol(flow)? {
         L4Protocol::IcmpV4 => IpProtocol::ICMP,
         L4Protocol::IcmpV6 => IpProtocol::ICMPV6,
-        protocol => IpProtocol(protocol.number().into()),
+        protocol => IpProtocol(protocol.number()),
     };
     let other = if other.labels().iter().any(|label| label == "reserved:host") {
         Other::OwnNode

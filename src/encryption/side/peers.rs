@@ -54,6 +54,9 @@ impl Peer {
     }
 }
 
+/// Who has a prefix, of one length.
+type ByPrefix = HashMap<u128, Arc<Peer>>;
+
 /// All peers at one moment.
 #[derive(Default)]
 pub struct Table {
@@ -61,7 +64,7 @@ pub struct Table {
     by_number: HashMap<u32, Arc<Peer>>,
     numbers: HashMap<PublicKey, u32>,
     /// By family and length of prefix, the longest first: who has the prefix.
-    allowed: [Vec<(u8, HashMap<u128, Arc<Peer>>)>; 2],
+    allowed: [Vec<(u8, ByPrefix)>; 2],
 }
 
 impl Table {

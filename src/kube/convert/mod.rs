@@ -173,22 +173,6 @@ fn bytes_per_second(text: &str) -> Option<u64> {
     (1e3..=1e15).contains(&bits).then_some((bits / 8.0) as u64)
 }
 
-#[cfg(test)]
-mod rate_tests {
-    use super::bytes_per_second;
-
-    #[test]
-    fn rates_are_quantities_of_bits() {
-        assert_eq!(bytes_per_second("10M"), Some(1_250_000));
-        assert_eq!(bytes_per_second("1Gi"), Some(134_217_728));
-        assert_eq!(bytes_per_second("1.5k"), Some(187));
-        assert_eq!(bytes_per_second("8000"), Some(1000));
-        for nonsense in ["", "M", "10 M", "-1M", "100m", "1", "fast", "1e400", "NaN", "inf"] {
-            assert_eq!(bytes_per_second(nonsense), None, "{nonsense}");
-        }
-    }
-}
-
 /// Refuses labels that no API server would store; only strict documents need the check.
 pub(super) fn check_labels(field: &Field, labels: &Labels) -> Result<()> {
     if !field.is_strict() {
@@ -210,4 +194,20 @@ pub(super) fn check_labels(field: &Field, labels: &Labels) -> Result<()> {
 /// The elements of a list, none when it is absent.
 pub(super) fn items<'a>(field: &Field<'a>) -> Result<Vec<Field<'a>>> {
     Ok(field.items()?.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod rate_tests {
+    use super::bytes_per_second;
+
+    #[test]
+    fn rates_are_quantities_of_bits() {
+        assert_eq!(bytes_per_second("10M"), Some(1_250_000));
+        assert_eq!(bytes_per_second("1Gi"), Some(134_217_728));
+        assert_eq!(bytes_per_second("1.5k"), Some(187));
+        assert_eq!(bytes_per_second("8000"), Some(1000));
+        for nonsense in ["", "M", "10 M", "-1M", "100m", "1", "fast", "1e400", "NaN", "inf"] {
+            assert_eq!(bytes_per_second(nonsense), None, "{nonsense}");
+        }
+    }
 }

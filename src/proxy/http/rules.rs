@@ -245,7 +245,8 @@ mod tests {
         let api = rule("", "/api/v[0-9]+/.*", r"api\.example\.com", &[("X-Token", Mismatch::Deny)]);
         let rules = [health, api];
         let token = [("x-token", "1")];
-        let cases: &[(&str, &str, &str, &[(&str, &str)], bool)] = &[
+        type Case<'a> = (&'a str, &'a str, &'a str, &'a [(&'a str, &'a str)], bool);
+        let cases: &[Case<'_>] = &[
             ("GET", "/health", "a", &[], true),
             ("GET", "/healthy", "a", &[], false),
             ("GET", "/x/health", "a", &[], false),

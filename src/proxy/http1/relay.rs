@@ -37,7 +37,7 @@ pub enum Outcome {
     /// It is over.
     Done,
     /// The client speaks HTTP/2: these are its first bytes.
-    Http2(Session, TcpStream, Vec<u8>),
+    Http2(Box<Session>, TcpStream, Vec<u8>),
 }
 
 /// A connection of HTTP/1.
@@ -186,7 +186,7 @@ impl Relay {
 
     fn hand_over(&mut self) -> Result<Outcome, Cut> {
         match (self.session.take(), self.client.take()) {
-            (Some(session), Some(client)) => Ok(Outcome::Http2(session, client, self.up.take())),
+            (Some(session), Some(client)) => Ok(Outcome::Http2(Box::new(session), client, self.up.take())),
             _ => Err(Cut),
         }
     }

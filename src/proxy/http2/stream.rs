@@ -71,7 +71,7 @@ fn judge(session: &Session, parts: &http::request::Parts) -> Result<Judged, &'st
         return Err("CONNECT over HTTP/2");
     }
     let path = parts.uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
-    if !path.starts_with('/') && !(path == "*" && parts.method == Method::OPTIONS) {
+    if !(path.starts_with('/') || path == "*" && parts.method == Method::OPTIONS) {
         return Err("a target that is no path");
     }
     let headers: Vec<(&[u8], &[u8])> =
@@ -216,9 +216,7 @@ async fn pump(mut from: RecvStream, mut to: SendStream<Bytes>) -> Option<u16> {
         match data {
             Some(Ok(data)) => {
                 let length = data.len();
-                if send(&mut to, data).await.is_none() {
-                    return None;
-                }
+                send(&mut to, data).await?;
                 // It fails for a stream that is over.
                 let _ = from.flow_control().release_capacity(length);
             }

@@ -86,7 +86,6 @@ fn check(datapath: &Datapath) -> Result<()> {
         identity: 300,
         mac: [2, 0, 0, 0, 0, 9],
         flags: 1,
-        ..Endpoint::default()
     };
     assert_eq!(endpoint.as_bytes(), expected.as_bytes());
     let state = datapath.typed::<u32, NodeState>("node_state")?.get(&0)?.context("the node's state")?;

@@ -46,8 +46,11 @@ fn answer(query: &[u8]) -> Vec<u8> {
     answer
 }
 
+/// The names that were asked for, and by whom.
+type Questions = Arc<Mutex<Vec<(String, SocketAddr)>>>;
+
 /// A server of DNS over UDP; it keeps the names that it was asked for, and by whom.
-fn serve(space: &Space, address: SocketAddr, forge: bool) -> Result<Arc<Mutex<Vec<(String, SocketAddr)>>>> {
+fn serve(space: &Space, address: SocketAddr, forge: bool) -> Result<Questions> {
     let asked = Arc::new(Mutex::new(Vec::new()));
     let socket = space.run(move || UdpSocket::bind(address))?;
     let seen = asked.clone();

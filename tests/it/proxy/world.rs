@@ -184,10 +184,10 @@ impl Drop for World {
         if self.agent.say(&ToProxy::Drain { within_s: 0 }).is_err() {
             self.stop.send_replace(true);
         }
-        if let Some(running) = self.running.take() {
-            if let Err(error) = running.wait() {
-                eprintln!("{error:#}");
-            }
+        if let Some(running) = self.running.take()
+            && let Err(error) = running.wait()
+        {
+            eprintln!("{error:#}");
         }
     }
 }
@@ -354,7 +354,8 @@ pub struct Recorded {
 
 impl Recorded {
     pub fn start(space: &Space, port: u16, after: &'static [u8], answer: &'static [u8]) -> Result<Self> {
-        let (received, peers): (Arc<Mutex<Vec<u8>>>, Arc<Mutex<Vec<SocketAddr>>>) = Default::default();
+        let received: Arc<Mutex<Vec<u8>>> = Arc::default();
+        let peers: Arc<Mutex<Vec<SocketAddr>>> = Arc::default();
         let listener = space.run(move || TcpListener::bind((SERVER[0], port)))?;
         let server = Self { received: received.clone(), peers: peers.clone() };
         space.start(move || {
