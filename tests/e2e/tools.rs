@@ -90,6 +90,41 @@ pub fn the_relay_has_every_node(world: &mut World) -> Result<()> {
     Ok(())
 }
 
+const STATUS_ONLY: &str = "
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: status-only, namespace: weir-system}
+spec:
+  endpointSelector: {matchLabels: {k8s-app: hubble-relay}}
+  ingress:
+  - fromEntities: [all]
+    toPorts:
+    - ports: [{port: '4246', protocol: TCP}]
+      rules: {http: [{method: GET, path: /api/status}]}
+";
+
+/// Of the relay's page a policy lets `GET /api/status` through and nothing else, until the policy goes.
+pub fn http_requests_that_a_policy_names(world: &mut World) -> Result<()> {
+    let relays = world.pods("weir-system", "app.kubernetes.io/name=hubble-relay")?;
+    let relay = relays.first().context("there is no pod of the relay")?;
+    let page = relay.at(true, 4246);
+    // A pod's own node may always ask the pod.
+    let number = (1..=world.cluster.nodes().len()).find(|number| relay.node != format!("node{number}"));
+    let space = world.cluster.node(number.context("no node but the relay's")?).space();
+    let code = |path: &str| space.http_get(page, path).map(|(code, _)| code);
+    world.cluster.apply(STATUS_ONLY)?;
+    let expect = |what: &str, flows: u16| {
+        world.cluster.wait(what, PATIENCE, || {
+            Ok(code("/api/status").ok() == Some(200) && code("/api/flows?last=1").ok() == Some(flows))
+        })
+    };
+    let is_judged = expect("only GET /api/status to be answered", 403);
+    let deleted = world.cluster.kubectl(&["delete", "--filename", "-"], STATUS_ONLY);
+    is_judged?;
+    deleted?;
+    expect("everything to be answered again", 200)
+}
+
 const SECRET: &str = "
 apiVersion: v1
 kind: Secret
