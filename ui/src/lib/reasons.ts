@@ -58,6 +58,10 @@ const REASONS: Record<string, Reason> = {
     advice: "The client's address is in none of the Service's loadBalancerSourceRanges. Add its range, if the client should get in.",
   },
   INVALID_VNI: { text: 'Tunnel packet with an invalid VNI', advice: "Another program uses the tunnel's port. Give Weir another port." },
+  NO_PROXY: {
+    text: 'No proxy takes what it must judge',
+    advice: "A policy has rules of layer 7 for this port. The node's proxy is away or does not have the rules yet (`weir status`).",
+  },
   UNENCRYPTED_TRAFFIC: {
     text: 'Came in plain and had to be encrypted',
     advice: "A node of the cluster, or somebody in its name, sends plain. Does its agent encrypt (`weir encryption status`)?",
