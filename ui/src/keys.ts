@@ -23,7 +23,7 @@ const VIEWS: Record<string, View> = { 1: 'drops', 2: 'map', 3: 'flows', 4: 'reas
 export function keys(event: KeyboardEvent): void {
   if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
   const target = event.target instanceof Element ? event.target : null;
-  if (target?.closest('input, textarea, select, dialog')) return;
+  if (target?.closest('input, textarea, select, dialog[open]')) return;
   const view = VIEWS[event.key];
   if (view) app.go({ view, pod: '' });
   else if (event.key === '/') document.getElementById('filter')?.focus();
