@@ -187,7 +187,7 @@ async fn against(kubeconfig: &Path) -> Result<()> {
 }
 
 /// Until then the cluster has no such objects, and the agent is as ready as ever.
-const CIDR_GROUPS: &str = "
+pub const CIDR_GROUPS: &str = "
 apiVersion: apiextensions.k8s.io/v1
 kind: CustomResourceDefinition
 metadata: {name: ciliumcidrgroups.cilium.io}

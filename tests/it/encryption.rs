@@ -8,9 +8,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use weir::encryption::protocol::{Client, Request, SideState};
 
-use crate::lab::{Lab, MARKER, Node, Pod, Server, Setup, Space, Traffic, Via, ping, probe_udp, wait_for};
+use crate::lab::{Lab, MARKER, Node, Pod, Setup, Space, Traffic, ping, probe_udp, wait_for};
 use crate::require::{require_lab, say_skipped};
-use crate::verdicts::{Expected, Row, expect_all, expect_full_mesh};
+use crate::two_nodes::nodes_reach_pods;
+use crate::verdicts::expect_full_mesh;
 
 fn setup(routing: &str) -> Setup {
     setup_by("user", routing)
@@ -59,18 +60,7 @@ fn all_is_encrypted(device: &str, routing: &str) -> Result<()> {
     expect_full_mesh(&[&a, &b])?;
     say_the_marker(&a, &b)?;
     say_the_marker(&b, &a)?;
-    let _server = Server::start(lab.node(2).space(), "node2", lab.node(2).addresses(), &[8080])?;
-    let mut rows = Vec::new();
-    for via in [Via::Tcp, Via::Udp, Via::Ping] {
-        for address in b.addresses() {
-            let target = SocketAddr::new(*address, 80);
-            rows.push(Row::from_space(lab.node(1).space(), "node1", via, target, Expected::Answered));
-        }
-        for address in lab.node(2).addresses() {
-            rows.push(Row::new(&a, via, SocketAddr::new(*address, 8080), Expected::Answered));
-        }
-    }
-    expect_all(&rows)?;
+    nodes_reach_pods(&lab, &a, &b)?;
     for is_ipv4 in [true, false] {
         let stream = Traffic::tcp(a.space(), SocketAddr::new(b.address(is_ipv4), 80));
         stream.wait_for_answers(200)?;

@@ -180,7 +180,8 @@ fn reach_across(routing: &str) -> Result<()> {
     stream.stop()?.check_nothing_lost()
 }
 
-fn nodes_reach_pods(lab: &Lab, a: &crate::lab::Pod, b: &crate::lab::Pod) -> Result<()> {
+/// Each reaches the other by every protocol: a node the other node's pod, and a pod the other node.
+pub fn nodes_reach_pods(lab: &Lab, a: &crate::lab::Pod, b: &crate::lab::Pod) -> Result<()> {
     let _server = Server::start(lab.node(2).space(), "node2", lab.node(2).addresses(), &[8080])?;
     let mut rows = Vec::new();
     for via in [Via::Tcp, Via::Udp, Via::Ping] {

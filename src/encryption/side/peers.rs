@@ -171,20 +171,21 @@ mod tests {
 
     #[test]
     fn the_longest_prefix_has_the_address() {
-        let directory = tempfile::tempdir().unwrap();
-        let key = PrivateKey::of(directory.path()).unwrap();
+        let directory = tempfile::tempdir().expect("a directory");
+        let key = PrivateKey::of(directory.path()).expect("a key");
         let limiter = Arc::new(RateLimiter::new(&x25519::PublicKey::from(key.public().0), 10));
         let peer = |byte: u8, allowed: &[&str]| EncryptionPeer {
             node: format!("node{byte}"),
             public_key: PublicKey([byte; 32]),
-            endpoint: "192.0.2.1:51871".parse().unwrap(),
-            allowed: allowed.iter().map(|net| net.parse().unwrap()).collect(),
+            endpoint: "192.0.2.1:51871".parse().expect("it is well formed"),
+            allowed: allowed.iter().map(|net| net.parse().expect("it is well formed")).collect(),
         };
         let peers =
             [peer(1, &["10.1.0.0/16", "fd00:1::/64", "192.0.2.1/32"]), peer(2, &["10.1.2.0/24", "::/0"])];
         let (table, new) = Table::default().with(&peers, &key, &limiter);
         assert_eq!(new.len(), 2);
-        let owner = |text: &str| table.owner(text.parse().unwrap()).map(|peer| peer.key.0[0]);
+        let owner =
+            |text: &str| table.owner(text.parse().expect("it is well formed")).map(|peer| peer.key.0[0]);
         assert_eq!(owner("10.1.1.9"), Some(1));
         assert_eq!(owner("10.1.2.9"), Some(2));
         assert_eq!(owner("192.0.2.1"), Some(1));
@@ -193,7 +194,7 @@ mod tests {
         assert_eq!(owner("fd00:2::9"), Some(2));
         let (again, new) = table.with(&peers[1..], &key, &limiter);
         assert!(new.is_empty(), "a peer that stays keeps its sessions");
-        assert!(again.owner("10.1.1.9".parse().unwrap()).is_none());
+        assert!(again.owner("10.1.1.9".parse().expect("it is well formed")).is_none());
         let session = again.numbers[&PublicKey([2; 32])] << 8 | 7;
         assert_eq!(again.by_session(session).map(|peer| peer.key), Some(PublicKey([2; 32])));
     }

@@ -391,17 +391,17 @@ mod tests {
                 Ok(())
             };
             let mut merger = Merger::default();
-            parts.iter().for_each(|part| merger.push(part, &mut write).unwrap());
-            merger.flush(&mut write).unwrap();
+            parts.iter().for_each(|part| merger.push(part, &mut write).expect("it is well formed"));
+            merger.flush(&mut write).expect("it is well formed");
             assert_eq!(written.len(), 1, "one packet of {}", parts.len());
-            let header = Header::read(&written[0]).unwrap();
+            let header = Header::read(&written[0]).expect("it is well formed");
             assert_eq!((header.gso_size, header.flags), (1000, NEEDS_CHECKSUM));
             let mut cut = Vec::new();
             assert!(split(&mut written[0].clone(), &mut vec![0; 2000], |part| cut.push(part.to_vec())));
             for part in cut.iter_mut().chain(parts.iter_mut()).filter(|part| part[0] == 0x45) {
                 // Each has a number of its own.
                 part[4..6].fill(0);
-                Tcp::parse_headers(part).unwrap().set_ip_checksum(part);
+                Tcp::parse_headers(part).expect("it is well formed").set_ip_checksum(part);
             }
             assert_eq!(cut, parts);
         }
@@ -414,7 +414,9 @@ mod tests {
         wrong[60] ^= 1;
         let mut other_acknowledgement = packet(false, 1100, ACK, &data(100));
         other_acknowledgement[31] = 77;
-        Tcp::parse_headers(&other_acknowledgement).unwrap().finish(&mut other_acknowledgement, 0);
+        Tcp::parse_headers(&other_acknowledgement)
+            .expect("it is well formed")
+            .finish(&mut other_acknowledgement, 0);
         for second in [
             packet(false, 1101, ACK, &data(100)),
             packet(false, 1100, ACK, &data(101)),
@@ -431,9 +433,9 @@ mod tests {
                 Ok(())
             };
             let mut merger = Merger::default();
-            merger.push(&first, &mut write).unwrap();
-            merger.push(&second, &mut write).unwrap();
-            merger.flush(&mut write).unwrap();
+            merger.push(&first, &mut write).expect("it is well formed");
+            merger.push(&second, &mut write).expect("it is well formed");
+            merger.flush(&mut write).expect("it is well formed");
             assert_eq!(written, [first.clone(), second]);
         }
     }
@@ -441,7 +443,7 @@ mod tests {
     #[test]
     fn a_checksum_that_the_kernel_left_is_finished() {
         let whole = packet(false, 1, ACK, &data(333));
-        let tcp = Tcp::parse_headers(&whole).unwrap();
+        let tcp = Tcp::parse_headers(&whole).expect("it is well formed");
         let mut unfinished = whole.clone();
         let pseudo = fold(tcp.pseudo(&whole, whole.len() - tcp.tcp));
         unfinished[36..38].copy_from_slice(&pseudo.to_be_bytes());

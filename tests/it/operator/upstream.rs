@@ -9,25 +9,9 @@ use weir::kube::crd::SCHEMA_VERSION_ANNOTATION;
 use weir::kube::upstream::definitions;
 
 use super::*;
+use crate::api_server::CIDR_GROUPS;
 use crate::policies::object_of;
 use crate::published_policies::CASES;
-
-/// As somebody else has defined it, with a column that ours has not.
-const GROUPS: &str = "
-apiVersion: apiextensions.k8s.io/v1
-kind: CustomResourceDefinition
-metadata: {name: ciliumcidrgroups.cilium.io}
-spec:
-  group: cilium.io
-  scope: Cluster
-  names: {kind: CiliumCIDRGroup, plural: ciliumcidrgroups, singular: ciliumcidrgroup}
-  versions:
-  - name: v2
-    served: true
-    storage: true
-    additionalPrinterColumns: [{name: Theirs, type: string, jsonPath: .metadata.name}]
-    schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}
-";
 
 /// What is refused, and what the refusal says.
 const REFUSED: &[(&str, &str)] = &[
@@ -86,7 +70,12 @@ fn definitions_of_others_are_made_where_there_are_none() -> Result<()> {
                 .apply(&format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: {namespace}}}}}"))
                 .await?;
         }
-        plane.apply(GROUPS).await?;
+        // As somebody else has defined it, with a column that ours has not.
+        let theirs = CIDR_GROUPS.replace(
+            "    schema:",
+            "    additionalPrinterColumns: [{name: Theirs, type: string, jsonPath: .metadata.name}]\n    schema:",
+        );
+        plane.apply(&theirs).await?;
         let client = plane.client().await?;
         let all: Api<CustomResourceDefinition> = Api::all(client.clone());
         let operator = Replica::start(&plane, "one", &[]).await?;
