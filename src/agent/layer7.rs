@@ -15,9 +15,7 @@ pub struct Told {
 impl Hears for Told {
     fn records(&self, records: Vec<Record>, lost: u64) {
         self.known.recorder.append_requests(records);
-        if lost > 0 {
-            tracing::warn!(lost, "records of the proxy were lost");
-        }
+        self.known.recorder.requests_lost(lost);
     }
 
     fn names(&self, _names: &Names) {}

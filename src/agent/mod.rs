@@ -50,6 +50,7 @@ pub use args::{AgentArgs, Config, Routing};
 pub use compute::{Compute, Desired, Rules, View};
 pub use ends::Ends;
 pub use node::Devices;
+pub use proxy::end_left_behind;
 
 use crate::api;
 use crate::cni::install;

@@ -83,6 +83,9 @@ pub(super) fn uninstall(args: &UninstallArgs) -> Result<(), Failure> {
         writeln!(output, "removed links and maps in {}", pins.display())?;
     }
     remove_directory(&args.bpffs.join("weir"))?;
+    if crate::agent::end_left_behind(&args.state_dir) {
+        writeln!(output, "ended the proxy of layer 7")?;
+    }
     let encrypting = args.socket.with_file_name(encryption::protocol::SOCKET_NAME);
     if encryption::remove_device(&encrypting).context("removing the device that encrypts")? {
         writeln!(output, "removed the device {}", encryption::DEVICE)?;
@@ -147,9 +150,11 @@ fn delete_devices() -> Result<Vec<String>> {
 fn devices() -> Result<Vec<String>> {
     let is_ours = |link: &netlink::Link| {
         let is_pods = link.kind == "veth" && endpoint::is_host_interface_name(&link.name);
-        // Where fragments wait, and the tunnel.
+        // Where fragments wait.
         let is_wait = link.kind == "veth" && link.name.starts_with("weir_wait");
-        is_pods || is_wait || (link.kind == "vxlan" && link.name.starts_with("weir"))
+        let is_proxy = link.kind == "veth" && link.name == "weir_proxy";
+        let is_tunnel = link.kind == "vxlan" && link.name.starts_with("weir");
+        is_pods || is_wait || is_proxy || is_tunnel || link.name == encryption::DEVICE
     };
     let links = netlink::links().context("listing the devices")?;
     Ok(links.into_iter().filter(is_ours).map(|link| link.name).collect())

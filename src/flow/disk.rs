@@ -2,7 +2,7 @@
 //! before. Records carry the kernel's clock: those of before a restart of the machine are of no use, and go.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -80,34 +80,44 @@ impl Segments {
             && head == self.head
     }
 
-    /// Adds what the segments have to `recorder`, the oldest first; says how many records. A record that was cut
-    /// off is left out.
+    /// Adds the newest records of the segments to `recorder`, as many as it has room for, the oldest of them first;
+    /// says how many. A record that was cut off is left out.
     pub fn restore(&self, recorder: &Recorder) -> Result<u64> {
-        let mut restored = 0;
-        for number in self.numbers()? {
-            let bytes = fs::read(self.path(number)).context("reading a segment of flows")?;
-            let records = bytes.get(HEAD..).unwrap_or_default().chunks_exact(size_of::<Event>());
-            let events: Vec<Event> = records.filter_map(Event::from_bytes).collect();
-            restored += events.len() as u64;
-            recorder.append(&events);
+        let (mut room, mut newest) = (recorder.capacity(), Vec::new());
+        for number in self.numbers()?.into_iter().rev() {
+            if room == 0 {
+                break;
+            }
+            let events = self.newest_of(number, room).context("reading a segment of flows")?;
+            room -= events.len();
+            newest.push(events);
         }
-        Ok(restored)
+        newest.iter().rev().for_each(|events| recorder.append(events));
+        Ok(newest.iter().map(|events| events.len() as u64).sum())
+    }
+
+    /// The newest records of a segment, `room` at most.
+    fn newest_of(&self, number: u64, room: usize) -> io::Result<Vec<Event>> {
+        let mut file = File::open(self.path(number))?;
+        let size = size_of::<Event>() as u64;
+        let count = file.metadata()?.len().saturating_sub(HEAD as u64) / size;
+        let wanted = count.min(room as u64);
+        file.seek(SeekFrom::Start(HEAD as u64 + (count - wanted) * size))?;
+        let mut bytes = Vec::new();
+        file.take(wanted * size).read_to_end(&mut bytes)?;
+        Ok(bytes.chunks_exact(size_of::<Event>()).filter_map(Event::from_bytes).collect())
     }
 
     /// Writes records; a segment that is full is followed by another, and the oldest goes.
     fn write(&mut self, events: &[u8]) -> Result<()> {
         let full = (self.bytes_max / SEGMENTS).max((HEAD + size_of::<Event>()) as u64);
-        if self.open.as_ref().is_none_or(|(_, bytes)| *bytes >= full) {
-            let path = self.path(self.next);
-            let mut file = File::create_new(&path).with_context(|| format!("making {}", path.display()))?;
-            self.next += 1;
-            file.write_all(&self.head).context("beginning a segment of flows")?;
-            self.open = Some((file, HEAD as u64));
-            let numbers = self.numbers()?;
-            let many = numbers.len().saturating_sub(SEGMENTS as usize);
-            for number in &numbers[..many] {
-                fs::remove_file(self.path(*number)).context("removing the oldest segment")?;
-            }
+        let records = (full as usize - HEAD) / size_of::<Event>();
+        events.chunks(records * size_of::<Event>()).try_for_each(|part| self.write_part(part, full))
+    }
+
+    fn write_part(&mut self, events: &[u8], full: u64) -> Result<()> {
+        if self.open.as_ref().is_none_or(|(_, bytes)| *bytes + events.len() as u64 > full) {
+            self.begin()?;
         }
         let Some((file, bytes)) = &mut self.open else { return Ok(()) };
         if let Err(error) = file.write_all(events) {
@@ -116,6 +126,21 @@ impl Segments {
             return Err(error).context("writing flows");
         }
         *bytes += events.len() as u64;
+        Ok(())
+    }
+
+    /// Makes room for a segment, and begins it.
+    fn begin(&mut self) -> Result<()> {
+        let numbers = self.numbers()?;
+        let many = (numbers.len() + 1).saturating_sub(SEGMENTS as usize);
+        for number in &numbers[..many] {
+            fs::remove_file(self.path(*number)).context("removing the oldest segment")?;
+        }
+        let path = self.path(self.next);
+        let mut file = File::create_new(&path).with_context(|| format!("making {}", path.display()))?;
+        self.next += 1;
+        file.write_all(&self.head).context("beginning a segment of flows")?;
+        self.open = Some((file, HEAD as u64));
         Ok(())
     }
 }
@@ -142,7 +167,7 @@ pub async fn keep(mut segments: Segments, recorder: Arc<Recorder>) {
                     _ => None,
                 });
                 let bytes: Vec<u8> = packets.flat_map(|event| event.as_bytes().iter().copied()).collect();
-                outcome = segments.write(&bytes);
+                outcome = outcome.and(segments.write(&bytes));
             }
         };
         let Ok((back, next, outcome)) = tokio::task::spawn_blocking(writing).await else { return };
@@ -192,23 +217,31 @@ mod tests {
             let events = records.iter().filter_map(Record::event);
             events.flat_map(|event| event.as_bytes().iter().copied()).collect()
         };
-        // 128 records each, of 16 KiB.
+        // Of 16 KiB each: one write of 100 records fits, a second one does not.
         let mut segments = Segments::of_boot(directory.path(), 128 * 1024, "one").expect("segments");
         for round in 0..20_u16 {
             segments.write(&bytes(round * 100..(round + 1) * 100)).expect("room");
         }
-        assert!(size(directory.path()) < 300_000, "{}", size(directory.path()));
+        assert!(size(directory.path()) <= 128 * 1024, "{}", size(directory.path()));
         let back = restored(directory.path(), "one");
         assert_eq!(back.last(), Some(&1999));
-        assert!(back.len() >= 1000 && back.windows(2).all(|two| two[0] + 1 == two[1]), "{}", back.len());
+        assert!(back.len() == 800 && back.windows(2).all(|two| two[0] + 1 == two[1]), "{}", back.len());
+        // A smaller memory gets the newest.
+        let small = Recorder::new(150);
+        segments.restore(&small).expect("readable");
+        assert_eq!(ports(&small), (1850..2000).collect::<Vec<_>>());
+        // One write that is larger than a segment keeps the bound, too.
+        segments.write(&bytes(2000..3000)).expect("room");
+        assert!(size(directory.path()) <= 128 * 1024, "{}", size(directory.path()));
+        assert_eq!(restored(directory.path(), "one").last(), Some(&2999));
         // The next agent goes on behind; a record that was cut off is left out.
         let newest = segments.path(segments.next - 1);
         drop(segments);
         let mut cut = fs::OpenOptions::new().append(true).open(newest).expect("there");
         cut.write_all(&[7; 50]).expect("room");
         let mut segments = Segments::of_boot(directory.path(), 128 * 1024, "one").expect("segments");
-        segments.write(&bytes(2000..2001)).expect("room");
-        assert_eq!(restored(directory.path(), "one").last(), Some(&2000));
+        segments.write(&bytes(3000..3001)).expect("room");
+        assert_eq!(restored(directory.path(), "one").last(), Some(&3000));
         // After the machine has started again its clock is another.
         assert!(restored(directory.path(), "two").is_empty());
         assert_eq!(size(directory.path()), 0);

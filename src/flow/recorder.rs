@@ -194,6 +194,18 @@ impl Recorder {
         }
     }
 
+    /// Requests that the proxy saw and could not tell; they are recorded as a loss.
+    pub fn requests_lost(&self, lost: u64) {
+        if lost > 0 {
+            self.add(std::iter::once(Event { r#type: LOSS, timestamp_ns: lost, ..Event::default() }));
+        }
+    }
+
+    /// How many records it keeps.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// A follower was overtaken and missed `events`.
     pub fn add_missed(&self, events: u64) {
         self.missed_by_readers.fetch_add(events, Ordering::Relaxed);

@@ -166,6 +166,6 @@ fn floods_of_one_pod_cost_no_other_a_connection_a_datagram_or_a_record() -> Resu
     drop(pairs);
     wait_for("what is closed to be given back", || {
         let usage = &row(node, &calm)?["usage"];
-        Ok(usage["opening"] == 0 && usage["connections"].as_u64() < Some(40))
+        Ok(usage["opening"] == 0 && usage["connections"].as_u64().is_some_and(|count| count < 40))
     })
 }

@@ -13,7 +13,7 @@ mod place;
 mod process;
 mod speak;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,16 @@ use speak::Said;
 use crate::backoff::Backoff;
 use crate::datapath::{Datapath, RuleSets};
 use crate::telemetry::Parts;
+
+/// Ends the proxy that an agent has left behind; says whether there was one. Its namespace and its device go with it.
+pub fn end_left_behind(state_dir: &Path) -> bool {
+    let found = Process::find(state_dir, &control_of(state_dir));
+    found.inspect(Process::end).is_some()
+}
+
+fn control_of(state_dir: &Path) -> PathBuf {
+    state_dir.join("proxy.sock")
+}
 
 /// The part of the agent that looks after the proxy.
 const PART: &str = "proxy";
@@ -96,7 +106,7 @@ struct Keeper {
 
 impl Keeper {
     async fn make(options: &Options) -> Result<Self> {
-        let control = options.state_dir.join("proxy.sock");
+        let control = control_of(&options.state_dir);
         let listener = listen(&control)?;
         let process = Process::find(&options.state_dir, &control);
         let (datapath, mtu) = (options.datapath.clone(), options.mtu);
