@@ -390,11 +390,12 @@ struct {
 	__type(value, struct own_addresses);
 } this_node SEC(".maps") __weak;
 
-/* Written by the programs, which delete a row with its connection; read by the
- * proxy. When it is full, no more flows go to the proxy. */
+/* Written by the programs, read by the proxy; the agent collects rows whose
+ * connection is gone. As many as connections, so that the share of those that a
+ * pod may have bounds these, too. When it is full, no more flows go to the proxy. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 65536);
+	__uint(max_entries, 262144);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct l7_flow_key);
 	__type(value, struct l7_flow);

@@ -355,8 +355,12 @@ static __always_inline bool network_is_forged(struct __sk_buff *ctx,
 	return ctx->ingress_ifindex && packet_is_tunnel(packet);
 }
 
-SEC("tcx/egress")
-int to_network(struct __sk_buff *ctx)
+static __always_inline int network_wall(struct __sk_buff *ctx)
+{
+	return settings.encrypt_ifindex ? encrypt_leave(ctx) : TC_ACT_OK;
+}
+
+static __always_inline int network_leave(struct __sk_buff *ctx)
 {
 	struct own_addresses *own;
 	const struct addr *node;
@@ -365,11 +369,6 @@ int to_network(struct __sk_buff *ctx)
 	int parsed, ret;
 	__u32 share;
 
-	if (settings.encrypt_ifindex) {
-		ret = encrypt_leave(ctx);
-		if (ret != TC_ACT_OK)
-			return ret;
-	}
 	if (mark_is(ctx, MARK_LEAVE))
 		return TC_ACT_OK;
 	packet = packet_begin(DIRECTION_EGRESS);
@@ -395,6 +394,10 @@ int to_network(struct __sk_buff *ctx)
 			nat_keep_for_node(ctx, packet);
 		return TC_ACT_OK;
 	}
+	/* Before a pod's packet may get the address of the node. */
+	ret = network_wall(ctx);
+	if (ret != TC_ACT_OK)
+		return ret;
 	address = address_find(&packet->source);
 	if (!address || !address->endpoint_id)
 		return TC_ACT_OK;
@@ -415,4 +418,14 @@ int to_network(struct __sk_buff *ctx)
 	if (ret >= 0)
 		fragment_keep(packet, share);
 	return finish(ctx, packet, ret < 0 ? ret : TC_ACT_OK);
+}
+
+/* The wall comes behind the host's policy and its rows, which hold for what is
+ * encrypted, too. */
+SEC("tcx/egress")
+int to_network(struct __sk_buff *ctx)
+{
+	int ret = network_leave(ctx);
+
+	return ret == TC_ACT_OK ? network_wall(ctx) : ret;
 }

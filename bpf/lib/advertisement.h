@@ -1,11 +1,24 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * Neighbour advertisements of IPv6 (RFC 4861, 4.4): which MAC address an address
- * has on the link.
+ * Answers of ARP (RFC 826) and neighbour advertisements of IPv6 (RFC 4861, 4.4):
+ * which MAC address an address has on the link.
  */
 #pragma once
 
 #include "packet.h"
+
+/* Makes an answer of an ARP request: the target has this MAC address. */
+static __always_inline void arp_answer(struct arphdr *arp, const __u8 mac[6])
+{
+	__u8 target[4];
+
+	__builtin_memcpy(target, arp->target_ip, 4);
+	arp->operation = bpf_htons(2);
+	__builtin_memcpy(arp->target_mac, arp->sender_mac, 6);
+	__builtin_memcpy(arp->target_ip, arp->sender_ip, 4);
+	__builtin_memcpy(arp->sender_mac, mac, 6);
+	__builtin_memcpy(arp->sender_ip, target, 4);
+}
 
 enum advertisement_flags {
 	ADVERTISEMENT_SOLICITED = 0x40000000,

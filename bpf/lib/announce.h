@@ -10,7 +10,7 @@
 #pragma once
 
 #include "advertisement.h"
-#include "mark.h"
+#include "leave.h"
 
 /* A row that may be answered by, or that a rival may end. */
 static __always_inline struct announced *
@@ -52,11 +52,9 @@ static __always_inline void announce_hear(struct announced *row,
 static __always_inline int announce_send(struct __sk_buff *ctx,
 					 const __u8 from[6], const __u8 to[6])
 {
-	if (bpf_skb_store_bytes(ctx, 0, to, 6, 0) ||
-	    bpf_skb_store_bytes(ctx, 6, from, 6, 0))
-		return TC_ACT_SHOT;
-	mark_set(ctx, MARK_LEAVE);
-	return bpf_redirect(ctx->ifindex, 0);
+	int ret = leave_back(ctx, from, to);
+
+	return ret < 0 ? TC_ACT_SHOT : ret;
 }
 
 /* An ARP frame from the network: an action of tc, TC_ACT_OK for the stack. */
@@ -83,11 +81,7 @@ __weak __noinline int announce_arp(struct __sk_buff *ctx)
 	row = announce_find(ctx, &addr);
 	if (!row || !announce_counts(row))
 		return TC_ACT_OK;
-	arp.operation = bpf_htons(2);
-	__builtin_memcpy(arp.target_mac, arp.sender_mac, 6);
-	__builtin_memcpy(arp.target_ip, &sender, 4);
-	__builtin_memcpy(arp.sender_mac, row->mac, 6);
-	__builtin_memcpy(arp.sender_ip, &target, 4);
+	arp_answer(&arp, row->mac);
 	if (bpf_skb_store_bytes(ctx, ETHERNET_LENGTH, &arp, sizeof(arp), 0))
 		return TC_ACT_SHOT;
 	return announce_send(ctx, arp.sender_mac, arp.target_mac);

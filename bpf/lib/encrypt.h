@@ -14,6 +14,7 @@
 
 #include "identity.h"
 #include "mark.h"
+#include "parse.h"
 
 /* One end of a packet as the walls see it, and the other end's address. */
 struct encrypt_view {
@@ -83,6 +84,11 @@ static __always_inline bool encrypt_view_ipv6(struct __sk_buff *ctx,
 			return true;
 		protocol = fragment.next_header;
 		next += sizeof(fragment);
+	}
+	/* What hides the port may be a tunnel packet. */
+	if (settings.tunnel_ifindex && is_extension_header(protocol)) {
+		view->is_tunnel = true;
+		return true;
 	}
 	if (protocol != IPPROTO_UDP || !settings.tunnel_ifindex)
 		return true;

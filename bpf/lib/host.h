@@ -9,6 +9,7 @@
 
 #include "flow.h"
 #include "own.h"
+#include "tunnel.h"
 
 #define HOST_ENFORCED (POLICY_ENFORCE_INGRESS | POLICY_ENFORCE_EGRESS)
 
@@ -39,11 +40,13 @@ static __always_inline bool host_flow_runs(const struct packet *packet,
 	connection_key_of(packet, key);
 	row = bpf_map_lookup_elem(&host_flows, key);
 	if (!row ||
-	    now - row->seen_jiffies >
-		    seconds_to_jiffies(settings.other_timeout_seconds) ||
+	    /* Another CPU may have seen a later tick. */
+	    (__s64)(now - row->seen_jiffies) >
+		    (__s64)seconds_to_jiffies(settings.other_timeout_seconds) ||
 	    (row->direction == direction && row->epoch != epoch))
 		return false;
-	row->seen_jiffies = now;
+	if (row->seen_jiffies != now)
+		row->seen_jiffies = now;
 	return true;
 }
 
@@ -61,6 +64,11 @@ static __always_inline int host_resolve_sender(struct packet *packet,
 	     peer->flags & (ADDRESS_POD | ADDRESS_INTERNAL)))
 		return -DROP_INVALID_SOURCE_IP;
 	return 0;
+}
+
+static __always_inline bool host_begins_tcp(const struct packet *packet)
+{
+	return (packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 }
 
 /* 0, or a drop. */
@@ -93,8 +101,7 @@ __weak __noinline int host_judge(struct packet *packet, __u32 direction)
 						  : peer.identity;
 	if (ret)
 		return ret;
-	if (packet->protocol == IPPROTO_TCP &&
-	    (packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+	if (packet->protocol == IPPROTO_TCP && !host_begins_tcp(packet))
 		return 0;
 	if (packet->protocol != IPPROTO_TCP &&
 	    host_flow_runs(packet, &room->flow.key, direction, row.epoch))
@@ -113,10 +120,12 @@ __weak __noinline int host_judge(struct packet *packet, __u32 direction)
 }
 
 /* Of what the policy does not speak, to or from the address of the node. */
-static __always_inline bool host_is_beyond(const struct packet *packet)
+static __always_inline bool host_is_beyond(const struct packet *packet,
+					   const struct addr *other)
 {
 	return packet->flags & (PACKET_CONTROL | PACKET_ICMP_ERROR) ||
-	       packet_is_tunnel(packet);
+	       (settings.tunnel_ifindex && packet_is_tunnel(packet) &&
+		tunnel_is_node(other));
 }
 
 /* What is for the node itself: 0, or a drop. `parsed` is what the parser says;
@@ -125,7 +134,7 @@ static __always_inline int host_receive(struct packet *packet, int parsed)
 {
 	__u32 enforced = host_enforces();
 
-	if (!enforced || host_is_beyond(packet) ||
+	if (!enforced || host_is_beyond(packet, &packet->source) ||
 	    !host_has(&packet->destination))
 		return 0;
 	if (parsed < 0)
@@ -140,12 +149,16 @@ static __always_inline int host_send(struct __sk_buff *ctx,
 {
 	__u32 enforced = host_enforces();
 
-	if (!enforced || ctx->ingress_ifindex || host_is_beyond(packet) ||
+	if (!enforced || ctx->ingress_ifindex ||
+	    host_is_beyond(packet, &packet->destination) ||
 	    packet->flags & PACKET_LATER_FRAGMENT ||
 	    addr_is_multicast(&packet->destination) ||
 	    !host_has(&packet->source))
 		return 0;
 	if (parsed < 0)
 		return enforced & POLICY_ENFORCE_EGRESS ? parsed : 0;
+	/* What runs goes on: its segments need no identity. */
+	if (packet->protocol == IPPROTO_TCP && !host_begins_tcp(packet))
+		return 0;
 	return host_judge(packet, DIRECTION_EGRESS);
 }

@@ -41,6 +41,18 @@ static __always_inline int leave_by_network(struct __sk_buff *ctx,
 	return bpf_redirect_neigh(ifindex, &next, sizeof(next), 0);
 }
 
+/* Back by the device that the frame came by, with these MAC addresses: an action
+ * of tc, or a drop. */
+static __always_inline int leave_back(struct __sk_buff *ctx,
+				      const __u8 from[6], const __u8 to[6])
+{
+	if (bpf_skb_store_bytes(ctx, 0, to, 6, 0) ||
+	    bpf_skb_store_bytes(ctx, 6, from, 6, 0))
+		return -DROP_WRITE_ERROR;
+	mark_set(ctx, MARK_LEAVE);
+	return bpf_redirect(ctx->ifindex, 0);
+}
+
 /* By the node's stack, which routes the packet; to_network masquerades. */
 static __always_inline int leave_to_stack(struct __sk_buff *ctx)
 {

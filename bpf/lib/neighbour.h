@@ -63,11 +63,7 @@ static __always_inline int neighbour_answer_arp(struct __sk_buff *ctx)
 		return -DROP_UNSUPPORTED_L2;
 
 	neighbour_mac(mac, address->endpoint_id);
-	arp.operation = bpf_htons(2);
-	__builtin_memcpy(arp.target_mac, arp.sender_mac, 6);
-	__builtin_memcpy(arp.target_ip, &sender, 4);
-	__builtin_memcpy(arp.sender_mac, mac, 6);
-	__builtin_memcpy(arp.sender_ip, &target, 4);
+	arp_answer(&arp, mac);
 	if (bpf_skb_store_bytes(ctx, ETHERNET_LENGTH, &arp, sizeof(arp), 0))
 		return -DROP_WRITE_ERROR;
 	return neighbour_reply(ctx, mac, arp.target_mac);

@@ -7,6 +7,7 @@
  */
 #pragma once
 
+#include "leave.h"
 #include "neighbour.h"
 
 struct refuse_unreachable {
@@ -172,11 +173,7 @@ static __always_inline int refuse_send(struct __sk_buff *ctx,
 {
 	if (packet->flags & PACKET_FROM_POD)
 		return neighbour_reply(ctx, from, to);
-	if (bpf_skb_store_bytes(ctx, 0, to, 6, 0) ||
-	    bpf_skb_store_bytes(ctx, 6, from, 6, 0))
-		return -DROP_WRITE_ERROR;
-	mark_set(ctx, MARK_LEAVE);
-	return bpf_redirect(ctx->ifindex, 0);
+	return leave_back(ctx, from, to);
 }
 
 /* The pod is told what its policy denies it to send. */

@@ -7,7 +7,7 @@ use weir::datapath::Settings;
 use weir::datapath::types::{address_flags, prefix_flags};
 
 use super::frame::{Packet, icmp, tcp, udp};
-use super::world::{Cast, PASS, REDIRECT, SHOT, World, in_both_families_with, settings};
+use super::world::{Arrival, Cast, PASS, REDIRECT, SHOT, World, in_both_families_with, settings};
 use crate::require::require_lab;
 
 const UNENCRYPTED: u8 = 195;
@@ -63,7 +63,8 @@ fn what_is_for_a_pod_of_a_node_with_a_key_leaves_by_the_device_that_encrypts() -
         flag(world, &cast)?;
         let tunnel = udp((cast.node, 40000), (cast.other_node, 8472));
         for packet in [tunnel.clone(), tunnel.clone().fragment(9, 0, true), tunnel.fragment(9, 1480, false)] {
-            let outcome = world.send("to_network", &packet)?;
+            let own = Arrival { is_from_stack: true, ..Arrival::default() };
+            let outcome = world.send_as("to_network", &packet, own)?;
             ensure!(outcome.action == REDIRECT, "a tunnel packet, or a part of one: {outcome:?}");
         }
         Ok(())
@@ -90,8 +91,18 @@ fn what_has_to_be_encrypted_does_not_come_in_plain() -> Result<()> {
     }
     in_both_families_with(encrypted(false), |world, cast| {
         flag(world, &cast)?;
-        let outcome = world.send("from_network", &udp((cast.other_node, 1), (cast.node, 8472)))?;
-        ensure!(outcome.action == SHOT, "a tunnel packet: {outcome:?}");
+        let tunnel = udp((cast.other_node, 1), (cast.node, 8472));
+        let mut packets = vec![tunnel.clone()];
+        if !cast.a.is_ipv4() {
+            // An empty destination option hides the port from nobody.
+            packets.push(tunnel.extension(60, &[0; 6]));
+        }
+        for packet in packets {
+            let outcome = world.send("from_network", &packet)?;
+            ensure!(outcome.action == SHOT, "a tunnel packet: {outcome:?}");
+            let reasons: Vec<u8> = outcome.counted.iter().map(|(reason, _)| *reason).collect();
+            ensure!(reasons == [UNENCRYPTED], "a tunnel packet: {outcome:?}");
+        }
         Ok(())
     })
 }
