@@ -211,6 +211,13 @@ impl Compute {
         Self { confirming: Some(confirming), ..self }
     }
 
+    /// The host's policy that was computed last is in the kernel.
+    pub fn host_in_force(&self) {
+        if let Some(confirming) = &self.confirming {
+            confirming.in_force();
+        }
+    }
+
     /// The policies with what stays open on the host, and the node's labels, where any policy selects it.
     fn host(&self, view: &View, policies: &Snapshot<PolicyRef, Arc<Policy>>) -> Option<HostPolicies> {
         let found = view.nodes.get(&self.node_name).and_then(|node| host::find(node, &view.policies));
@@ -222,7 +229,9 @@ impl Compute {
         }
         let found = found?;
         let own: Vec<IpAddr> = view.local_addresses.keys().copied().collect();
-        let open = host::always_open(&found, &host::api_servers(&view.slices), &own);
+        let wireguard =
+            view.allocations.values().filter_map(|allocation| Some(allocation.key?.port)).collect();
+        let open = host::always_open(&found, &host::api_servers(&view.slices), &own, &wireguard);
         let mut policies = policies.clone();
         policies.insert(open.reference.clone(), Arc::new(open));
         Some((policies, found.labels))

@@ -31,8 +31,8 @@ enum Verdict {
 /// What is asked for, and what became of it.
 #[derive(Debug, Default)]
 struct State {
-    /// What the policies say now, and since when.
-    asked: Option<(u64, Instant)>,
+    /// What the policies say now, and since when that is in force; `None`: it is not yet.
+    asked: Option<(u64, Option<Instant>)>,
     /// Their names.
     names: String,
     verdict: Option<Verdict>,
@@ -40,10 +40,10 @@ struct State {
 
 impl State {
     /// True if `definition` is to be in force.
-    fn ask(&mut self, definition: Option<u64>, now: Instant) -> bool {
+    fn ask(&mut self, definition: Option<u64>) -> bool {
         match definition {
             Some(definition) if self.asked.is_none_or(|(asked, _)| asked != definition) => {
-                self.asked = Some((definition, now));
+                self.asked = Some((definition, None));
             }
             Some(_) => {}
             None => self.asked = None,
@@ -51,9 +51,15 @@ impl State {
         definition.is_some_and(|definition| self.verdict != Some(Verdict::Suspended(definition)))
     }
 
+    fn in_force(&mut self, now: Instant) {
+        if let Some((_, since)) = &mut self.asked {
+            since.get_or_insert(now);
+        }
+    }
+
     /// What is awaited since when; `None`: nothing.
     fn unconfirmed(&self) -> Option<(u64, Instant)> {
-        let (asked, since) = self.asked?;
+        let (asked, Some(since)) = self.asked? else { return None };
         let is_decided =
             [Verdict::Confirmed(asked), Verdict::Suspended(asked)].map(Some).contains(&self.verdict);
         (!is_decided).then_some((asked, since))
@@ -101,7 +107,12 @@ impl Confirming {
         if state.asked.map(|(asked, _)| asked) != definition {
             state.names = names();
         }
-        state.ask(definition, Instant::now())
+        state.ask(definition)
+    }
+
+    /// What was asked for last is in the kernel.
+    pub fn in_force(&self) {
+        self.lock().in_force(Instant::now());
     }
 
     /// Changes with every verdict.
@@ -189,19 +200,22 @@ mod tests {
         let mut state = State::default();
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        assert!(!state.ask(None, at(0)));
-        assert!(state.ask(Some(1), at(0)), "it is tried");
+        assert!(!state.ask(None));
+        assert!(state.ask(Some(1)), "it is tried");
+        assert_eq!(state.tried(at(0), true, PATIENCE), None, "what is not in force is not confirmed");
+        state.in_force(at(0));
         assert_eq!(state.tried(at(59), false, PATIENCE), None);
         assert_eq!(state.tried(at(60), false, PATIENCE), Some(Verdict::Suspended(1)));
-        assert!(!state.ask(Some(1), at(70)), "it is not tried again");
+        assert!(!state.ask(Some(1)), "it is not tried again");
         assert_eq!(state.tried(at(80), true, PATIENCE), None);
-        assert!(!state.ask(None, at(90)));
-        assert!(!state.ask(Some(1), at(91)), "nor when it comes back unchanged");
-        assert!(state.ask(Some(2), at(100)), "it has changed");
+        assert!(!state.ask(None));
+        assert!(!state.ask(Some(1)), "nor when it comes back unchanged");
+        assert!(state.ask(Some(2)), "it has changed");
+        state.in_force(at(100));
         assert_eq!(state.tried(at(101), true, PATIENCE), None, "it may not be in force yet");
         assert_eq!(state.tried(at(103), true, PATIENCE), Some(Verdict::Confirmed(2)));
         assert_eq!(state.tried(at(500), false, PATIENCE), None, "an outage opens nothing");
-        assert!(state.ask(Some(2), at(600)));
+        assert!(state.ask(Some(2)));
     }
 
     #[test]

@@ -17,8 +17,6 @@ use crate::model::{
 use crate::policy::Sources;
 use crate::tables::Snapshot;
 
-/// WireGuard between nodes.
-const WIREGUARD: u16 = 51871;
 const ESP: IpProtocol = IpProtocol(50);
 /// DHCP: what servers send to, what they are sent to.
 const DHCP: [[u16; 2]; 2] = [[68, 546], [67, 547]];
@@ -73,7 +71,13 @@ pub fn api_servers(slices: &Snapshot<ObjectKey, Arc<EndpointSlice>>) -> BTreeSet
 }
 
 /// The policy that counts before those of the host: what an administrator must not lose.
-pub fn always_open(of: &HostPolicies, servers: &BTreeSet<SocketAddr>, own: &[IpAddr]) -> Policy {
+/// `wireguard`: the ports that nodes have published.
+pub fn always_open(
+    of: &HostPolicies,
+    servers: &BTreeSet<SocketAddr>,
+    own: &[IpAddr],
+    wireguard: &BTreeSet<u16>,
+) -> Policy {
     let reference = PolicyRef {
         kind: PolicyKind::CiliumClusterwideNetworkPolicy,
         namespace: None,
@@ -87,8 +91,9 @@ pub fn always_open(of: &HostPolicies, servers: &BTreeSet<SocketAddr>, own: &[IpA
     let block = |server: &SocketAddr| Peer::Block { cidr: server.ip().into(), except: Vec::new() };
     let api = || (!servers.is_empty()).then(|| allow(Some(servers.iter().map(block).collect()), None));
     let between_nodes = || {
-        let ports = vec![PortMatch { protocol: ESP, port: PortSelector::Any }, udp(WIREGUARD)];
-        allow(Some(vec![Peer::Entity(Entity::RemoteNode)]), Some(ports))
+        let esp = PortMatch { protocol: ESP, port: PortSelector::Any };
+        let ports = std::iter::once(esp).chain(wireguard.iter().map(|port| udp(*port)));
+        allow(Some(vec![Peer::Entity(Entity::RemoteNode)]), Some(ports.collect()))
     };
     let here = servers.iter().filter(|server| own.contains(&server.ip()));
     let here: BTreeSet<PortMatch> = here.map(|server| port(Protocol::Tcp.into(), server.port())).collect();
@@ -189,7 +194,8 @@ mod tests {
     fn the_api_server_stays_open_also_where_this_node_has_it() {
         let found = find(&node("one"), &sources(vec![policy("one", "one")])).expect("it selects the node");
         let server: SocketAddr = "192.0.2.1:6443".parse().expect("an address");
-        let open = always_open(&found, &BTreeSet::from([server]), &node("one").addresses);
+        let open =
+            always_open(&found, &BTreeSet::from([server]), &node("one").addresses, &BTreeSet::from([51871]));
         assert!(open.egress.is_none(), "nobody speaks of what goes out");
         let ingress = open.ingress.expect("rules");
         assert_eq!(ingress.default, Action::Pass);
@@ -197,7 +203,7 @@ mod tests {
         let ports: Vec<&PortSelector> =
             everyone.flat_map(|rule| &rule.ports).flatten().map(|it| &it.port).collect();
         assert!(ports.contains(&&PortSelector::Range(6443, 6443)), "{ports:?}");
-        let elsewhere = always_open(&found, &BTreeSet::from([server]), &[]);
+        let elsewhere = always_open(&found, &BTreeSet::from([server]), &[], &BTreeSet::new());
         assert_eq!(elsewhere.ingress.expect("rules").rules.len(), ingress.rules.len() - 1);
     }
 }

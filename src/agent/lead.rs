@@ -127,7 +127,7 @@ impl Lead {
             }
             tokio::select! {
                 () = changed => sleep(BATCH.min(look)).await,
-                () = board.changed() => {}
+                () = board.changed() => sleep(BATCH.min(look)).await,
                 () = sleep(look) => {}
             }
         }
@@ -182,7 +182,12 @@ impl Lead {
     }
 
     async fn write(&mut self, steps: &[Step], postings: &Postings) -> Result<()> {
+        let began = Instant::now();
         for step in steps {
+            // The rest in the next round: this node's own Lease is to be renewed meanwhile.
+            if began.elapsed() > self.duration / 5 {
+                break;
+            }
             let (Step::Take(name) | Step::GiveBack(name) | Step::Remove(name)) = step;
             let old = postings.services.get(name);
             let holder = if let Step::Take(_) = step { &*self.node } else { "" };

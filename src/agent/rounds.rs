@@ -221,6 +221,9 @@ impl Rounds {
         let compiled = start.elapsed();
         let applied = self.sinks.apply(&desired);
         self.is_first = false;
+        if applied.serves_pods && applied.enforced.contains(&EndpointId::HOST) {
+            self.compute.host_in_force();
+        }
         let done = Done { serves_pods: applied.serves_pods, is_complete: applied.is_complete };
         if !done.is_complete {
             self.telemetry.round_failed();

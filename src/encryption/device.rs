@@ -205,7 +205,16 @@ impl Side {
 
     fn ask(&self, request: &Request) -> Result<SideState> {
         match &mut *lock(&self.client) {
-            Ok(client) => client.call(request, &[]).context("talking to weir wireguard"),
+            Ok(client) => {
+                let answer = client.call(request, &[]);
+                // An answer that comes late would be taken for the next one.
+                if answer.is_err()
+                    && let Ok(another) = Client::connect(&self.plan.socket)
+                {
+                    *client = another;
+                }
+                answer.context("talking to weir wireguard")
+            }
             Err(why) => bail!("{why}"),
         }
     }

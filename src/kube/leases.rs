@@ -25,6 +25,11 @@ const OF_SERVICE: &str = "announce-";
 /// Names of the Leases of nodes begin so.
 const OF_NODE: &str = "announcer-";
 
+/// The Lease by which a node says that it still answers for Services' addresses.
+pub fn announcer_name(node: &str) -> String {
+    format!("{OF_NODE}{node}")
+}
+
 /// The Lease of a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Posted {

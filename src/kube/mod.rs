@@ -50,7 +50,7 @@ pub use health::{Health, KindHealth, Report};
 pub use kind::Kind;
 pub(crate) use kind::ObjectKind;
 pub(crate) use kinds::{Node as NodeKind, Service as ServiceKind, Visitor, visit_all};
-pub use leases::{Board, Posted, Postings};
+pub use leases::{Board, Posted, Postings, announcer_name};
 pub use publish::{Publisher, heartbeat_name};
 pub(crate) use unused::Unused;
 pub(crate) use watched::Watched;

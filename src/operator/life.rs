@@ -23,7 +23,7 @@ use super::metrics::{Metrics, StateLabel};
 use super::nodes::{Heartbeats, Life, View};
 use super::{is_conflict, merge};
 use crate::kube::crd::{NodeEndpoints, WeirNode};
-use crate::kube::heartbeat_name;
+use crate::kube::{announcer_name, heartbeat_name};
 
 /// Pods without a toleration of it do not start on a node while its agent is not ready.
 pub const TAINT: &str = "node.weir.dev/agent-not-ready";
@@ -272,6 +272,11 @@ impl Keeper {
                 Err(error) if is_conflict(&error) => return Ok(false),
                 Err(error) => return Err(error).context("deleting the heartbeat"),
             }
+        }
+        match self.heartbeats.delete(&announcer_name(name), &DeleteParams::default()).await {
+            Ok(_) => {}
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            Err(error) => return Err(error).context("deleting the Lease by which it announced"),
         }
         // They are numbered without a gap.
         for number in 0.. {

@@ -158,12 +158,6 @@ async fn work(
     mut resigning: watch::Receiver<bool>,
 ) -> Result<()> {
     definitions::install(client).await.context("installing definitions")?;
-    if let Err(error) = definitions::install_upstream(client).await {
-        warn!(
-            error = format!("{error:#}"),
-            "a definition of others' kinds is missing: policies of this kind may be, too"
-        );
-    }
     let changed = Arc::new(Notify::new());
     let (stores, filling) = nodes::Stores::follow(client, changed.clone());
     let args = &config.args;
@@ -210,8 +204,20 @@ async fn work(
             sleep(CERTIFICATES).await;
         }
     };
+    let defining = async {
+        while let Err(error) = definitions::install_upstream(client).await {
+            metrics.errors.inc();
+            warn!(
+                error = crate::error::chain(&error),
+                "a definition of others' kinds is missing: policies of this kind may be, too"
+            );
+            sleep(RETRY).await;
+        }
+        std::future::pending::<()>().await
+    };
     tokio::select! {
         done = rounds => done,
+        () = defining => Ok(()),
         () = certifying => Ok(()),
         () = filling => Ok(()),
         () = collector.run() => Ok(()),

@@ -52,6 +52,16 @@ impl Proxy {
         self.known.send_modify(|known| known.extend(sets));
     }
 
+    /// Takes out, and returns, what the proxy had and is not among `wanted`.
+    pub(super) fn take_unwanted(&self, wanted: &BTreeSet<RuleSetId>) -> BTreeSet<RuleSetId> {
+        let mut gone = BTreeSet::new();
+        self.known.send_modify(|known| {
+            gone = known.difference(wanted).copied().collect();
+            known.retain(|set| wanted.contains(set));
+        });
+        gone
+    }
+
     pub(super) fn has_no_more(&self, sets: &BTreeSet<RuleSetId>) {
         self.known.send_modify(|known| known.retain(|set| !sets.contains(set)));
     }

@@ -145,7 +145,13 @@ impl Keeper {
             }
         };
         let stream = tokio::select! {
-            accepted = accept(&self.listener) => accepted?,
+            accepted = accept(&self.listener) => match accepted {
+                Ok(stream) => stream,
+                Err(error) => {
+                    self.process = Some(running);
+                    return Err(error);
+                }
+            },
             () = tokio::time::sleep(CONNECTS_WITHIN) => {
                 running.end();
                 bail!("the proxy did not connect within {CONNECTS_WITHIN:?}");

@@ -45,8 +45,14 @@ impl Process {
         };
         let mut child = netlink::within(namespace, spawn)?;
         let pid = i32::try_from(child.id()).context("the proxy's process number")?;
-        files::replace(&pid_file(state_dir), format!("{pid}\n").as_bytes(), 0o600, Survives::Process)
-            .context("noting the proxy's process number")?;
+        let noted =
+            files::replace(&pid_file(state_dir), format!("{pid}\n").as_bytes(), 0o600, Survives::Process);
+        if let Err(error) = noted {
+            // Nobody would find it again.
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(anyhow::Error::from(error).context("noting the proxy's process number"));
+        }
         let (ended, ending) = watch::channel(false);
         let wait = move || {
             let status = child.wait();

@@ -61,7 +61,10 @@ impl Said<'_> {
         let (answers, mut answering) = mpsc::channel(WAITING);
         let mut given = Given::default();
         let first = self.wanted.borrow_and_update().clone();
-        given.send(&mut writes, self.sets, &first, false).await?;
+        // What nobody wants any more, and another proxy may have had, is kept and forgotten like the rest.
+        let gone = self.proxy.take_unwanted(&first);
+        given.send(&mut writes, self.sets, &first.union(&gone).copied().collect(), false).await?;
+        given.unwanted(gone.iter().copied());
         let settled = tokio::time::sleep(KEPT_FOR);
         tokio::pin!(settled);
         let mut is_settled = false;
@@ -86,11 +89,14 @@ impl Said<'_> {
                 () = &mut settled, if !is_settled => {
                     is_settled = true;
                     let wanted = self.wanted.borrow().clone();
-                    given.sets.clear();
-                    given.send(&mut writes, self.sets, &wanted, true).await?;
+                    let before = std::mem::take(&mut given.sets);
+                    let all = wanted.iter().chain(before.keys()).copied().collect();
+                    given.send(&mut writes, self.sets, &all, true).await?;
+                    given.sets.extend(before);
                 }
                 _ = forget.tick() => {
-                    let old = given.forget(&mut writes).await?;
+                    let wanted = self.wanted.borrow().clone();
+                    let old = given.forget(&mut writes, &wanted).await?;
                     self.proxy.has_no_more(&old);
                     self.sets.forget(&old);
                 }
@@ -132,11 +138,25 @@ impl Given {
         write(writes, &ToProxy::RuleSets { set: new, remove: Vec::new(), replace, seq: self.next }).await
     }
 
+    /// Nobody wants these from now on.
+    fn unwanted(&mut self, ids: impl Iterator<Item = RuleSetId>) {
+        let now = Instant::now();
+        self.sets.extend(ids.map(|id| (id, Some(now))));
+    }
+
     /// Takes back the rule sets that nobody has asked for in a long time.
-    async fn forget(&mut self, writes: &mut OwnedWriteHalf) -> Result<BTreeSet<RuleSetId>> {
+    async fn forget(
+        &mut self,
+        writes: &mut OwnedWriteHalf,
+        wanted: &BTreeSet<RuleSetId>,
+    ) -> Result<BTreeSet<RuleSetId>> {
         let is_old = |unwanted: &Option<Instant>| unwanted.is_some_and(|since| since.elapsed() > KEPT_FOR);
-        let old: BTreeSet<RuleSetId> =
-            self.sets.iter().filter(|(_, unwanted)| is_old(unwanted)).map(|(id, _)| *id).collect();
+        let old: BTreeSet<RuleSetId> = self
+            .sets
+            .iter()
+            .filter(|(id, unwanted)| is_old(unwanted) && !wanted.contains(id))
+            .map(|(id, _)| *id)
+            .collect();
         if !old.is_empty() {
             self.sets.retain(|id, _| !old.contains(id));
             self.next += 1;

@@ -27,7 +27,7 @@ impl Sink for Bandwidth {
         let is_retry = round.is_retry;
         self.failed.retain(|id, _| !is_retry && desired.endpoints.contains_key(id));
         let mut problems = Vec::new();
-        for (id, entry) in &desired.endpoints {
+        for (id, entry) in desired.endpoints.iter().filter(|(id, _)| **id != EndpointId::HOST) {
             let endpoint = &entry.endpoint;
             let wanted = (endpoint.container_id.clone(), desired.bandwidth.get(id).copied());
             if self.told.get(id) != Some(&wanted) && !self.failed.contains_key(id) {

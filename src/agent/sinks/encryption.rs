@@ -36,6 +36,8 @@ pub struct Encryption {
     /// What the device was told last; none: it may have forgotten.
     told: Option<Vec<EncryptionPeer>>,
     is_broken: bool,
+    /// The file has what was seen.
+    is_stored: bool,
 }
 
 impl Encryption {
@@ -57,7 +59,10 @@ impl Encryption {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
             Err(error) => return Err(error).with_context(|| format!("reading {}", file.display())),
         };
-        Ok(Self { device, datapath, is_strict, file, restart, seen, shared, told: None, is_broken: false })
+        // Until it is known who has a key: a row that an agent before this one has flagged stays so.
+        *shared.lock().unwrap_or_else(PoisonError::into_inner) = Encrypted::Everybody;
+        let (told, is_broken, is_stored) = (None, false, true);
+        Ok(Self { device, datapath, is_strict, file, restart, seen, shared, told, is_broken, is_stored })
     }
 
     /// What the rows of addresses are to say.
@@ -76,11 +81,13 @@ impl Encryption {
                 seen.insert(node.name.clone(), *key);
             }
         }
-        if seen != self.seen {
-            let text = serde_json::to_vec(&seen).context("writing the keys that were seen")?;
+        self.is_stored &= seen == self.seen;
+        self.seen = seen;
+        if !self.is_stored {
+            let text = serde_json::to_vec(&self.seen).context("writing the keys that were seen")?;
             files::replace(&self.file, &text, 0o600, Survives::Machine)
                 .with_context(|| format!("writing {}", self.file.display()))?;
-            self.seen = seen;
+            self.is_stored = true;
         }
         Ok(())
     }
@@ -147,7 +154,10 @@ impl Sink for Encryption {
 
     fn write(&mut self, round: &mut Round<'_>) -> Result<Vec<Problem>> {
         let desired = round.desired;
-        self.remember(desired)?;
+        let remembered = self.remember(desired);
+        // Before anything that can fail: rows say whom nothing goes to in plain, whatever becomes of the device.
+        self.flag(&desired.nodes);
+        remembered?;
         if self.is_broken {
             if !self.device.mend().context("making the device that encrypts as it was")? {
                 self.restart
@@ -159,13 +169,9 @@ impl Sink for Encryption {
         }
         let (peers, problems) = self.peers(desired);
         if self.told.as_ref() != Some(&peers) {
-            // Flagged all the same: a peer that is not known yet gets nothing, and never in plain.
-            let told = self.device.set_peers(&peers);
-            self.flag(&desired.nodes);
-            told?;
+            self.device.set_peers(&peers)?;
             self.told = Some(peers);
         }
-        self.flag(&desired.nodes);
         Ok(problems)
     }
 }

@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use super::{AttachNode, Problem, Round, Sink};
 use crate::datapath::{AttachedDevices, Datapath};
+use crate::model::EndpointId;
 
 /// Does its work in the first round that has written the tables. Then there is nothing left to do.
 pub struct Succession {
@@ -36,8 +37,9 @@ impl Sink for Succession {
 
     fn write(&mut self, round: &mut Round<'_>) -> Result<Vec<Problem>> {
         if self.datapath.is_succeeding() {
+            let pods = round.desired.endpoints.iter().filter(|(id, _)| **id != EndpointId::HOST);
             let devices = AttachedDevices {
-                pods: round.desired.endpoints.values().map(|entry| entry.endpoint.host_ifindex).collect(),
+                pods: pods.map(|(_, entry)| entry.endpoint.host_ifindex).collect(),
                 network: round.desired.devices.keys().copied().collect(),
             };
             self.datapath.succeed(&devices, &self.attach_node)?;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{Meaning, OF_NODE, Posted, Postings, meaning, name_of};
+use super::{Meaning, Posted, Postings, announcer_name, meaning, name_of};
 use crate::files::{Survives, replace};
 use crate::model::ObjectKey;
 
@@ -37,7 +37,7 @@ impl Files {
         let own = self.clone();
         tokio::task::spawn_blocking(move || {
             let _lock = own.lock()?;
-            let name = format!("{OF_NODE}{}", own.node);
+            let name = announcer_name(&own.node);
             let old = own.posted(&name)?;
             own.write(&name, old.as_ref(), &own.node)
         })

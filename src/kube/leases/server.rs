@@ -16,7 +16,7 @@ use serde_json::json;
 use tokio::sync::Notify;
 use tracing::warn;
 
-use super::{Meaning, OF_NODE, Posted, Postings, meaning, name_of};
+use super::{Meaning, Posted, Postings, announcer_name, meaning, name_of};
 use crate::model::ObjectKey;
 
 /// All these Leases have it.
@@ -82,7 +82,7 @@ impl Server {
     }
 
     pub async fn renew(&self) -> Result<()> {
-        let name = format!("{OF_NODE}{}", self.node);
+        let name = announcer_name(&self.node);
         let lease: Lease = serde_json::from_value(json!({
             "metadata": { "name": name, "labels": { LABEL: "node" } },
             "spec": {
