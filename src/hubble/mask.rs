@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use prost::Message;
 use prost_reflect::{DynamicMessage, MessageDescriptor, Value};
 
-use super::json::{Named, NotThatMessage, descriptor, dynamic};
+use super::json::{NotThatMessage, descriptor, dynamic};
 use super::proto::flow::Flow;
 
 /// The fields of `Flow` to keep, as a tree; empty: all of a message.
@@ -66,9 +66,4 @@ impl Mask {
             }
         }
     }
-}
-
-/// True if `path` is a field of message `M`.
-pub fn is_field<M: Named>(path: &str) -> bool {
-    Mask::default().add(path, &descriptor::<M>()).is_some()
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
@@ -27,7 +27,7 @@ pub async fn pipe(session: Session, client: TcpStream, first: Vec<u8>) {
             return;
         }
     };
-    if server.write_all(&first).await.is_err() {
+    if write(&mut server, &first, limits.silence).await.is_err() {
         return;
     }
     drop((session, first));
@@ -49,6 +49,11 @@ pub async fn join(mut client: TcpStream, mut server: TcpStream, silence: Duratio
     }
 }
 
+/// Writes all of `bytes`; fails where the peer has not taken them within this time.
+pub async fn write(to: &mut (impl AsyncWrite + Unpin), bytes: &[u8], within: Duration) -> io::Result<()> {
+    tokio::time::timeout(within, to.write_all(bytes)).await.map_err(|_| io::ErrorKind::TimedOut)?
+}
+
 async fn one_way(mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, silence: Duration) -> io::Result<()> {
     loop {
         // No memory is held while nothing comes.
@@ -56,7 +61,7 @@ async fn one_way(mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, silence: Duratio
         let mut bytes = Vec::with_capacity(READ);
         match from.read_buf(&mut bytes).await? {
             0 => return to.shutdown().await,
-            _ => to.write_all(&bytes).await?,
+            _ => write(&mut to, &bytes, silence).await?,
         }
     }
 }

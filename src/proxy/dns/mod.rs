@@ -117,6 +117,9 @@ struct Answered {
     must_wait: bool,
 }
 
+/// A record has so many of an answer's addresses and names; a server chooses how many there are.
+const RECORD_MAX: usize = 16;
+
 /// Reads an answer, and records it; `None`: it must not pass.
 fn answered(session: &Session, pending: &mut Pending, bytes: &[u8]) -> Option<Answered> {
     let Some((question, answer)) = message::answer(bytes) else {
@@ -135,8 +138,8 @@ fn answered(session: &Session, pending: &mut Pending, bytes: &[u8]) -> Option<An
         query: query.clone(),
         types: vec![question.kind_text()],
         code: Some(code.into()),
-        addresses: addresses.clone(),
-        cnames,
+        addresses: addresses.iter().copied().take(RECORD_MAX).collect(),
+        cnames: cnames.into_iter().take(RECORD_MAX).collect(),
         ttl_s,
     };
     session.record(Entry::answer(L7Message::Dns(said), began.elapsed()));

@@ -2,11 +2,11 @@
 
 use std::io;
 
-use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::model::l7::{DnsMessage, L7Message};
 use crate::proxy::frames::Frames;
+use crate::proxy::pipe;
 use crate::proxy::session::{Entry, Session};
 use crate::proxy::upstream;
 
@@ -88,7 +88,10 @@ impl Connection {
         match ask(&self.session, &frame[2..]) {
             Asked::Forward(question) => self.pending.push(question),
             Asked::Unread => {}
-            Asked::Answer(answer) => return self.client.write_all(&framed(&answer)).await,
+            Asked::Answer(answer) => {
+                return pipe::write(&mut self.client, &framed(&answer), self.session.shared.limits.idle)
+                    .await;
+            }
             Asked::Drop => return Err(io::ErrorKind::InvalidData.into()),
         }
         if self.server.is_none() {
@@ -101,7 +104,7 @@ impl Connection {
             self.server = Some(server);
         }
         match &mut self.server {
-            Some(server) => server.write_all(frame).await,
+            Some(server) => pipe::write(server, frame, self.session.shared.limits.idle).await,
             None => Ok(()),
         }
     }
@@ -109,7 +112,7 @@ impl Connection {
     async fn answer(&mut self, frame: &[u8]) -> io::Result<()> {
         let Some(answered) = answered(&self.session, &mut self.pending, &frame[2..]) else { return Ok(()) };
         if answered.announced(&self.session).await {
-            self.client.write_all(frame).await?;
+            pipe::write(&mut self.client, frame, self.session.shared.limits.idle).await?;
         }
         Ok(())
     }

@@ -181,6 +181,8 @@ impl Worker {
         let mut buffer = vec![0; MESSAGE_MAX];
         let Ok(length) = upstream.try_recv(&mut buffer) else { return };
         buffer.truncate(length);
+        // It may wait for the agent's word, with many others.
+        buffer.shrink_to_fit();
         let Some(answered) = answered(&self.session, &mut self.pending, &buffer) else { return };
         let (session, socket) = (self.session.clone(), self.socket.clone());
         // The next answer does not wait for the announcement of this one.

@@ -163,7 +163,11 @@ impl Relay {
         loop {
             let mut moved = self.read_client(cx)?;
             match self.judge_requests()? {
-                Step::Http2 => return Poll::Ready(self.hand_over()),
+                Step::Http2 if matches!(self.server, Server::None) => return Poll::Ready(self.hand_over()),
+                Step::Http2 => {
+                    self.go_on_unseen()?;
+                    moved = true;
+                }
                 Step::Moved => moved = true,
                 Step::Waits => {}
             }
@@ -182,6 +186,18 @@ impl Relay {
         self.up.shrink();
         self.down.shrink();
         self.poll_timer(cx)
+    }
+
+    /// HTTP/2 where the server is connected already: from the client's port there is no second connection.
+    fn go_on_unseen(&mut self) -> Result<(), Cut> {
+        let session = self.session()?;
+        session.refresh().map_err(|_| Cut)?;
+        if !session.is_visibility_only() {
+            return Err(Cut);
+        }
+        session.record(Entry::request(L7Message::Unknown));
+        (self.request, self.answer) = (Requests::Tunnel, Answers::Tunnel);
+        Ok(())
     }
 
     fn hand_over(&mut self) -> Result<Outcome, Cut> {

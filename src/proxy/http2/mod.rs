@@ -60,6 +60,7 @@ async fn run(session: Session, client: TcpStream, first: Vec<u8>) -> Result<(), 
         running: AtomicUsize::new(0),
         broken: Notify::new(),
     });
+    let mut is_told = false;
     loop {
         let accepted = tokio::select! {
             accepted = streams.accept() => accepted,
@@ -69,6 +70,10 @@ async fn run(session: Session, client: TcpStream, first: Vec<u8>) -> Result<(), 
             }
             () = tokio::time::sleep(limits.idle) => {
                 if connection.running.load(Ordering::Relaxed) == 0 {
+                    // A client that does not end the connection when it is told to is cut off.
+                    if std::mem::replace(&mut is_told, true) {
+                        return Ok(());
+                    }
                     streams.graceful_shutdown();
                 }
                 continue;

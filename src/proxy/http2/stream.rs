@@ -158,7 +158,9 @@ async fn pass(
     answer: &Answer<'_>,
 ) -> Result<(), String> {
     let server = connection.server().await.map_err(|why| format!("connecting to the server: {why}"))?;
-    let mut server = server.ready().await.map_err(|error| {
+    let silence = connection.session.shared.limits.silence;
+    let ready = tokio::time::timeout(silence, server.ready()).await.map_err(|_| SILENT.to_owned())?;
+    let mut server = ready.map_err(|error| {
         // The next stream needs another connection, which the client must make.
         connection.broken.notify_one();
         error.to_string()
@@ -168,7 +170,7 @@ async fn pass(
     drop(server);
     let up = async {
         if !is_whole {
-            pump(body, to_server).await;
+            pump(body, to_server, silence).await;
         }
     };
     let down = async {
@@ -177,6 +179,7 @@ async fn pass(
             reason = std::future::poll_fn(|cx| respond.poll_reset(cx)) => {
                 return Err(format!("the client gave up: {reason:?}"));
             }
+            () = tokio::time::sleep(silence) => return Err(SILENT.to_owned()),
         };
         let latency = answer.began.elapsed();
         let (parts, body) = response.into_parts();
@@ -184,7 +187,7 @@ async fn pass(
         let is_whole = body.is_end_stream();
         let sent = respond.send_response(Response::from_parts(parts, ()), is_whole);
         let trailer = match sent {
-            Ok(to_client) if !is_whole => pump(body, to_client).await,
+            Ok(to_client) if !is_whole => pump(body, to_client, silence).await,
             _ => None,
         };
         let grpc_status = grpc_status.or(trailer).filter(|_| answer.is_grpc);
@@ -205,18 +208,32 @@ fn grpc_status(headers: &HeaderMap) -> Option<u16> {
     headers.get("grpc-status")?.to_str().ok()?.parse().ok()
 }
 
-/// Passes a body on with its trailers, at the pace of who receives it; gives the status of gRPC in them.
-async fn pump(mut from: RecvStream, mut to: SendStream<Bytes>) -> Option<u16> {
+/// A stream on which nothing moves ends.
+const SILENT: &str = "the server was silent for too long";
+
+/// Passes a body on with its trailers, at the pace of who receives it; gives the status of gRPC in them. Ends the
+/// stream where nothing moves for the time of `silence`.
+async fn pump(mut from: RecvStream, mut to: SendStream<Bytes>, silence: Duration) -> Option<u16> {
     loop {
         let data = tokio::select! {
             data = from.data() => data,
             // Who receives it wants no more: who sends it hears so when `from` is dropped.
             _ = std::future::poll_fn(|cx| to.poll_reset(cx)) => return None,
+            () = tokio::time::sleep(silence) => {
+                to.send_reset(Reason::CANCEL);
+                return None;
+            }
         };
         match data {
             Some(Ok(data)) => {
                 let length = data.len();
-                send(&mut to, data).await?;
+                match tokio::time::timeout(silence, send(&mut to, data)).await {
+                    Ok(sent) => sent?,
+                    Err(_) => {
+                        to.send_reset(Reason::CANCEL);
+                        return None;
+                    }
+                }
                 // It fails for a stream that is over.
                 let _ = from.flow_control().release_capacity(length);
             }

@@ -170,9 +170,10 @@ impl Connection {
             None => pipe::pipe(session, client, first).await,
             Some(mut server) => {
                 let mut client = client;
-                client.write_all(&answers.into_rest()).await?;
-                server.write_all(&first).await?;
-                pipe::join(client, server, session.shared.limits.silence).await;
+                let silence = session.shared.limits.silence;
+                pipe::write(&mut client, &answers.into_rest(), silence).await?;
+                pipe::write(&mut server, &first, silence).await?;
+                pipe::join(client, server, silence).await;
             }
         }
         Ok(())
@@ -193,7 +194,7 @@ impl Connection {
         self.session.record(Entry::request(L7Message::Kafka(said(&request))));
         self.connect().await?;
         if let Some(server) = &mut self.server {
-            server.write_all(&frame).await?;
+            pipe::write(server, &frame, self.session.shared.limits.silence).await?;
         }
         if request.is_answered {
             self.outstanding.push_back(Outstanding::Asked(request, Instant::now()));
@@ -228,7 +229,7 @@ impl Connection {
     /// Sends the refusals whose turn it is.
     async fn flush(&mut self) -> io::Result<()> {
         while let Some(Outstanding::Refused(answer)) = self.outstanding.front() {
-            self.client.write_all(answer).await?;
+            pipe::write(&mut self.client, answer, self.session.shared.limits.silence).await?;
             self.outstanding.pop_front();
         }
         Ok(())
@@ -247,7 +248,7 @@ impl Connection {
             request::bound_versions(&mut frame[4..], request.api_version);
         }
         self.session.record(Entry::answer(L7Message::Kafka(said(&request)), began.elapsed()));
-        self.client.write_all(&frame).await?;
+        pipe::write(&mut self.client, &frame, self.session.shared.limits.silence).await?;
         self.flush().await?;
         Ok(true)
     }
@@ -269,13 +270,18 @@ impl Connection {
     }
 }
 
+/// A peer chooses how long its texts are; a record has room for so much.
+fn cut(text: &str) -> String {
+    text.chars().take(TEXT_MAX).collect()
+}
+
 fn said(request: &Request) -> KafkaMessage {
     KafkaMessage {
         api_key: request.api_key,
         api_version: request.api_version,
         correlation_id: request.correlation_id,
-        client_id: request.client_id.chars().take(TEXT_MAX).collect(),
-        topics: request.names().into_iter().take(RECORD_TOPICS_MAX).collect(),
+        client_id: cut(&request.client_id),
+        topics: request.names().iter().take(RECORD_TOPICS_MAX).map(|topic| cut(topic)).collect(),
         error_code: None,
     }
 }

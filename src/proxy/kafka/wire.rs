@@ -1,5 +1,8 @@
 //! The forms in which Kafka's protocol writes values, in its older and in its flexible versions.
 
+/// No array of a request that is read has more elements.
+const ELEMENTS_MAX: usize = 100_000;
+
 /// Reads values from the front; `None`: the bytes are not of that form.
 #[derive(Clone, Debug)]
 pub struct Reader<'a> {
@@ -92,6 +95,9 @@ impl<'a> Reader<'a> {
     /// Each element of an array, which may be missing; the tags behind an element are read, too.
     pub fn array<T>(&mut self, mut element: impl FnMut(&mut Self) -> Option<T>) -> Option<Option<Vec<T>>> {
         let Some(count) = self.length(true)? else { return Some(None) };
+        if count > ELEMENTS_MAX {
+            return None;
+        }
         let mut elements = Vec::new();
         for _ in 0..count {
             // An element that takes no bytes would let a short message name many.

@@ -270,6 +270,7 @@ fn what_can_be_read_in_two_ways_is_refused() -> Result<()> {
         let head = "POST /ok HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
         let answer = world.send(at(80), format!("{honest}{head}{body}{hidden}").as_bytes())?;
         let answer = String::from_utf8_lossy(&answer).into_owned();
+        // It is cut where it is in doubt; the honest request may have no answer then.
         assert!(answer.matches("HTTP/1.1 ").count() <= 2, "{what}: {answer}");
     }
     let received = String::from_utf8(server.received())?;
