@@ -119,6 +119,16 @@ pub fn unreachable(source: IpAddr, about: &Packet) -> Packet {
     icmp(source, about.source, kind, code).payload(quote)
 }
 
+/// An error with the checksum of another packet in the quoted layer 4: the checksum covers
+/// what is not quoted, and stays as it was.
+pub fn quoting(error: &Packet, quoted: &Packet) -> Packet {
+    let mut error = error.clone();
+    let start = if error.source.is_ipv4() { 34 } else { 54 };
+    let end = error.payload.len();
+    error.payload[end - 2..].copy_from_slice(&quoted.bytes()[start + 6..start + 8]);
+    error
+}
+
 impl Packet {
     /// A packet without anything special.
     pub fn new(source: IpAddr, destination: IpAddr, layer4: Layer4) -> Self {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use weir::datapath::Settings;
 
-use super::frame::{ACK, FIN, Packet, SYN, echo, echo_reply, tcp, udp, unreachable};
+use super::frame::{ACK, FIN, Packet, SYN, echo, echo_reply, quoting, tcp, udp, unreachable};
 use super::world::{
     Arrival, Cast, EGRESS, INGRESS, MARK, PASS, R, REDIRECT, SHOT, World, casts, in_both_families, settings,
     within,
@@ -177,16 +177,6 @@ fn errors_about_masqueraded_flows_find_back() -> Result<()> {
         becomes(world, "to_network", &error, PASS, &leaves)?;
         Ok(())
     })
-}
-
-/// The same with the checksum of another packet in the quoted layer 4: it covers
-/// what is not quoted and is left as it was.
-fn quoting(error: &Packet, quoted: &Packet) -> Packet {
-    let mut error = error.clone();
-    let start = if error.source.is_ipv4() { 34 } else { 54 };
-    let end = error.payload.len();
-    error.payload[end - 2..].copy_from_slice(&quoted.bytes()[start + 6..start + 8]);
-    error
 }
 
 #[test]

@@ -11,7 +11,7 @@ use weir::datapath::abi::{
 use weir::datapath::maglev;
 use weir::datapath::types::{maglev_size, service_algorithm, service_flags};
 
-use super::frame::{ACK, FIN, Layer4, Packet, RST, SYN, passed_on, tcp, udp, unreachable};
+use super::frame::{ACK, FIN, Layer4, Packet, RST, SYN, passed_on, quoting, tcp, udp, unreachable};
 use super::network::{change_route, connect as connect_network, ip};
 use super::services::destination_of;
 use super::world::{
@@ -339,15 +339,6 @@ fn errors_find_the_client_and_the_backend() -> Result<()> {
         assert_eq!(outcome.frame, Packet { macs: error.macs, ..expected }.bytes());
         Ok(())
     })
-}
-
-/// The same with the checksum of another packet in the quoted layer 4, which is left as it was.
-fn quoting(error: &Packet, quoted: &Packet) -> Packet {
-    let mut error = error.clone();
-    let start = if error.source.is_ipv4() { 34 } else { 54 };
-    let end = error.payload.len();
-    error.payload[end - 2..].copy_from_slice(&quoted.bytes()[start + 6..start + 8]);
-    error
 }
 
 #[test]
