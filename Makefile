@@ -5,9 +5,9 @@
 # make e2e ONLY=dns     the steps with this in their names; make e2e-faults ONLY=hundred and
 #                       make platforms ONLY=gke likewise
 
-export KEEP SUITE ONLY UPDATE NODES LIKE AWAY FAMILY
+export KEEP SUITE ONLY UPDATE NODES LIKE AWAY FAMILY ARCH
 .DEFAULT_GOAL := help
-.PHONY: setup build check deny test golden verify kernels upgrade bench demo image kind kind-down cluster cluster-down e2e e2e-faults platforms ui ui-test deploy undeploy clean help
+.PHONY: setup build check deny test golden verify kernels arm64 upgrade bench demo image kind kind-down cluster cluster-down e2e e2e-faults platforms ui ui-test deploy undeploy clean help
 
 setup: ## install what the build needs and the machine lacks (Debian, Ubuntu)
 	@scripts/setup
@@ -39,13 +39,16 @@ kernels: setup ## programs, packets and the lab on Linux 6.1 and 6.12, emulated 
 	for release in 6.1 6.12; do CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="scripts/kernel $$release" \
 		cargo test --test it -- $(or $(ONLY),datapath:: packets encryption:: same_node two_nodes services::) || exit 1; done
 
+arm64: setup ## cross-compiled: the verifier and the packets (ONLY=...) on an emulated arm64 machine (root)
+	scripts/arm64 verify && scripts/arm64 test $(ONLY)
+
 upgrade: setup ## from the agent of the former ABI version to this one, under traffic (root)
 	scripts/previous && cargo test --test it -- upgrade::
 
 demo: setup ## two nodes, a small shop, its policies and its flows (root)
 	cargo build --bins --example demo && cargo run --example demo
 
-image: setup ## the container image, into docker, podman or buildah
+image: setup ## the container image, into docker, podman or buildah; ARCH=arm64 cross-compiles
 	@scripts/image
 
 kind: ## a kind cluster without a network: two workers, FAMILY=dual, ipv4 or ipv6
@@ -86,4 +89,4 @@ clean: ## remove what was built, and labs that were left behind
 	cargo clean
 
 help:
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | expand -t 12
