@@ -30,8 +30,8 @@ use crate::kube::foreign::ForeignPolicy;
 use crate::kube::{Health, Tables};
 use crate::model::l7::RuleSetId;
 use crate::model::{
-    Endpoint, EndpointId, Frontend, IdentityId, IdentityLabels, LocalIdentity, Node, ObjectKey, Origins,
-    PeerState, Policy, PolicyDirection, PolicyRef, Protocol, Scope, ServiceQuestion, ServiceTrace,
+    Endpoint, EndpointId, Frontend, IdentityId, IdentityLabels, LocalIdentity, MatchType, Node, ObjectKey,
+    Origins, PeerState, Policy, PolicyDirection, PolicyRef, Protocol, Scope, ServiceQuestion, ServiceTrace,
 };
 use crate::policy::diff::Change;
 use crate::policy::explain::{Explanation, Packet, Question};
@@ -585,6 +585,10 @@ impl NameSource for Known {
 
     fn is_audit(&self, rule_id: u32) -> bool {
         rule_id != 0 && self.loaded.get().is_some_and(|loaded| loaded.rule_origins.is_audit(rule_id))
+    }
+
+    fn match_type(&self, rule_id: u32) -> MatchType {
+        self.loaded.get().map_or(MatchType::None, |loaded| loaded.rule_origins.match_type(rule_id))
     }
 
     fn isolating(&self, endpoint: EndpointId, direction: Direction) -> Origins {

@@ -13,8 +13,8 @@ use imbl::ordmap::DiffItem;
 use crate::datapath::types::{event_flags, event_type};
 use crate::model::l7::RuleSetId;
 use crate::model::{
-    Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, NodeEndpoints, ObjectKey, Origins,
-    PublishedEndpoint, Service, Workload,
+    Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, MatchType, NodeEndpoints, ObjectKey,
+    Origins, PublishedEndpoint, Service, Workload,
 };
 use crate::tables::Snapshot;
 
@@ -56,6 +56,10 @@ pub trait NameSource: Send + Sync + 'static {
     /// What that rule lets through its policies would deny: they only report it.
     fn is_audit(&self, _rule_id: u32) -> bool {
         false
+    }
+    /// What of a packet that rule looked at.
+    fn match_type(&self, _rule_id: u32) -> MatchType {
+        MatchType::None
     }
     /// The policies that a rule set of layer 7 comes from.
     fn rule_set_origin(&self, _id: RuleSetId) -> Option<Origins> {
@@ -147,13 +151,16 @@ impl Names {
         let only = |origins: Origins, is_so: bool| if is_so { origins } else { Origins::default() };
         let decided = self.policies(event.rule_id);
         let is_at_source = Direction::from(event.direction) == Direction::Egress;
-        let egress_allowed_by = only(decided.clone(), is_forwarded && is_at_source);
-        let ingress_allowed_by = only(self.policies(event.ingress_rule_id), is_forwarded);
+        let out = only(decided.clone(), is_forwarded && is_at_source);
+        let into = only(self.policies(event.ingress_rule_id), is_forwarded);
+        let is_audit = |rule_id| is_forwarded && self.is_audit(rule_id);
+        let (egress_allowed_by, egress_audited_by) = split(out, is_audit(event.rule_id));
+        let (ingress_allowed_by, ingress_audited_by) = split(into, is_audit(event.ingress_rule_id));
         Flow {
             time: clock.wall(event.timestamp_ns),
             node_name: self.node.clone(),
             event_type: event_type_of(event),
-            verdict: self.verdict(event, is_forwarded),
+            verdict: self.verdict(event),
             drop_reason_desc: (!is_forwarded).then_some(DropReason(event.reason)),
             traffic_direction: Direction::from(event.direction),
             is_reply: has_flag(event, event_flags::EVENT_REPLY),
@@ -164,9 +171,16 @@ impl Names {
             tcp_flags: TcpFlags(if protocol == L4Protocol::Tcp { event.tcp_flags } else { 0 }),
             icmp: matches!(protocol, L4Protocol::IcmpV4 | L4Protocol::IcmpV6)
                 .then_some(Icmp { r#type: event.icmp_type, code: event.icmp_code }),
-            policies: if decided.is_empty() { ingress_allowed_by.clone() } else { decided },
+            policies: match (decided.is_empty(), is_audit(event.ingress_rule_id)) {
+                (false, _) => decided,
+                (true, false) => ingress_allowed_by.clone(),
+                (true, true) => ingress_audited_by.clone(),
+            },
+            policy_match: self.match_type(event),
             egress_allowed_by,
             ingress_allowed_by,
+            egress_audited_by,
+            ingress_audited_by,
             packets: Counts { source: event.packets[0], destination: event.packets[1] },
             bytes: Counts { source: event.bytes[0], destination: event.bytes[1] },
             ifindex: event.ifindex,
@@ -183,15 +197,28 @@ impl Names {
         self.source.isolating(EndpointId(endpoint), direction)
     }
 
-    fn verdict(&self, event: &Event, is_forwarded: bool) -> Verdict {
-        let is_audit =
-            || [event.rule_id, event.ingress_rule_id].into_iter().any(|id| self.source.is_audit(id));
-        match is_forwarded {
+    /// What became of what `event` records.
+    pub fn verdict(&self, event: &Event) -> Verdict {
+        let is_audit = || [event.rule_id, event.ingress_rule_id].into_iter().any(|id| self.is_audit(id));
+        match event.reason == 0 {
             true if is_audit() => Verdict::Audit,
             true => Verdict::Forwarded,
             false => Verdict::Dropped,
         }
     }
+
+    fn is_audit(&self, rule_id: u32) -> bool {
+        rule_id != 0 && self.source.is_audit(rule_id)
+    }
+
+    /// What the rule looked at that decided: in the direction of the event, or at its destination.
+    pub fn match_type(&self, event: &Event) -> MatchType {
+        match (event.rule_id, event.ingress_rule_id) {
+            (0, 0) => MatchType::None,
+            (0, rule_id) | (rule_id, _) => self.source.match_type(rule_id),
+        }
+    }
+
     /// The policies that a rule set of layer 7 comes from.
     pub fn rule_set(&self, id: RuleSetId) -> Origins {
         self.source.rule_set_origin(id).unwrap_or_default()
@@ -251,6 +278,11 @@ impl Names {
         });
         labels
     }
+}
+
+/// Policies that let something through, and those that would have denied it.
+fn split(origins: Origins, is_audit: bool) -> (Origins, Origins) {
+    if is_audit { (Origins::default(), origins) } else { (origins, Origins::default()) }
 }
 
 impl Index {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use crate::datapath::types::direction;
-use crate::model::{EndpointId, IdentityId, Origins, Workload};
+use crate::model::{EndpointId, IdentityId, MatchType, Origins, Workload};
 
 use super::DropReason;
 
@@ -45,10 +45,16 @@ pub struct Flow {
     pub icmp: Option<Icmp>,
     /// The policies whose rules decided: in the direction of the flow, or at its destination. Empty: no rule did.
     pub policies: Origins,
+    /// What the rule looked at that decided.
+    pub policy_match: MatchType,
     /// The policies whose rules let it out at its source.
     pub egress_allowed_by: Origins,
     /// The policies whose rules let it in at its destination.
     pub ingress_allowed_by: Origins,
+    /// The policies at its source that would have denied it, and only report that.
+    pub egress_audited_by: Origins,
+    /// The policies at its destination that would have denied it, and only report that.
+    pub ingress_audited_by: Origins,
     /// Packets so far.
     pub packets: Counts,
     /// Bytes so far.

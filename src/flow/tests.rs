@@ -8,8 +8,8 @@ use crate::datapath::abi::addr_of;
 use crate::datapath::types::{direction, event_flags, event_type};
 use crate::model::l7;
 use crate::model::{
-    Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, MacAddress, NodeEndpoints, ObjectKey,
-    Origins, PolicyRef, PublishedEndpoint, Service,
+    Endpoint, EndpointId, IdentityId, IdentityLabels, LocalIdentity, MacAddress, MatchType, NodeEndpoints,
+    ObjectKey, Origins, PolicyRef, PublishedEndpoint, Service,
 };
 
 /// A cluster of three pods, one Service and one policy, whose tables a test may change.
@@ -47,7 +47,15 @@ impl NameSource for Cluster {
 
     fn rule_origin(&self, rule_id: u32) -> Option<Origins> {
         let origin = PolicyRef::network_policy(&ObjectKey::new("shop", "backend-ingress"));
-        (rule_id == 7).then(|| Arc::from([origin]))
+        [7, 8].contains(&rule_id).then(|| Arc::from([origin]))
+    }
+
+    fn is_audit(&self, rule_id: u32) -> bool {
+        rule_id == 8
+    }
+
+    fn match_type(&self, rule_id: u32) -> MatchType {
+        if [7, 8].contains(&rule_id) { MatchType::PeerAndPort } else { MatchType::None }
     }
 
     fn rule_set_origin(&self, id: l7::RuleSetId) -> Option<Origins> {

@@ -85,6 +85,7 @@ impl Converter {
         flow.interface = self.interface(named.ifindex);
         flow.summary = summary(named);
         self.set_verdict(&mut flow, named);
+        flow.policy_match_type = named.policy_match as u32;
         if event_type == event_types::TRACE {
             let point = if sub_type == 0 { pb::TraceObservationPoint::ToEndpoint.into() } else { sub_type };
             flow.trace_observation_point = point;
@@ -145,6 +146,8 @@ impl Converter {
                 flow.reply = named.is_reply;
                 flow.egress_allowed_by = policies(&named.egress_allowed_by);
                 flow.ingress_allowed_by = policies(&named.ingress_allowed_by);
+                flow.egress_denied_by = policies(&named.egress_audited_by);
+                flow.ingress_denied_by = policies(&named.ingress_audited_by);
             }
             Some(reason) => {
                 flow.verdict = pb::Verdict::Dropped.into();

@@ -12,9 +12,9 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::registry::Unit;
 
 use crate::datapath::types::{event_flags, event_type};
-use crate::flow::{Direction, DropReason, Event, L4Protocol, Names, Record, Recorder, ip_of};
-use crate::model::IdentityId;
+use crate::flow::{Direction, DropReason, Event, L4Protocol, Names, Record, Recorder, Verdict, ip_of};
 use crate::model::l7::{self, L7Message, RecordKind};
+use crate::model::{IdentityId, MatchType};
 
 /// Series of one family; what would be more is counted under `other`.
 const SERIES_MAX: usize = 2000;
@@ -52,6 +52,7 @@ struct Facts {
     port: u16,
     is_v6: bool,
     is_dropped: bool,
+    is_audit: bool,
     is_other: bool,
 }
 
@@ -127,9 +128,10 @@ const FAMILIES: [Family; 11] = [
         help: "New connections and drops that a policy decided",
         labels: |facts| {
             let direction = ["unknown", "ingress", "egress"][usize::from(facts.detail).min(2)];
-            let action = if facts.is_dropped { "dropped" } else { "forwarded" };
-            let by = if facts.kind == 0 { "none" } else { "rule" };
-            vec![("direction", direction.to_owned()), ("match", by.to_owned()), ("action", action.to_owned())]
+            let action = verdict(facts).to_ascii_lowercase();
+            let matched = MatchType::EACH[usize::from(facts.kind).min(MatchType::EACH.len() - 1)];
+            let matched = matched.word().to_ascii_lowercase();
+            vec![("direction", direction.to_owned()), ("match", matched), ("action", action)]
         },
     },
     Family {
@@ -221,7 +223,12 @@ fn protocol(facts: &Facts) -> String {
 }
 
 fn verdict(facts: &Facts) -> String {
-    if facts.is_dropped { "DROPPED" } else { "FORWARDED" }.to_owned()
+    match (facts.is_dropped, facts.is_audit) {
+        (true, _) => "DROPPED",
+        (false, true) => "AUDIT",
+        (false, false) => "FORWARDED",
+    }
+    .to_owned()
 }
 
 fn family(facts: &Facts) -> String {
@@ -289,6 +296,7 @@ impl FlowMetrics {
             port: u16::from_be(event.destination_port),
             is_v6: ip_of(event.source).is_ipv6(),
             is_dropped: event.reason != 0,
+            is_audit: names.verdict(event) == Verdict::Audit,
             ..Facts::default()
         };
         let is_new = u32::from(event.r#type) == event_type::EVENT_FLOW_NEW.0;
@@ -321,8 +329,9 @@ impl FlowMetrics {
                 Direction::Ingress => 1,
                 Direction::Egress => 2,
             };
-            let kind = u8::from(by_rule);
-            add(Facts { family: POLICY, kind, detail, is_dropped: is_denied, ..Facts::default() });
+            let kind = names.match_type(event) as u8;
+            let is_audit = base.is_audit;
+            add(Facts { family: POLICY, kind, detail, is_dropped: is_denied, is_audit, ..Facts::default() });
         }
         let destination = IdentityId(event.destination_identity);
         if (is_new || base.is_dropped) && (destination == IdentityId::WORLD || destination.is_local()) {
@@ -486,7 +495,8 @@ mod tests {
         let names = names();
         let ping = Event { protocol: 1, icmp_type: 8, rule_id: 0, ..forwarded() };
         let outward = Event { destination_identity: 2, ..dropped() };
-        for event in [forwarded(), forwarded(), dropped(), ping, outward] {
+        let audited = Event { rule_id: 8, protocol: 17, ..forwarded() };
+        for event in [forwarded(), forwarded(), dropped(), ping, outward, audited] {
             metrics.count(&event, &names);
         }
         metrics.lost(1, 5);
@@ -498,9 +508,11 @@ mod tests {
             r#"hubble_tcp_flags_total{flag="SYN",family="IPv4"} 2"#,
             r#"hubble_port_distribution_total{protocol="TCP",port="8080"} 2"#,
             r#"hubble_icmp_total{family="IPv4",type="EchoRequest"} 1"#,
-            r#"hubble_policy_verdicts_total{direction="egress",match="rule",action="forwarded"} 2"#,
+            r#"hubble_policy_verdicts_total{direction="egress",match="l3-l4",action="forwarded"} 2"#,
             r#"hubble_policy_verdicts_total{direction="ingress",match="none",action="dropped"} 2"#,
             r#"hubble_flows_to_world_total{protocol="TCP",verdict="DROPPED",port="8080"} 1"#,
+            r#"hubble_flows_processed_total{type="PolicyVerdict",subtype="new",protocol="UDP",verdict="AUDIT"} 1"#,
+            r#"hubble_policy_verdicts_total{direction="egress",match="l3-l4",action="audit"} 1"#,
             r#"hubble_lost_events_total{source="hubble_ring_buffer"} 5"#,
         ] {
             assert!(text.lines().any(|written| written == line), "{line}\nis not in\n{text}");
@@ -571,6 +583,34 @@ mod tests {
         let metrics = FlowMetrics::new(Context::Namespace);
         metrics.count(&dropped(), &names());
         assert!(written(&metrics).contains(r#"source="world",destination="shop"} 1"#));
+    }
+
+    /// Pods, names and paths are whoever's who makes them: with the widest labels, too, the series have an end.
+    #[test]
+    fn names_that_somebody_chose_make_no_series_without_end() {
+        let metrics = FlowMetrics::new(Context::Pod);
+        let names: Vec<Arc<str>> = (0..10_000).map(|number| Arc::from(format!("evil/{number}"))).collect();
+        for (number, name) in names.iter().enumerate() {
+            for family in 0..FAMILIES.len() {
+                let facts = Facts { family, port: number as u16, ..Facts::default() };
+                metrics.add(facts, &[name.clone(), name.clone()], 1);
+            }
+        }
+        {
+            let series = metrics.series.lock().expect("the test's own");
+            for (family, rows) in FAMILIES.iter().zip(&*series) {
+                assert!(rows.len() <= SERIES_MAX + 1, "{}: {}", family.name, rows.len());
+                assert_eq!(
+                    rows.values().sum::<u64>(),
+                    10_000,
+                    "{}: what was left out is counted",
+                    family.name
+                );
+            }
+        }
+        // A question's name, a path and a method are no labels at all.
+        let text = written(&metrics);
+        assert!(text.contains(r#"source="other",destination="other"} 8000"#), "the rest is told as other");
     }
 
     /// A port scan and chosen names fill no memory, and every flow is counted all the same.

@@ -12,7 +12,7 @@ use super::proto::relay::NodeState;
 use super::proto::time;
 use super::view::{deciding, policy_name, ports};
 use crate::flow::{Colours, DropReason, escape, reserved_name};
-use crate::model::IdentityId;
+use crate::model::{IdentityId, MatchType};
 
 /// What is shown.
 #[derive(Clone, Copy, Debug)]
@@ -172,7 +172,11 @@ fn what(flow: &Flow) -> String {
             |_| "trace".to_owned(),
             |point| point.as_str_name().to_lowercase().replace('_', "-"),
         ),
-        event_types::POLICY_VERDICT => format!("policy-verdict {}", direction.as_str_name()),
+        event_types::POLICY_VERDICT => {
+            let place = usize::try_from(flow.policy_match_type).unwrap_or(usize::MAX);
+            let matched = MatchType::EACH.get(place).copied().unwrap_or_default().word();
+            format!("policy-verdict:{matched} {}", direction.as_str_name())
+        }
         event_types::L7 => request(flow),
         other => format!("type {other}"),
     }
@@ -268,7 +272,7 @@ mod tests {
                 forwarded(),
                 Style { policies: true, node: true, ..STYLE },
                 "Nov 22 19:20:13.123 [a]: shop/frontend-1:43210 (ID:256) -> shop/backend-1:8080 (ID:300) \
-                 policy-verdict EGRESS ALLOWED BY backend-ingress (NetworkPolicy) \
+                 policy-verdict:L3-L4 EGRESS ALLOWED BY backend-ingress (NetworkPolicy) \
                  (TCP Flags: SYN, ACK; service 10.96.0.10:80)",
             ),
             (

@@ -483,6 +483,58 @@ impl Serialize for CompiledRuleKey {
     }
 }
 
+/// What of a packet the row looked at that decided: peer, protocol, port. The numbers are Hubble's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MatchType {
+    /// No row decided.
+    #[default]
+    None = 0,
+    /// The peer.
+    Peer = 1,
+    /// The peer and the port.
+    PeerAndPort = 2,
+    /// The port, whoever the peer is.
+    Port = 3,
+    /// Nothing: all is alike.
+    All = 4,
+    /// The peer and the protocol.
+    PeerAndProtocol = 5,
+    /// The protocol, whoever the peer is.
+    Protocol = 6,
+}
+
+impl MatchType {
+    /// Every one of them, by its number.
+    pub const EACH: [Self; 7] = [
+        Self::None,
+        Self::Peer,
+        Self::PeerAndPort,
+        Self::Port,
+        Self::All,
+        Self::PeerAndProtocol,
+        Self::Protocol,
+    ];
+
+    /// Hubble's word.
+    pub fn word(self) -> &'static str {
+        ["none", "L3-Only", "L3-L4", "L4-Only", "all", "L3-Proto", "Proto-Only"][self as usize]
+    }
+}
+
+impl CompiledRuleKey {
+    /// What the row looks at. Class 0 is for everyone.
+    pub fn match_type(&self) -> MatchType {
+        match (self.class != 0, self.protocol, self.port_prefix_length) {
+            (true, None, _) => MatchType::Peer,
+            (true, Some(_), 0) => MatchType::PeerAndProtocol,
+            (true, Some(_), _) => MatchType::PeerAndPort,
+            (false, None, _) => MatchType::All,
+            (false, Some(_), 0) => MatchType::Protocol,
+            (false, Some(_), _) => MatchType::Port,
+        }
+    }
+}
+
 /// What then happens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct CompiledRule {

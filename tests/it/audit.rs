@@ -92,7 +92,8 @@ fn what_is_audited_passes_and_is_reported_with_the_policies_that_deny_it() -> Re
         Ok(!flow.is_null())
     })?;
     assert_eq!(flow["verdict"], "AUDIT");
-    assert!(flow.to_string().contains("lock-server"), "{flow}");
+    assert_eq!(flow["ingress_denied_by"][0]["name"], "lock-server", "{flow}");
+    assert!(flow["ingress_allowed_by"].is_null(), "no policy lets it in: {flow}");
     annotate_pod(&lab, &client, &json!({}))?;
     annotate_pod(&lab, &server, &json!({"weir.dev/audit": "maybe"}))?;
     expect_all(&from_to(&client, &server, Expected::Denied))?;

@@ -47,6 +47,8 @@ fn a_flow_names_pods_policy_service_and_verdict() -> Result<()> {
     assert_eq!(allowed_flow["destination_service"]["name"], "server");
     assert_eq!(allowed_flow["weir"]["service"], "10.96.0.30:1080");
     assert_eq!(allowed_flow["ingress_allowed_by"][0]["name"], "server", "{allowed_flow}");
+    assert_eq!(allowed_flow["ingress_allowed_by"][0]["kind"], "NetworkPolicy", "{allowed_flow}");
+    assert_eq!(allowed_flow["policy_match_type"], 2, "by peer and port: {allowed_flow}");
     assert!(allowed_flow["source"]["labels"].to_string().contains("app=client"), "{allowed_flow}");
     let mut denied_flow = Value::Null;
     wait_for("the dropped flow", || {
