@@ -115,8 +115,8 @@ pub async fn run(config: Config) -> Result<()> {
     let names = Arc::new(Names::new(config.args.node_name.as_str(), known.clone()));
 
     let answers = Arc::new(Answers::new(known.clone(), manager.clone(), names.clone()));
-    observer::keep_on_disk(&known);
-    let observing = observer::serve(known.clone(), names.clone(), stopping.clone());
+    let history = observer::keep_on_disk(&known);
+    let observing = observer::serve(known.clone(), names.clone(), history, stopping.clone());
     let socket = config.args.socket.clone();
     let serving = api::serve(&socket, answers, stopping.clone());
     let metrics = telemetry::serve(config.args.metrics_address, telemetry, stopping.clone());

@@ -10,7 +10,7 @@ use super::answers::Known;
 use super::args::{Config, Routing};
 use crate::encryption::Mode;
 use crate::flow::Names;
-use crate::flow::disk::{self, Segments};
+use crate::flow::disk::{self, History, Segments};
 use crate::hubble::convert::Converter;
 use crate::hubble::events::AgentEvents;
 use crate::hubble::export;
@@ -23,7 +23,12 @@ use crate::hubble::tls::Identity;
 use crate::kube::Tables;
 
 /// Serves flows until `stopping` turns true.
-pub async fn serve(known: Arc<Known>, names: Arc<Names>, stopping: watch::Receiver<bool>) -> Result<()> {
+pub async fn serve(
+    known: Arc<Known>,
+    names: Arc<Names>,
+    history: Option<History>,
+    stopping: watch::Receiver<bool>,
+) -> Result<()> {
     let args = &known.config.args;
     let hubble = &args.hubble;
     let mut converter = Converter::new(
@@ -37,7 +42,8 @@ pub async fn serve(known: Arc<Known>, names: Arc<Names>, stopping: watch::Receiv
     let metrics = FlowMetrics::new(hubble.hubble_metrics_context);
     known.telemetry.register_as("hubble", |registry| registry.register_collector(Box::new(metrics.clone())));
     tokio::spawn(metrics.follow(known.recorder.clone(), names.clone()));
-    let source = Source { recorder: known.recorder.clone(), names, converter: Arc::new(converter) };
+    let recorder = known.recorder.clone();
+    let source = Source { recorder, names, converter: Arc::new(converter), history };
     if let Some(path) = hubble.hubble_exporters.clone() {
         let counts = export::Counts::default();
         known.telemetry.register_with(|registry| counts.register(registry));
@@ -70,12 +76,12 @@ pub async fn serve(known: Arc<Known>, names: Arc<Names>, stopping: watch::Receiv
     }
 }
 
-/// Reads back what the agent before has left, and goes on writing.
-pub fn keep_on_disk(known: &Known) {
+/// Reads back what the agent before has left, and goes on writing. What is on disk, for readers.
+pub fn keep_on_disk(known: &Known) -> Option<History> {
     let args = &known.config.args;
     let bytes_max = args.flows.flow_history_disk.0;
     if bytes_max == 0 {
-        return;
+        return None;
     }
     let directory = args.state_dir.join("flows");
     let opened = Segments::open(&directory, bytes_max)
@@ -83,12 +89,17 @@ pub fn keep_on_disk(known: &Known) {
     match opened {
         Ok((restored, segments)) => {
             tracing::info!(restored, "the history of flows is kept on disk");
+            let history = segments.history();
             tokio::spawn(disk::keep(segments, known.recorder.clone()));
+            Some(history)
         }
-        Err(error) => tracing::warn!(
-            error = crate::error::chain(&error),
-            "the history of flows is not kept on disk; see --flow-history-disk"
-        ),
+        Err(error) => {
+            tracing::warn!(
+                error = crate::error::chain(&error),
+                "the history of flows is not kept on disk; see --flow-history-disk"
+            );
+            None
+        }
     }
 }
 

@@ -51,7 +51,7 @@ pub struct FlowArgs {
     #[arg(long, env = "WEIR_FLOW_HISTORY", value_name = "SIZE", default_value = "4MiB")]
     pub flow_history: Size,
 
-    /// The newest flows on disk, below --state-dir, for the agent after this one; 0: none.
+    /// The newest flows on disk, below --state-dir: queries read them behind those in memory; 0: none.
     #[arg(long, env = "WEIR_FLOW_HISTORY_DISK", value_name = "SIZE", default_value = "0")]
     pub flow_history_disk: Size,
 

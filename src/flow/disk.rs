@@ -1,8 +1,9 @@
-//! The newest records of packets on disk, in segments of bounded size, so that a new agent has the history of the one
-//! before. Records carry the kernel's clock: those of before a restart of the machine are of no use, and go.
+//! The newest records of packets on disk, in segments of bounded size: a new agent has the history of the one before,
+//! and a query reads there what memory has no more ([`History`]). Records carry the kernel's clock: those of before a restart of the machine are of no use, and go.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +24,144 @@ const MAGIC: &[u8; 8] = b"WEIRFLW1";
 const HEAD: usize = 48;
 /// The kernel's name for this boot of the machine.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Records of several processors may stand in another order than their times, by no more than this.
+const DISORDER_NS: u64 = 1_000_000_000;
+
+/// What is on disk, for readers.
+#[derive(Clone)]
+pub struct History {
+    directory: PathBuf,
+    head: [u8; HEAD],
+}
+
+/// The records that were on disk at one moment and that memory did not have, by their place, the oldest first.
+/// Segments that go meanwhile stay readable.
+pub struct View {
+    /// Each with the place of its first record.
+    files: Vec<(u64, File)>,
+    end: u64,
+}
+
+impl History {
+    /// What is older than the ring of `recorder`.
+    pub fn before(&self, recorder: &Recorder) -> Result<View> {
+        // Memory first: what leaves it meanwhile is on disk by then, or was never written.
+        let oldest = oldest_packet(recorder);
+        let mut view = View { files: Vec::new(), end: 0 };
+        for number in numbers(&self.directory)? {
+            // The oldest may be gone since it was listed.
+            let Ok(mut file) = File::open(path(&self.directory, number)) else { continue };
+            let mut head = [0; HEAD];
+            if file.read_exact(&mut head).is_err() || head != self.head {
+                continue;
+            }
+            let bytes = file.metadata().context("reading the length of a segment of flows")?.len();
+            let count = bytes.saturating_sub(HEAD as u64) / size_of::<Event>() as u64;
+            view.files.push((view.end, file));
+            view.end += count;
+        }
+        if let Some(oldest) = oldest {
+            view.cut_before(&oldest)?;
+        }
+        Ok(view)
+    }
+}
+
+/// The oldest record of a packet that memory has.
+fn oldest_packet(recorder: &Recorder) -> Option<Event> {
+    let range = recorder.range();
+    let (mut from, mut records) = (range.start, Vec::new());
+    while from < range.end {
+        from = recorder.copy(from, CHUNK, &mut records) + records.len() as u64;
+        let packet = records.iter().find_map(|record| match record {
+            Record::Packet(event) => Some(*event),
+            _ => None,
+        });
+        if packet.is_some() || records.is_empty() {
+            return packet;
+        }
+    }
+    None
+}
+
+impl View {
+    /// How many records there are.
+    pub fn len(&self) -> u64 {
+        self.end
+    }
+
+    /// True if memory has all of it.
+    pub fn is_empty(&self) -> bool {
+        self.end == 0
+    }
+
+    /// The records from a place on, `limit` at most; none behind the end.
+    pub fn read(&self, from: u64, limit: usize) -> Result<Vec<Event>> {
+        let mut events = Vec::new();
+        let size = size_of::<Event>();
+        let until = self.end.min(from.saturating_add(limit as u64));
+        for (index, (first, file)) in self.files.iter().enumerate() {
+            let end = self.files.get(index + 1).map_or(self.end, |(next, _)| *next).min(until);
+            let start = from.max(*first);
+            if start >= end {
+                continue;
+            }
+            let mut bytes = vec![0; (end - start) as usize * size];
+            file.read_exact_at(&mut bytes, HEAD as u64 + (start - first) * size as u64)
+                .context("reading a segment of flows")?;
+            events.extend(bytes.chunks_exact(size).filter_map(Event::from_bytes));
+        }
+        Ok(events)
+    }
+
+    /// The place from which on nothing is older than `time_ns`.
+    pub fn place_of(&self, time_ns: u64) -> Result<u64> {
+        let time_ns = time_ns.saturating_sub(DISORDER_NS);
+        let (mut low, mut high) = (0, self.end);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let is_older = self.read(middle, 1)?.first().is_some_and(|event| event.timestamp_ns < time_ns);
+            if is_older { low = middle + 1 } else { high = middle }
+        }
+        Ok(low)
+    }
+
+    /// Ends the view before `oldest`, or where its time is over.
+    fn cut_before(&mut self, oldest: &Event) -> Result<()> {
+        let mut place = self.place_of(oldest.timestamp_ns)?;
+        loop {
+            let events = self.read(place, CHUNK)?;
+            if events.is_empty() {
+                return Ok(());
+            }
+            let is_in_memory = |event: &Event| {
+                event.as_bytes() == oldest.as_bytes()
+                    || event.timestamp_ns > oldest.timestamp_ns.saturating_add(DISORDER_NS)
+            };
+            if let Some(at) = events.iter().position(is_in_memory) {
+                self.end = place + at as u64;
+                return Ok(());
+            }
+            place += events.len() as u64;
+        }
+    }
+}
+
+fn path(directory: &Path, number: u64) -> PathBuf {
+    directory.join(format!("{number:020}.flows"))
+}
+
+/// The numbers of the segments, the oldest first.
+fn numbers(directory: &Path) -> Result<Vec<u64>> {
+    let entries = fs::read_dir(directory).with_context(|| format!("listing {}", directory.display()))?;
+    let number = |entry: io::Result<fs::DirEntry>| {
+        entry.ok()?.file_name().to_str()?.strip_suffix(".flows")?.parse().ok()
+    };
+    let mut numbers: Vec<u64> = entries.filter_map(number).collect();
+    numbers.sort_unstable();
+    Ok(numbers)
+}
 
 /// A directory of segments.
 pub struct Segments {
@@ -59,19 +198,16 @@ impl Segments {
     }
 
     fn path(&self, number: u64) -> PathBuf {
-        self.directory.join(format!("{number:020}.flows"))
+        path(&self.directory, number)
     }
 
-    /// The numbers of the segments, the oldest first.
     fn numbers(&self) -> Result<Vec<u64>> {
-        let entries =
-            fs::read_dir(&self.directory).with_context(|| format!("listing {}", self.directory.display()))?;
-        let number = |entry: io::Result<fs::DirEntry>| {
-            entry.ok()?.file_name().to_str()?.strip_suffix(".flows")?.parse().ok()
-        };
-        let mut numbers: Vec<u64> = entries.filter_map(number).collect();
-        numbers.sort_unstable();
-        Ok(numbers)
+        numbers(&self.directory)
+    }
+
+    /// What is on disk, for readers.
+    pub fn history(&self) -> History {
+        History { directory: self.directory.clone(), head: self.head }
     }
 
     fn is_ours(&self, number: u64) -> bool {
@@ -245,6 +381,49 @@ mod tests {
         // After the machine has started again its clock is another.
         assert!(restored(directory.path(), "two").is_empty());
         assert_eq!(size(directory.path()), 0);
+    }
+
+    /// A view has what memory has no more, exactly: with gaps on either side, after a restart, while segments go.
+    #[test]
+    fn a_view_ends_where_memory_begins() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let recorder = recorded(150, 0..0);
+        let mut segments = Segments::of_boot(directory.path(), 128 * 1024, "one").expect("segments");
+        let history = segments.history();
+        assert!(history.before(&recorder).expect("readable").is_empty());
+        for round in 0..12_u16 {
+            record(&recorder, round * 50..(round + 1) * 50);
+            let mut records = Vec::new();
+            recorder.copy(recorder.range().end - 50, 50, &mut records);
+            let events = records.iter().filter_map(Record::event);
+            let bytes: Vec<u8> = events.flat_map(|event| event.as_bytes().iter().copied()).collect();
+            segments.write(&bytes).expect("room");
+        }
+        let ports_of =
+            |events: &[Event]| events.iter().map(|event| u16::from_be(event.source_port)).collect::<Vec<_>>();
+        let view = history.before(&recorder).expect("readable");
+        assert_eq!(ports_of(&view.read(0, 1000).expect("readable")), (0..450).collect::<Vec<_>>());
+        assert_eq!(ports_of(&view.read(120, 10).expect("readable")), (120..130).collect::<Vec<_>>());
+        assert!(view.read(450, 10).expect("readable").is_empty());
+        // What is removed meanwhile can still be read.
+        for number in segments.numbers().expect("listed") {
+            fs::remove_file(segments.path(number)).expect("there");
+        }
+        assert_eq!(view.read(0, 1000).expect("readable").len(), 450);
+        assert!(history.before(&recorder).expect("readable").is_empty());
+    }
+
+    #[test]
+    fn a_place_is_found_by_its_time() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut segments = Segments::of_boot(directory.path(), 128 * 1024, "one").expect("segments");
+        let second = |number: u64| Event { timestamp_ns: number * 2_000_000_000, ..Event::default() };
+        let bytes: Vec<u8> = (0..300).flat_map(|number| second(number).as_bytes().to_vec()).collect();
+        segments.write(&bytes).expect("room");
+        let view = segments.history().before(&Recorder::new(16)).expect("readable");
+        for (time, place) in [(0, 0), (1, 0), (100 * 2_000_000_000, 100), (u64::MAX, 300)] {
+            assert_eq!(view.place_of(time).expect("readable"), place, "{time}");
+        }
     }
 
     #[tokio::test]

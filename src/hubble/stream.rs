@@ -14,12 +14,17 @@ use super::proto::flow::{LostEvent, LostEventSource};
 use super::proto::observer::get_flows_response::ResponseTypes;
 use super::proto::observer::{GetFlowsRequest, GetFlowsResponse};
 use super::proto::{time, timestamp};
+use crate::flow::disk::{History, View};
 use crate::flow::{Clock, Event, Names, Record, Recorder, monotonic_ns};
 
 /// Flows that a reader gets without asking for a number.
 const DEFAULT_LAST: u64 = 20;
 /// Records that are copied at once: 64 KiB.
 const CHUNK: usize = 512;
+/// Records that are read from disk at once: 512 KiB.
+const DISK_CHUNK: usize = 4096;
+/// By so much records may stand before others that are older.
+const DISORDER: jiff::SignedDuration = jiff::SignedDuration::from_secs(1);
 /// A reader hears of lost events at most this often.
 const LOSS_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -32,6 +37,8 @@ pub struct Source {
     pub names: Arc<Names>,
     /// Their form.
     pub converter: Arc<Converter>,
+    /// What is on disk behind the records; `None`: nothing.
+    pub history: Option<History>,
 }
 
 /// Why a request is refused, for people.
@@ -73,6 +80,8 @@ struct Missed {
 enum State {
     /// Nothing has been answered yet.
     Start,
+    /// What is on disk from a place on; then what was kept in memory when that was asked.
+    OnDisk(Arc<View>, u64, Range<u64>),
     /// Everything from the first on, up to the second unless following.
     Forward(u64, u64),
     Done,
@@ -142,6 +151,10 @@ impl FlowStream {
             let answers = match self.state {
                 State::Done => return None,
                 State::Start => self.begin().await,
+                State::OnDisk(ref view, from, ref kept) => {
+                    let (view, kept) = (view.clone(), kept.clone());
+                    self.forward_on_disk(view, from, kept).await
+                }
                 State::Forward(from, until) => self.forward(from, until).await?,
             };
             if !answers.is_empty() {
@@ -156,11 +169,92 @@ impl FlowStream {
         self.news.mark_unchanged();
         let everything = self.wanted.number == u64::MAX || self.wanted.is_first;
         if everything {
-            self.state = State::Forward(kept.start, kept.end);
+            self.state = match self.on_disk().await {
+                Some((view, from)) => State::OnDisk(view, from, kept),
+                None => State::Forward(kept.start, kept.end),
+            };
             return Vec::new();
         }
         self.state = if self.wanted.follow { State::Forward(kept.end, kept.end) } else { State::Done };
-        self.newest(kept).await
+        let mut found = self.newest(kept).await;
+        let missing = self.wanted.number.saturating_sub(found.len() as u64);
+        if missing > 0
+            && let Some((view, _)) = self.on_disk().await
+        {
+            let mut older = self.newest_on_disk(view, missing).await;
+            older.append(&mut found);
+            found = older;
+        }
+        found
+    }
+
+    /// What is on disk that memory has no more, and the first place of what was asked for. A disk that cannot be read
+    /// is said in the log: what memory has is still answered.
+    async fn on_disk(&self) -> Option<(Arc<View>, u64)> {
+        let history = self.source.history.clone()?;
+        let (recorder, since) = (self.source.recorder.clone(), self.wanted.since);
+        let since = since.map(|since| self.clock.monotonic(since));
+        let opening = tokio::task::spawn_blocking(move || {
+            let view = history.before(&recorder)?;
+            let from = since.map_or(Ok(0), |since| view.place_of(since))?;
+            anyhow::Ok((view, from))
+        });
+        match opening.await.map_err(anyhow::Error::from).flatten() {
+            Ok((view, from)) => (from < view.len()).then(|| (Arc::new(view), from)),
+            Err(error) => {
+                tracing::warn!(
+                    error = crate::error::chain(&error),
+                    "the history of flows on disk is not read"
+                );
+                None
+            }
+        }
+    }
+
+    /// The next chunk of what is on disk; behind its end memory begins.
+    async fn forward_on_disk(
+        &mut self,
+        view: Arc<View>,
+        from: u64,
+        kept: Range<u64>,
+    ) -> Vec<GetFlowsResponse> {
+        let events = read(&view, from, DISK_CHUNK).await;
+        let is_later = |event: &Event| {
+            let time = self.clock.wall(event.timestamp_ns);
+            self.wanted.until.is_some_and(|until| time > until.saturating_add(DISORDER).unwrap_or(until))
+        };
+        // What memory has is later still.
+        let is_over = events.is_empty() || events.first().is_some_and(is_later);
+        self.state = match is_over || self.left == 0 {
+            true => State::Forward(kept.start, kept.end),
+            false => State::OnDisk(view, from + events.len() as u64, kept),
+        };
+        let mut answers = Vec::new();
+        for event in events {
+            if self.left == 0 {
+                break;
+            }
+            if let Some(answer) = self.answer(&Record::Packet(event)) {
+                self.left -= u64::from(self.left != u64::MAX);
+                answers.push(answer);
+            }
+        }
+        answers
+    }
+
+    /// The newest so many of what is on disk, the oldest of them first.
+    async fn newest_on_disk(&mut self, view: Arc<View>, wanted: u64) -> Vec<GetFlowsResponse> {
+        let mut found = Vec::new();
+        let mut end = view.len();
+        while end > 0 && (found.len() as u64) < wanted {
+            let start = end.saturating_sub(DISK_CHUNK as u64);
+            let events = read(&view, start, (end - start) as usize).await;
+            let newest = events.into_iter().rev().filter_map(|event| self.answer(&Record::Packet(event)));
+            found.extend(newest.take((wanted - found.len() as u64) as usize));
+            end = start;
+        }
+        found.reverse();
+        found
     }
 
     /// The newest so many that match, found from the end backwards. Others get their turn between chunks: a ring
@@ -290,6 +384,19 @@ impl FlowStream {
         let node_name = self.source.converter.node.clone();
         GetFlowsResponse { response_types: Some(what), node_name, time }
     }
+}
+
+/// Records of a view; none where the disk cannot be read.
+async fn read(view: &Arc<View>, from: u64, limit: usize) -> Vec<Event> {
+    let view = view.clone();
+    let reading = tokio::task::spawn_blocking(move || view.read(from, limit)).await;
+    reading.map_err(anyhow::Error::from).flatten().unwrap_or_else(|error| {
+        tracing::warn!(
+            error = crate::error::chain(&error),
+            "the history of flows on disk is not read further"
+        );
+        Vec::new()
+    })
 }
 
 impl Missed {

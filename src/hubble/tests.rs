@@ -291,7 +291,7 @@ fn flows_say_what_made_their_pods() {
 }
 
 fn source(recorder: Arc<Recorder>) -> Source {
-    Source { recorder, names: Arc::new(names()), converter: Arc::new(converter()) }
+    Source { recorder, names: Arc::new(names()), converter: Arc::new(converter()), history: None }
 }
 
 /// Source ports of flows; losses as negative numbers.
@@ -346,6 +346,45 @@ async fn the_first_the_last_all_and_those_of_a_time() {
     assert!(all(&recorder, GetFlowsRequest { until: past, ..asks(1) }).await.is_empty());
     let both = GetFlowsRequest { first: true, follow: true, ..asks(1) };
     assert!(FlowStream::new(source(recorder), both).is_err());
+}
+
+/// What memory has no more is read on disk, and nothing comes twice.
+#[tokio::test]
+async fn queries_go_on_behind_memory() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let segments = crate::flow::disk::Segments::open(directory.path(), 1 << 20).expect("segments");
+    let history = segments.history();
+    let recorder = recorded(64, 0..0);
+    let keeping = tokio::spawn(crate::flow::disk::keep(segments, recorder.clone()));
+    for round in 0..2 {
+        tokio::task::yield_now().await;
+        record(&recorder, round * 50..(round + 1) * 50);
+        let empty = crate::flow::Recorder::new(16);
+        while history.before(&empty).expect("readable").len() < u64::from(round + 1) * 50 {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    }
+    keeping.abort();
+    let ask = async |request: GetFlowsRequest, most: usize| {
+        let source = Source { history: Some(history.clone()), ..source(recorder.clone()) };
+        let mut stream = FlowStream::new(source, request).expect("a good request");
+        let mut found = Vec::new();
+        while found.len() < most
+            && let Some(answers) = stream.next().await
+        {
+            found.extend(ports(answers));
+        }
+        found
+    };
+    assert_eq!(ask(asks(u64::MAX), usize::MAX).await, (0..100).collect::<Vec<_>>());
+    assert_eq!(ask(asks(90), usize::MAX).await, (10..100).collect::<Vec<_>>());
+    assert_eq!(ask(asks(20), usize::MAX).await, (80..100).collect::<Vec<_>>());
+    assert_eq!(ask(GetFlowsRequest { first: true, ..asks(5) }, usize::MAX).await, [0, 1, 2, 3, 4]);
+    let past = Some(prost_types::Timestamp { seconds: 1, nanos: 0 });
+    assert_eq!(ask(GetFlowsRequest { since: past, ..asks(1) }, usize::MAX).await.len(), 100);
+    assert!(ask(GetFlowsRequest { until: past, ..asks(1) }, usize::MAX).await.is_empty());
+    let following = GetFlowsRequest { follow: true, ..asks(95) };
+    assert_eq!(ask(following, 95).await, (5..100).collect::<Vec<_>>());
 }
 
 #[tokio::test]

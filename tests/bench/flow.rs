@@ -122,6 +122,7 @@ fn source(recorder: Arc<Recorder>) -> Source {
         recorder,
         names: Arc::new(names),
         converter: Arc::new(Converter::new("default", "bench", Vec::new(), true)),
+        history: None,
     }
 }
 

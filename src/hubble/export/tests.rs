@@ -26,7 +26,12 @@ use crate::hubble::proto::otlp::{
 use crate::hubble::tests::converter;
 
 fn source(recorder: &Arc<Recorder>) -> Source {
-    Source { recorder: recorder.clone(), names: Arc::new(names()), converter: Arc::new(converter()) }
+    Source {
+        recorder: recorder.clone(),
+        names: Arc::new(names()),
+        converter: Arc::new(converter()),
+        history: None,
+    }
 }
 
 fn exporter(target: Target) -> Exporter {
