@@ -24,6 +24,7 @@ mod request;
 pub mod serve;
 pub mod service;
 pub mod stream;
+pub mod suggest;
 pub mod text;
 pub mod tls;
 pub mod view;

@@ -102,6 +102,11 @@ pub fn deciding(flow: &Flow) -> impl Iterator<Item = &Policy> {
     lists.into_iter().flatten()
 }
 
+/// The policies whose rules denied the flow, on either side.
+pub fn deciding_denied(flow: &Flow) -> impl Iterator<Item = &Policy> {
+    flow.egress_denied_by.iter().chain(&flow.ingress_denied_by)
+}
+
 /// A policy as people name it: `NetworkPolicy shop/web`.
 pub fn policy_name(policy: &Policy) -> String {
     match policy.namespace.as_str() {

@@ -14,6 +14,7 @@
 //! is another number. The compiler remembers its last answer and works out differences:
 //! a new identity is held against each distinct peer once.
 
+pub mod allow;
 pub mod diff;
 pub mod explain;
 mod layer7;

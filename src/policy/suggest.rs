@@ -107,11 +107,19 @@ pub fn suggest(subject: &Subject, seen: impl IntoIterator<Item = Seen>) -> Strin
         }
         rules
     };
-    write_policy(subject, &rules(Way::In), &rules(Way::Out), &left_out)
+    let name =
+        telling(&subject.labels).values().next().map_or("all-pods", String::as_str).to_ascii_lowercase();
+    let both = [Way::In, Way::Out];
+    let mut text = String::new();
+    for what in left_out {
+        let _ = writeln!(text, "# Left out: {what}.");
+    }
+    write_policy(&mut text, &name.replace('_', "-"), subject, &both.map(|way| (way, rules(way))));
+    text
 }
 
 /// What tells a workload's pods from others.
-fn telling(labels: &Labels) -> Labels {
+pub(super) fn telling(labels: &Labels) -> Labels {
     for keys in TELLING {
         if labels.contains_key(keys[0]) {
             let known = keys.iter().filter_map(|key| labels.get_key_value(*key));
@@ -123,23 +131,40 @@ fn telling(labels: &Labels) -> Labels {
     labels.iter().filter(lasts).map(|(key, value)| (key.clone(), value.clone())).collect()
 }
 
-fn write_policy(subject: &Subject, ingress: &Rules, egress: &Rules, left_out: &BTreeSet<String>) -> String {
+/// A NetworkPolicy with these rules; it isolates its pods in each direction that is listed.
+fn write_policy(text: &mut String, name: &str, subject: &Subject, directions: &[(Way, Rules)]) {
     let labels = telling(&subject.labels);
-    let name = labels.values().next().map_or("all-pods", String::as_str).to_ascii_lowercase();
-    let mut text = String::new();
-    for what in left_out {
-        let _ = writeln!(text, "# Left out: {what}.");
-    }
     let _ = write!(
         text,
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata:\n  name: {}\n  namespace: {}\nspec:\n  \
-         podSelector:{}\n  policyTypes:\n  - Ingress\n  - Egress\n",
-        quoted(&name.replace('_', "-")),
+         podSelector:{}\n  policyTypes:\n",
+        quoted(name),
         quoted(&subject.namespace),
         selector(&labels, "    "),
     );
-    write_rules(&mut text, "ingress", "from", ingress);
-    write_rules(&mut text, "egress", "to", egress);
+    for (way, _) in directions {
+        let _ = writeln!(text, "  - {}", if *way == Way::In { "Ingress" } else { "Egress" });
+    }
+    for (way, rules) in directions {
+        let (direction, side) = if *way == Way::In { ("ingress", "from") } else { ("egress", "to") };
+        write_rules(text, direction, side, rules);
+    }
+}
+
+/// A NetworkPolicy called `name` that allows `subject` this one thing, and says nothing of the other direction.
+pub(super) fn one_rule(name: &str, subject: &Subject, seen: &Seen) -> String {
+    let peer = match &seen.other {
+        Other::Pod { namespace, labels } => Peer::Pods {
+            namespace: (*namespace != subject.namespace).then(|| namespace.clone()),
+            labels: telling(labels),
+        },
+        Other::Address(address) => Peer::Block(*address),
+        // Without a peer the rule would be for everybody.
+        Other::OwnNode => return String::new(),
+    };
+    let rules = Rules::from([(BTreeSet::from([(seen.protocol.0, seen.port)]), BTreeSet::from([peer]))]);
+    let mut text = String::new();
+    write_policy(&mut text, name, subject, &[(seen.way, rules)]);
     text
 }
 
@@ -176,7 +201,7 @@ fn write_rules(text: &mut String, direction: &str, side: &str, rules: &Rules) {
     }
 }
 
-fn selector(labels: &Labels, indent: &str) -> String {
+pub(super) fn selector(labels: &Labels, indent: &str) -> String {
     if labels.is_empty() {
         return " {}".to_owned();
     }
@@ -185,7 +210,7 @@ fn selector(labels: &Labels, indent: &str) -> String {
 }
 
 /// Plain where YAML reads it as the same string; every value comes from the cluster and may be anything.
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     let is_plain = text.starts_with(|letter: char| letter.is_ascii_alphabetic())
         && text.chars().all(|letter| letter.is_ascii_alphanumeric() || "-_./".contains(letter))
         && !["true", "false", "null", "yes", "no", "on", "off", "y", "n"]

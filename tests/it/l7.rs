@@ -257,3 +257,52 @@ fn a_running_connection_follows_its_policy_and_survives_agents_but_not_its_proxy
     ensure!(ask(client.space(), target.ip(), "GET", "/admin")?.0 == 403);
     Ok(())
 }
+
+/// What the flows page offers for a denied request, applied as it is, lets that request pass and no other.
+#[test]
+fn the_rule_that_would_allow_a_denied_request_does() -> Result<()> {
+    require_lab!();
+    let agent_arguments = ["--hubble-page-address", PAGE].map(str::to_owned).to_vec();
+    let lab = Lab::start(Setup { agent_arguments, ..Setup::default() })?;
+    let node = lab.node(1);
+    let client = lab.pod(1, "shop/client").label("app", "client").create()?;
+    let server = lab.pod(1, "shop/web").label("app", "web").create()?;
+    let _running = Http::start(server.space())?;
+    allow(&lab, "[{method: GET, path: /health}]")?;
+    let address = server.address(true);
+    wait_for_status(client.space(), address, ("GET", "/admin?x=1"), 403)?;
+    let mut denied = serde_json::Value::Null;
+    wait_for("the record of the denied request", || {
+        denied = node.flows(&["--http-path", "^/admin$", "--verdict", "dropped"])?.pop().unwrap_or_default();
+        Ok(!denied.is_null())
+    })?;
+    let body = serde_json::json!({ "flow": denied }).to_string();
+    let answer: serde_json::Value = serde_json::from_str(&post(node.space(), "/api/allow", body)?)?;
+    let rule = answer["yaml"].as_str().with_context(|| format!("no rule for {denied}: {answer}"))?;
+    lab.manifests().apply(rule)?;
+    wait_for_status(client.space(), address, ("GET", "/admin?x=2"), 200)?;
+    for (method, path) in [("POST", "/admin"), ("GET", "/admin/x"), ("GET", "/")] {
+        let (status, _) = ask(client.space(), address, method, path)?;
+        ensure!(status == 403, "{method} {path}: {status}");
+    }
+    Ok(())
+}
+
+/// Where the agent serves its page, in the node's namespace.
+const PAGE: &str = "127.0.0.1:4246";
+
+/// What the page's server answers.
+fn post(space: &Space, path: &str, body: String) -> Result<String> {
+    let head = format!("POST {path} HTTP/1.1\r\nHost: {PAGE}\r\nContent-Length: {}\r\n\r\n", body.len());
+    space.run(move || {
+        let mut client = BufReader::new(TcpStream::connect(PAGE)?);
+        client.get_ref().set_read_timeout(Some(Duration::from_secs(10)))?;
+        client.get_mut().write_all((head + &body).as_bytes())?;
+        let head = read_head(&mut client)?;
+        let length = |line: &String| line.to_ascii_lowercase().strip_prefix("content-length: ")?.parse().ok();
+        let length: usize = head.iter().find_map(length).with_context(|| format!("no length in {head:?}"))?;
+        let mut answer = vec![0; length];
+        client.read_exact(&mut answer)?;
+        Ok(String::from_utf8(answer)?)
+    })
+}

@@ -20,7 +20,7 @@ const LAYERS: &[(&str, &str)] = &[
     ("operator", "hubble telemetry kube service model settings signals error"),
     ("proxy", "netlink model settings"),
     ("relay", "hubble telemetry signals settings error"),
-    ("hubble", "api telemetry flow kube datapath tables model settings yaml error"),
+    ("hubble", "api telemetry flow kube policy datapath tables model settings yaml error"),
     ("endpoint", "cni telemetry ipam netlink tables model files"),
     ("encryption", "netlink model settings files error"),
     ("cni", "api netlink model settings files"),

@@ -27,6 +27,8 @@ export interface Spec {
   event?: 'CONNECTION_NEW' | 'CONNECTION_UPDATE' | 'CONNECTION_END';
   isolatedBy?: { namespace: string; name: string; kind?: string }[];
   time?: number;
+  /** What a proxy saw inside of the connection. */
+  l7?: { http?: object; dns?: object; kafka?: object; type?: 'REQUEST' | 'RESPONSE'; ms?: number };
 }
 
 /** A pod of a workload. */
@@ -64,13 +66,15 @@ export function flow(spec: Spec): Record<string, unknown> {
   const time = new Date(spec.time ?? Date.now()).toISOString();
   const protocol = spec.protocol ?? 'TCP';
   const clientPort = 32_768 + (made % 20_000);
-  const [from, to] = [spec.from, spec.to];
+  // An answer is sent by the server; `from` is who asked.
+  const isAnswer = spec.l7?.type === 'RESPONSE';
+  const [from, to] = isAnswer ? [spec.to, spec.from] : [spec.from, spec.to];
   const ip = (one: End | 'world') => (one === 'world' ? WORLD.ip : one.ip);
   const dropped = spec.reason !== undefined;
-  const ports = { source_port: clientPort, destination_port: spec.port };
+  const ports = isAnswer ? { source_port: spec.port, destination_port: clientPort } : { source_port: clientPort, destination_port: spec.port };
   const l4 =
     protocol === 'TCP' ? { TCP: { ...ports, flags: { SYN: true } } } : protocol === 'ICMPv4' ? { ICMPv4: { type: 8 } } : { [protocol]: ports };
-  const direction = spec.direction ?? (to === 'world' ? 'EGRESS' : 'INGRESS');
+  const direction = spec.direction ?? (spec.to === 'world' ? 'EGRESS' : 'INGRESS');
   const side = direction === 'EGRESS' ? 'egress' : 'ingress';
   const body = {
     time,
@@ -85,7 +89,7 @@ export function flow(spec: Spec): Record<string, unknown> {
     node_name: spec.node ?? 'node1',
     event_type: dropped ? { type: 1, sub_type: 133 } : { type: 4 },
     traffic_direction: direction,
-    ...(spec.service ? { destination_service: spec.service } : {}),
+    ...(spec.service ? { [isAnswer ? 'source_service' : 'destination_service']: spec.service } : {}),
     ...(dropped ? { drop_reason_desc: spec.reason } : { trace_observation_point: 'TO_ENDPOINT', is_reply: spec.reply === true }),
     ...(spec.deniedBy ? { [`${side}_denied_by`]: spec.deniedBy } : {}),
     ...(spec.allowedBy ? { [`${side}_allowed_by`]: spec.allowedBy } : {}),
@@ -100,7 +104,21 @@ export function flow(spec: Spec): Record<string, unknown> {
     },
     Summary: protocol === 'TCP' ? 'TCP Flags: SYN' : protocol === 'ICMPv4' ? 'ICMPv4 EchoRequest' : protocol,
   };
-  return { flow: body, node_name: body.node_name, time };
+  return { flow: spec.l7 ? { ...body, ...seen(spec.l7, dropped) } : body, node_name: body.node_name, time };
+}
+
+/** What makes a flow one of layer 7. */
+function seen({ type = 'REQUEST', ms = 0, ...record }: NonNullable<Spec['l7']>, dropped: boolean): object {
+  const isAnswer = type === 'RESPONSE';
+  const http = record.http as Record<string, unknown> | undefined;
+  return {
+    Type: 'L7',
+    event_type: { type: 129 },
+    is_reply: isAnswer,
+    l7: { type, ...(isAnswer ? { latency_ns: String(ms * 1e6) } : {}), ...record },
+    weir: { event: isAnswer ? 'L7_RESPONSE' : 'L7_REQUEST', isolated_by: dropped ? [{ namespace: 'shop', name: 'backend-serves-frontend', kind: 'CiliumNetworkPolicy' }] : [] },
+    Summary: http ? `HTTP/1.1 ${isAnswer ? `${http.code} ${ms}ms ` : ''}(${http.method} ${http.url})` : 'DNS',
+  };
 }
 
 const frontend = pod('shop', 'frontend');
@@ -135,6 +153,23 @@ export const SHOP: [number, Spec][] = [
   [1, { from: frontend, to: cache, port: 6379, reason: 'SERVICE_BACKEND_NOT_FOUND', direction: 'EGRESS', service: { namespace: 'data', name: 'cache' } }],
 ];
 
+const http = (method: string, url: string, code?: number) => ({ http: { method, url: `http://backend${url}`, protocol: 'HTTP/1.1', ...(code ? { code } : {}) } });
+const asks = { from: frontend, to: backend, port: 8080, node: 'node2', service: { namespace: 'shop', name: 'backend' } };
+const names = { from: backend, to: dns, port: 53, protocol: 'UDP' as const, node: 'node3' };
+
+/** What the shop's proxies see. */
+export const REQUESTS: [number, Spec][] = [
+  [9, { ...asks, l7: http('GET', '/items?page=2') }],
+  [9, { ...asks, reply: true, l7: { ...http('GET', '/items?page=2', 200), type: 'RESPONSE', ms: 12 } }],
+  [4, { ...asks, l7: http('POST', '/cart') }],
+  [3, { ...asks, reply: true, l7: { ...http('POST', '/cart', 201), type: 'RESPONSE', ms: 48 } }],
+  [1, { ...asks, reply: true, l7: { ...http('POST', '/cart', 503), type: 'RESPONSE', ms: 1400 } }],
+  [2, { ...asks, reason: 'POLICY_DENIED', l7: http('DELETE', '/admin/users') }],
+  [3, { ...names, l7: { dns: { query: 'database.data.svc.cluster.local.', qtypes: ['A'] } } }],
+  [2, { ...names, reply: true, l7: { dns: { query: 'database.data.svc.cluster.local.', qtypes: ['A'], ips: ['10.1.0.9'] }, type: 'RESPONSE', ms: 1 } }],
+  [1, { ...names, reply: true, l7: { dns: { query: 'paypal.example.', qtypes: ['A'], rcode: 3 }, type: 'RESPONSE', ms: 30 } }],
+];
+
 /** Numbers that look random and are the same in every run. */
 export function dice(seed = 1): () => number {
   let state = seed;
@@ -145,12 +180,12 @@ export function dice(seed = 1): () => number {
 }
 
 /** `count` flows of the shop between two times, the oldest first. */
-export function shop(count: number, from: number, to: number, seed = 1): Record<string, unknown>[] {
+export function shop(count: number, from: number, to: number, seed = 1, what = SHOP): Record<string, unknown>[] {
   const random = dice(seed);
-  const total = SHOP.reduce((sum, [share]) => sum + share, 0);
+  const total = what.reduce((sum, [share]) => sum + share, 0);
   return Array.from({ length: count }, (_, i) => {
     let left = random() * total;
-    const spec = SHOP.find(([share]) => (left -= share) < 0)?.[1] ?? SHOP[0]![1];
+    const spec = what.find(([share]) => (left -= share) < 0)?.[1] ?? what[0]![1];
     return flow({ ...spec, time: from + ((i + 0.5) / count) * (to - from) });
   });
 }

@@ -67,6 +67,7 @@ export class Relay {
     response.setHeader('content-security-policy', CSP);
     response.setHeader('x-content-type-options', 'nosniff');
     if (url.pathname === '/api/flows') return this.#flows(request, response, url.searchParams);
+    if (url.pathname === '/api/allow') return void answerRule(request, response);
     if (url.pathname === '/api/status') {
       if (!this.status) return void response.writeHead(503).end('no node');
       response.setHeader('content-type', 'application/json');
@@ -103,6 +104,21 @@ export class Relay {
     this.#sent += 1;
     response.write(`id: ${Math.max(this.history.length, this.#sent)}\ndata: ${JSON.stringify(message)}\n\n`);
   }
+}
+
+/** A rule by hand; the relay's own are tested in src/policy/allow.rs, and in tests/real on a real one. */
+async function answerRule(request: IncomingMessage, response: ServerResponse): Promise<void> {
+  let body = '';
+  for await (const part of request) body += part;
+  const flow = JSON.parse(body).flow;
+  const app = (end: Record<string, any>) => JSON.stringify(String(end.labels.find((label: string) => label.startsWith('k8s:app=')) ?? '').slice(8));
+  const { destination, source } = flow;
+  const reason = flow.drop_reason_desc;
+  const none = reason === 'POLICY_DENY' ? 'A deny rule counts before every allow: change the policy that denies it instead.' : '';
+  const kind = flow.l7 ? 'CiliumNetworkPolicy' : 'NetworkPolicy';
+  const yaml = `apiVersion: v1\nkind: ${kind}\nmetadata:\n  name: allow\n  namespace: ${JSON.stringify(destination.namespace ?? '')}\nspec:\n  podSelector:\n    matchLabels:\n      app: ${app(destination)}\n  ingress:\n  - from:\n    - podSelector:\n        matchLabels:\n          app: ${app(source)}\n`;
+  response.setHeader('content-type', 'application/json');
+  response.end(JSON.stringify(none ? { none } : { yaml, notes: ["The source's egress policies let the flow pass; only this side denied it."] }));
 }
 
 /** The filters that the tests use, as the agent understands them. */
@@ -152,6 +168,14 @@ function holds(flow: Record<string, any>, key: string, value: string): boolean {
     case 'port':
     case 'to-port':
       return l4?.destination_port === Number(value);
+    case 'type':
+      return value === 'l7' ? flow.l7 !== undefined : false;
+    case 'http-status':
+      return flow.l7?.type === 'RESPONSE' && String(flow.l7?.http?.code ?? '').startsWith(value.replace('+', ''));
+    case 'http-path':
+      return new RegExp(value).test(/^http:\/\/[^/]*([^?]*)/.exec(flow.l7?.http?.url ?? '')?.[1] ?? '\n');
+    case 'latency':
+      return Number(flow.l7?.latency_ns ?? 0) >= Number.parseFloat(value) * 1e6;
     default:
       throw new Error(`the test server does not know the filter ${key}`);
   }

@@ -7,12 +7,12 @@ use clap::Args;
 
 use crate::cli::observe::flows_of;
 use crate::cli::{Connection, Failure};
-use crate::flow::L4Protocol;
-use crate::hubble::proto::flow::{Flow, Verdict};
+use crate::hubble::proto::flow::Verdict;
 use crate::hubble::proto::observer::GetFlowsRequest;
-use crate::hubble::view::{Side, protocol, sides};
-use crate::model::{IpProtocol, Labels};
-use crate::policy::suggest::{Other, Seen, Subject, Way, suggest};
+use crate::hubble::suggest::{own_labels, seen};
+use crate::hubble::view::sides;
+use crate::model::Labels;
+use crate::policy::suggest::{Subject, Way, suggest};
 
 #[derive(Args)]
 pub struct SuggestArgs {
@@ -45,12 +45,12 @@ pub fn run(args: &SuggestArgs) -> Result<(), Failure> {
     if let Who::Labelled(labels) = &who {
         subject.labels.clone_from(labels);
     }
-    let mut seen = Vec::new();
+    let mut found = Vec::new();
     let request = GetFlowsRequest { number: u64::MAX, ..GetFlowsRequest::default() };
     flows_of(&args.connection, request, |flow| {
         let [from, to] = sides(flow);
         for (way, own, other) in [(Way::In, &to, &from), (Way::Out, &from, &to)] {
-            let labels = labels_of(own.labels());
+            let labels = own_labels(own.labels());
             let is_wanted = own.namespace() == namespace
                 && match &who {
                     Who::All => true,
@@ -63,36 +63,11 @@ pub fn run(args: &SuggestArgs) -> Result<(), Failure> {
             if matches!(who, Who::Pod(_)) {
                 subject.labels = labels;
             }
-            seen.extend(seen_of(flow, way, other, to.port));
+            found.extend(seen(flow, way, other, to.port));
         }
     })?;
-    if seen.is_empty() {
+    if found.is_empty() {
         return Err(Failure::Other(anyhow!("no flow of {} is kept: there is nothing to go by", args.who)));
     }
-    Ok(io::stdout().lock().write_all(suggest(&subject, seen).as_bytes())?)
-}
-
-fn seen_of(flow: &Flow, way: Way, other: &Side<'_>, port: u16) -> Option<Seen> {
-    let protocol = match protocol(flow)? {
-        L4Protocol::IcmpV4 => IpProtocol::ICMP,
-        L4Protocol::IcmpV6 => IpProtocol::ICMPV6,
-        protocol => IpProtocol(protocol.number()),
-    };
-    let other = if other.labels().iter().any(|label| label == "reserved:host") {
-        Other::OwnNode
-    } else if other.namespace().is_empty() {
-        Other::Address(other.ip?)
-    } else {
-        Other::Pod { namespace: other.namespace().to_owned(), labels: labels_of(other.labels()) }
-    };
-    Some(Seen { way, other, protocol, port })
-}
-
-/// A pod's own labels, of those of its identity.
-fn labels_of(labels: &[String]) -> Labels {
-    let own = labels.iter().filter_map(|label| label.strip_prefix("k8s:"));
-    let own = own.filter(|label| !label.starts_with("io.kubernetes.") && !label.starts_with("io.cilium."));
-    own.filter_map(|label| label.split_once('='))
-        .map(|(key, value)| (key.to_owned(), value.to_owned()))
-        .collect()
+    Ok(io::stdout().lock().write_all(suggest(&subject, found).as_bytes())?)
 }

@@ -1,4 +1,5 @@
-//! The flows page and the HTTP API behind it: `GET /api/flows` as server-sent events, `GET /api/status`.
+//! The flows page and the HTTP API behind it: `GET /api/flows` as server-sent events, `GET /api/status`, and
+//! `POST /api/allow`, which answers a denied flow with the rule that would allow it.
 //!
 //! The relay serves it for the cluster, an agent for its own node where it is asked to.
 
@@ -11,16 +12,17 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use axum::Router;
-use axum::extract::State;
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, header};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 
-use super::json::to_value;
+use super::json::{from_str, to_value};
+use super::proto::observer::get_flows_response::ResponseTypes;
 use super::proto::observer::{GetFlowsRequest, GetFlowsResponse, GetNodesResponse, ServerStatusResponse};
 use super::proto::relay::NodeState;
 use super::service::Answers;
@@ -29,6 +31,8 @@ pub use guard::Hosts;
 
 /// Pages that may follow flows at once.
 const STREAMS_MAX: usize = 64;
+/// The longest flow that a page may send.
+const FLOW_MAX: usize = 256 << 10;
 
 /// Where a page's flows come from: an agent's own, or those of all nodes.
 #[tonic::async_trait]
@@ -54,6 +58,7 @@ pub fn routes(flows: Arc<dyn Flows>, hosts: Hosts) -> Router {
     Router::new()
         .route("/api/flows", get(events::flows))
         .route("/api/status", get(status))
+        .route("/api/allow", post(allow).layer(DefaultBodyLimit::max(FLOW_MAX)))
         .route("/healthz", get(async || "ok\n"))
         .fallback(get(assets::asset))
         .with_state(page)
@@ -93,6 +98,21 @@ async fn status(State(page): State<Page>) -> Response {
     }
     value["nodes"] = nodes;
     ([(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")], value.to_string())
+        .into_response()
+}
+
+/// The rule that would allow the flow of one message of the stream: its YAML and notes, or why there is none.
+async fn allow(message: String) -> Response {
+    let flow = match from_str::<GetFlowsResponse>(&message).map(|message| message.response_types) {
+        Ok(Some(ResponseTypes::Flow(flow))) => flow,
+        Ok(_) => return refuse(StatusCode::BAD_REQUEST, "the message has no flow"),
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, format!("this is no flow: {error}")),
+    };
+    let answer = match super::suggest::rule_for(&flow) {
+        Ok(rule) => json!({"yaml": rule.yaml, "notes": rule.notes}),
+        Err(why) => json!({"none": why}),
+    };
+    ([(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")], answer.to_string())
         .into_response()
 }
 

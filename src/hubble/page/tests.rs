@@ -105,6 +105,35 @@ async fn the_status_names_the_nodes() {
     );
 }
 
+/// The page sends a message as it came, and gets the policy.
+#[tokio::test]
+async fn a_denied_flow_is_answered_with_the_rule_that_would_allow_it() {
+    let (address, _stop) = served(recorded(64, 0..1)).await;
+    let post = async |body: &str, headers: &str| {
+        let mut stream = TcpStream::connect(address).await.expect("it listens");
+        let length = body.len();
+        let head = format!(
+            "POST /api/allow HTTP/1.1\r\nHost: {address}\r\n{headers}Content-Length: {length}\r\nConnection: close\r\n\r\n"
+        );
+        stream.write_all((head + body).as_bytes()).await.expect("it reads");
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.expect("an answer");
+        String::from_utf8_lossy(&answer).into_owned()
+    };
+    let flow = crate::hubble::json::to_string(&crate::hubble::tests::flow(&crate::flow::tests::dropped()));
+    let answer = post(&format!("{{\"flow\":{flow},\"node_name\":\"a\"}}"), "").await;
+    let body = answer.split("\r\n\r\n").nth(1).expect("a body");
+    let value: Value = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer}"));
+    let policy: Value = crate::yaml::read(value["yaml"].as_str().expect("a policy")).expect("YAML");
+    assert_eq!(
+        (&policy["kind"], &policy["metadata"]["namespace"]),
+        (&"NetworkPolicy".into(), &"shop".into())
+    );
+    assert!(post("{}", "").await.starts_with("HTTP/1.1 400"));
+    assert!(post("nonsense", "").await.starts_with("HTTP/1.1 400"));
+    assert!(post("{}", "Origin: http://evil.example\r\n").await.starts_with("HTTP/1.1 403"));
+}
+
 #[tokio::test]
 async fn other_sites_and_other_names_are_refused() {
     let (address, _stop) = served(recorded(64, 0..10)).await;

@@ -44,7 +44,11 @@ export const FILTERS: Record<string, string> = {
   'http-status': '404, or 4+ for all that begin with 4',
   'http-method': 'GET, POST...',
   'http-path': 'path of the request, a pattern',
+  'http-url': 'URL of the request, a pattern',
+  'http-header': 'with this header, as name:value',
   'dns-query': 'asking for this DNS name, a pattern',
+  latency: 'answers that took at least this long, as 100ms or 2s',
+  'cel-expression': 'an expression of CEL, as _flow.l4.TCP.destination_port > 1024u',
 };
 
 /** More than anybody types, and short enough for an address. */
@@ -67,6 +71,9 @@ export function parseTerm(text: string): Term | string {
 export const termText = (term: Term): string => `${term.not ? '!' : ''}${term.key}=${term.value}`;
 
 const same = (a: Term, b: Term) => a.key === b.key && a.value === b.value && a.not === b.not;
+
+/** True for one and the same filter. */
+export const sameTerms = same;
 
 /** With one more; the same one is not added twice, and its opposite goes. */
 export function withTerm(terms: readonly Term[], term: Term): Term[] {

@@ -1,4 +1,5 @@
 // From the wire's JSON (Hubble's GetFlowsResponse in proto3 JSON) to the rows that the page shows.
+import { readRequest, type Request } from './request.ts';
 import { plain } from './text.ts';
 
 /** A policy that decided. */
@@ -52,7 +53,9 @@ export interface Row {
   isolatedBy: readonly Policy[];
   allowedBy: readonly Policy[];
   /** What the record tells of its connection; a node that does not say so sends a record for each. */
-  event: 'new' | 'update' | 'end' | 'drop';
+  event: 'new' | 'update' | 'end' | 'drop' | 'request';
+  /** What was asked inside of the connection, of a record that a proxy made. */
+  request: Request | null;
   /** Both directions so far. */
   bytes: number;
   packets: number;
@@ -157,6 +160,8 @@ function row(message: Json, flow: Json, now: number, raw: string): Row {
   const service = object(reply ? flow.source_service : flow.destination_service);
   const reason = plain(flow.drop_reason_desc);
   const weir = object(flow.weir);
+  const request = readRequest(flow.l7);
+  const isRequest = request !== null || whole(object(flow.event_type).type) === 129;
   return {
     serial: (serials += 1),
     time: time(flow.time ?? message.time, now),
@@ -174,7 +179,8 @@ function row(message: Json, flow: Json, now: number, raw: string): Row {
     deniedBy: policies(flow, 'denied'),
     allowedBy: policies(flow, 'allowed'),
     isolatedBy: policyList(weir.isolated_by),
-    event: verdict === 'DROPPED' ? 'drop' : EVENTS[plain(weir.event)] ?? 'new',
+    event: isRequest ? 'request' : verdict === 'DROPPED' ? 'drop' : (EVENTS[plain(weir.event)] ?? 'new'),
+    request,
     bytes: whole(weir.bytes_sent) + whole(weir.bytes_received),
     packets: whole(weir.packets_sent) + whole(weir.packets_received),
     raw,

@@ -1,6 +1,7 @@
 // From pairs of workloads to what the map draws: folded by namespace, and never more than it can show.
 import { keyText, namespaceOf } from './flow.ts';
 import type { Edge, Model } from './model.ts';
+import { type Kind, quantile, type Requests } from './request.ts';
 
 /** What the map draws at most. */
 export const CAPS = { nodes: 150, edges: 1_000 };
@@ -31,10 +32,22 @@ export interface Line {
   /** The commonest ports, the most used first. */
   ports: string[];
   reasons: Map<string, number>;
+  /** What is asked, where a proxy sees it; null where none does. */
+  asked: Asked | null;
   last: number;
   /** When something last passed; 0: never. */
   passed: number;
   edges: Edge[];
+}
+
+/** Requests of one line. */
+export interface Asked {
+  protocols: string[];
+  /** Per second, now. */
+  rate: number;
+  answered: number;
+  faults: number;
+  denied: number;
 }
 
 /** The drawing. */
@@ -121,6 +134,7 @@ function draw(model: Model, now: number, edges: readonly Edge[], closed: Readonl
     const more = new Set([line.from, line.to].filter((id) => !shown.has(id)));
     if (kept.length >= CAPS.edges || shown.size + more.size > CAPS.nodes) continue;
     for (const id of more) shown.add(id);
+    line.asked = askedOf(model, now, line);
     kept.push(line);
   }
   const boxes = [...shown].sort().map((id) => box(id, members.get(id)?.size ?? 1));
@@ -132,11 +146,41 @@ function draw(model: Model, now: number, edges: readonly Edge[], closed: Readonl
   return { boxes, lines: kept, folded, hidden: { boxes: members.size - boxes.length, lines: lines.size - kept.length } };
 }
 
+function askedOf(model: Model, now: number, line: Line): Asked | null {
+  const edges = line.edges.filter((edge) => edge.requests);
+  if (!edges.length) return null;
+  const { buckets, seconds } = model.recent(now);
+  const all = edges.map((edge) => edge.requests!);
+  const sum = (of: (requests: Requests) => number) => all.reduce((total, one) => total + of(one), 0);
+  return {
+    protocols: [...new Set(all.flatMap((one) => [...one.protocols]))].sort(),
+    rate: edges.reduce((total, edge) => total + edge.asked.sum(model.bucket(now), buckets), 0) / seconds,
+    answered: sum((one) => one.all.answered),
+    faults: sum((one) => one.all.faults),
+    denied: sum((one) => one.all.denied),
+  };
+}
+
+/** What `part` of the newest answers took at most, in milliseconds; null where none says how long. */
+export function speedOf(line: Line, part: number): number | null {
+  return quantile(line.edges.flatMap((edge) => (edge.requests ? [edge.requests.all.times] : [])), part);
+}
+
+/** Every kind of request of a line, the most asked first. */
+export function requestsOf(line: Line): [string, Kind[]][] {
+  const kinds = new Map<string, Kind[]>();
+  for (const edge of line.edges) {
+    for (const [text, kind] of edge.requests?.kinds ?? []) kinds.set(text, [...(kinds.get(text) ?? []), kind]);
+  }
+  const asked = (list: Kind[]) => list.reduce((total, kind) => total + kind.asked, 0);
+  return [...kinds].sort(([, a], [, b]) => asked(b) - asked(a));
+}
+
 function addTo(lines: Map<string, Line>, model: Model, now: number, from: string, to: string, edge: Edge): void {
   const id = `${from}|${to}`;
   let line = lines.get(id);
   if (!line) {
-    line = { id, from, to, rate: 0, dropRate: 0, flows: 0, drops: 0, ports: [], reasons: new Map(), last: 0, passed: 0, edges: [] };
+    line = { id, from, to, rate: 0, dropRate: 0, flows: 0, drops: 0, ports: [], reasons: new Map(), asked: null, last: 0, passed: 0, edges: [] };
     lines.set(id, line);
   }
   const bucket = model.bucket(now);

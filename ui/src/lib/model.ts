@@ -2,6 +2,7 @@
 // window of time. Every list has an end; what did not fit is counted and told.
 import type { Loss, NodeNews, Party, Policy, Row } from './flow.ts';
 import { policyText, portText } from './flow.ts';
+import { Requests, requestText } from './request.ts';
 import { BUCKETS, Series } from './series.ts';
 
 /** The most that is kept of each. */
@@ -30,6 +31,8 @@ export interface Drop {
   sources: Set<string>;
   targets: Set<string>;
   nodes: Set<string>;
+  /** What was asked, where a proxy denied it. */
+  requests: Set<string>;
   sample: Row;
 }
 
@@ -42,6 +45,10 @@ export interface Edge {
   dropped: Series;
   ports: Map<string, { forwarded: number; dropped: number }>;
   reasons: Map<string, number>;
+  /** Null as long as no proxy has seen a request. */
+  requests: Requests | null;
+  /** Questions, in time. */
+  asked: Directed;
   last: number;
   /** When something last passed; 0: never. */
   passed: number;
@@ -112,7 +119,8 @@ export class Model {
     const isDrop = row.verdict === 'DROPPED';
     // A connection has several records and counts once.
     const isCounted = row.event === 'new' || isDrop;
-    if (isCounted) (isDrop ? this.dropped : this.forwarded).add(bucket);
+    const isQuestion = row.request !== null && !row.request.isAnswer;
+    if (isCounted || isQuestion) (isDrop ? this.dropped : this.forwarded).add(bucket);
     if (isDrop) this.#drop(row, bucket);
     this.#edge(row, bucket, isDrop, isCounted);
   }
@@ -156,7 +164,8 @@ export class Model {
     const policies = row.deniedBy.length ? row.deniedBy : row.isolatedBy;
     const port = portText(row);
     const named = policies.map(policyText).join(' ');
-    const key = [row.source.key, row.destination.key, port, row.reason, row.direction, named].join('|');
+    const layer = row.event === 'request' ? (row.request?.protocol ?? 'L7') : '';
+    const key = [row.source.key, row.destination.key, port, row.reason, row.direction, named, layer].join('|');
     let drop = this.drops.get(key);
     if (!drop) {
       this.#makeRoom(this.drops, LIMITS.drops, 'drops');
@@ -175,6 +184,7 @@ export class Model {
         sources: new Set(),
         targets: new Set(),
         nodes: new Set(),
+        requests: new Set(),
         sample: row,
       };
       this.drops.set(key, drop);
@@ -189,6 +199,7 @@ export class Model {
     if (drop.sources.size < LIMITS.samples) drop.sources.add(row.source.pod || row.source.ip);
     if (drop.targets.size < LIMITS.samples) drop.targets.add(row.destination.pod || row.destination.ip);
     if (drop.nodes.size < LIMITS.samples) drop.nodes.add(row.node);
+    if (row.request && drop.requests.size < LIMITS.samples) drop.requests.add(requestText(row.request));
   }
 
   #edge(row: Row, bucket: number, isDrop: boolean, isCounted: boolean): void {
@@ -204,12 +215,18 @@ export class Model {
         dropped: new Series(),
         ports: new Map(),
         reasons: new Map(),
+        requests: null,
+        asked: new Directed(),
         last: row.time,
         passed: 0,
       };
       this.edges.set(key, edge);
     }
     edge.last = Math.max(edge.last, row.time);
+    if (row.request) {
+      (edge.requests ??= new Requests()).add(row.request, isDrop);
+      if (!row.request.isAnswer) edge.asked.add(row.direction, bucket);
+    }
     const name = portText(row);
     let port = edge.ports.get(name);
     if (!port && edge.ports.size < LIMITS.ports) edge.ports.set(name, (port = { forwarded: 0, dropped: 0 }));

@@ -2,7 +2,7 @@
 // security policy holds; a picture of each is left under tests/shots for people.
 import type { Browser } from 'playwright-core';
 import { afterAll, beforeAll, beforeEach, expect, test } from 'vitest';
-import { shop } from '../flows.ts';
+import { REQUESTS, shop } from '../flows.ts';
 import { Relay } from '../server.ts';
 import { accessibility, fits, loaded, type Look, open, shot, start } from './browser.ts';
 
@@ -14,7 +14,7 @@ beforeAll(async () => {
 });
 beforeEach(() => {
   const now = Date.now();
-  relay.history = shop(3_000, now - 240_000, now - 200);
+  relay.history = [...shop(3_000, now - 240_000, now - 200), ...shop(300, now - 20_000, now - 100, 5, REQUESTS)].sort((a, b) => Date.parse(String(a.time)) - Date.parse(String(b.time)));
 });
 afterAll(async () => {
   await browser?.close();
@@ -35,6 +35,9 @@ const pages: [string, string, string, string?][] = [
   ['map-namespaces', '#/map?level=namespace', '.canvas .box.folded'],
   ['flows', '#/flows', '.flow-space .flow-row'],
   ['flow-open', '#/flows?verdict=DROPPED', '.flow-space .flow-row', '.flow-space .flow-row'],
+  ['requests', '#/flows?type=l7', '.flow-space .flow-row'],
+  ['request-open', '#/flows?type=l7&verdict=DROPPED', '.flow-space .flow-row', '.flow-space .flow-row'],
+  ['map-requests', '#/map?from-namespace=shop&to-namespace=shop', '.canvas .box', '.pairs li:has-text("HTTP") button'],
   ['reasons', '#/reasons', '.card'],
   ['pod', '#/pod/data/database-0', '.pod .drop'],
   ['nothing', '#/drops?namespace=nowhere', '.empty h2'],
@@ -43,13 +46,13 @@ const pages: [string, string, string, string?][] = [
 for (const [look, options] of looks) {
   for (const [name, path, wanted, click] of pages) {
     // What both a phone and the dark theme change.
-    if (look === 'phone-dark' && !['drop-open', 'map', 'flows'].includes(name)) continue;
+    if (look === 'phone-dark' && !['drop-open', 'map', 'flows', 'requests', 'map-requests'].includes(name)) continue;
     test(`${name} ${look}`, async () => {
       const { page, context, faults } = await open(browser, relay.url + path, options);
       await page.locator(wanted).first().waitFor();
       await loaded(page);
       if (click) await page.locator(click).first().click();
-      if (click && name !== 'map-chosen') await page.locator('.copy pre').first().waitFor();
+      if (click && !name.startsWith('map-')) await page.locator('.copy pre').first().waitFor();
       await shot(page, `${name}-${look}`);
       await fits(page);
       expect(await accessibility(page)).toEqual([]);

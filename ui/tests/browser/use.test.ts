@@ -2,7 +2,7 @@
 import type { Browser, Page } from 'playwright-core';
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
 import { parse } from 'yaml';
-import { crowd, flow, pod, shop } from '../flows.ts';
+import { crowd, flow, pod, REQUESTS, shop } from '../flows.ts';
 import { Relay } from '../server.ts';
 import { accessibility, fits, loaded, type Look, open, shot, start } from './browser.ts';
 
@@ -122,6 +122,35 @@ test('filters are typed, kept in the address, and asked of the server', async ()
   await expect.poll(() => page.locator('.chip').count()).toBe(0);
 });
 
+test('requests have columns, filters and lines of their own', async () => {
+  const failed = REQUESTS.find(([, spec]) => (spec.l7?.http as { code?: number } | undefined)?.code === 503)![1];
+  relay.history = [...shop(200, Date.now() - 10_000, Date.now() - 100, 7, REQUESTS), flow({ ...failed, time: Date.now() - 50 })];
+  const page = await visit('#/flows');
+  const slow = page.locator('.flow-space .flow-row').filter({ hasText: '503' }).first();
+  await slow.waitFor();
+  expect(await slow.innerText()).toMatch(/POST \/cart[\s\S]*503[\s\S]*1.4 s/);
+  expect(await page.locator('.flow-header').innerText()).toMatch(/Request[\s\S]*Status[\s\S]*Latency/);
+  await page.getByRole('button', { name: 'Failed requests' }).click();
+  await page.waitForURL(/http-status=5/);
+  await expect.poll(() => relay.asked.at(-1)?.get('http-status')).toBe('5+');
+  await loaded(page);
+  for (const row of await page.locator('.flow-space .flow-row').allInnerTexts()) expect(row).toContain('503');
+  await page.locator('.flow-space .flow-row').first().click();
+  await page.getByRole('button', { name: 'This path' }).click();
+  await expect.poll(() => relay.asked.at(-1)?.get('http-path')).toBe('^/cart$');
+  const map = await visit('#/map?from-namespace=shop');
+  const pair = map.locator('.pairs li').filter({ hasText: 'HTTP' });
+  await pair.first().locator('button').first().click();
+  const table = pair.first().locator('.asked-table');
+  expect(await table.innerText()).toMatch(/GET \/items[\s\S]*DELETE \/admin\/users[\s\S]*denied/);
+  expect(await map.locator('.canvas .line').filter({ hasText: 'HTTP' }).first().innerHTML()).toMatch(/fail/);
+  // A denied request says which, and has a rule of layer 7.
+  const drops = await visit('#/drops');
+  const drop = drops.locator('.drop').filter({ hasText: 'DELETE /admin/users' });
+  await drop.locator('.drop-head').click();
+  expect(await drop.locator('.copy pre').innerText()).toContain('kind: CiliumNetworkPolicy');
+});
+
 test('time stops, goes back, and goes on', async () => {
   const now = Date.now();
   relay.history = [denied({ time: now - 500_000 }), flow({ from: db, to: 'world', port: 443, reason: 'FIB_LOOKUP_FAILED', time: now - 1_000 })];
@@ -139,6 +168,12 @@ test('time stops, goes back, and goes on', async () => {
   // The same moment for somebody else, later.
   const other = await visit(new URL(page.url()).hash);
   await other.locator('.drop:has-text("5432/TCP")').waitFor();
+  // The wheel goes on from there, and forward to now.
+  const until = () => Date.parse(new URLSearchParams(new URL(page.url()).hash.split('?')[1]).get('until') ?? '');
+  const before = until();
+  await page.locator('.histogram').hover();
+  await page.mouse.wheel(0, -400);
+  await expect.poll(until).toBeLessThan(before - 60_000);
   await page.getByRole('button', { name: 'Go live' }).click();
   await page.getByRole('heading', { name: '2 kinds of drop right now' }).waitFor();
   expect(page.url()).not.toContain('until');
