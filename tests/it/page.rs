@@ -7,11 +7,13 @@ use std::process::Command;
 use std::thread;
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 
-use crate::lab::wait_for;
+use crate::lab::{Lab, Setup, Via, binary, wait_for};
 use crate::require::require_lab;
 use crate::shop::page::{AGENT_ARGUMENTS, Page};
 use crate::shop::{ATTEMPTS, Shop};
+use crate::verdicts::{Expected, Row, expect_all};
 
 /// What this machine lacks for a browser; `make ui-test` installs it.
 fn browser_lacks() -> Option<&'static str> {
@@ -69,4 +71,46 @@ fn the_page_shows_the_shop_and_its_rule_allows_what_was_denied() -> Result<()> {
         ATTEMPTS.iter().position(|attempt| attempt.to == "service data/database" && !attempt.is_allowed);
     let denied = denied.context("the shop denies its front end the database")?;
     wait_for("the rule to allow what was denied", || Ok(shop.try_all()?[denied].is_answered()))
+}
+
+/// `weir observe` and `weir top` ask a relay, which asks every node.
+#[test]
+fn a_relay_answers_observe_and_top_for_every_node() -> Result<()> {
+    require_lab!();
+    let agent_arguments = AGENT_ARGUMENTS.map(str::to_owned).to_vec();
+    let lab = Lab::start(Setup { nodes: 2, agent_arguments, ..Setup::default() })?;
+    let client = lab.pod(1, "shop/client").create()?;
+    let server = lab.pod(2, "shop/server").label("app", "server").create()?;
+    lab.manifests().apply(
+        "apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: closed, namespace: shop}
+spec: {podSelector: {matchLabels: {app: server}}}
+",
+    )?;
+    let _page = Page::serve(&lab, "127.0.0.1:0")?;
+    let target = std::net::SocketAddr::new(server.address(true), 80);
+    expect_all(&[Row::new(&client, Via::Tcp, target, Expected::Denied)])?;
+    let ask = |arguments: &[&str]| -> Result<String> {
+        let mut command = Command::new(binary("weir")?);
+        command.args(arguments).args(["-o", "json", "--server", "127.0.0.1:4245"]);
+        lab.node(1).space().command(command, "")
+    };
+    let mut seen = Vec::new();
+    wait_for("flows of both nodes by the relay", || {
+        let written = ask(&["observe", "--all", "--from-pod", "shop/client", "--to-pod", "shop/server"])?;
+        let flows: Vec<Value> = written.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        seen = flows.into_iter().map(|mut flow| flow["flow"].take()).filter(Value::is_object).collect();
+        let is_of = |place: usize| seen.iter().any(|flow| flow["node_name"] == lab.node(place).name());
+        Ok(is_of(1) && is_of(2))
+    })?;
+    let dropped: Vec<_> = seen.iter().filter(|flow| flow["verdict"] == "DROPPED").collect();
+    assert!(
+        !dropped.is_empty() && dropped.iter().all(|flow| flow["node_name"] == lab.node(2).name()),
+        "{seen:?}"
+    );
+    let top: Value = serde_json::from_str(&ask(&["top", "--once", "--window", "600"])?)?;
+    assert_eq!(top["drops"][0]["source"], "shop/client", "{top}");
+    assert_eq!(top["drops"][0]["destination"], "shop/server", "{top}");
+    Ok(())
 }
