@@ -171,6 +171,8 @@ pub struct Compute {
     asked_by: Snapshot<PolicyRef, Arc<Policy>>,
     last_identity: BTreeMap<EndpointId, (ObjectKey, IdentityId)>,
     confirming: Option<Arc<Confirming>>,
+    /// The policies of the last round, with those that were kept.
+    sources: policy::Sources,
 }
 
 impl Compute {
@@ -203,6 +205,7 @@ impl Compute {
             asked_by: Snapshot::new(),
             last_identity: BTreeMap::new(),
             confirming: None,
+            sources: policy::Sources::default(),
         }
     }
 
@@ -240,7 +243,9 @@ impl Compute {
     /// What `view` asks of the kernel.
     pub fn desired(&mut self, view: &View) -> Result<Desired, policy::Error> {
         self.learn_numbers(&view.identities, &view.to_claim);
-        let policies = self.resolver.update(view.policies.clone(), view.references.clone());
+        let is_leaving = |name: &str| view.namespaces.get(name).is_some_and(|namespace| namespace.is_leaving);
+        self.sources = view.policies.clone().kept_from(&self.sources, is_leaving);
+        let policies = self.resolver.update(self.sources.clone(), view.references.clone());
         if !self.asked_by.ptr_eq(&policies) {
             self.asked_labels = policy::asked_labels(&policies, &self.rules.labels);
             self.asked_by = policies.clone();

@@ -90,6 +90,9 @@ pub struct Namespace {
     pub labels: Labels,
     /// The labels cannot be read.
     pub is_partial: bool,
+    /// It is being deleted: its pods end after its policies are gone.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub is_leaving: bool,
     /// What its annotations ask for, for all its pods.
     #[serde(skip_serializing_if = "Marks::is_none")]
     pub marks: Marks,

@@ -47,6 +47,28 @@ impl Sources {
         self.network.values().chain(others).map(AsRef::as_ref)
     }
 
+    /// These, with those of `before` that are gone while their namespace is being deleted: its policies go first,
+    /// and its pods are not to be open until they end.
+    pub fn kept_from(mut self, before: &Self, is_leaving: impl Fn(&str) -> bool) -> Self {
+        for item in before.network.diff(&self.network.clone()) {
+            if let DiffItem::Remove(key, policy) = item
+                && key.namespace.as_deref().is_some_and(&is_leaving)
+            {
+                self.network.insert(key.clone(), policy.clone());
+            }
+        }
+        for (old, new) in before.others.iter().zip(&mut self.others) {
+            for item in old.diff(&new.clone()) {
+                if let DiffItem::Remove(key, policy) = item
+                    && is_leaving(&key.namespace)
+                {
+                    new.insert(key.clone(), policy.clone());
+                }
+            }
+        }
+        self
+    }
+
     /// These, with `given` beside them, or instead of those of the same name.
     pub fn with(mut self, given: Vec<Policy>) -> Self {
         let mut added: BTreeMap<PolicyKind, Snapshot<ObjectKey, Arc<Policy>>> = BTreeMap::new();

@@ -161,7 +161,7 @@ fn ports_of_the_node(routing: &str) -> Result<()> {
 }
 
 #[test]
-fn ports_of_the_node_are_closed_by_policy_and_what_must_stay_open_does() -> Result<()> {
+fn bypass_6_ports_of_the_node_are_closed_by_policy_and_what_must_stay_open_does() -> Result<()> {
     require_lab!();
     ports_of_the_node("tunnel")
 }

@@ -9,8 +9,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use weir::model::{
-    Action, Labels, Peer, Pod, Policy, PolicyDirection, PolicyRule, PortSelector, Protocol, Requirement,
-    Selector, Subject, Tier,
+    Action, Entity, Labels, Peer, Pod, Policy, PolicyDirection, PolicyRule, PortSelector, Protocol,
+    Requirement, Selector, Subject, Tier,
 };
 
 /// A cluster, as far as policy can see it.
@@ -22,6 +22,8 @@ pub struct Cluster {
     pub pods: Vec<ClusterPod>,
     /// Addresses of nodes other than the two that run the pods.
     pub nodes: Vec<IpAddr>,
+    /// Addresses of the node that is asked.
+    pub own: Vec<IpAddr>,
     /// Addresses of nobody known.
     pub outside: Vec<IpAddr>,
     /// The policies, of every namespace.
@@ -127,6 +129,14 @@ impl Cluster {
         true
     }
 
+    fn is_node(&self, side: Side<'_>) -> bool {
+        self.nodes.contains(&side.address) || self.own.contains(&side.address)
+    }
+
+    fn is_outside(&self, side: Side<'_>) -> bool {
+        side.pod.is_none() && !self.is_node(side)
+    }
+
     fn is_subject(&self, policy: &Policy, pod: &ClusterPod) -> bool {
         let namespace = &pod.pod.key.namespace;
         let Subject::Pods { namespaces, pods } = &policy.subject else { return false };
@@ -158,6 +168,22 @@ impl Cluster {
                     is_namespace && selects(pods, &pod.pod.labels)
                 }
                 (Peer::Pods { .. }, None) => false,
+                // Cilium's rules on addresses do not speak of pods and nodes.
+                (Peer::Outside { cidr, except }, _) => {
+                    self.is_outside(other)
+                        && is_within(other.address, cidr)
+                        && !except.iter().any(|hole| is_within(other.address, hole))
+                }
+                (Peer::NodeAddresses(nodes), _) => {
+                    self.is_node(other) && nodes.iter().any(|node| is_within(other.address, node))
+                }
+                (Peer::Entity(entity), _) => match entity {
+                    Entity::World => self.is_outside(other),
+                    Entity::Cluster => !self.is_outside(other),
+                    Entity::Host => self.own.contains(&other.address),
+                    Entity::RemoteNode => self.nodes.contains(&other.address),
+                    Entity::KubeApiServer | Entity::Nobody => false,
+                },
                 (other, _) => panic!("not made by the generator: {other:?}"),
             };
             if is_match {
@@ -170,7 +196,18 @@ impl Cluster {
 
 fn has_port(rule: &PolicyRule, destination: Side<'_>, payload: Payload) -> bool {
     let Some(ports) = &rule.ports else { return true };
-    let Payload::Port(protocol, number) = payload else { return false };
+    let Payload::Port(protocol, number) = payload else {
+        // An echo request; to a rule its type is what a port is.
+        let (protocol, kind) = if destination.address.is_ipv4() { (1, 8) } else { (58, 128) };
+        return ports.iter().any(|port| {
+            port.protocol.0 == protocol
+                && match port.port {
+                    PortSelector::Any => true,
+                    PortSelector::Range(from, to) => from <= kind && kind <= to,
+                    PortSelector::Named(_) => false,
+                }
+        });
+    };
     for port in ports {
         if port.protocol != protocol.into() {
             continue;

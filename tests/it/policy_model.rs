@@ -103,11 +103,12 @@ fn identity_of(output: &Output, address: IpAddr) -> IdentityId {
 }
 
 /// The kernel's two lookups: peer to class in the hash, then the longest match of the trie.
-fn verdict(direction: &CompiledDirection, peer: IdentityId, payload: Payload) -> bool {
+fn verdict(direction: &CompiledDirection, peer: IdentityId, payload: Payload, is_ipv4: bool) -> bool {
     let class = direction.peers.get(&peer).copied().unwrap_or(0);
     let (protocol, port) = match payload {
         Payload::Port(protocol, port) => (protocol.number(), port),
-        Payload::Icmp => (1, 0),
+        Payload::Icmp if is_ipv4 => (1, 8),
+        Payload::Icmp => (58, 128),
     };
     let is_match = |key: &&weir::model::CompiledRuleKey| {
         key.class == class
@@ -133,12 +134,16 @@ fn is_delivered(outputs: &[Output; 2], cluster: &Cluster, from: Side, to: Side, 
     let egress = from.pod.is_none_or(|pod| {
         let (output, policy) = policy_of(pod);
         let direction = policy.and_then(|policy| policy.egress.as_ref());
-        direction.is_none_or(|direction| verdict(direction, identity_of(output, to.address), payload))
+        direction.is_none_or(|direction| {
+            verdict(direction, identity_of(output, to.address), payload, to.address.is_ipv4())
+        })
     });
     let ingress = to.pod.is_none_or(|pod| {
         let (output, policy) = policy_of(pod);
         let direction = policy.and_then(|policy| policy.ingress.as_ref());
-        direction.is_none_or(|direction| verdict(direction, identity_of(output, from.address), payload))
+        direction.is_none_or(|direction| {
+            verdict(direction, identity_of(output, from.address), payload, to.address.is_ipv4())
+        })
     });
     egress && ingress
 }
@@ -252,6 +257,12 @@ proptest! {
 
     #[test]
     fn compiled_rows_say_what_tiers_denies_and_passes_say(cluster in random::tiered_cluster()) {
+        let outputs = [0, 1].map(|node| Facts::new(&cluster, node).compile(&mut compiler()));
+        compare(&outputs, &cluster)?;
+    }
+
+    #[test]
+    fn compiled_rows_say_what_peers_and_messages_of_cilium_say(cluster in random::cilium_cluster()) {
         let outputs = [0, 1].map(|node| Facts::new(&cluster, node).compile(&mut compiler()));
         compare(&outputs, &cluster)?;
     }

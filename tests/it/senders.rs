@@ -47,7 +47,7 @@ fn tunnel_packet(vni: u32, from: IpAddr, to: IpAddr) -> Vec<u8> {
 }
 
 #[test]
-fn a_pod_makes_no_tunnel_packets_whatever_the_address() -> Result<()> {
+fn bypass_5_a_pod_makes_no_tunnel_packets_whatever_the_address() -> Result<()> {
     require_lab!();
     let lab = Lab::start(Setup { nodes: 2, ..Setup::default() })?;
     let victim = lab.pod(2, "shop/victim").label("app", "victim").create()?;
@@ -115,7 +115,7 @@ fn listen_icmpv6(space: &Space, text: &'static [u8]) -> Running<Result<Vec<Vec<u
 }
 
 #[test]
-fn neighbour_discovery_from_elsewhere_reaches_no_pod() -> Result<()> {
+fn bypass_4_neighbour_discovery_from_elsewhere_reaches_no_pod() -> Result<()> {
     require_lab!();
     const TEXT: &[u8] = b"what no policy has let in";
     for routing in ["tunnel", "native"] {
@@ -206,7 +206,7 @@ fn translate(node: &Node, address: &IpAddr, rule: &str) -> Result<bool> {
 }
 
 #[test]
-fn the_nodes_rules_guard_the_servers_of_clouds() -> Result<()> {
+fn bypass_6_the_nodes_rules_guard_the_servers_of_clouds() -> Result<()> {
     require_lab!();
     let lab = Lab::start(Setup::default())?;
     let node = lab.node(1);

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::anyhow;
 use clap::Args;
 
-use super::{offline, validate};
+use super::{offline, running, validate};
 use crate::agent::policy_diff;
 use crate::api::Request;
 use crate::cli::{Connection, Failure, Format, output, table};
@@ -50,6 +50,12 @@ pub fn run(args: &DiffArgs) -> Result<(), Failure> {
             table::write(&mut out, ["BECOMES", "PODS", "DIRECTION", "PEER", "PORTS"], &lines)?;
             if changes.len() == CHANGES_MAX {
                 writeln!(out, "and more: only the first {CHANGES_MAX} are listed")?;
+            }
+            if args.manifests.is_none() {
+                let lines: Vec<_> =
+                    running::judged_otherwise(&args.connection, &changes)?.into_iter().collect();
+                writeln!(out, "\nof the flows that are kept {} would be judged otherwise", lines.len())?;
+                table::write(&mut out, ["BECOMES", "FROM", "TO", "PORT"], &lines)?;
             }
         }
     }

@@ -3,6 +3,7 @@
 mod diff;
 mod explain;
 mod offline;
+mod running;
 mod suggest;
 mod validate;
 
@@ -20,7 +21,7 @@ pub enum PolicyCommand {
     Validate(validate::ValidateArgs),
     /// Say whether one end may speak to another, which rules decide that, and what would change it.
     Explain(explain::ExplainArgs),
-    /// Say which pairs of pods a file of policies would let speak or part.
+    /// Say which pairs of pods a file of policies would let speak or part, and which of the flows seen.
     Diff(diff::DiffArgs),
     /// Write the smallest NetworkPolicy that allows what a pod, workload or namespace was seen doing.
     Suggest(suggest::SuggestArgs),

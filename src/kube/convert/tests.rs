@@ -474,6 +474,7 @@ fn namespaces_have_their_name_as_a_label_whatever_they_say() {
         let expected = Namespace {
             labels: labels(&[("team", "red"), ("kubernetes.io/metadata.name", "shop")]),
             is_partial: false,
+            is_leaving: false,
             marks: Default::default(),
         };
         assert_eq!(object::<kinds::Namespace>(yaml), expected, "{yaml}");

@@ -31,7 +31,9 @@ impl ObjectKind for Namespace {
         let mut labels = read.unwrap_or_default();
         labels.insert(NAMESPACE_NAME.to_owned(), id.key.name.to_string());
         let marks = marks(document, &mut notes.warnings);
-        Ok(Some(model::Namespace { labels, is_partial, marks }))
+        let is_leaving = document.get("metadata").and_then(|it| Ok(it.get("deletionTimestamp")?.is_present()));
+        let is_leaving = is_leaving.unwrap_or(false);
+        Ok(Some(model::Namespace { labels, is_partial, is_leaving, marks }))
     }
 
     fn rows(tables: &Arc<Tables>) -> Box<dyn Rows<model::Namespace>> {

@@ -1,7 +1,9 @@
 //! What denies, and whom a peer is: rows asked as the kernel asks them.
 
 use super::*;
-use crate::model::{CidrGroup, EndpointSlice, Entity, GroupSelector, Node, ServiceName, ServiceSelector};
+use crate::model::{
+    CidrGroup, EndpointSlice, Entity, GroupSelector, Node, PolicyKind, ServiceName, ServiceSelector,
+};
 
 /// An address of the world, one of a node of the cluster, and two pods of which one has no labels yet.
 fn cluster() -> World {
@@ -264,6 +266,30 @@ fn a_difference_is_said_by_pair_and_ports() {
             "300 ingress 301 UDP false",
         ]
     );
+}
+
+#[test]
+fn a_namespace_that_is_being_deleted_keeps_its_policies_until_it_is_gone() {
+    let of = |policies: Vec<Policy>| {
+        Sources { others: vec![Snapshot::new()], ..Sources::default() }.with(policies)
+    };
+    let lock = |kind: PolicyKind, name: &str| {
+        let mut policy = policy(name, Selector::default());
+        policy.reference.kind = kind;
+        policy.ingress = Some(PolicyDirection { default: Action::Deny, rules: Vec::new() });
+        policy
+    };
+    let both = || vec![lock(PolicyKind::NetworkPolicy, "a"), lock(PolicyKind::CiliumNetworkPolicy, "b")];
+    let mut before = of(both());
+    // `with` adds kinds behind the tables: the same places in both.
+    before.others.swap(0, 1);
+    let now = || Sources { others: vec![Snapshot::new(); 2], ..Sources::default() };
+    let count = |sources: &Sources| sources.all().count();
+    let leaving = now().kept_from(&before, |namespace| namespace == "shop");
+    assert_eq!(count(&leaving), 2, "its pods may run");
+    assert_eq!(count(&now().kept_from(&leaving, |namespace| namespace == "shop")), 2, "round after round");
+    assert_eq!(count(&now().kept_from(&leaving, |_| false)), 0, "the namespace is gone");
+    assert_eq!(count(&now().kept_from(&before, |namespace| namespace == "other")), 0, "a policy was deleted");
 }
 
 #[test]

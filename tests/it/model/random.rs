@@ -12,8 +12,8 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use serde_json::{Value, json};
 use weir::model::{
-    Action, Labels, NamedPort, ObjectKey, Peer, Pod, Policy, PolicyDirection, PolicyKind, PolicyRef,
-    PolicyRule, PortMatch, PortSelector, Protocol, Requirement, Selector, Subject, Tier,
+    Action, Entity, IpProtocol, Labels, NamedPort, ObjectKey, Peer, Pod, Policy, PolicyDirection, PolicyKind,
+    PolicyRef, PolicyRule, PortMatch, PortSelector, Protocol, Requirement, Selector, Subject, Tier,
 };
 
 use super::{Cluster, ClusterPod, Payload};
@@ -51,11 +51,20 @@ pub fn pod_cidrs() -> Vec<IpNet> {
 
 /// A cluster that depends on nothing but `seed`.
 pub fn sample(seed: u64) -> Cluster {
+    sample_of(cluster(), seed)
+}
+
+/// The same of Cilium's kinds and every tier.
+pub fn sample_of_cilium(seed: u64) -> Cluster {
+    sample_of(cilium_cluster(), seed)
+}
+
+fn sample_of(clusters: impl Strategy<Value = Cluster>, seed: u64) -> Cluster {
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
     let random = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
     let mut runner = TestRunner::new_with_rng(Config::default(), random);
-    cluster().new_tree(&mut runner).expect("the strategies refuse nothing").current()
+    clusters.new_tree(&mut runner).expect("the strategies refuse nothing").current()
 }
 
 /// Random clusters with two nodes, two to six pods and up to five policies.
@@ -65,6 +74,7 @@ pub fn cluster() -> impl Strategy<Value = Cluster> {
         namespaces: NAMESPACES.map(str::to_owned).into_iter().zip(labels).collect(),
         pods: pods.into_iter().enumerate().map(|(index, pod)| place(index, pod)).collect(),
         nodes: vec![address("192.168.0.7"), address("fd77::7")],
+        own: Vec::new(),
         outside: vec![
             address("203.0.113.9"),
             address("192.168.0.99"),
@@ -138,6 +148,58 @@ pub fn tiered_cluster() -> impl Strategy<Value = Cluster> {
         }
         cluster
     })
+}
+
+/// The same with the peers and the messages that Cilium's kinds name.
+pub fn cilium_cluster() -> impl Strategy<Value = Cluster> {
+    let more = (option::of(vec(cilium_peer(), 1..=2)), option::of(message()));
+    (tiered_cluster(), vec(more, 20)).prop_map(|(mut cluster, more)| {
+        let mut more = more.into_iter();
+        for policy in &mut cluster.policies {
+            for direction in policy.ingress.iter_mut().chain(&mut policy.egress) {
+                for (rule, (peers, message)) in direction.rules.iter_mut().zip(&mut more) {
+                    if let Some(peers) = peers {
+                        rule.peers.get_or_insert_default().extend(peers);
+                    }
+                    if let Some(ports) = &mut rule.ports {
+                        ports.extend(message);
+                    }
+                }
+            }
+        }
+        cluster
+    })
+}
+
+fn cilium_peer() -> impl Strategy<Value = Peer> {
+    let outside = block().prop_map(|block| match block {
+        Peer::Block { cidr, except } => Peer::Outside { cidr, except },
+        other => other,
+    });
+    let entities =
+        [Entity::World, Entity::Cluster, Entity::Host, Entity::RemoteNode, Entity::Nobody].map(Peer::Entity);
+    let nodes = ["192.168.0.7/32", "fd77::7/128"].map(net).to_vec();
+    prop_oneof![
+        2 => outside,
+        2 => select(entities.to_vec()),
+        1 => subsequence(nodes, 0..=2).prop_map(|nodes| Peer::NodeAddresses(nodes.into_iter().collect())),
+    ]
+}
+
+/// An echo request, another message, all of ICMP, all of a protocol that has no ports.
+fn message() -> impl Strategy<Value = PortMatch> {
+    let one = |protocol, kind| PortMatch { protocol, port: PortSelector::Range(kind, kind) };
+    let all = |protocol| PortMatch { protocol, port: PortSelector::Any };
+    let (four, six) = (IpProtocol::ICMP, IpProtocol::ICMPV6);
+    select(vec![
+        one(four, 8),
+        one(six, 128),
+        one(four, 13),
+        one(six, 130),
+        all(four),
+        all(six),
+        all(IpProtocol(47)),
+    ])
 }
 
 type Ports = BTreeMap<String, Vec<NamedPort>>;

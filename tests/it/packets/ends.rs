@@ -50,7 +50,7 @@ impl Outward {
 }
 
 #[test]
-fn a_wrong_rst_ends_nothing() -> Result<()> {
+fn bypass_8_a_wrong_rst_ends_nothing() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {
         for sequence in [0, 999, 0x8000_0000, 0xffff_ffff] {

@@ -191,7 +191,7 @@ fn a_reply_port_does_not_let_the_responder_begin() -> Result<()> {
 }
 
 #[test]
-fn a_tightened_policy_stops_a_running_connection_both_ways() -> Result<()> {
+fn bypass_8_a_tightened_policy_stops_a_running_connection_both_ways() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {
         for first_is_reply in [false, true] {
@@ -442,7 +442,7 @@ fn the_pods_own_node_is_always_let_in() -> Result<()> {
 }
 
 #[test]
-fn nobody_puts_packets_into_a_flow_between_pods() -> Result<()> {
+fn bypass_8_nobody_puts_packets_into_a_flow_between_pods() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {
         expect(world, &forward(&cast, SYN), REDIRECT)?;

@@ -24,7 +24,7 @@ fn ends(from: (IpAddr, u16), to: (IpAddr, u16), id: u32) -> [Packet; 2] {
 }
 
 #[test]
-fn a_first_fragment_that_is_dropped_serves_nobody() -> Result<()> {
+fn bypass_1_a_first_fragment_that_is_dropped_serves_nobody() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {
         world.enforce(2, &[INGRESS])?;

@@ -21,7 +21,7 @@ pub fn pieces(from: (IpAddr, u16), to: (IpAddr, u16), id: u32) -> [Packet; 3] {
 }
 
 #[test]
-fn fragments_are_judged_like_their_first() -> Result<()> {
+fn bypass_1_fragments_are_judged_like_their_first() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {
         world.enforce(2, &[INGRESS])?;
@@ -80,7 +80,7 @@ fn fragments_are_masqueraded_like_their_first() -> Result<()> {
 }
 
 #[test]
-fn options_and_extension_headers_do_not_hide_ports() -> Result<()> {
+fn bypass_3_options_and_extension_headers_do_not_hide_ports() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {
         world.enforce(2, &[INGRESS])?;
@@ -101,7 +101,7 @@ fn options_and_extension_headers_do_not_hide_ports() -> Result<()> {
 }
 
 #[test]
-fn other_protocols_pass_only_by_rules_for_any_port() -> Result<()> {
+fn bypass_3_other_protocols_pass_only_by_rules_for_any_port() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {
         let packet = Packet::new(cast.a, cast.b, super::frame::Layer4::Other(47)).by(1).payload(&[0; 40]);

@@ -15,7 +15,7 @@ fn with_id(mut packet: Packet, id: u16) -> Packet {
 }
 
 #[test]
-fn who_answers_a_query_may_not_ask_one() -> Result<()> {
+fn bypass_2_who_answers_a_query_may_not_ask_one() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {
         // Echo, timestamp, information, address mask, extended echo.

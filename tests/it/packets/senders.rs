@@ -258,7 +258,7 @@ fn guarded_destinations_are_the_stacks_in_both_directions() -> Result<()> {
 }
 
 #[test]
-fn frames_with_a_tag_and_frames_for_others_are_not_taken() -> Result<()> {
+fn bypass_4_frames_with_a_tag_and_frames_for_others_are_not_taken() -> Result<()> {
     require_lab!();
     for tunnel_ifindex in [Some(1), None] {
         in_both_families_with(Settings { tunnel_ifindex, ..settings() }, |world, cast| {

@@ -678,6 +678,11 @@ impl World {
         })
     }
 
+    /// The action and the mark of a program on a packet, and nothing of what it counted and reported.
+    pub fn act(&self, program: &str, packet: &Packet, arrival: Arrival) -> Result<(u32, u32)> {
+        self.actor(program, arrival)?(&packet.bytes())
+    }
+
     /// Runs a program on a frame many times.
     pub fn repeat(&self, program: &str, bytes: &[u8], repeat: u32) -> Result<()> {
         let mut context = [0; 192];
