@@ -19,7 +19,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use notify::event::{AccessKind, AccessMode, EventKind};
+use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
 use notify::{RecursiveMode, Watcher};
 use tracing::{debug, info, warn};
 
@@ -36,7 +36,9 @@ const FILE_BYTES_MAX: u64 = 16 << 20;
 /// A full look at the directory, whatever inotify said.
 const RESYNC: Duration = Duration::from_secs(3);
 /// Changes that follow one another closer than this are read together.
-const DEBOUNCE: Duration = Duration::from_millis(10);
+const DEBOUNCE: Duration = Duration::from_millis(2);
+/// So long a file that somebody is writing waits for the next sign of him.
+const WRITING: Duration = Duration::from_millis(10);
 /// And not later than this after the first.
 const DEBOUNCE_MAX: Duration = Duration::from_millis(100);
 /// The topic of reports on objects that several files define.
@@ -45,8 +47,8 @@ const CONFLICTS: &str = "objects defined twice";
 const DIRECTORY: &str = "the directory of manifests";
 
 enum Signal {
-    /// These files may have changed; `None`: any of them.
-    Changed(Option<Vec<OsString>>),
+    /// These files may have changed; `None`: any of them. Or somebody is writing them.
+    Changed(Option<Vec<OsString>>, bool),
     Stop,
 }
 
@@ -92,24 +94,35 @@ fn watch(mut state: Directory, signals: &Sender<Signal>, received: &Receiver<Sig
 
 /// The files to look at next, `Some(None)` for all of them; `None` when it is time to end.
 fn next_changes(received: &Receiver<Signal>) -> Option<Option<BTreeSet<OsString>>> {
-    let mut names = BTreeSet::new();
+    let (mut names, mut written) = (BTreeSet::new(), BTreeSet::new());
     let mut add = |signal| match signal {
-        Signal::Changed(Some(some)) => {
-            names.extend(some);
-            Some(false)
+        Signal::Changed(Some(some), is_written) => {
+            for name in some {
+                match is_written {
+                    true => written.insert(name.clone()),
+                    false => written.remove(&name),
+                };
+                names.insert(name);
+            }
+            Some((false, written.is_empty()))
         }
-        Signal::Changed(None) => Some(true),
+        Signal::Changed(None, _) => Some((true, written.is_empty())),
         Signal::Stop => None,
     };
-    let mut is_full = match received.recv_timeout(RESYNC) {
+    let (mut is_full, mut is_whole) = match received.recv_timeout(RESYNC) {
         Ok(signal) => add(signal)?,
         Err(RecvTimeoutError::Timeout) => return Some(None),
         Err(RecvTimeoutError::Disconnected) => return None,
     };
     let end = Instant::now() + DEBOUNCE_MAX;
-    while let Ok(signal) = received.recv_timeout(DEBOUNCE.min(end.saturating_duration_since(Instant::now())))
-    {
-        is_full |= add(signal)?;
+    let wait = |is_whole: bool| {
+        let wait = if is_whole { DEBOUNCE } else { WRITING };
+        received.recv_timeout(wait.min(end.saturating_duration_since(Instant::now())))
+    };
+    while let Ok(signal) = wait(is_whole) {
+        let (is_any, is_settled) = add(signal)?;
+        is_full |= is_any;
+        is_whole = is_settled;
     }
     Some((!is_full).then_some(names))
 }
@@ -118,18 +131,19 @@ fn next_changes(received: &Receiver<Signal>) -> Option<Option<BTreeSet<OsString>
 /// full looks have to do.
 fn subscribe(directory: &Path, signals: Sender<Signal>) -> Option<impl Watcher + use<>> {
     let on_event = move |event: notify::Result<notify::Event>| {
-        let names = match event {
-            Ok(event) if event.need_rescan() => None,
+        let signal = match event {
+            Ok(event) if event.need_rescan() => Signal::Changed(None, false),
             Ok(event) => match event.kind {
+                // What is renamed is whole; what is created and filled is when it is closed.
                 EventKind::Access(AccessKind::Close(AccessMode::Write))
-                | EventKind::Create(_)
-                | EventKind::Modify(_)
-                | EventKind::Remove(_) => names_of(&event.paths),
+                | EventKind::Modify(ModifyKind::Name(_))
+                | EventKind::Remove(_) => Signal::Changed(names_of(&event.paths), false),
+                EventKind::Create(_) | EventKind::Modify(_) => Signal::Changed(names_of(&event.paths), true),
                 _ => return,
             },
-            Err(_) => None,
+            Err(_) => Signal::Changed(None, false),
         };
-        let _ = signals.send(Signal::Changed(names));
+        let _ = signals.send(signal);
     };
     let watcher = notify::recommended_watcher(on_event).and_then(|mut watcher| {
         watcher.watch(directory, RecursiveMode::NonRecursive)?;
