@@ -5,10 +5,10 @@
 //! the container runtime have a part in is measured on the cluster of the end-to-end tests.
 
 mod large;
-mod latency;
+pub mod latency;
 mod population;
 mod real;
-mod world;
+pub mod world;
 
 use std::fs;
 use std::path::Path;
@@ -48,7 +48,7 @@ fn image() -> Result<Vec<Row>> {
 }
 
 /// The value below which `share` of the samples are.
-fn quantile(samples: &[Duration], share: f64) -> Duration {
+pub fn quantile(samples: &[Duration], share: f64) -> Duration {
     let mut sorted = samples.to_vec();
     sorted.sort_unstable();
     let index = ((sorted.len() as f64 * share).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;

@@ -75,12 +75,14 @@ impl Pair {
             client: self.client.space(),
             server: self.server.space(),
             target: self.server.address(true),
+            port: load::ECHO_PORT,
         }
     }
 }
 
 fn path<'a>(name: &'static str, reference: &'a Reference) -> Path<'a> {
-    Path { name, client: &reference.client, server: &reference.server, target: reference.address }
+    let (client, server) = (&reference.client, &reference.server);
+    Path { name, client, server, target: reference.address, port: load::ECHO_PORT }
 }
 
 fn same_node() -> Result<Vec<Row>> {

@@ -12,12 +12,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::lab::Space;
 
-const ECHO_PORT: u16 = 7000;
+/// Of the server that echoes bytes.
+pub const ECHO_PORT: u16 = 7000;
 const SINK_PORT: u16 = 7001;
 /// Bytes that the kernel keeps for the receiver of a stream; it takes the double for its own.
 const SINK_BUFFER: usize = 512 * 1024;
@@ -71,6 +72,17 @@ pub struct Path<'a> {
     pub server: &'a Space,
     /// The server's address.
     pub target: IpAddr,
+    /// The port at which the address echoes bytes: `ECHO_PORT`, or that of a Service.
+    pub port: u16,
+}
+
+/// One sample of connections to Services that are chosen at random.
+#[derive(Clone, Copy, Debug)]
+pub struct ServiceSample {
+    /// The median time that `connect` took, in microseconds.
+    pub connect: f64,
+    /// Connections with one byte each way, in a second.
+    pub rate: f64,
 }
 
 /// The samples of some paths: `samples[path][round]`.
@@ -98,11 +110,13 @@ impl Samples {
     }
 }
 
-/// The processor for everything that is measured: the last one. Called once, before any
-/// namespace is made: threads, agents, servers and clients inherit it.
+/// The processor for everything that is measured: the last one that this process may use. Called before
+/// any namespace is made: threads, agents, servers and clients inherit it.
 pub fn pin() -> Result<()> {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).context("asking for the processors")?;
+    let last = (0..CpuSet::count()).rev().find(|cpu| allowed.is_set(*cpu).unwrap_or(false));
     let mut cpus = CpuSet::new();
-    cpus.set(std::thread::available_parallelism().map_or(0, |count| count.get() - 1))?;
+    cpus.set(last.context("no processor")?)?;
     sched_setaffinity(Pid::from_raw(0), &cpus).context("staying on one processor")
 }
 
@@ -112,16 +126,25 @@ pub struct LoadServer(Child);
 impl LoadServer {
     /// Starts the server of a path and readies its client.
     pub fn start(path: &Path<'_>) -> Result<Self> {
-        // Else the ports of a client run out within a few rounds of connections.
-        path.client.set_sysctls(&[("ipv4/tcp_max_tw_buckets", "64")])?;
+        ready_client(path.client)?;
+        Self::start_in(path.server)
+    }
+
+    /// Starts a server in `space`.
+    pub fn start_in(space: &Space) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("serve").stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut child = path.server.run(move || command.spawn()).context("starting a server of load")?;
+        let mut child = space.run(move || command.spawn()).context("starting a server of load")?;
         let mut line = String::new();
         BufReader::new(child.stdout.take().context("its output")?).read_line(&mut line)?;
-        ensure!(line == "listening\n", "the server of load on {} did not start", path.name);
+        ensure!(line == "listening\n", "the server of load in {} did not start", space.name());
         Ok(Self(child))
     }
+}
+
+/// Readies a namespace for many connections: else its ports run out within a few rounds.
+pub fn ready_client(space: &Space) -> Result<()> {
+    space.set_sysctls(&[("ipv4/tcp_max_tw_buckets", "64")])
 }
 
 impl Drop for LoadServer {
@@ -136,8 +159,23 @@ impl Drop for LoadServer {
 pub fn run_if_asked() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["serve"] => serve_all()?,
-        ["sample", load, target] => println!("{}", sample(load, target.parse()?)?),
+        ["serve"] => {
+            pin()?;
+            serve_all()?;
+        }
+        ["sample", load, target] => {
+            pin()?;
+            println!("{}", sample(load, target.parse()?)?);
+        }
+        ["services", count, seed] => {
+            pin()?;
+            let sample = connect_to_services(count.parse()?, seed.parse()?)?;
+            println!("{} {}", sample.connect, sample.rate);
+        }
+        ["generate", object, frame, count] => {
+            pin()?;
+            println!("{}", crate::service::generate(object, frame, count.parse()?)?);
+        }
         _ => return Ok(()),
     }
     std::process::exit(0)
@@ -158,7 +196,8 @@ pub fn measure(load: Load, paths: &[Path<'_>]) -> Result<Samples> {
         for index in order {
             let path = &paths[index];
             let mut command = Command::new(std::env::current_exe()?);
-            command.args(["sample", load.name(), &path.target.to_string()]);
+            let target = SocketAddr::new(path.target, path.port);
+            command.args(["sample", load.name(), &target.to_string()]);
             let written = path.client.command(command, "").with_context(|| format!("on {}", path.name))?;
             let sample: f64 = written.trim().parse()?;
             // The first round warms up.
@@ -170,12 +209,12 @@ pub fn measure(load: Load, paths: &[Path<'_>]) -> Result<Samples> {
     Ok(Samples(samples))
 }
 
-fn sample(load: &str, target: IpAddr) -> Result<f64> {
+fn sample(load: &str, target: SocketAddr) -> Result<f64> {
     let load = Load::ALL.into_iter().find(|known| known.name() == load).context("an unknown load")?;
     match load {
-        Load::Transactions => transactions(SocketAddr::new(target, ECHO_PORT)),
-        Load::Connections => connections(SocketAddr::new(target, ECHO_PORT)),
-        Load::Stream => stream(SocketAddr::new(target, SINK_PORT)),
+        Load::Transactions => transactions(target),
+        Load::Connections => connections(target),
+        Load::Stream => stream(SocketAddr::new(target.ip(), SINK_PORT)),
     }
 }
 
@@ -201,6 +240,38 @@ fn connections(target: SocketAddr) -> Result<f64> {
         count += 1;
     }
     Ok(f64::from(count) / began.elapsed().as_secs_f64())
+}
+
+/// The cluster IP of Service `number` of a suite, and its port.
+pub fn service_address(number: usize) -> SocketAddr {
+    let [high, low] = [number / 250, number % 250].map(|part| part as u8);
+    SocketAddr::from(([10, 96, 8 + high, 1 + low], 80))
+}
+
+/// Takes a sample in `space` of Services 0 to `count`.
+pub fn sample_services(space: &Space, count: usize, seed: usize) -> Result<ServiceSample> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["services", &count.to_string(), &seed.to_string()]);
+    let written = space.command(command, "")?;
+    let (connect, rate) = written.trim().split_once(' ').context("a sample is two numbers")?;
+    Ok(ServiceSample { connect: connect.parse()?, rate: rate.parse()? })
+}
+
+fn connect_to_services(count: usize, seed: u64) -> Result<ServiceSample> {
+    let (mut random, mut connects) = (seed, Vec::new());
+    let began = Instant::now();
+    while began.elapsed() < SAMPLE {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let target = service_address((random >> 33) as usize % count.max(1));
+        let connecting = Instant::now();
+        let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(2))
+            .with_context(|| format!("connecting to {target}"))?;
+        connects.push(connecting.elapsed().as_secs_f64() * 1e6);
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        transact(&mut stream)?;
+    }
+    let rate = connects.len() as f64 / began.elapsed().as_secs_f64();
+    Ok(ServiceSample { connect: median(connects), rate })
 }
 
 fn transact(stream: &mut TcpStream) -> Result<()> {

@@ -22,6 +22,7 @@ mod load;
 mod policy;
 mod reference;
 mod row;
+mod service;
 #[path = "../it/packets/world.rs"]
 #[allow(dead_code)]
 mod world;
@@ -36,10 +37,11 @@ type Measure = fn() -> Result<Vec<Row>>;
 type Section = (&'static str, &'static str, Measure);
 
 /// Every suite, by name.
-const SUITES: [(&str, Measure); 4] = [
+const SUITES: [(&str, Measure); 5] = [
     ("datapath", datapath::rows),
     ("policy", policy::rows),
     ("flow", flow::rows),
+    ("service", service::rows),
     ("cluster", cluster::rows),
 ];
 

@@ -17,7 +17,7 @@ const PLUGINS: &str = "/usr/lib/cni";
 
 /// Of Weir's pods in tunnel mode, and of every pod that these are compared with: a smaller one costs a
 /// stream about one per cent.
-const TUNNEL_MTU: u32 = 1450;
+pub const TUNNEL_MTU: u32 = 1450;
 const WIRE_MTU: u32 = 1500;
 
 /// Two namespaces, and what lies between them.
@@ -220,7 +220,7 @@ fn ends(name: &str) -> Result<(Space, Space)> {
 }
 
 /// A pod as `ptp` makes it: a veth pair, a /32 and a gateway that is on-link.
-fn plug_pod(node: &Space, pod: &Space, address: &str, mtu: u32) -> Result<()> {
+pub fn plug_pod(node: &Space, pod: &Space, address: &str, mtu: u32) -> Result<()> {
     let device = format!("pod{}", address.replace('.', ""));
     node.configure(&[
         &format!("link add {device} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}", pod.name()),

@@ -172,7 +172,12 @@ fn policies(world: &World, from: &Pod, to: &Pod) -> Result<Vec<Row>> {
 }
 
 /// Waits until a row of a map is another than `before`; how long after `since`.
-fn changed_after(map: &PinnedMap, key: &[u8], before: &Option<Vec<u8>>, since: Instant) -> Result<Duration> {
+pub fn changed_after(
+    map: &PinnedMap,
+    key: &[u8],
+    before: &Option<Vec<u8>>,
+    since: Instant,
+) -> Result<Duration> {
     while map.get(key)? == *before {
         if since.elapsed() > PATIENCE {
             bail!("the map is as it was {PATIENCE:?} later");
@@ -182,7 +187,8 @@ fn changed_after(map: &PinnedMap, key: &[u8], before: &Option<Vec<u8>>, since: I
     Ok(since.elapsed())
 }
 
-fn address_key(address: IpAddr) -> [u8; 16] {
+/// An address as the maps' keys have it.
+pub fn address_key(address: IpAddr) -> [u8; 16] {
     match address {
         IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
         IpAddr::V6(address) => address.octets(),

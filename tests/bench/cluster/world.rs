@@ -179,10 +179,11 @@ fn definitions() -> Result<String> {
 }
 
 /// A node's way to the API server on the machine's own loopback: the same port on the node's.
-struct Relay(TcpListener);
+pub struct Relay(TcpListener);
 
 impl Relay {
-    fn start(space: &Space, port: u16) -> Result<Self> {
+    /// Takes connections to `port` in `space`.
+    pub fn start(space: &Space, port: u16) -> Result<Self> {
         let listener = space.run(move || TcpListener::bind(("127.0.0.1", port)))?;
         let accepting = listener.try_clone()?;
         thread::spawn(move || {
