@@ -16,7 +16,7 @@ use super::population::{self, NAMESPACE};
 use crate::cluster::latency::{address_key, changed_after};
 use crate::cluster::quantile;
 use crate::cluster::world::{World, agent, memory};
-use crate::lab::{Lab, Node, Pod, ServicePort, Setup, Space};
+use crate::lab::{Lab, Node, Pod, ServicePort, Setup, Space, wait_for};
 use crate::load::{
     ECHO_PORT, Load, LoadServer, Path, ServiceSample, measure, median, ready_client, sample_services,
     service_address,
@@ -27,6 +27,8 @@ use crate::row::Row;
 const SIZES: [usize; 4] = [10, 1000, 10_000, 30_000];
 /// Services of the node that stays small.
 const FEW: usize = 10;
+/// The number of the Service with one backend.
+const ALONE: usize = 50_000;
 /// Backends of each Service.
 const BACKENDS: usize = 4;
 /// Samples of each node for each number of Services.
@@ -81,7 +83,7 @@ pub fn rows() -> Result<Vec<Row>> {
     }
     // What follows is Weir's alone.
     drop(proxies);
-    rows.extend(or_skipped("tcp_rr/cluster_ip/vs_pod", cluster_ip_and_pod(&large)));
+    rows.extend(or_skipped("tcp_rr/cluster_ip/vs_pod", cluster_ip_and_pod(&world, &large)));
     rows.extend(or_skipped("endpoint_change/p50_ms", changes(&world, &addresses)));
     rows.extend(or_skipped(&format!("agent/rss_{written}_mib"), fresh_agent(&world, written)));
     Ok(rows)
@@ -223,12 +225,18 @@ fn compare(size: usize, rounds: &Rounds, proxies: &[(&'static str, Result<KubePr
     rows
 }
 
-/// Through a cluster IP against the pod's own address.
-fn cluster_ip_and_pod(large: &Large) -> Result<Vec<Row>> {
+/// Through a cluster IP against the pod's own address. The Service has that pod alone: servers that take turns
+/// find less in the processor's caches.
+fn cluster_ip_and_pod(world: &World, large: &Large) -> Result<Vec<Row>> {
     let client = large.client.space();
     let (_, pod) = &large.servers[0];
     let server = pod.space();
-    let service = service_address(0);
+    let service = service_address(ALONE);
+    let (backend, node) = ([pod.address(true)], world.lab.node(1).name());
+    world.runtime.block_on(population::write(&world.client, ALONE..ALONE + 1, &backend, node))?;
+    wait_for("the Service with one backend", || {
+        Ok(client.run(move || TcpStream::connect_timeout(&service, Duration::from_secs(1)).is_ok()))
+    })?;
     let paths = [
         Path { name: "pod", client, server, target: pod.address(true), port: ECHO_PORT },
         Path { name: "again", client, server, target: pod.address(true), port: ECHO_PORT },
