@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
 use regex::Regex;
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::election::{Election, Groups, Step};
@@ -27,6 +28,8 @@ const BATCH: Duration = Duration::from_millis(100);
 const LOOK_MAX: Duration = Duration::from_secs(1);
 /// A new address is said so many times: what is sent once may be lost.
 const REPEATS: u8 = 3;
+/// An agent that stops waits so long for the API server to take its Leases back.
+const HAND_OVER_WITHIN: Duration = Duration::from_secs(3);
 
 /// Who answers for a Service's addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +58,8 @@ pub struct Lead {
     election: Election,
     wishes: Wishes,
     groups: Groups,
+    /// What the wishes say of devices, compiled.
+    patterns: BTreeMap<String, Regex>,
     /// The groups that are answered for.
     led: BTreeSet<ObjectKey>,
     rows: BTreeMap<Place, MacAddress>,
@@ -92,6 +97,7 @@ impl Lead {
             election: Election::new(node, duration),
             wishes: Wishes::default(),
             groups: Groups::new(),
+            patterns: BTreeMap::new(),
             led: BTreeSet::new(),
             rows: BTreeMap::new(),
             repeats: BTreeMap::new(),
@@ -99,8 +105,48 @@ impl Lead {
         }
     }
 
+    /// Leads until the agent is to stop; then, if it `hands_over`, another node may lead at once.
+    pub async fn run(mut self, mut stopping: watch::Receiver<bool>, hands_over: bool) {
+        tokio::select! {
+            () = self.lead() => {}
+            _ = stopping.wait_for(|stop| *stop) => {}
+        }
+        if !hands_over {
+            return;
+        }
+        let handed = timeout(HAND_OVER_WITHIN, self.hand_over()).await;
+        if let Err(error) = handed.context("no answer").flatten() {
+            tracing::warn!(error = crate::error::chain(&error), "handing announced Services over");
+        }
+    }
+
+    /// Gives back what another node may lead. Without one, the kernel answers on for a while.
+    async fn hand_over(&mut self) -> Result<()> {
+        let Some(postings) = self.board.read().await.context("reading who leads")? else { return Ok(()) };
+        let others = self.groups.iter().filter(|(_, group)| group.candidates.len() > 1);
+        let given: Vec<ObjectKey> = others
+            .map(|(name, _)| name)
+            .filter(|name| self.election.is_holder(name, &postings))
+            .cloned()
+            .collect();
+        if given.is_empty() {
+            return Ok(());
+        }
+        // Before another may.
+        self.led.retain(|name| !given.contains(name));
+        let devices = if self.led.is_empty() { Vec::new() } else { self.devices()? };
+        let rows = self.rows_of(&self.led, &devices);
+        self.writer.write(&rows).context("writing what this node answers for")?;
+        for name in &given {
+            let old = postings.services.get(name);
+            self.board.post(name, old, "").await.with_context(|| format!("the Lease of Service {name}"))?;
+        }
+        tracing::info!(services = given.len(), "another node may answer for the addresses of Services");
+        Ok(())
+    }
+
     /// Never returns.
-    pub async fn run(mut self) {
+    async fn lead(&mut self) {
         self.tables.wait_synced().await;
         let board = self.board.clone();
         let look = LOOK_MAX.min(self.duration / 10);
@@ -150,6 +196,7 @@ impl Lead {
         };
         if !wishes.is_same(&self.wishes) {
             self.groups = wishes.groups();
+            self.patterns = patterns(&wishes);
             self.wishes = wishes;
         }
     }
@@ -252,12 +299,20 @@ impl Lead {
             led.iter().filter_map(|name| self.groups.get(name)).flat_map(|of| &of.addresses)
         {
             let wishes: Vec<_> = wishes.iter().filter(|wish| wish.nodes.matches(&labels)).collect();
-            for device in devices.iter().filter(|device| wishes.iter().any(|wish| names(wish, &device.name)))
+            for device in
+                devices.iter().filter(|device| wishes.iter().any(|wish| self.names(wish, &device.name)))
             {
                 rows.insert((*address, device.index), device.mac);
             }
         }
         rows
+    }
+
+    /// The wish is for this device.
+    fn names(&self, wish: &Announcement, device: &str) -> bool {
+        let is_it =
+            |pattern: &String| self.patterns.get(pattern).is_some_and(|pattern| pattern.is_match(device));
+        wish.interfaces.is_empty() || wish.interfaces.iter().any(is_it)
     }
 
     /// Joins the groups that IPv6 addresses are asked for by.
@@ -310,8 +365,8 @@ fn join(ifindex: u32, address: Ipv6Addr) -> netlink::Result<Listening> {
     tokio::task::block_in_place(|| Listening::to(ifindex, address))
 }
 
-/// The wish is for this device.
-fn names(wish: &Announcement, device: &str) -> bool {
-    let is_it = |pattern: &String| Regex::new(pattern).is_ok_and(|pattern| pattern.is_match(device));
-    wish.interfaces.is_empty() || wish.interfaces.iter().any(is_it)
+/// Every regular expression of the wishes, compiled; one that is none names no device.
+fn patterns(wishes: &Wishes) -> BTreeMap<String, Regex> {
+    let all = wishes.announcements.iter().flat_map(|all| all.values()).flat_map(|wish| &wish.interfaces);
+    all.filter_map(|pattern| Some((pattern.clone(), Regex::new(pattern).ok()?))).collect()
 }

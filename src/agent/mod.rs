@@ -45,6 +45,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
 
 pub use args::{AgentArgs, Config, Routing};
 pub use compute::{Compute, Desired, Rules, View};
@@ -76,6 +77,9 @@ use sinks::DeviceSink;
 /// An ADD that is not enforced within this time gives up; kubelet tries again.
 const ENFORCED_WITHIN: Duration = Duration::from_secs(10);
 
+/// What stops is waited for this long.
+const FAREWELL_WITHIN: Duration = Duration::from_secs(4);
+
 /// What is there before the node is known.
 struct Start {
     config: Config,
@@ -85,6 +89,8 @@ struct Start {
     names: Arc<Names>,
     enforced: Enforced,
     programmed: ReadyGuard,
+    /// Dropped by whoever has something to do when the agent stops, once it is done.
+    farewell: mpsc::Sender<()>,
 }
 
 /// Runs the agent until SIGTERM or SIGINT. The datapath stays in force afterwards.
@@ -120,15 +126,22 @@ pub async fn run(config: Config) -> Result<()> {
     let socket = config.args.socket.clone();
     let serving = api::serve(&socket, answers, stopping.clone());
     let metrics = telemetry::serve(config.args.metrics_address, telemetry, stopping.clone());
-    let start = Start { config, source, known, manager, names, enforced, programmed };
+    let (farewell, mut farewells) = mpsc::channel(1);
+    let start = Start { config, source, known, manager, names, enforced, programmed, farewell };
+    let stops = stopping.clone();
     let working = work(start, stopping);
-    tokio::select! {
+    let result = tokio::select! {
         served = serving => served.context("serving the API socket"),
         observed = observing => observed.context("serving Hubble's API"),
         served = metrics => served.context("serving metrics"),
         worked = working => worked,
+    };
+    if *stops.borrow() && timeout(FAREWELL_WITHIN, farewells.recv()).await.is_err() {
+        tracing::warn!("stopping before everything was handed over");
     }
+    result
 }
+
 async fn source(config: &Config, tables: &Arc<Tables>) -> Result<Source> {
     match &config.args.manifests {
         Some(directory) => Ok(Source::Manifests(directory.clone())),
@@ -151,7 +164,7 @@ async fn kubernetes(args: &AgentArgs, tables: &Arc<Tables>) -> Result<::kube::Cl
 
 /// The life of the agent: learn what this node is, load, then keep the kernel up to date.
 async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
-    let Start { config, source, known, manager, names, enforced, programmed } = start;
+    let Start { config, source, known, manager, names, enforced, programmed, farewell } = start;
     let tables = known.tables.clone();
     let publisher = Arc::new(Publisher::new(&source, &config.args.node_name, tables.clone())?);
     if let Source::Manifests(directory) = &source {
@@ -220,7 +233,11 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
             known.leaders.clone(),
             known.telemetry.parts().clone(),
         );
-        tokio::spawn(lead.run());
+        let (stopping, hands_over) = (stopping.clone(), config.args.services.announce_hand_over);
+        tokio::spawn(async move {
+            lead.run(stopping, hands_over).await;
+            drop(farewell);
+        });
     }
     // Before policies are counted for the first time, or one that comes in between would be missed.
     let ipsec = ipsec::follow();

@@ -59,12 +59,16 @@ impl Wishes {
         if announcements.is_empty() {
             return groups;
         }
+        let of_nodes: BTreeSet<IpAddr> =
+            self.nodes.values().flat_map(|node| &node.addresses).copied().collect();
+        let with_backend = self.nodes_with_backend();
         for (key, service) in &self.services {
-            let addresses = self.addresses(service, &announcements);
+            let addresses = addresses(service, &announcements, &of_nodes);
             if addresses.is_empty() {
                 continue;
             }
-            let candidates = self.candidates(service, &addresses);
+            let with_backend = with_backend.get(key);
+            let candidates = self.candidates(service, &addresses, with_backend.unwrap_or(&BTreeSet::new()));
             let mut group = Group { services: [key.clone()].into(), addresses, candidates };
             let shared: BTreeSet<ObjectKey> =
                 group.addresses.keys().filter_map(|address| group_of.get(address).cloned()).collect();
@@ -78,33 +82,17 @@ impl Wishes {
         groups
     }
 
-    /// Addresses of nodes are answered by their kernels.
-    fn addresses(
-        &self,
-        service: &Service,
-        announcements: &[&Arc<Announcement>],
-    ) -> BTreeMap<IpAddr, Vec<Arc<Announcement>>> {
-        let class = service.balancer_class.as_deref();
-        let is_ours = class.is_none_or(|class| CLASSES.contains(&class));
-        let mut all = BTreeMap::new();
-        for (address, kind) in outer_addresses(service).filter(|(address, _)| !self.is_a_nodes(address)) {
-            let wish = |of: &&&Arc<Announcement>| {
-                let is_meant = match kind {
-                    FrontendKind::LoadBalancer => of.balancer && is_ours,
-                    _ => of.external,
-                };
-                is_meant && of.has(address) && selects(of, service)
-            };
-            let wishes: Vec<_> = announcements.iter().filter(wish).map(|of| Arc::clone(of)).collect();
-            if !wishes.is_empty() {
-                all.insert(address, wishes);
-            }
+    /// The nodes that have a ready backend of a Service whose policy is Local.
+    fn nodes_with_backend(&self) -> BTreeMap<&ObjectKey, BTreeSet<Arc<str>>> {
+        let is_local = |key: &ObjectKey| {
+            self.services.get(key).is_some_and(|service| service.external_policy == TrafficPolicy::Local)
+        };
+        let mut nodes: BTreeMap<&ObjectKey, BTreeSet<Arc<str>>> = BTreeMap::new();
+        for slice in self.slices.values().filter(|slice| is_local(&slice.service)) {
+            let ready = slice.backends.iter().filter(|backend| backend.ready);
+            nodes.entry(&slice.service).or_default().extend(ready.filter_map(|backend| backend.node.clone()));
         }
-        all
-    }
-
-    fn is_a_nodes(&self, address: &IpAddr) -> bool {
-        self.nodes.values().any(|node| node.addresses.contains(address))
+        nodes
     }
 
     /// With externalTrafficPolicy Local only nodes with a ready endpoint serve what they answer for.
@@ -112,6 +100,7 @@ impl Wishes {
         &self,
         service: &Service,
         addresses: &BTreeMap<IpAddr, Vec<Arc<Announcement>>>,
+        with_backend: &BTreeSet<Arc<str>>,
     ) -> BTreeSet<Arc<str>> {
         let is_wished = |node: &Node| {
             let mut wishes = addresses.values().flatten();
@@ -120,9 +109,6 @@ impl Wishes {
         let mut all: BTreeSet<Arc<str>> =
             self.nodes.iter().filter(|(_, node)| is_wished(node)).map(|(name, _)| name.clone()).collect();
         if service.external_policy == TrafficPolicy::Local {
-            let slices = self.slices.values().filter(|slice| slice.service == service.key);
-            let backends = slices.flat_map(|slice| &slice.backends).filter(|backend| backend.ready);
-            let with_backend: BTreeSet<_> = backends.filter_map(|backend| backend.node.clone()).collect();
             all.retain(|node| with_backend.contains(node));
         }
         all
@@ -153,6 +139,31 @@ impl Group {
         let before = |other: &&Arc<str>| ***other != *node && weight(other) < own && is_alive(other);
         self.candidates.iter().filter(before).count()
     }
+}
+
+/// Those of a Service that are to be answered, by whom. Addresses of nodes are answered by their kernels.
+fn addresses(
+    service: &Service,
+    announcements: &[&Arc<Announcement>],
+    of_nodes: &BTreeSet<IpAddr>,
+) -> BTreeMap<IpAddr, Vec<Arc<Announcement>>> {
+    let class = service.balancer_class.as_deref();
+    let is_ours = class.is_none_or(|class| CLASSES.contains(&class));
+    let mut all = BTreeMap::new();
+    for (address, kind) in outer_addresses(service).filter(|(address, _)| !of_nodes.contains(address)) {
+        let wish = |of: &&&Arc<Announcement>| {
+            let is_meant = match kind {
+                FrontendKind::LoadBalancer => of.balancer && is_ours,
+                _ => of.external,
+            };
+            is_meant && of.has(address) && selects(of, service)
+        };
+        let wishes: Vec<_> = announcements.iter().filter(wish).map(|of| Arc::clone(of)).collect();
+        if !wishes.is_empty() {
+            all.insert(address, wishes);
+        }
+    }
+    all
 }
 
 fn selects(announcement: &Announcement, service: &Service) -> bool {

@@ -54,6 +54,11 @@ pub struct ServiceArgs {
     #[arg(long, env = "WEIR_ANNOUNCE", action = ArgAction::Set, default_value_t = true)]
     pub announce: bool,
 
+    /// An agent that is asked to stop gives the addresses that it answers for to another node at once. If false,
+    /// its node goes on for two thirds of the time below, so that a new agent may come in place.
+    #[arg(long, env = "WEIR_ANNOUNCE_HAND_OVER", action = ArgAction::Set, default_value_t = true)]
+    pub announce_hand_over: bool,
+
     /// A node that is silent for so long loses the addresses that it answers for to another node.
     #[arg(long, env = "WEIR_ANNOUNCE_LEASE_SECONDS", value_name = "SECONDS", default_value_t = 10)]
     pub announce_lease_seconds: u32,

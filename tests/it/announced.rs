@@ -22,8 +22,8 @@ struct World {
 }
 
 impl World {
-    fn start() -> Result<Self> {
-        let agent_arguments = ["--announce-lease-seconds", "2"].map(str::to_owned).into();
+    fn start(lease_seconds: &str) -> Result<Self> {
+        let agent_arguments = ["--announce-lease-seconds", lease_seconds].map(str::to_owned).into();
         let lab = Lab::start(Setup { nodes: 2, agent_arguments, ..Setup::default() })?;
         let pods =
             [1, 2].map(|number| lab.pod(number, &format!("shop/web{number}")).label("app", "web").create());
@@ -103,7 +103,7 @@ fn mac_of(node: &Node) -> Result<String> {
 #[test]
 fn one_node_answers_on_the_link_and_another_when_it_is_dead() -> Result<()> {
     require_lab!();
-    let world = World::start()?;
+    let world = World::start("2")?;
     let lab = &world.lab;
     world.serve("Cluster", &[&world.pods[0], &world.pods[1]])?;
     ensure!(world.probe(ADDRESSES[0])?.answered_by().is_none(), "no pool asks for it yet");
@@ -155,7 +155,7 @@ fn one_node_answers_on_the_link_and_another_when_it_is_dead() -> Result<()> {
 #[test]
 fn a_leader_of_a_local_service_has_an_endpoint() -> Result<()> {
     require_lab!();
-    let world = World::start()?;
+    let world = World::start("2")?;
     let lab = &world.lab;
     lab.manifests().apply(
         "{apiVersion: cilium.io/v2alpha1, kind: CiliumL2AnnouncementPolicy, metadata: {name: all}, \
@@ -172,4 +172,28 @@ fn a_leader_of_a_local_service_has_an_endpoint() -> Result<()> {
     world.serve("Local", &[])?;
     wait_for("nobody to lead", || Ok(world.leader(lab.node(1))?.is_empty()))?;
     wait_for("the rows to go", || Ok(lab.node(1).map("announced")?.is_empty()))
+}
+
+#[test]
+fn a_leader_that_is_stopped_hands_over_and_waits_for_no_lease() -> Result<()> {
+    require_lab!();
+    // Longer than any test waits.
+    let world = World::start("120")?;
+    let lab = &world.lab;
+    world.serve("Cluster", &[&world.pods[0], &world.pods[1]])?;
+    lab.manifests().apply(POOL)?;
+    wait_for("a leader", || Ok(!world.leader(lab.node(1))?.is_empty()))?;
+    let number = if world.leader(lab.node(1))? == "node1" { 1 } else { 2 };
+    let (leader, other) = (lab.node(number), lab.node(3 - number));
+    world.wait_leader(other, leader.name())?;
+    world.expect_led_by(leader)?;
+    leader.stop_agent()?;
+    let stopped = Instant::now();
+    ensure!(leader.map("announced")?.is_empty(), "who hands over answers no more");
+    world.wait_leader(other, other.name())?;
+    eprintln!("the other node leads {:?} after the leader's agent was stopped", stopped.elapsed());
+    world.expect_led_by(other)?;
+    leader.start_agent()?;
+    leader.wait_ready()?;
+    world.wait_leader(leader, other.name())
 }
