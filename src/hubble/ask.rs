@@ -99,7 +99,8 @@ pub const FLAGS: &[Flag] = &[
     flag("http-url", "REGEX", "URL of the request"),
     flag("http-header", "NAME:VALUE", "With this header"),
     flag("dns-query", "REGEX", "Asking for this DNS name"),
-    flag("cel-expression", "CEL", "Refused: Weir has no CEL"),
+    flag("latency", "DURATION", "Answers that took at least this long, as 100ms or 2s"),
+    flag("cel-expression", "CEL", "True of the flow, as _flow.source.identity == 2"),
 ];
 
 /// Filters as they are asked for, one flag after the other.
@@ -292,7 +293,13 @@ impl Side {
                 self.both(|filter| filter.http_header.push(header.clone()));
             }
             "dns-query" => self.both(|filter| filter.dns_query.push(text.clone())),
-            "cel-expression" => return Err("CEL is not supported: use the other filters".to_owned()),
+            "latency" => {
+                let least = latency(value)?;
+                self.both(|filter| filter.weir_latency_ns_min = least);
+            }
+            "cel-expression" => self.both(|filter| {
+                filter.experimental.get_or_insert_default().cel_expression.push(text.clone());
+            }),
             other => return Err(format!("there is no filter {other}")),
         }
         Ok(())
@@ -376,6 +383,15 @@ fn identity(value: &str) -> Result<u32, String> {
 fn named<T>(flag: &str, value: &str, parse: impl Fn(&str) -> Option<T>) -> Result<T, String> {
     let name = value.to_ascii_uppercase().replace('-', "_");
     parse(&name).ok_or_else(|| format!("{flag}: there is no {value:?}"))
+}
+
+/// A length of time in nanoseconds, as `100ms`.
+fn latency(value: &str) -> Result<u64, String> {
+    let length = value.parse::<jiff::SignedDuration>().ok();
+    let nanoseconds = length.and_then(|length| u64::try_from(length.as_nanos()).ok());
+    nanoseconds
+        .filter(|length| *length > 0)
+        .ok_or_else(|| format!("latency: {value:?} is no time as 100ms or 2s"))
 }
 
 fn drop_reason(value: &str) -> Result<i32, String> {
@@ -532,7 +548,7 @@ mod tests {
             &[("type", "trace:nowhere")],
             &[("tcp-flags", "syn,xyz")],
             &[("identity", "somebody")],
-            &[("cel-expression", "true")],
+            &[("latency", "soon")],
         ] {
             assert!(lists(flags).is_err(), "{flags:?}");
         }
@@ -544,11 +560,12 @@ mod tests {
 
     #[test]
     fn every_flag_is_understood() {
-        for flag in FLAGS.iter().filter(|flag| flag.name != "cel-expression") {
+        for flag in FLAGS {
             let value = match flag.name {
                 name if name.ends_with("identity") => "host",
                 name if name.ends_with("ip-trace-id") || name.ends_with("port") => "1",
                 "verdict" => "dropped",
+                "latency" => "100ms",
                 "drop-reason-desc" => "POLICY_DENY",
                 "traffic-direction" => "ingress",
                 "type" => "l7",

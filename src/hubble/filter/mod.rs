@@ -2,6 +2,7 @@
 //!
 //! A flow is shown that the whitelist matches (or there is none) and the blacklist does not.
 
+mod cel;
 mod one;
 mod pattern;
 mod raw;
@@ -15,6 +16,9 @@ use one::One;
 
 /// A request with more filters than this is refused.
 const FILTERS_MAX: usize = 256;
+
+/// A request with more expressions of CEL than this is refused: each costs every flow some microseconds.
+const CEL_MAX: usize = 8;
 
 /// Why a filter is refused.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -36,6 +40,12 @@ impl Filters {
     pub fn new(white: &[FlowFilter], black: &[FlowFilter]) -> Result<Self, BadFilter> {
         if white.len() + black.len() > FILTERS_MAX {
             return Err(BadFilter { field: "list", reason: format!("more than {FILTERS_MAX} filters") });
+        }
+        let of =
+            |filter: &FlowFilter| filter.experimental.as_ref().map_or(0, |more| more.cel_expression.len());
+        if white.iter().chain(black).map(of).sum::<usize>() > CEL_MAX {
+            let reason = format!("a request has {CEL_MAX} expressions at most");
+            return Err(BadFilter { field: "cel_expression", reason });
         }
         let compile = |list: &[FlowFilter]| list.iter().map(One::new).collect::<Result<_, _>>();
         Ok(Self { white: compile(white)?, black: compile(black)? })

@@ -2,6 +2,7 @@
 
 use regex::Regex;
 
+use super::cel::Cel;
 use super::pattern::{NamePrefix, StatusCode, fqdn, network, node_name, port, regex};
 use super::raw::{Protocol, Raw};
 use super::{BadFilter, any};
@@ -31,6 +32,9 @@ pub struct One {
     encrypted: Vec<bool>,
     dns_query: Vec<Regex>,
     http: HttpFilter,
+    /// 0: whatever it took.
+    latency_ns_min: u64,
+    cel: Vec<Cel>,
 }
 
 /// Conditions on one side that need names.
@@ -67,10 +71,7 @@ fn label(field: &'static str, text: &str) -> Result<LabelPattern, BadFilter> {
 impl One {
     /// Compiles `wanted`.
     pub fn new(wanted: &FlowFilter) -> Result<Self, BadFilter> {
-        if wanted.experimental.as_ref().is_some_and(|more| !more.cel_expression.is_empty()) {
-            let reason = "CEL expressions are not supported: use the other filters".to_owned();
-            return Err(BadFilter { field: "cel_expression", reason });
-        }
+        let expressions = wanted.experimental.as_ref().map_or(&[][..], |more| &more.cel_expression);
         let mut this = Self {
             raw: raw(wanted)?,
             is_raw_alone: false,
@@ -118,8 +119,13 @@ impl One {
                 url: each("http_url", &wanted.http_url, |field, text| regex(field, text))?,
                 header: wanted.http_header.clone(),
             },
+            latency_ns_min: wanted.weir_latency_ns_min,
+            cel: expressions.iter().map(|source| Cel::new(source)).collect::<Result<_, _>>()?,
         };
-        this.raw.is_never |= this.http.is_given() || !this.dns_query.is_empty() || !this.trace_id.is_empty();
+        this.raw.is_never |= this.http.is_given()
+            || !this.dns_query.is_empty()
+            || !this.trace_id.is_empty()
+            || this.latency_ns_min > 0;
         this.is_raw_alone = is_raw_alone(wanted);
         Ok(this)
     }
@@ -136,6 +142,7 @@ impl One {
                 &flow.destination_names,
             )
             && self.matches_request(flow)
+            && any(&self.cel, |expression| expression.matches(flow))
     }
 
     fn matches_addresses(&self, flow: &Flow) -> bool {
@@ -200,6 +207,9 @@ impl One {
 
     fn matches_request(&self, flow: &Flow) -> bool {
         let record = flow.l7.as_ref().and_then(|l7| l7.record.as_ref());
+        if flow.l7.as_ref().map_or(0, |l7| l7.latency_ns) < self.latency_ns_min {
+            return false;
+        }
         any(&self.dns_query, |wanted| match record {
             Some(layer7::Record::Dns(dns)) => wanted.is_match(&dns.query),
             _ => false,

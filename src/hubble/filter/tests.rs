@@ -79,6 +79,12 @@ fn fields_of_packets() {
         (json!({"encrypted": [true]}), [false, false]),
         (json!({"uuid": ["none such"]}), [false, false]),
         (json!({"http_status_code": ["4+"]}), [false, false]),
+        (json!({"weir_latency_ns_min": "1"}), [false, false]),
+        (json!({"experimental": {"cel_expression": ["_flow.verdict == 2"]}}), [false, true]),
+        (
+            json!({"experimental": {"cel_expression": ["false", "_flow.source.identity == 256"]}}),
+            [true, false],
+        ),
         (json!({"verdict": ["DROPPED"], "source_pod": ["shop/"]}), [false, false]),
     ] {
         let filters = Filters::new(&[filter(&wanted)], &[]).expect("a good filter");
@@ -123,7 +129,7 @@ fn replies_are_turned_round() {
 fn fields_of_requests() {
     let request: Flow = from_str(
         &json!({
-            "l7": {"type": "REQUEST", "http": {
+            "l7": {"type": "RESPONSE", "latency_ns": "250000000", "http": {
                 "code": 404, "method": "GET", "url": "http://shop.example/cart/7?user=1",
                 "headers": [{"key": "X-Team", "value": "blue"}],
             }},
@@ -140,6 +146,8 @@ fn fields_of_requests() {
         (json!({"http_status_code": ["404"]}), [true, false]),
         (json!({"http_status_code": ["4+"]}), [true, false]),
         (json!({"http_status_code": ["5+", "200"]}), [false, false]),
+        (json!({"weir_latency_ns_min": "250000000"}), [true, false]),
+        (json!({"weir_latency_ns_min": "250000001"}), [false, false]),
         (json!({"http_method": ["get"]}), [true, false]),
         (json!({"http_path": ["^/cart/\\d+$"]}), [true, false]),
         (json!({"http_path": ["user"]}), [false, false]),
@@ -173,7 +181,8 @@ fn bad_filters_are_refused_by_name() {
         (json!({"node_name": ["a/b/c"]}), "node_name"),
         (json!({"destination_fqdn": [".."]}), "destination_fqdn"),
         (json!({"dns_query": [format!("(a{{1000}}){{1000}}")]}), "dns_query"),
-        (json!({"experimental": {"cel_expression": ["true"]}}), "cel_expression"),
+        (json!({"experimental": {"cel_expression": ["_flow."]}}), "cel_expression"),
+        (json!({"experimental": {"cel_expression": vec!["true"; 9]}}), "cel_expression"),
     ] {
         let refused = Filters::new(&[filter(&wanted)], &[]).err().map(|error| error.to_string());
         assert!(refused.as_ref().is_some_and(|text| text.contains(field)), "{wanted}: {refused:?}");
