@@ -143,6 +143,28 @@ fn same_node() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// Two pods of one node, with flows and without.
+pub fn flows_on_and_off() -> Result<Vec<Row>> {
+    let on = Pair::start(1, "tunnel", &[])?;
+    let (off, again) = (
+        Pair::start(1, "tunnel", &["--flow-events", "false"])?,
+        Pair::start(1, "tunnel", &["--flow-events", "false"])?,
+    );
+    let paths = [on.path("on"), off.path("off"), again.path("again")];
+    let _servers: Vec<LoadServer> = paths.iter().map(LoadServer::start).collect::<Result<_>>()?;
+    let mut rows = Vec::new();
+    for load in [Load::Transactions, Load::Connections] {
+        let samples = measure(load, &paths)?;
+        rows.push(
+            Row::new(format!("flow/{}/on_vs_off", load.name()), load.unit(), samples.median("on"))
+                .against(samples.median("off"), Some(samples.ratio("on", &["off", "again"])))
+                .noise((samples.ratio("again", &["off"]) - 1.0).abs())
+                .at_least(0.98),
+        );
+    }
+    Ok(rows)
+}
+
 fn two_nodes(routing: &str, case: &str, against: &'static str) -> Result<Vec<Row>> {
     let weir = Pair::start(2, routing, &[])?;
     let prefix = format!("weirlab-{}-ref-{against}", std::process::id());

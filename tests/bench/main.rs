@@ -10,6 +10,8 @@ mod datapath;
 #[allow(dead_code)]
 mod end_to_end;
 mod flow;
+mod flow_kernel;
+mod flow_page;
 #[path = "../it/packets/frame.rs"]
 #[allow(dead_code)]
 mod frame;

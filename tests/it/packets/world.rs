@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, ProgramInput, ProgramMut};
@@ -194,7 +195,7 @@ pub struct Outcome {
 /// The programs and the world in their maps.
 pub struct World {
     /// The programs and their maps.
-    pub datapath: Datapath,
+    pub datapath: Arc<Datapath>,
     events: EventReader,
     backends: RefCell<BTreeMap<(IpAddr, u16, u8), u32>>,
     arrive: Object,
@@ -250,7 +251,7 @@ impl World {
         // Room for two rows a port, and for what an LRU map cannot use.
         let nat = u32::try_from(settings.nat_ports.len())? * 4;
         let sizes = MapSizes::default().with("connections", 4096).with("nat", nat.max(4096));
-        let datapath = Datapath::open_private(settings, &sizes)?;
+        let datapath = Arc::new(Datapath::open_private(settings, &sizes)?);
         let events = datapath.events()?;
         let directory = tempfile::tempdir()?;
         let arrive = load_arrive(directory.path(), datapath.features().has_tcx)?;
