@@ -44,7 +44,7 @@ fn named_protocol(flow: &Flow) -> Option<IpProtocol> {
     Some(match protocol(flow)? {
         L4Protocol::IcmpV4 => IpProtocol::ICMP,
         L4Protocol::IcmpV6 => IpProtocol::ICMPV6,
-        protocol => IpProtocol(protocol.number().into()),
+        protocol => IpProtocol(protocol.number()),
     })
 }
 
