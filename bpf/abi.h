@@ -387,8 +387,8 @@ struct gone_backend {
 /*
  * connections: canonical tuple, the lower (addr, port) first as raw memory
  * compares; any fixed order does. ICMP: the asker's port is the identifier, the
- * answerer's 0, and the key says who asks, so that a request from either side is
- * a flow of its own, whatever the identifier.
+ * answerer's 0, and the key says who asks and what, so that a request from either
+ * side, and of each type, is a flow of its own, whatever the identifier.
  */
 struct connection_key {
 	struct addr addr[2];
@@ -396,7 +396,7 @@ struct connection_key {
 	__u8 protocol;
 	__u8 kind; /* enum connection_kind */
 	__u8 asker; /* ICMP: 1 + the index of who asks; else 0 */
-	__u8 pad;
+	__u8 icmp_type; /* of what is asked: rules name types */
 };
 _Static_assert(sizeof(struct connection_key) == 40, "connection_key");
 

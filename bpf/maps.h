@@ -166,7 +166,7 @@ struct cached_verdict {
 	__u32 rule[2];
 	__u32 arrival; /* how the packet came: enum packet_flags, PACKET_ARRIVAL */
 	__u16 endpoint[2];
-	__be16 port;
+	__be16 port; /* of ICMP the type */
 	__u8 protocol;
 	__u8 route[2]; /* enum route; that of the destination is never 0 */
 	__u8 pad[3];

@@ -42,7 +42,7 @@ connection_key_fill(const addr_words *source, const addr_words *destination,
 	key->protocol = protocol;
 	key->kind = CONNECTION_FLOW;
 	key->asker = 0;
-	key->pad = 0;
+	key->icmp_type = 0;
 	return source_index;
 }
 
@@ -59,6 +59,9 @@ static __always_inline __u32 connection_key_of(const struct packet *packet,
 		key->asker = 1 + source_index;
 	else if (packet->flags & PACKET_ANSWERS)
 		key->asker = 2 - source_index;
+	/* One identifier may serve queries of several types. */
+	if (key->asker)
+		key->icmp_type = icmp_asked(packet);
 	return source_index;
 }
 

@@ -13,12 +13,19 @@
 	(PACKET_FROM_POD | PACKET_FROM_HOST | PACKET_FROM_OVERLAY |            \
 	 PACKET_FROM_STACK | PACKET_FORWARDED)
 
+/* What the verdict depends on: rules name ports, or types of ICMP. */
+static __always_inline __be16 verdict_cache_port(const struct packet *packet)
+{
+	return packet->flags & PACKET_ASKS ? bpf_htons(packet->icmp_type)
+					   : packet->destination_port;
+}
+
 static __always_inline struct cached_verdict *
 verdict_cache_slot(const struct packet *packet)
 {
 	const addr_words *from = (const void *)&packet->source;
 	const addr_words *to = (const void *)&packet->destination;
-	__u64 port = (__u64)packet->destination_port << 32 | packet->protocol;
+	__u64 port = (__u64)verdict_cache_port(packet) << 32 | packet->protocol;
 	__u32 slot = hash_secret(from[1] ^ hash64(to[1] ^ port)) &
 		     (VERDICT_SLOTS - 1);
 
@@ -62,7 +69,7 @@ static __always_inline void verdict_cache_insert(const struct packet *packet,
 	cached->rule[1] = flow->ingress.rule_id;
 	cached->endpoint[0] = flow->source.endpoint;
 	cached->endpoint[1] = flow->destination.endpoint;
-	cached->port = packet->destination_port;
+	cached->port = verdict_cache_port(packet);
 	cached->arrival = packet->flags & PACKET_ARRIVAL;
 	cached->protocol = packet->protocol;
 	cached->route[0] = flow_route(&flow->source);
@@ -93,7 +100,7 @@ verdict_cache_find(const struct packet *packet)
 	__u32 addresses_at = address_epoch();
 
 	if (!cached || !cached->route[1] ||
-	    cached->port != packet->destination_port ||
+	    cached->port != verdict_cache_port(packet) ||
 	    cached->protocol != packet->protocol ||
 	    cached->arrival != (packet->flags & PACKET_ARRIVAL) ||
 	    cached->claimed_identity != packet->source_identity ||

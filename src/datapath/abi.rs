@@ -91,7 +91,7 @@ plain! {
     Announced { mac, is_yielded, pad }
     Announcing { until_ns, led_until_ns }
     GoneBackend { addr, port, pad }
-    ConnectionKey { addr, port, protocol, kind, asker, pad }
+    ConnectionKey { addr, port, protocol, kind, asker, icmp_type }
     Connection {
         last_seen_jiffies, packets, bytes, service, egress_epoch, ingress_epoch,
         identity, egress_rule, ingress_rule, last_report_jiffies, sequence, endpoint, service_port, flags, tcp_flags, route, other_port, merged_jiffies,

@@ -15,7 +15,7 @@ use weir::model::{
 use weir::policy::Output;
 
 use crate::model::{Cluster, Payload, Side, random};
-use crate::packets::frame::{Layer4, POD_MAC, Packet, SYN, echo, tcp, udp};
+use crate::packets::frame::{Layer4, POD_MAC, Packet, SYN, echo, icmp, tcp, udp};
 use crate::packets::world::{
     Arrival, EGRESS, INGRESS, MARK, PASS, REDIRECT, SHOT, World, casts, settings, within_empty,
 };
@@ -184,6 +184,14 @@ fn packet(probe: &Probe<'_>) -> Packet {
                 .payload(&[&ports[..], &[0; 28]].concat())
         }
         Payload::Icmp => echo(from.address, to.address, source_port),
+        Payload::OtherQuery => {
+            let (_, kind) = payload.numbers(from.address.is_ipv4());
+            let mut packet = icmp(from.address, to.address, kind as u8, 0);
+            if let Layer4::Icmp { rest, .. } = &mut packet.layer4 {
+                rest[..2].copy_from_slice(&source_port.to_be_bytes());
+            }
+            packet
+        }
     }
 }
 
@@ -264,7 +272,7 @@ fn ask(world: &mut World, seed: u64, cluster: &Cluster, facts: &Facts, seen: &mu
         for _ in 0..PROBES {
             let (way, from, to) = pairs[below(&mut state, pairs.len())];
             let payload = match below(&mut state, 8) {
-                0 => Payload::Icmp,
+                0 => [Payload::Icmp, Payload::OtherQuery][below(&mut state, 2)],
                 _ => payloads[below(&mut state, payloads.len())],
             };
             source_port += 1;

@@ -57,6 +57,21 @@ pub enum Payload {
     Port(Protocol, u16),
     /// ICMP or ICMPv6 echo.
     Icmp,
+    /// Another query: ICMP timestamp, ICMPv6 extended echo.
+    OtherQuery,
+}
+
+impl Payload {
+    /// Protocol, and port or type, as a packet of the family has them.
+    pub fn numbers(self, is_ipv4: bool) -> (u8, u16) {
+        match (self, is_ipv4) {
+            (Self::Port(protocol, port), _) => (protocol.number(), port),
+            (Self::Icmp, true) => (1, 8),
+            (Self::Icmp, false) => (58, 128),
+            (Self::OtherQuery, true) => (1, 13),
+            (Self::OtherQuery, false) => (58, 160),
+        }
+    }
 }
 
 impl Cluster {
@@ -197,8 +212,8 @@ impl Cluster {
 fn has_port(rule: &PolicyRule, destination: Side<'_>, payload: Payload) -> bool {
     let Some(ports) = &rule.ports else { return true };
     let Payload::Port(protocol, number) = payload else {
-        // An echo request; to a rule its type is what a port is.
-        let (protocol, kind) = if destination.address.is_ipv4() { (1, 8) } else { (58, 128) };
+        // To a rule a message's type is what a port is.
+        let (protocol, kind) = payload.numbers(destination.address.is_ipv4());
         return ports.iter().any(|port| {
             port.protocol.0 == protocol
                 && match port.port {

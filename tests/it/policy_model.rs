@@ -105,11 +105,7 @@ fn identity_of(output: &Output, address: IpAddr) -> IdentityId {
 /// The kernel's two lookups: peer to class in the hash, then the longest match of the trie.
 fn verdict(direction: &CompiledDirection, peer: IdentityId, payload: Payload, is_ipv4: bool) -> bool {
     let class = direction.peers.get(&peer).copied().unwrap_or(0);
-    let (protocol, port) = match payload {
-        Payload::Port(protocol, port) => (protocol.number(), port),
-        Payload::Icmp if is_ipv4 => (1, 8),
-        Payload::Icmp => (58, 128),
-    };
+    let (protocol, port) = payload.numbers(is_ipv4);
     let is_match = |key: &&weir::model::CompiledRuleKey| {
         key.class == class
             && key.protocol.is_none_or(|known| known == protocol)
@@ -124,7 +120,13 @@ fn verdict(direction: &CompiledDirection, peer: IdentityId, payload: Payload, is
 }
 
 /// What the rows of both ends' nodes say of a packet.
-fn is_delivered(outputs: &[Output; 2], cluster: &Cluster, from: Side, to: Side, payload: Payload) -> bool {
+pub fn is_delivered(
+    outputs: &[Output; 2],
+    cluster: &Cluster,
+    from: Side,
+    to: Side,
+    payload: Payload,
+) -> bool {
     let policy_of = |pod: &ClusterPod| {
         let index = cluster.pods.iter().position(|known| known.pod.key == pod.pod.key).expect("a pod of it");
         let output = &outputs[pod.node];
@@ -149,7 +151,7 @@ fn is_delivered(outputs: &[Output; 2], cluster: &Cluster, from: Side, to: Side, 
 }
 
 /// Asks for every pair of ends and every payload.
-fn compare(outputs: &[Output; 2], cluster: &Cluster) -> Result<(), TestCaseError> {
+pub fn compare(outputs: &[Output; 2], cluster: &Cluster) -> Result<(), TestCaseError> {
     for is_ipv4 in [true, false] {
         let sides = cluster.sides(is_ipv4);
         for from in &sides {
@@ -296,7 +298,7 @@ proptest! {
 }
 
 /// PROPTEST_CASES overrides.
-fn cases(default: u32) -> u32 {
+pub fn cases(default: u32) -> u32 {
     std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 

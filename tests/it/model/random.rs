@@ -40,7 +40,7 @@ pub fn payloads() -> Vec<Payload> {
         .chain(of_protocol(Protocol::Udp))
         .chain(of_protocol(Protocol::Sctp))
         .collect();
-    payloads.push(Payload::Icmp);
+    payloads.extend([Payload::Icmp, Payload::OtherQuery]);
     payloads
 }
 
@@ -195,7 +195,7 @@ fn message() -> impl Strategy<Value = PortMatch> {
         one(four, 8),
         one(six, 128),
         one(four, 13),
-        one(six, 130),
+        one(six, 160),
         all(four),
         all(six),
         all(IpProtocol(47)),

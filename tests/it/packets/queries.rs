@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 use super::flows::expect;
 use super::frame::{Layer4, Packet, echo, echo_reply, icmp};
-use super::world::{INGRESS, PASS, REDIRECT, SHOT, in_both_families};
+use super::world::{A, INGRESS, PASS, REDIRECT, SHOT, in_both_families};
 use crate::require::require_lab;
 
 fn with_id(mut packet: Packet, id: u16) -> Packet {
@@ -38,6 +38,30 @@ fn bypass_2_who_answers_a_query_may_not_ask_one() -> Result<()> {
                 }
                 assert_eq!(world.connections(0)?.len(), 1);
             }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn bypass_2_a_query_that_is_allowed_opens_no_other_type() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        // Echo, timestamp; echo, extended echo.
+        let (protocol, types) = if cast.a.is_ipv4() { (1, [8, 13]) } else { (58, [128, 160]) };
+        for (allowed, other) in [(types[0], types[1]), (types[1], types[0])] {
+            world.forget_flows()?;
+            world.forget_rules()?;
+            world.enforce(2, &[INGRESS])?;
+            world.allow(2, INGRESS, A, (protocol, u16::from(allowed)))?;
+            let query = |kind, id| with_id(icmp(cast.a, cast.b, kind, 0), id).by(1);
+            expect(world, &query(allowed, 7), REDIRECT)?;
+            // Neither the flow of the identifier nor the verdict on the two pods is of the other type.
+            for id in [7, 8] {
+                let outcome = expect(world, &query(other, id), SHOT)?;
+                ensure!(outcome.events[0].reason == 133, "{other} with {id}: {outcome:?}");
+            }
+            expect(world, &query(allowed, 8), REDIRECT)?;
         }
         Ok(())
     })
