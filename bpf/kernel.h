@@ -82,6 +82,8 @@ enum {
 	TC_ACT_REDIRECT = 7,
 	BPF_F_INGRESS = 1, /* a flag of bpf_redirect */
 	PACKET_HOST = 0,
+	PACKET_BROADCAST = 1,
+	PACKET_MULTICAST = 2,
 	PACKET_OTHERHOST = 3,
 };
 

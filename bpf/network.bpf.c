@@ -256,7 +256,7 @@ static __always_inline int network_arrive(struct __sk_buff *ctx)
 		return parsed;
 	ret = network_find_way(ctx, packet, parsed);
 	if (!ret) {
-		ret = host_receive(packet, parsed);
+		ret = host_receive(ctx, packet, parsed);
 		if (ret)
 			return finish(ctx, packet, ret);
 		/* Of what is the stack's later fragments are, too. */

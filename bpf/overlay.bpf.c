@@ -116,7 +116,7 @@ static __always_inline int overlay_decide(struct __sk_buff *ctx,
 	ret = overlay_is_for_node(packet);
 	if (ret > 0) {
 		packet->route = ROUTE_STACK;
-		return host_receive(packet, 0);
+		return host_receive(ctx, packet, 0);
 	}
 	if (ret)
 		return ret;

@@ -2,8 +2,8 @@
 /*
  * The host's own policy, row 0 of `endpoints`, on packets to and from the node's
  * own addresses. Of TCP the SYN is judged: whatever runs goes on. Of the rest a
- * row of host_flows says who began. Neighbour discovery, ICMP errors, what is
- * for groups, and the tunnel are not the policy's.
+ * row of host_flows says who began. Neighbour discovery, ICMP errors, the tunnel,
+ * and of what is for groups all but UDP are not the policy's.
  */
 #pragma once
 
@@ -128,14 +128,30 @@ static __always_inline bool host_is_beyond(const struct packet *packet,
 		tunnel_is_node(other));
 }
 
+/* What everyone on the link gets, or a group: each socket of the node that
+ * listens on the port. Without ports it is routers' and hosts' own business. */
+static __always_inline bool host_is_one_of_many(struct __sk_buff *ctx,
+						const struct packet *packet)
+{
+	const struct addr *to = &packet->destination;
+
+	if (addr_is_multicast(to))
+		return packet->protocol == IPPROTO_UDP;
+	return ctx->pkt_type == PACKET_BROADCAST ||
+	       ctx->pkt_type == PACKET_MULTICAST ||
+	       (addr_is_ipv4(to) && to->w[3] == 0xffffffff);
+}
+
 /* What is for the node itself: 0, or a drop. `parsed` is what the parser says;
  * what it refuses comes in no more than what the policy denies. */
-static __always_inline int host_receive(struct packet *packet, int parsed)
+static __always_inline int host_receive(struct __sk_buff *ctx,
+					struct packet *packet, int parsed)
 {
 	__u32 enforced = host_enforces();
 
 	if (!enforced || host_is_beyond(packet, &packet->source) ||
-	    !host_has(&packet->destination))
+	    (!host_has(&packet->destination) &&
+	     !host_is_one_of_many(ctx, packet)))
 		return 0;
 	if (parsed < 0)
 		return enforced & POLICY_ENFORCE_INGRESS ? parsed : 0;

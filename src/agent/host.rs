@@ -206,4 +206,82 @@ mod tests {
         let elsewhere = always_open(&found, &BTreeSet::from([server]), &[], &BTreeSet::new());
         assert_eq!(elsewhere.ingress.expect("rules").rules.len(), ingress.rules.len() - 1);
     }
+
+    /// What the compiled rows of the host let pass: `side` 0 is from an address, 1 is to it.
+    fn lets(output: &crate::policy::Output, side: usize, address: &str, protocol: u8, port: u16) -> bool {
+        let compiled = &output.policies[&output.of_endpoint[&EndpointId::HOST]];
+        let direction = [&compiled.ingress, &compiled.egress][side].as_ref().expect("both are spoken of");
+        let address: IpAddr = address.parse().expect("an address");
+        let longest = output.prefixes.iter().filter(|(net, _)| net.contains(&address));
+        let identity = match output.addresses.get(&address) {
+            Some(entry) => entry.identity,
+            None => longest
+                .max_by_key(|(net, _)| net.prefix_len())
+                .map_or(IdentityId::WORLD, |(_, entry)| entry.identity),
+        };
+        let class = direction.peers.get(&identity).copied().unwrap_or(0);
+        let matches = direction.rules.iter().filter(|(key, _)| {
+            key.class == class
+                && key.protocol.is_none_or(|known| known == protocol)
+                && u32::from(key.port ^ port) >> (16 - key.port_prefix_length) == 0
+        });
+        let row = matches.max_by_key(|(key, _)| (key.protocol, key.port_prefix_length));
+        row.is_some_and(|(_, rule)| rule.action == Action::Allow)
+    }
+
+    #[test]
+    fn bypass_6_what_must_stay_open_and_nothing_else_passes_a_policy_that_closes_everything() {
+        let mut closed = policy("closed", "one");
+        closed.egress = closed.ingress.clone();
+        let found = find(&node("one"), &sources(vec![closed.clone()])).expect("it selects the node");
+        let servers = ["192.0.2.1:6443", "198.51.100.9:443"].map(|text| text.parse().expect("an address"));
+        let open =
+            always_open(&found, &BTreeSet::from(servers), &node("one").addresses, &BTreeSet::from([51871]));
+        let policies = [closed, open].map(|policy| (policy.reference.clone(), Arc::new(policy)));
+        let address = |text: &str, identity, kind| {
+            let entry = crate::model::BaseAddress { identity, node: None, endpoint: None, kind };
+            (text.parse::<IpAddr>().expect("an address"), entry)
+        };
+        let kind = crate::model::AddressKind::Node;
+        let output = crate::policy::Compiler::new(PolicyId(1), IdentityId::FIRST_LOCAL, Arc::default())
+            .compile(&crate::policy::Input {
+                policies: &Snapshot::from_iter(policies),
+                identities: &Snapshot::new(),
+                endpoints: &std::collections::BTreeMap::from([(EndpointId::HOST, IdentityId::HOST)]),
+                audited: &BTreeSet::new(),
+                host: &found.labels,
+                addresses: &Snapshot::from_iter([address("192.0.2.2", IdentityId::REMOTE_NODE, kind)]),
+                pod_cidrs: &[],
+            })
+            .expect("numbers are left");
+        let (world, other, server) = ("203.0.113.7", "192.0.2.2", "198.51.100.9");
+        let (tcp, udp, esp) = (6, 17, ESP.0);
+        for (side, address, protocol, port, is_open) in [
+            // The API server: what it sends and is sent, and the one that this node has.
+            (0, server, tcp, 10250, true),
+            (1, server, tcp, 443, true),
+            (0, world, tcp, 6443, true),
+            (0, world, udp, 6443, false),
+            (0, world, tcp, 22, false),
+            (1, world, tcp, 443, false),
+            // DHCP, from whoever has a server.
+            (0, world, udp, 68, true),
+            (0, other, udp, 546, true),
+            (0, world, udp, 67, false),
+            (1, world, udp, 67, true),
+            (1, world, udp, 547, true),
+            (1, world, udp, 68, false),
+            // Encryption, between nodes alone.
+            (0, other, udp, 51871, true),
+            (1, other, udp, 51871, true),
+            (0, world, udp, 51871, false),
+            (0, other, esp, 0, true),
+            (0, world, esp, 0, false),
+            (0, other, tcp, 10250, false),
+            (0, other, 1, 8, false),
+        ] {
+            let found = lets(&output, side, address, protocol, port);
+            assert_eq!(found, is_open, "{side} {address} {protocol}/{port}");
+        }
+    }
 }

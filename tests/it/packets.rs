@@ -14,6 +14,7 @@ pub mod frame;
 mod frontends;
 mod fuzz;
 mod hops;
+mod host;
 mod late;
 mod layer7;
 mod masquerade;
