@@ -33,6 +33,7 @@ mod packets;
 mod page;
 mod policies;
 mod policy_changes;
+mod policy_classes;
 mod policy_commands;
 mod policy_model;
 mod proxy;
