@@ -1,7 +1,7 @@
 //! Answers to `weir-cni` and the command line, and what the flow names and the
 //! metrics ask: everything that is read from the agent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime};
@@ -13,13 +13,16 @@ use super::args::{AgentArgs, Config, Routing};
 use super::compute::Desired;
 use super::ends::Ends;
 use super::lead::{Leader, Leaders};
+use super::names::{Belief, Learned};
 use super::node::OVERLAY_DEVICE;
 use super::policy_diff;
 use super::ports::Ports;
+use super::proxy::Counters;
 use super::rounds::Current;
 use crate::api::answers::{
     AnnouncedRow, BackendPlace, BrokenRow, EncryptionAnswer, EncryptionDevice, EncryptionPeerRow,
-    EndpointRow, FeatureRow, IdentityRow, KindRow, NodeRow, PolicyRow, ServiceRow, StatusAnswer, WaitingRow,
+    EndpointRow, FeatureRow, IdentityRow, KindRow, NameAddress, NameRow, NodeRow, PolicyRow, ServiceRow,
+    StatusAnswer, WaitingRow,
 };
 use crate::api::{Handler, Refusal, Reply, Request};
 use crate::datapath::{Datapath, MapFill, PolicyWriter, RuleOrigins, RuleSets, Usage, UsageKind, maglev};
@@ -31,7 +34,8 @@ use crate::kube::{Health, Tables};
 use crate::model::l7::RuleSetId;
 use crate::model::{
     Endpoint, EndpointId, Frontend, IdentityId, IdentityLabels, LocalIdentity, MatchType, Node, ObjectKey,
-    Origins, PeerState, Policy, PolicyDirection, PolicyRef, Protocol, Scope, ServiceQuestion, ServiceTrace,
+    Origins, Peer, PeerState, Policy, PolicyDirection, PolicyRef, Protocol, Scope, ServiceQuestion,
+    ServiceTrace,
 };
 use crate::policy::diff::Change;
 use crate::policy::explain::{Explanation, Packet, Question};
@@ -54,6 +58,8 @@ pub struct Known {
     pub(super) telemetry: Arc<Telemetry>,
     pub(super) endpoints: Arc<Table<EndpointId, Arc<Endpoint>>>,
     pub(super) current: Arc<Current>,
+    pub(super) learned: Arc<Learned>,
+    pub(super) proxy: Counters,
     pub(super) recorder: Arc<Recorder>,
     pub(super) leaders: Arc<ArcSwap<Leaders>>,
     progress: watch::Receiver<Progress>,
@@ -80,8 +86,16 @@ impl Known {
     ) -> Self {
         let recorder =
             Arc::new(Recorder::new(config.args.flows.records()).redacting(config.args.flows.redact()));
+        let belief = Belief {
+            guarded: config.args.network.stack_cidrs.clone(),
+            believed: config.args.names.names_believe.clone(),
+        };
+        let bounds = config.args.names.bounds();
+        let learned = Learned::new(&config.args.state_dir, bounds, belief, endpoints.clone());
         Self {
             config,
+            learned: Arc::new(learned),
+            proxy: Counters::default(),
             tables: Arc::default(),
             health: Arc::default(),
             telemetry,
@@ -118,6 +132,8 @@ impl Known {
     /// Lets the metrics read what is counted elsewhere.
     pub fn show(self: &Arc<Self>) {
         self.telemetry.show_flows(self.recorder.clone());
+        self.learned.show_to(&self.telemetry);
+        self.proxy.show_to(&self.telemetry);
         let known = self.clone();
         self.telemetry.show_objects(move || known.counts());
         let known = self.clone();
@@ -312,6 +328,7 @@ impl Known {
             "encryption",
             device.map_or_else(|| "off".to_owned(), |device| encryption_text(device, args)),
         ));
+        rows.push(("names of DNS", self.learned.said()));
         rows.push(("socket load balancing", args.kernel.socket_lb.to_string()));
         rows.push(("masquerade", args.nat.masquerade.to_string()));
         rows.push(("flow events", args.flows.flow_events.to_string()));
@@ -384,6 +401,7 @@ impl Known {
             tier: format!("{:?}", policy.tier),
             ingress_rules: rules(&policy.ingress),
             egress_rules: rules(&policy.egress),
+            layer7: layer7_of(policy),
             endpoints: selects(&policy.reference),
             doubts: policy.doubts.clone(),
         };
@@ -404,7 +422,8 @@ impl Known {
         let endpoints = self.endpoints.snapshot();
         let local = endpoints.values().map(|it| (it.pod.clone(), it.addresses().collect())).collect();
         let node = self.config.args.node_name.as_str();
-        let ends = Ends { tables: &self.tables, filter, asked: &asked, local, node };
+        let named = self.current.load().named_addresses();
+        let ends = Ends { tables: &self.tables, filter, asked: &asked, local, named, node };
         let (from, to) = (ends.find(from)?, ends.find(to)?);
         Ok(Question { policies: &policies, filter, from: &from, to: &to, packet }.answer())
     }
@@ -419,6 +438,37 @@ impl Known {
             policy_diff::Pods { identities: &identities, endpoints: &endpoints, addresses: &addresses };
         let filter = Arc::new(self.config.args.rules.identity_labels.clone());
         policy_diff::of_endpoints(&self.tables, manifests, &pods, &filter)
+    }
+
+    /// What pods were told, by pod and name.
+    fn name_rows(&self) -> Vec<NameRow> {
+        let (current, endpoints) = (self.current.load(), self.endpoints.snapshot());
+        let sources = self.tables.policy_sources();
+        let policies: Vec<&Policy> =
+            sources.all().flat_map(|policy| std::iter::once(policy).chain(&policy.others)).collect();
+        let mut rows: Vec<NameRow> = Vec::new();
+        for line in self.learned.lines() {
+            let address = NameAddress { address: line.address, seconds_left: line.seconds_left };
+            if let Some(row) = rows.last_mut()
+                && row.endpoint == line.endpoint
+                && *row.name == *line.name
+            {
+                row.addresses.push(address);
+                continue;
+            }
+            let selecting = current.selected_by.get(&line.endpoint);
+            let is_selecting = |policy: &PolicyRef| selecting.is_some_and(|all| all.contains(policy));
+            let naming =
+                policies.iter().filter(|it| is_selecting(&it.reference) && names_by_dns(it, &line.name));
+            rows.push(NameRow {
+                endpoint: line.endpoint,
+                pod: endpoints.get(&line.endpoint).map(|endpoint| endpoint.pod.clone()),
+                name: line.name.to_string(),
+                policies: naming.map(|policy| policy.reference.clone()).collect(),
+                addresses: vec![address],
+            });
+        }
+        rows
     }
 
     fn node_rows(&self) -> Vec<NodeRow> {
@@ -656,12 +706,35 @@ impl Handler for Answers {
                 let answer = tokio::task::block_in_place(move || known.encryption());
                 reply.finish(Ok::<_, Refusal>(answer)).await
             }
+            Request::Names => reply.finish(Ok::<_, Refusal>(known.name_rows())).await,
             Request::Nodes => reply.finish(Ok::<_, Refusal>(known.node_rows())).await,
         };
         if answered.is_err() {
             tracing::debug!("a client went away before its answer");
         }
     }
+}
+
+/// What of a policy goes beyond addresses and ports.
+fn layer7_of(policy: &Policy) -> Vec<String> {
+    let mut said = BTreeSet::new();
+    for policy in std::iter::once(policy).chain(&policy.others) {
+        let directions = policy.ingress.iter().chain(&policy.egress);
+        for rule in directions.flat_map(|direction| &direction.rules) {
+            said.extend(rule.l7.as_ref().map(|rules| rules.protocol().to_owned()));
+            if rule.peers.iter().flatten().any(|peer| matches!(peer, Peer::Name(_))) {
+                said.insert("names".to_owned());
+            }
+        }
+    }
+    said.into_iter().collect()
+}
+
+/// True if a rule of the policy means a name of DNS.
+fn names_by_dns(policy: &Policy, name: &str) -> bool {
+    let rules = policy.egress.iter().flat_map(|direction| &direction.rules);
+    let mut peers = rules.flat_map(|rule| rule.peers.iter().flatten());
+    peers.any(|peer| matches!(peer, Peer::Name(rule) if rule.pattern().matches_text(name)))
 }
 
 fn refused(message: String) -> Refusal {

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, ValueEnum};
 use ipnet::IpNet;
 
+use super::names::NameArgs;
 use crate::cni::CniArgs;
 use crate::datapath::{KernelArgs, MapArgs, QuotaArgs, pin_directory};
 use crate::encryption::EncryptionArgs;
@@ -79,6 +80,10 @@ pub struct AgentArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub rules: RuleArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub names: NameArgs,
 
     #[command(flatten)]
     #[allow(missing_docs)]

@@ -16,6 +16,7 @@ use super::host;
 use super::local::Local;
 use crate::identity::LabelFilter;
 use crate::kube::Tables;
+use crate::model::l7::DnsRule;
 use crate::model::{
     AddressEntry, AddressPair, Allocation, CompiledPolicy, Endpoint, EndpointEntry, EndpointId,
     EndpointSlice, Frontend, FrontendKey, IdentityId, IdentityLabels, LocalIdentity, LocalRedirect, Marks,
@@ -42,6 +43,7 @@ pub struct View {
     devices: Snapshot<u32, NetworkDevice>,
     redirects: Snapshot<ObjectKey, Arc<LocalRedirect>>,
     allocations: Snapshot<Arc<str>, Arc<Allocation>>,
+    heard: policy::Heard,
 }
 
 impl View {
@@ -63,7 +65,13 @@ impl View {
             devices: local.devices.snapshot(),
             redirects: tables.redirects(),
             allocations: tables.allocations.snapshot(),
+            heard: policy::Heard::new(),
         }
+    }
+
+    /// With what DNS told pods.
+    pub fn heard(self, heard: policy::Heard) -> Self {
+        Self { heard, ..self }
     }
 
     /// The addresses that EndpointSlices have, ready or not.
@@ -104,6 +112,8 @@ pub struct Desired {
     pub selected_by: BTreeMap<EndpointId, Arc<[PolicyRef]>>,
     /// Those that isolate it, for what comes in and for what goes out.
     pub isolated_by: BTreeMap<EndpointId, [Origins; 2]>,
+    /// The names of DNS in the rules of each endpoint that has any.
+    pub named_by: Arc<BTreeMap<EndpointId, Arc<[DnsRule]>>>,
     /// The other nodes, for routes.
     pub nodes: Vec<Arc<Node>>,
     /// What pods of this node may send, in bytes a second; of others there is no limit.
@@ -130,6 +140,17 @@ pub struct Desired {
     pub place: Arc<service::Place>,
     /// Objects that contradict one another, said for people.
     pub conflicts: Vec<String>,
+}
+
+impl Desired {
+    /// The rules that name addresses outside of the cluster by a name of DNS.
+    pub fn named_addresses(&self) -> BTreeMap<IpAddr, Arc<[DnsRule]>> {
+        let named = self.prefixes.iter().filter_map(|(net, entry)| {
+            let local = self.local_identities.get(&entry.identity)?;
+            (!local.names.is_empty()).then(|| (net.addr(), local.names.clone()))
+        });
+        named.collect()
+    }
 }
 
 /// The policies of every kind with those of the host, and the labels of the node.
@@ -294,6 +315,7 @@ impl Compute {
             host: &host_labels,
             addresses: &owners.addresses,
             pod_cidrs: &pod_cidrs,
+            heard: &view.heard,
         })?;
         desired.conflicts = conflicts(&owners.conflicts);
         desired.health = Arc::new(services.health.clone());
@@ -321,6 +343,7 @@ impl Compute {
         desired.local_identities = compiled.local_identities;
         desired.selected_by = compiled.selected_by;
         desired.isolated_by = compiled.isolated_by;
+        desired.named_by = compiled.named_by;
         desired.frontends = services.frontends.clone();
         let pods = endpoints.values().map(|(endpoint, _)| endpoint.as_ref());
         for (key, frontend) in service::host_ports(&own_addresses, pods) {

@@ -1,11 +1,12 @@
 //! Who somebody means by the name of an end: a pod, an address, labels, or a name of Cilium's.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::identity::{LabelFilter, NAMESPACE_NAME};
 use crate::kube::Tables;
+use crate::model::l7::DnsRule;
 use crate::model::{IdentityId, IdentityLabels, Labels, ObjectKey};
 use crate::policy::explain::End;
 
@@ -19,6 +20,8 @@ pub struct Ends<'a> {
     pub asked: &'a BTreeSet<String>,
     /// The pods of this node.
     pub local: Vec<(ObjectKey, Vec<IpAddr>)>,
+    /// The rules that name addresses outside of the cluster.
+    pub named: BTreeMap<IpAddr, Arc<[DnsRule]>>,
     /// The name of this node; empty where there is none.
     pub node: &'a str,
 }
@@ -29,7 +32,7 @@ impl Ends<'_> {
         if let Ok(address) = text.parse::<IpAddr>() {
             return Ok(self.by_address(address.to_canonical()));
         }
-        let reserved = |base| End { name: text.to_owned(), base, labels: None, addresses: Vec::new() };
+        let reserved = |base| End { name: text.to_owned(), base, ..End::default() };
         match text {
             "world" => return Ok(reserved(None)),
             "host" => return Ok(reserved(Some(IdentityId::HOST))),
@@ -68,7 +71,7 @@ impl Ends<'_> {
         };
         let labels = labels.ok_or_else(|| format!("no pod {pod} is known"))?;
         let base = Some(identity.unwrap_or(IdentityId::FIRST_CLUSTER));
-        Ok(End { name: pod.to_string(), base, labels: Some(labels), addresses })
+        Ok(End { name: pod.to_string(), base, labels: Some(labels), addresses, ..End::default() })
     }
 
     fn by_labels(&self, text: &str, namespace: &str, pairs: &str) -> Result<End, String> {
@@ -91,7 +94,7 @@ impl Ends<'_> {
             ..IdentityLabels::default()
         };
         let (base, labels) = (Some(IdentityId::FIRST_CLUSTER), Some(Arc::new(labels)));
-        Ok(End { name: text.to_owned(), base, labels, addresses: Vec::new() })
+        Ok(End { name: text.to_owned(), base, labels, ..End::default() })
     }
 
     fn by_address(&self, address: IpAddr) -> End {
@@ -109,6 +112,7 @@ impl Ends<'_> {
             true => IdentityId::HOST,
             false => IdentityId::REMOTE_NODE,
         });
-        End { name: address.to_string(), base, labels: None, addresses: vec![address] }
+        let names = self.named.get(&address).cloned().unwrap_or_default();
+        End { name: address.to_string(), base, addresses: vec![address], names, ..End::default() }
     }
 }

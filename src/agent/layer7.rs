@@ -3,20 +3,31 @@
 use std::sync::Arc;
 
 use super::answers::Known;
-use super::proxy::Hears;
-use crate::model::l7::{Names, Record};
+use super::names::Learned;
+use super::proxy::{Heard, Hears};
+use crate::model::l7::{Names, ProxyState, Record};
 
 /// Takes what the proxy tells.
 pub struct Told {
     /// What the agent knows.
     pub known: Arc<Known>,
+    /// What pods were told.
+    pub learned: Arc<Learned>,
 }
 
 impl Hears for Told {
     fn records(&self, records: Vec<Record>, lost: u64) {
+        self.known.proxy.seen(&records, lost);
         self.known.recorder.append_requests(records);
         self.known.recorder.requests_lost(lost);
     }
 
-    fn names(&self, _names: &Names) {}
+    fn state(&self, state: &ProxyState) {
+        self.known.proxy.state(state);
+    }
+
+    fn names(&self, names: Names) -> Heard {
+        let learned = self.learned.clone();
+        Box::pin(async move { learned.take(names).await })
+    }
 }

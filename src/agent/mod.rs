@@ -27,6 +27,7 @@ mod layer7;
 mod lead;
 mod local;
 mod mtu;
+mod names;
 mod node;
 mod observer;
 pub mod policy_diff;
@@ -50,6 +51,7 @@ use tokio::time::timeout;
 pub use args::{AgentArgs, Config, Routing};
 pub use compute::{Compute, Desired, Rules, View};
 pub use ends::Ends;
+pub use names::NameArgs;
 pub use node::Devices;
 pub use proxy::end_left_behind;
 
@@ -278,13 +280,15 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
             tracing::error!(error = crate::error::chain(&error), "queued deletions wait for the next start");
         }
     });
+    known.learned.load();
+    tokio::spawn(known.learned.clone().keep(datapath.clone()));
     let proxy = proxy::Proxy::default();
     let of_proxy = proxy::Options {
         datapath: datapath.clone(),
         state_dir: config.args.state_dir.clone(),
         mtu: devices.mtu,
         sets: writers.policies.rule_sets(),
-        hears: Arc::new(layer7::Told { known: known.clone() }),
+        hears: Arc::new(layer7::Told { known: known.clone(), learned: known.learned.clone() }),
         parts: parts.clone(),
     };
     tokio::spawn(proxy::run(of_proxy, proxy.clone()));
@@ -303,6 +307,8 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         health,
         tables,
         endpoints: known.endpoints.clone(),
+        learned: known.learned.clone(),
+        layer7: (writers.policies.rule_sets(), proxy.clone()),
         local,
         ipsec: ipsec.clone(),
         host_decided,

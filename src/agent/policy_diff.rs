@@ -10,7 +10,7 @@ use crate::identity::{self, LabelFilter};
 use crate::kube::{Tables, read_policies};
 use crate::model::{BaseAddress, EndpointId, IdentityId, IdentityLabels};
 use crate::policy::diff::{Change, differences};
-use crate::policy::{Input, Resolver, asked_labels};
+use crate::policy::{Heard, Input, Resolver, asked_labels};
 use crate::tables::Snapshot;
 
 /// Whom a comparison is about.
@@ -43,6 +43,7 @@ pub fn of_endpoints(
         host: &Arc::default(),
         addresses: pods.addresses,
         pod_cidrs: &pod_cidrs,
+        heard: &Heard::new(),
     };
     let name = |id: IdentityId| match id {
         IdentityId::WORLD => "world".to_owned(),

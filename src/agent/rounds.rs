@@ -6,6 +6,7 @@
 //! left. What a sink could not write it tries again by itself (`sinks`).
 
 use std::cell::LazyCell;
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,18 +18,22 @@ use super::compute::{Compute, Desired, View};
 use super::health_ports::HealthOf;
 use super::ipsec;
 use super::local::Local;
+use super::names::Learned;
+use super::proxy::Proxy;
 use super::publish::{Claims, News};
 use super::removed::{Leaving, Removed};
 use super::sinks::{Applied, Retry, Sinks};
-use crate::datapath::Datapath;
+use crate::datapath::{Datapath, RuleSets};
 use crate::endpoint::{Enforced, is_host_interface_name};
 use crate::kube::Tables;
+use crate::model::l7::RuleSetId;
 use crate::model::{Endpoint, EndpointId, NodeEndpoints};
 use crate::netlink::{self, ALL_NEWS, Heard};
 use crate::tables::Table;
 use crate::telemetry::{ReadyGuard, Telemetry};
 
-/// The first round waits so long for identities of pods that were there before the agent.
+/// The first round waits so long for identities of pods that were there before the agent, and for the proxy to have
+/// their rules.
 const CLAIMED_WITHIN: Duration = Duration::from_secs(5);
 /// Without any change there is a round all the same: level, not edge.
 const IDLE_ROUND: Duration = Duration::from_secs(20);
@@ -45,6 +50,10 @@ pub struct Rounds {
     pub tables: Arc<Tables>,
     /// From CNI.
     pub endpoints: Arc<Table<EndpointId, Arc<Endpoint>>>,
+    /// From DNS.
+    pub learned: Arc<Learned>,
+    /// The rule sets of policies, and the proxy that must have them.
+    pub layer7: (RuleSets, Proxy),
     /// From the kernel.
     pub local: Arc<Local>,
     /// From the kernel.
@@ -95,6 +104,8 @@ impl Rounds {
         let mut endpoint_changes = self.endpoints.subscribe();
         let mut address_changes = self.local.addresses.subscribe();
         let mut device_changes = self.local.devices.subscribe();
+        let mut heard_changes = self.learned.subscribe();
+        let mut proxy_known = self.layer7.1.known();
         self.write_early_until_synced().await;
         let tables = self.tables.clone();
         let mut ipsec = self.ipsec.clone();
@@ -106,6 +117,8 @@ impl Rounds {
             ipsec.mark_unchanged();
             host_decided.mark_unchanged();
             device_changes.mark_unchanged();
+            heard_changes.mark_unchanged();
+            proxy_known.mark_unchanged();
             let applied = tokio::task::block_in_place(|| self.round());
             self.telemetry.main_loop_alive();
             if applied.as_ref().is_some_and(|applied| applied.serves_pods) {
@@ -117,13 +130,16 @@ impl Rounds {
                 has_other_versions = false;
             }
             loop {
-                let pause = self.pause(applied.is_some());
+                let (pause, is_first) = (self.pause(applied.is_some()), self.is_first);
                 tokio::select! {
                     () = &mut changes => break,
                     () = tokio::time::sleep(pause) => break,
                     changed = endpoint_changes.changed() => if changed.is_err() { return } else { break },
                     changed = address_changes.changed() => if changed.is_err() { return } else { break },
                     changed = device_changes.changed() => if changed.is_err() { return } else { break },
+                    changed = proxy_known.changed(), if is_first =>
+                        if changed.is_err() { return } else { break },
+                    changed = heard_changes.changed() => if changed.is_err() { return } else { break },
                     changed = ipsec.changed() => if changed.is_err() { return } else { break },
                     changed = host_decided.changed() => if changed.is_err() { return } else { break },
                     // This alone is no reason for a round: the sinks say when they want one.
@@ -196,7 +212,9 @@ impl Rounds {
     fn round(&mut self) -> Option<Done> {
         let start = Instant::now();
         self.sinks.write_early();
-        let view = View::of(&self.tables, &self.endpoints, &self.local);
+        // Before the snapshot, which has at least this.
+        let heard = self.learned.revision();
+        let view = View::of(&self.tables, &self.endpoints, &self.local).heard(self.learned.heard());
         let parts = self.telemetry.parts();
         let desired = match self.compute.desired(&view) {
             Ok(desired) => desired,
@@ -215,7 +233,8 @@ impl Rounds {
         self.claims.start(&desired.unclaimed);
         // Pods that ran before this agent did keep their old state until all of them can get
         // the new one: a row that is left out of the first round would be taken away.
-        if self.is_first && !desired.unclaimed.is_empty() && self.started.elapsed() < CLAIMED_WITHIN {
+        let can_have_it = desired.unclaimed.is_empty() && self.proxy_has_rules_of(&desired);
+        if self.is_first && !can_have_it && self.started.elapsed() < CLAIMED_WITHIN {
             return None;
         }
         let compiled = start.elapsed();
@@ -223,6 +242,9 @@ impl Rounds {
         self.is_first = false;
         if applied.serves_pods && applied.enforced.contains(&EndpointId::HOST) {
             self.compute.host_in_force();
+        }
+        if applied.serves_pods {
+            self.learned.applied(heard);
         }
         let done = Done { serves_pods: applied.serves_pods, is_complete: applied.is_complete };
         if !done.is_complete {
@@ -232,6 +254,19 @@ impl Rounds {
         self.tell_sockets(&view, &desired, &applied.removed_backends);
         self.tell(desired, applied);
         Some(done)
+    }
+
+    /// A policy counts when the proxy has its rules. With addresses that are new already and a policy that is old
+    /// a pod would be denied what both allow.
+    fn proxy_has_rules_of(&self, desired: &Desired) -> bool {
+        let (sets, proxy) = &self.layer7;
+        if !self.is_first {
+            return true;
+        }
+        let of_policies = desired.policies.values().flat_map(|policy| policy.rule_sets());
+        let wanted: BTreeSet<RuleSetId> = of_policies.map(|set| sets.id_of(set)).collect();
+        proxy.want(wanted.clone());
+        proxy.knows(&wanted)
     }
 
     fn tell_sockets(&mut self, view: &View, desired: &Desired, unlisted: &[SocketAddr]) {

@@ -222,6 +222,9 @@ pub struct PolicyRow {
     pub ingress_rules: Option<usize>,
     /// Rules for what goes out; `None`: it does not judge that.
     pub egress_rules: Option<usize>,
+    /// What of it goes beyond addresses and ports: protocols whose requests a proxy judges, `names` of DNS.
+    #[serde(default)]
+    pub layer7: Vec<String>,
     /// Pods of this node that it selects.
     pub endpoints: Vec<EndpointId>,
     /// What could not be read of it, and is closed.
@@ -313,4 +316,28 @@ pub struct BackendPlace {
     pub is_terminating: bool,
     /// Its share under Maglev.
     pub weight: u16,
+}
+
+/// What DNS told a pod of this node: the answer to `Names`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NameRow {
+    /// The name that it asked for.
+    pub name: String,
+    /// The pod's number.
+    pub endpoint: EndpointId,
+    /// The pod.
+    pub pod: Option<ObjectKey>,
+    /// Its policies that name it; none: the addresses are open to it only as far as others allow them.
+    pub policies: Vec<PolicyRef>,
+    /// The addresses.
+    pub addresses: Vec<NameAddress>,
+}
+
+/// An address of a name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NameAddress {
+    /// The address.
+    pub address: IpAddr,
+    /// For how long it counts; 0: as long as a connection runs to it.
+    pub seconds_left: u64,
 }

@@ -83,6 +83,8 @@ pub enum Request {
     ServiceTrace(ServiceQuestion),
     /// Who encrypts, and how the peers are.
     Encryption,
+    /// What DNS told the pods of this node.
+    Names,
     /// The nodes of the cluster.
     Nodes,
 }

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 
 use super::{Connection, Failure, Format, output, table};
 use crate::api::Request;
-use crate::api::answers::{EndpointRow, IdentityRow, NodeRow, PolicyRow, ServiceRow};
+use crate::api::answers::{EndpointRow, IdentityRow, NameRow, NodeRow, PolicyRow, ServiceRow};
 use crate::datapath::UsageKind;
 use crate::kube::foreign::ForeignPolicy;
 use crate::model::{
@@ -43,6 +43,12 @@ pub enum ServiceCommand {
     Get(GetArgs),
     /// Which backend a client would get of a service, and why not the others.
     Trace(TraceArgs),
+}
+
+#[derive(Subcommand)]
+pub enum NamesCommand {
+    /// One line for each name that a pod asked for.
+    List(ListArgs),
 }
 
 #[derive(Subcommand)]
@@ -145,6 +151,25 @@ impl TraceArgs {
     }
 }
 
+pub fn names(command: NamesCommand) -> Result<(), Failure> {
+    let NamesCommand::List(args) = command;
+    args.list(&Request::Names, ["NAME", "POD", "ADDRESSES", "SECONDS LEFT", "POLICIES"], |row: &NameRow| {
+        let addresses: Vec<IpAddr> = row.addresses.iter().map(|it| it.address).collect();
+        let left = row.addresses.iter().map(|it| it.seconds_left);
+        let left = left.clone().min().zip(left.max());
+        [
+            row.name.clone(),
+            row.pod.as_ref().map_or_else(|| row.endpoint.to_string(), ToString::to_string),
+            shorten(&addresses),
+            left.map_or_else(String::new, |(least, most)| match least == most {
+                true => least.to_string(),
+                false => format!("{least}-{most}"),
+            }),
+            join(&row.policies),
+        ]
+    })
+}
+
 pub fn endpoint(command: EndpointCommand) -> Result<(), Failure> {
     match command {
         EndpointCommand::List(args) => args.list(
@@ -198,7 +223,7 @@ pub fn policy(args: &GetArgs) -> Result<(), Failure> {
 /// A line for each policy, and what others' policies are not enforced.
 pub fn policies(args: &ListArgs) -> Result<(), Failure> {
     let endpoints: Vec<EndpointRow> = args.connection.ask(&Request::Endpoints)?;
-    let header = ["KIND", "POLICY", "TIER", "INGRESS", "EGRESS", "PODS", "NOT ENFORCED"];
+    let header = ["KIND", "POLICY", "TIER", "INGRESS", "EGRESS", "LAYER 7", "PODS", "NOT ENFORCED"];
     args.list(&Request::Policies, header, |row: &PolicyRow| {
         let rules = |count: Option<usize>| match count {
             None => String::new(),
@@ -212,6 +237,7 @@ pub fn policies(args: &ListArgs) -> Result<(), Failure> {
             row.tier.clone(),
             rules(row.ingress_rules),
             rules(row.egress_rules),
+            join(&row.layer7),
             shorten(&pods(row, &endpoints)),
             row.doubts.join("; "),
         ]

@@ -74,6 +74,9 @@ enum Command {
     /// Show network policies and whom they select.
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
+    /// Show the names of DNS that pods asked for, and the policies that mean them.
+    #[command(subcommand)]
+    Names(list::NamesCommand),
     /// Show services and their backends.
     #[command(subcommand)]
     Service(list::ServiceCommand),
@@ -178,6 +181,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Endpoint(command) => list::endpoint(command),
         Command::Identity(command) => list::identity(command),
         Command::Policy(command) => policy::run(command),
+        Command::Names(command) => list::names(command),
         Command::Service(command) => list::service(command),
         Command::Encryption(command) => encryption::run(&command),
         Command::Node(command) => list::node(command),

@@ -48,6 +48,7 @@ mod settings;
 mod settle;
 mod settled;
 pub mod skeleton;
+mod spoken;
 mod succeed;
 mod verify;
 

@@ -268,10 +268,11 @@ impl Names {
         if !identity.is_local() {
             return self.source.identity(identity).map_or_else(Vec::new, |labels| cluster_labels(&labels));
         }
-        let Some(LocalIdentity { base, prefixes }) = self.source.local_identity(identity) else {
+        let Some(LocalIdentity { base, prefixes, names }) = self.source.local_identity(identity) else {
             return Vec::new();
         };
         let mut labels: Vec<String> = prefixes.iter().map(|prefix| format!("cidr:{prefix}")).collect();
+        labels.extend(names.iter().map(|rule| format!("fqdn:{}", rule.text())));
         labels.extend(match base {
             Some(base) if !base.is_local() => self.make_labels(base),
             _ => vec!["reserved:world".to_owned()],

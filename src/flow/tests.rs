@@ -42,7 +42,11 @@ impl NameSource for Cluster {
             0x100_0001 => Some(IdentityId(300)),
             _ => return None,
         };
-        Some(LocalIdentity { base, prefixes: ["10.1.0.0/16".parse().expect("a prefix")].into() })
+        Some(LocalIdentity {
+            base,
+            prefixes: ["10.1.0.0/16".parse().expect("a prefix")].into(),
+            names: Arc::default(),
+        })
     }
 
     fn rule_origin(&self, rule_id: u32) -> Option<Origins> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::Serialize;
 
+use super::l7::DnsRule;
 use super::{Endpoint, IdentityId, PolicyId};
 
 /// Who has an address, before prefixes of rules are considered.
@@ -26,8 +27,15 @@ pub struct BaseAddress {
 pub struct LocalIdentity {
     /// The pod's or node's own identity; `None` for addresses of nobody known.
     pub base: Option<IdentityId>,
-    /// Every prefix of a rule that covers the address, sorted; never empty.
+    /// Every prefix of a rule that covers the address, sorted.
     pub prefixes: Arc<[IpNet]>,
+    /// The rules that name the address by a name of DNS, sorted; only of an address that nobody of the cluster has.
+    #[serde(skip_serializing_if = "has_none")]
+    pub names: Arc<[DnsRule]>,
+}
+
+fn has_none(names: &Arc<[DnsRule]>) -> bool {
+    names.is_empty()
 }
 
 /// A row of `addresses`: who has exactly this address.
@@ -65,6 +73,9 @@ pub struct PrefixEntry {
     pub node: Option<IpAddr>,
     /// What pods send there passes the node's netfilter.
     pub is_guarded: bool,
+    /// One address, which an answer of DNS named. Without the row less is allowed, and nothing else.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub is_learned: bool,
 }
 
 /// A row of `endpoints`.

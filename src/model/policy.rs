@@ -8,7 +8,7 @@ use imbl::OrdMap;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::l7::{L7Rules, RuleSet, RuleSetId};
+use super::l7::{DnsRule, L7Rules, RuleSet, RuleSetId};
 use super::{IdentityId, Labels, Marks, ObjectKey, Protocol};
 
 /// A label selector: every requirement must hold; none selects everything.
@@ -275,6 +275,8 @@ pub enum Peer {
     },
     /// Who is behind Services.
     Services(ServiceSelector),
+    /// Addresses outside of the cluster that DNS named to the pod.
+    Name(DnsRule),
 }
 
 /// CiliumCIDRGroups, by name or by label.

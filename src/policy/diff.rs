@@ -52,6 +52,7 @@ pub fn differences(
             host: given.host,
             addresses: given.addresses,
             pod_cidrs: given.pod_cidrs,
+            heard: given.heard,
         };
         Compiler::new(PolicyId(1), IdentityId::FIRST_LOCAL, filter.clone()).compile(&input)
     };

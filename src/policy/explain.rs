@@ -17,14 +17,15 @@ use super::rules::{self, Claim, Match, Order};
 use super::select::selects;
 use super::value::resolve;
 use crate::identity::LabelFilter;
+use crate::model::l7::{DnsRule, L7Rules};
 use crate::model::{
-    Action, IdentityId, IdentityLabels, IpProtocol, Origins, Peer, Policy, PolicyDirection, PolicyRef,
+    Action, IdentityId, IdentityLabels, IpProtocol, L7Set, Origins, Peer, Policy, PolicyDirection, PolicyRef,
     PolicyRule, PortSelector, Tier,
 };
 use crate::tables::Snapshot;
 
 /// One end of a packet.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct End {
     /// What it is called in the answer.
     pub name: String,
@@ -34,6 +35,8 @@ pub struct End {
     pub labels: Option<Arc<IdentityLabels>>,
     /// Its addresses, as far as they are known.
     pub addresses: Vec<IpAddr>,
+    /// The rules that name it by a name of DNS.
+    pub names: Arc<[DnsRule]>,
 }
 
 /// What the packet is.
@@ -83,6 +86,9 @@ pub struct Weighing {
     pub change: String,
     /// What could not be judged.
     pub unknown: Vec<String>,
+    /// The rules by which a proxy judges each request of what may pass.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer7: Option<String>,
 }
 
 /// A rule of a policy, by its place among those of its direction.
@@ -144,6 +150,7 @@ impl Question<'_> {
             rules: Vec::new(),
             change: String::new(),
             unknown: Vec::new(),
+            layer7: None,
         };
         let Some(labels) = &end.labels else {
             weighing.change = "no policy applies to what is no pod".to_owned();
@@ -159,7 +166,7 @@ impl Question<'_> {
             if direction.default == Action::Deny {
                 weighing.isolated_by.push(policy.reference.clone());
                 claims.push((
-                    claim(Order::default_of(policy.tier), Action::Deny, None, policy.marks.audit),
+                    claim(Order::default_of(policy.tier), Action::Deny, None, policy.marks.audit, None),
                     None,
                 ));
             }
@@ -179,7 +186,13 @@ impl Question<'_> {
                         },
                     };
                     claims.push((
-                        claim(order, rule.action, Some(&policy.reference), policy.marks.audit),
+                        claim(
+                            order,
+                            rule.action,
+                            Some(&policy.reference),
+                            policy.marks.audit,
+                            rule.l7.as_ref(),
+                        ),
                         Some(reference.clone()),
                     ));
                 }
@@ -200,7 +213,10 @@ impl Question<'_> {
     ) -> &'static str {
         if let Some(peers) = &rule.peers {
             let is_by_address = |peer: &Peer| {
-                matches!(peer, Peer::Block { .. } | Peer::Outside { .. } | Peer::NodeAddresses(_))
+                matches!(
+                    peer,
+                    Peer::Block { .. } | Peer::Outside { .. } | Peer::NodeAddresses(_) | Peer::Name(_)
+                )
             };
             if other.addresses.is_empty() && peers.iter().any(is_by_address) {
                 let said =
@@ -232,6 +248,7 @@ impl Question<'_> {
             base: other.base,
             labels: other.labels.clone(),
             prefixes: prefixes.into_iter().filter(covers).collect(),
+            names: other.names.clone(),
         };
         PeerKey::new(policy.reference.namespace.as_ref(), peer).matches(&member, self.filter)
     }
@@ -254,9 +271,24 @@ impl Question<'_> {
 
 const MATCHES: &str = "matches";
 
-fn claim(order: Order, action: Action, policy: Option<&PolicyRef>, is_audit: bool) -> Claim {
+fn claim(
+    order: Order,
+    action: Action,
+    policy: Option<&PolicyRef>,
+    is_audit: bool,
+    l7: Option<&Arc<L7Rules>>,
+) -> Claim {
     let origins: Origins = policy.cloned().into_iter().collect();
-    Claim { matched: Match::ANY, order, action, origins, is_audit, l7: None }
+    Claim { matched: Match::ANY, order, action, origins, is_audit, l7: l7.cloned() }
+}
+
+/// What a proxy does with what may pass.
+fn judged(set: &L7Set) -> String {
+    let rules = serde_json::to_string(&set.rules).unwrap_or_default();
+    match set.visibility_only {
+        true => format!("a proxy shows each request and denies none, as another rule allows all: {rules}"),
+        false => format!("a proxy judges each request by {rules}"),
+    }
 }
 
 /// The outcome as the compiler has it, and the rules of the tier that it comes from.
@@ -265,6 +297,7 @@ fn decide(weighing: &mut Weighing, claims: &[(Claim, Option<RuleRef>)]) {
     let action = rows.get(&Match::ANY).map_or(Action::Deny, |row| row.action);
     weighing.is_allowed = action == Action::Allow;
     weighing.is_audit = rows.get(&Match::ANY).is_some_and(|row| row.is_audit);
+    weighing.layer7 = rows.get(&Match::ANY).and_then(|row| row.l7.as_deref()).map(judged);
     for tier in [Tier::Admin, Tier::Namespaced, Tier::Baseline] {
         let of_tier = || claims.iter().filter(|(claim, _)| claim.order.tier == tier);
         let Some((order, action)) = of_tier().map(|(claim, _)| (claim.order, claim.action)).min() else {
@@ -320,6 +353,9 @@ impl fmt::Display for Explanation {
             for rule in &weighing.decided_by {
                 writeln!(f, "  decided by {} {name}[{}] ({:?})", rule.policy, rule.rule, rule.action)?;
             }
+            if let Some(layer7) = &weighing.layer7 {
+                writeln!(f, "  {layer7}")?;
+            }
             writeln!(f, "  {}", weighing.change)?;
             for Considered { rule, outcome } in &weighing.rules {
                 writeln!(f, "  - {} {name}[{}] {:?}: {outcome}", rule.policy, rule.rule, rule.action)?;
@@ -354,7 +390,7 @@ mod tests {
             name: format!("{namespace}/{app}"),
             base: Some(IdentityId(300)),
             labels: Some(Arc::new(labels)),
-            addresses: vec![],
+            ..End::default()
         }
     }
 
@@ -419,6 +455,40 @@ mod tests {
         assert_eq!(denied.tier.as_deref(), Some("Admin"));
         assert_eq!(denied.decided_by[0].policy.to_string(), "ClusterNetworkPolicy guard");
         assert!(text(&ask(&all, &web, &db, 22)).starts_with("DENIED\negress of shop/web: allowed\n"));
+    }
+
+    #[test]
+    fn who_judges_requests_is_said() {
+        let http = L7Rules::Http(vec![Default::default()]);
+        let judged = PolicyRule { l7: Some(Arc::new(http)), ..rule(Action::Allow, "web", 80) };
+        let of = |rules| policy(PolicyKind::CiliumNetworkPolicy, "db", Tier::Namespaced, Action::Deny, rules);
+        let (web, db) = (pod("shop", "web"), pod("shop", "db"));
+        let answer = ask(&[of(vec![judged.clone()])], &web, &db, 80);
+        assert!(answer.is_allowed);
+        assert!(text(&answer).contains("\n  a proxy judges each request by {\"http\":[{}]}\n"), "{answer}");
+        let shown = ask(&[of(vec![judged, rule(Action::Allow, "web", 80)])], &web, &db, 80).ingress;
+        assert!(shown.layer7.is_some_and(|said| said.contains("denies none")));
+        assert_eq!(ask(&[], &web, &db, 80).ingress.layer7, None);
+    }
+
+    #[test]
+    fn a_name_matches_what_it_means_now() {
+        let name = DnsRule::MatchName("a.test".into());
+        let by_name = PolicyRule::new(Action::Allow, Some(vec![Peer::Name(name.clone())]), None);
+        let of = |rules| Policy {
+            ingress: None,
+            egress: Some(PolicyDirection { default: Action::Deny, rules }),
+            ..policy(PolicyKind::CiliumNetworkPolicy, "db", Tier::Namespaced, Action::Deny, vec![])
+        };
+        let all = [of(vec![by_name])];
+        let address = vec!["192.0.2.1".parse().expect("an address")];
+        let mut there = End { name: "192.0.2.1".into(), addresses: address, ..End::default() };
+        let db = pod("shop", "db");
+        assert!(!ask(&all, &db, &there, 443).is_allowed);
+        there.names = [name].into();
+        assert!(ask(&all, &db, &there, 443).is_allowed);
+        there.base = Some(IdentityId::REMOTE_NODE);
+        assert!(!ask(&all, &db, &there, 443).is_allowed, "a node is no name");
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub mod allow;
 pub mod diff;
 pub mod explain;
 mod layer7;
+mod named;
 mod owners;
 mod peers;
 mod prefixes;
@@ -38,12 +39,15 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::identity::LabelFilter;
+use crate::model::l7::DnsRule;
 use crate::model::{
     AddressEntry, BaseAddress, CompiledPolicy, EndpointId, IdentityId, IdentityLabels, LocalIdentity,
     Origins, Policy, PolicyId, PolicyRef, PrefixEntry,
 };
 use crate::tables::Snapshot;
 
+use named::Named;
+pub use named::{Heard, Told};
 use owners::Owners;
 use peers::{Member, Peers};
 use prefixes::{Assigned, Locals, Tree};
@@ -68,6 +72,8 @@ pub struct Input<'a> {
     pub addresses: &'a Snapshot<IpAddr, BaseAddress>,
     /// The pod CIDRs of every node.
     pub pod_cidrs: &'a [IpNet],
+    /// What DNS told pods of this node.
+    pub heard: &'a Heard,
 }
 
 /// What the maps should hold. Parts that did not change share memory with the last output.
@@ -82,6 +88,8 @@ pub struct Output {
     pub selected_by: BTreeMap<EndpointId, Arc<[PolicyRef]>>,
     /// Those of them that isolate it, for what comes in and for what goes out: what no rule allows they deny.
     pub isolated_by: BTreeMap<EndpointId, [Origins; 2]>,
+    /// The names of DNS in the rules of each endpoint that has any.
+    pub named_by: Arc<BTreeMap<EndpointId, Arc<[DnsRule]>>>,
     /// Rows of `addresses`.
     pub addresses: Snapshot<IpAddr, AddressEntry>,
     /// Rows of `prefixes`.
@@ -118,6 +126,7 @@ pub struct Compiler {
     addresses: Snapshot<IpAddr, BaseAddress>,
     owners: Owners,
     pod_cidrs: Vec<IpNet>,
+    named: Named,
     assigned: Assigned,
     peers: Peers,
     values: BTreeMap<Definition, Value>,
@@ -142,6 +151,7 @@ impl Compiler {
             addresses: Snapshot::new(),
             owners: Owners::default(),
             pod_cidrs: Vec::new(),
+            named: Named::default(),
             assigned: Assigned::default(),
             peers: Peers::new(filter),
             values: BTreeMap::new(),
@@ -170,7 +180,7 @@ impl Compiler {
             // Who has an address and no labels yet is somebody all the same.
             let labels = input.identities.get(&id).cloned();
             let is_there = labels.is_some() || self.owners.has(id);
-            (id, is_there.then(|| Member { base: Some(id), labels, prefixes: Arc::default() }))
+            (id, is_there.then(|| Member { base: Some(id), labels, ..Member::default() }))
         }));
         let touched = self.peers.apply(&changes);
         if is_selection_changed {
@@ -236,6 +246,10 @@ impl Compiler {
         is_selection_changed: bool,
         relabelled: &BTreeMap<IdentityId, Option<Arc<IdentityLabels>>>,
     ) -> Result<BTreeMap<IdentityId, Option<Member>>, Error> {
+        let mut renamed = self.named.hear(input.heard);
+        if is_selection_changed {
+            renamed.extend(self.named.rule(self.dns_rules()));
+        }
         let prefixes = is_selection_changed.then(|| self.selections.prefixes());
         let prefixes = prefixes.filter(|prefixes| *prefixes != self.prefixes);
         let is_same_tree = prefixes.is_none();
@@ -247,9 +261,12 @@ impl Compiler {
         let addresses = std::mem::replace(&mut self.addresses, input.addresses.clone());
         if !is_same_tree || *input.pod_cidrs != self.pod_cidrs {
             self.pod_cidrs = input.pod_cidrs.to_vec();
-            self.assigned = self.locals.assign(&self.tree, input.addresses, input.pod_cidrs)?;
+            let named = self.named.by_address();
+            self.assigned = self.locals.assign(&self.tree, input.addresses, input.pod_cidrs, named)?;
         } else {
             self.locals.follow(&self.tree, &addresses, input.addresses, &mut self.assigned)?;
+            let named = self.named.by_address();
+            self.locals.follow_names(&self.tree, named, renamed, &mut self.assigned)?;
         }
         if relabelled.is_empty() && Arc::ptr_eq(&before, &self.assigned.identities) {
             return Ok(BTreeMap::new());
@@ -263,8 +280,19 @@ impl Compiler {
             base: local.base,
             labels: local.base.and_then(|base| input.identities.get(&base)).cloned(),
             prefixes: local.prefixes.clone(),
+            names: local.names.clone(),
         };
         Ok(gone.chain(changed.map(|(id, local)| (*id, Some(member(local))))).collect())
+    }
+
+    /// The names of DNS in the rules of each endpoint that has any.
+    fn dns_rules(&self) -> BTreeMap<EndpointId, Arc<[DnsRule]>> {
+        let rules = self.endpoints.iter().filter_map(|(endpoint, id)| {
+            let key = (*id, self.audited.contains(endpoint));
+            let rules = self.selections.dns_rules(self.selections.selected().get(&key)?);
+            (!rules.is_empty()).then_some((*endpoint, rules))
+        });
+        rules.collect()
     }
 
     fn drop_unused(&mut self) {
@@ -300,6 +328,7 @@ impl Compiler {
             addresses: self.assigned.addresses.clone(),
             prefixes: self.assigned.prefixes.clone(),
             local_identities: self.assigned.identities.clone(),
+            named_by: self.named.rules().clone(),
             ..Output::default()
         };
         for (endpoint, id) in &self.endpoints {

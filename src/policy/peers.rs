@@ -9,6 +9,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::identity::LabelFilter;
+use crate::model::l7::DnsRule;
 use crate::model::{Entity, IdentityId, IdentityLabels, IpProtocol, Peer, Requirement, Selector};
 
 /// What a rule asks of the other side.
@@ -41,6 +42,8 @@ pub enum PeerKey {
     Entity(Entity),
     /// Nodes with one of these addresses.
     Nodes(BTreeSet<IpNet>),
+    /// Addresses of nobody in the cluster that DNS named to a pod with this rule.
+    Name(DnsRule),
     /// Pods of which it is not known whether the peer matches them.
     Doubtful(Box<PeerKey>),
     /// Pods that have a port of this name.
@@ -72,6 +75,7 @@ impl PeerKey {
             }
             Peer::Entity(entity) => Self::Entity(*entity),
             Peer::NodeAddresses(addresses) => Self::Nodes(addresses.clone()),
+            Peer::Name(rule) => Self::Name(rule.clone()),
             // Names that nobody has resolved are nobody's.
             Peer::Nodes(_) | Peer::Groups { .. } | Peer::Services(_) => Self::Entity(Entity::Nobody),
         }
@@ -101,6 +105,7 @@ impl PeerKey {
             Self::Nodes(addresses) => {
                 member.is_node() && member.prefixes.iter().any(|prefix| addresses.contains(prefix))
             }
+            Self::Name(rule) => member.is_outside() && member.names.contains(rule),
             Self::Entity(entity) => match entity {
                 Entity::World => member.is_outside(),
                 Entity::Cluster | Entity::KubeApiServer => !member.is_outside() && *entity == Entity::Cluster,
@@ -130,7 +135,7 @@ impl PeerKey {
 }
 
 /// What of an identity peers can match.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Member {
     /// Who it is on every node; `None` for addresses of nobody known.
     pub base: Option<IdentityId>,
@@ -138,6 +143,8 @@ pub struct Member {
     pub labels: Option<Arc<IdentityLabels>>,
     /// The rules' prefixes that cover the address.
     pub prefixes: Arc<[IpNet]>,
+    /// The rules that name it by a name of DNS.
+    pub names: Arc<[DnsRule]>,
 }
 
 impl Member {
@@ -183,7 +190,7 @@ impl Peers {
     /// Knows those who are always there; identities have the labels that `filter` says.
     pub fn new(filter: Arc<LabelFilter>) -> Self {
         let reserved = [IdentityId::HOST, IdentityId::WORLD, IdentityId::REMOTE_NODE, IdentityId::UNMANAGED];
-        let member = |id| (id, Member { base: Some(id), labels: None, prefixes: Arc::default() });
+        let member = |id| (id, Member { base: Some(id), ..Member::default() });
         Self { filter, members: reserved.into_iter().map(member).collect(), ..Self::default() }
     }
 

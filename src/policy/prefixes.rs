@@ -11,10 +11,12 @@ use std::sync::Arc;
 use imbl::ordmap::DiffItem;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use crate::model::l7::DnsRule;
 use crate::model::{AddressEntry, BaseAddress, IdentityId, LocalIdentity, PrefixEntry};
 use crate::tables::Snapshot;
 
 use super::Error;
+use super::named::ByAddress;
 
 /// The prefixes of rules, each with those that contain it.
 #[derive(Default)]
@@ -56,6 +58,13 @@ impl Tree {
     }
 }
 
+impl Tree {
+    /// True if a rule names exactly this prefix.
+    fn has(&self, net: &IpNet) -> bool {
+        self.nets.binary_search(net).is_ok()
+    }
+}
+
 fn is_mapped(net: &IpNet) -> bool {
     matches!(net, IpNet::V6(net) if mapped().contains(net))
 }
@@ -71,6 +80,8 @@ pub struct Locals {
     /// How many addresses and prefixes have each.
     uses: HashMap<IdentityId, usize>,
     next: IdentityId,
+    /// The pod CIDRs of the last `assign`.
+    cluster: Tree,
 }
 
 /// What the address maps should hold.
@@ -90,7 +101,12 @@ impl Locals {
 
     /// Numbers from `first` on, or from the first local one.
     pub fn new(first: IdentityId) -> Self {
-        Self { numbers: HashMap::new(), uses: HashMap::new(), next: first.max(IdentityId::FIRST_LOCAL) }
+        Self {
+            numbers: HashMap::new(),
+            uses: HashMap::new(),
+            next: first.max(IdentityId::FIRST_LOCAL),
+            cluster: Tree::default(),
+        }
     }
 
     /// Forgets what no number stands for any more; numbers are not used again.
@@ -105,6 +121,7 @@ impl Locals {
         tree: &Tree,
         addresses: &Snapshot<IpAddr, BaseAddress>,
         pod_cidrs: &[IpNet],
+        named: &ByAddress,
     ) -> Result<Assigned, Error> {
         self.uses.clear();
         let mut used = BTreeMap::new();
@@ -114,17 +131,17 @@ impl Locals {
         let addresses = addresses.iter().map(entry).collect::<Result<_, _>>()?;
         let pod_cidrs: BTreeSet<IpNet> =
             pod_cidrs.iter().map(IpNet::trunc).filter(|net| !is_mapped(net)).collect();
-        let cluster = Tree::new(&pod_cidrs);
+        self.cluster = Tree::new(&pod_cidrs);
         let mut prefixes = BTreeMap::new();
         for net in tree.nets.iter().chain(&pod_cidrs) {
-            let is_pod_cidr = cluster.longest(net).is_some();
-            // A pod that nobody has heard of is not outside of the cluster.
-            let base = is_pod_cidr.then_some(IdentityId::UNMANAGED);
-            let identity = match tree.longest(net) {
-                Some(cover) => self.number(tree, base, cover, &mut used)?,
-                None => IdentityId::WORLD,
-            };
-            prefixes.insert(*net, PrefixEntry { identity, is_pod_cidr, ..PrefixEntry::default() });
+            prefixes.insert(*net, self.prefix(tree, net, None, &mut used)?);
+        }
+        for (address, rules) in named {
+            if !self.may_be_named(address) {
+                continue;
+            }
+            let net = IpNet::from(*address);
+            prefixes.insert(net, self.prefix(tree, &net, Some(rules), &mut used)?);
         }
         keep_families_apart(&mut prefixes);
         self.numbers.retain(|_, number| used.contains_key(number));
@@ -152,6 +169,44 @@ impl Locals {
             };
             released.extend(old.map(|entry| entry.identity).filter(|identity| identity.is_local()));
         }
+        self.settle(new, released, assigned);
+        Ok(())
+    }
+
+    /// Brings `assigned` to what it is for addresses that are named in `changed` otherwise than before.
+    pub fn follow_names(
+        &mut self,
+        tree: &Tree,
+        named: &ByAddress,
+        changed: impl IntoIterator<Item = IpAddr>,
+        assigned: &mut Assigned,
+    ) -> Result<(), Error> {
+        let mut new = BTreeMap::new();
+        let mut released = Vec::new();
+        for address in changed {
+            if !self.may_be_named(&address) {
+                continue;
+            }
+            let net = IpNet::from(address);
+            let rules = named.get(&address);
+            let prefixes = Arc::make_mut(&mut assigned.prefixes);
+            let old = match rules.is_some() || tree.has(&net) {
+                true => prefixes.insert(net, self.prefix(tree, &net, rules, &mut new)?),
+                false => prefixes.remove(&net),
+            };
+            released.extend(old.map(|entry| entry.identity).filter(|identity| identity.is_local()));
+        }
+        self.settle(new, released, assigned);
+        Ok(())
+    }
+
+    /// Takes in the identities that are used now, and forgets those that are used no more.
+    fn settle(
+        &mut self,
+        mut new: BTreeMap<IdentityId, LocalIdentity>,
+        released: Vec<IdentityId>,
+        assigned: &mut Assigned,
+    ) {
         new.retain(|number, _| !assigned.identities.contains_key(number));
         if !new.is_empty() {
             Arc::make_mut(&mut assigned.identities).extend(new);
@@ -166,7 +221,31 @@ impl Locals {
                 }
             }
         }
-        Ok(())
+    }
+
+    /// Names mean addresses outside of the cluster: whoever answers for them chooses the addresses.
+    fn may_be_named(&self, address: &IpAddr) -> bool {
+        let net = IpNet::from(*address);
+        !is_mapped(&net) && self.cluster.longest(&net).is_none()
+    }
+
+    /// The row of a prefix, or of one address that rules name.
+    fn prefix(
+        &mut self,
+        tree: &Tree,
+        net: &IpNet,
+        rules: Option<&Arc<[DnsRule]>>,
+        used: &mut BTreeMap<IdentityId, LocalIdentity>,
+    ) -> Result<PrefixEntry, Error> {
+        let is_pod_cidr = self.cluster.longest(net).is_some();
+        // A pod that nobody has heard of is not outside of the cluster.
+        let base = is_pod_cidr.then_some(IdentityId::UNMANAGED);
+        let identity = match (tree.longest(net), rules) {
+            (None, None) => IdentityId::WORLD,
+            (cover, rules) => self.number(tree, base, cover, rules, used)?,
+        };
+        let is_learned = rules.is_some() && !tree.has(net);
+        Ok(PrefixEntry { identity, is_pod_cidr, is_learned, ..PrefixEntry::default() })
     }
 
     fn entry(
@@ -177,22 +256,24 @@ impl Locals {
         used: &mut BTreeMap<IdentityId, LocalIdentity>,
     ) -> Result<AddressEntry, Error> {
         let identity = match tree.longest(&IpNet::from(address)) {
-            Some(cover) => self.number(tree, Some(owner.identity), cover, used)?,
+            Some(cover) => self.number(tree, Some(owner.identity), Some(cover), None, used)?,
             None => owner.identity,
         };
         let BaseAddress { node, endpoint, kind, .. } = owner.clone();
         Ok(AddressEntry { identity, node, endpoint, kind })
     }
 
-    /// The number of who has an address under a prefix, noted in `used`.
+    /// The number of who has an address under a prefix or a name, noted in `used`.
     fn number(
         &mut self,
         tree: &Tree,
         base: Option<IdentityId>,
-        cover: usize,
+        cover: Option<usize>,
+        names: Option<&Arc<[DnsRule]>>,
         used: &mut BTreeMap<IdentityId, LocalIdentity>,
     ) -> Result<IdentityId, Error> {
-        let identity = LocalIdentity { base, prefixes: tree.covers[cover].clone() };
+        let prefixes = cover.map_or_else(Arc::default, |cover| tree.covers[cover].clone());
+        let identity = LocalIdentity { base, prefixes, names: names.cloned().unwrap_or_default() };
         let number = match self.numbers.get(&identity) {
             Some(number) => *number,
             None if self.next > Self::LAST => return Err(Error::LocalIdentitiesExhausted),

@@ -173,7 +173,11 @@ fn specs(policy: &Arc<Policy>) -> Vec<Arc<Policy>> {
 
 fn is_name(peer: &Peer) -> bool {
     match peer {
-        Peer::Pods { .. } | Peer::Block { .. } | Peer::Outside { .. } | Peer::NodeAddresses(_) => false,
+        Peer::Pods { .. }
+        | Peer::Block { .. }
+        | Peer::Outside { .. }
+        | Peer::NodeAddresses(_)
+        | Peer::Name(_) => false,
         Peer::Nodes(_) | Peer::Groups { .. } | Peer::Services(_) => true,
         Peer::Entity(entity) => matches!(entity, Entity::KubeApiServer | Entity::Cluster),
     }

@@ -7,6 +7,7 @@ use imbl::ordmap::DiffItem;
 use ipnet::IpNet;
 
 use crate::identity::LabelFilter;
+use crate::model::l7::DnsRule;
 use crate::model::{
     Action, IdentityId, IdentityLabels, IpProtocol, Origins, Peer, Policy, PolicyDirection, PolicyRef,
     PolicyRule, PortSelector, Selector, Subject,
@@ -60,6 +61,8 @@ struct State {
     prefixes: BTreeSet<IpNet>,
     /// Port names of its ingress rules.
     names: BTreeSet<(String, IpProtocol)>,
+    /// Names of DNS in its rules.
+    dns: BTreeSet<DnsRule>,
 }
 
 /// The labels that the filter drops and that policies ask pods for: identities have them then.
@@ -187,6 +190,13 @@ impl Selections {
         states.map(|state| state.policy.clone()).collect()
     }
 
+    /// The names of DNS in the policies of a selection, sorted.
+    pub fn dns_rules(&self, selection: &Selection) -> Arc<[DnsRule]> {
+        let states = selection.policies.iter().filter_map(|key| self.state(key));
+        let rules: BTreeSet<&DnsRule> = states.flat_map(|state| &state.dns).collect();
+        rules.into_iter().cloned().collect()
+    }
+
     /// Every prefix that rules of the policies in use name.
     pub fn prefixes(&self) -> BTreeSet<IpNet> {
         let used: BTreeSet<&PolicyRef> =
@@ -240,8 +250,13 @@ fn says_the_same(one: &Policy, other: &Policy) -> bool {
 
 impl State {
     fn new(policy: Arc<Policy>, revision: Revision) -> Self {
-        let mut state =
-            Self { revision, prefixes: BTreeSet::new(), names: BTreeSet::new(), policy: policy.clone() };
+        let mut state = Self {
+            revision,
+            prefixes: BTreeSet::new(),
+            names: BTreeSet::new(),
+            dns: BTreeSet::new(),
+            policy: policy.clone(),
+        };
         for rule in rules_of(&policy.ingress) {
             state.add_peers(rule);
             for port in rule.ports.iter().flatten() {
@@ -266,6 +281,7 @@ impl State {
                     self.prefixes.extend(except.iter().map(IpNet::trunc));
                 }
                 Peer::NodeAddresses(addresses) => self.prefixes.extend(addresses),
+                Peer::Name(rule) => drop(self.dns.insert(rule.clone())),
                 _ => {}
             }
         }

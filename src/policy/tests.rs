@@ -1,4 +1,5 @@
 use super::*;
+use crate::model::l7::DnsRule;
 use crate::model::{
     Action, AddressKind, CompiledDirection, CompiledRule, CompiledRuleKey, Labels, NamedPort, ObjectKey,
     Peer, PolicyDirection, PolicyRule, PortMatch, PortSelector, Protocol, Requirement, Selector, Subject,
@@ -17,6 +18,7 @@ struct World {
     host: Arc<IdentityLabels>,
     addresses: Snapshot<IpAddr, BaseAddress>,
     pod_cidrs: Vec<IpNet>,
+    heard: Heard,
 }
 
 impl World {
@@ -70,6 +72,7 @@ impl World {
                 host: &self.host,
                 addresses: &self.addresses,
                 pod_cidrs: &self.pod_cidrs,
+                heard: &self.heard,
             })
             .expect("numbers are left")
     }
@@ -354,6 +357,7 @@ fn blocks_cover_pods_nodes_and_the_world() {
     let local = |base: Option<u32>, prefixes: &[IpNet]| LocalIdentity {
         base: base.map(IdentityId),
         prefixes: prefixes.into(),
+        names: Arc::default(),
     };
     let expected: BTreeMap<IdentityId, LocalIdentity> = BTreeMap::from([
         (IdentityId(LOCAL), local(Some(300), &[one, two])),
@@ -495,6 +499,7 @@ fn exhausted_numbers_are_an_error_and_then_a_fresh_start() {
         host: &world.host,
         addresses: &world.addresses,
         pod_cidrs: &world.pod_cidrs,
+        heard: &world.heard,
     };
     assert_eq!(compiler.compile(&input), Err(Error::LocalIdentitiesExhausted));
     let quiet = World::default().identity(300, "shop", "web").endpoint(1, 300);
@@ -552,4 +557,63 @@ fn meanings(output: &Output) -> (Vec<(IpAddr, String)>, BTreeSet<String>, BTreeS
     let directions = output.policies.values().filter_map(|policy| policy.egress.as_ref());
     let peers = directions.flat_map(|direction| direction.peers.keys().map(meaning));
     (addresses.collect(), used.collect(), peers.collect())
+}
+
+fn dns_name(name: &str) -> Peer {
+    Peer::Name(DnsRule::MatchName(name.to_owned()))
+}
+
+#[test]
+fn a_name_opens_its_addresses_to_those_with_the_rule_and_nothing_of_the_cluster() {
+    let heard = |rows: &[(u16, &str, &[&str])]| -> Heard {
+        let row = |(endpoint, name, addresses): &(u16, &str, &[&str])| {
+            (
+                (EndpointId(*endpoint), Arc::from(*name)),
+                addresses.iter().map(|text| ip(text)).collect::<Arc<[IpAddr]>>(),
+            )
+        };
+        rows.iter().map(row).collect()
+    };
+    let mut world = World::default()
+        .identity(300, "shop", "web")
+        .endpoint(1, 300)
+        .pod_cidr("10.0.0.0/16")
+        .address("192.168.0.1", 1, AddressKind::Node)
+        .policy(egress(
+            policy("out", app("web")),
+            Some(vec![dns_name("a.test"), block("192.0.2.0/24", &[])]),
+            None,
+        ));
+    let mut compiler = compiler();
+    let before = world.compile(&mut compiler);
+    assert_eq!(before.prefixes.len(), 2, "{:?}", before.prefixes);
+
+    let told =
+        [(1, "a.test", &["198.51.100.1", "192.0.2.7", "10.0.0.9", "::ffff:198.51.100.9", "192.168.0.1"][..])];
+    world.heard = heard(&told);
+    let output = world.compile(&mut compiler);
+    assert_eq!(output.of_endpoint, before.of_endpoint, "the policy keeps its number");
+    assert_eq!(output.addresses, before.addresses, "who has an address keeps its identity");
+    let allowed = |output: &Output, text: &str| {
+        let entry = output.prefixes.get(&net(text))?;
+        let egress = output.policies.values().next()?.egress.clone()?;
+        Some((egress.peers.contains_key(&entry.identity), entry.is_learned))
+    };
+    assert_eq!(allowed(&output, "198.51.100.1/32"), Some((true, true)));
+    assert_eq!(allowed(&output, "192.0.2.7/32"), Some((true, true)));
+    assert_eq!(allowed(&output, "10.0.0.9/32"), None, "a pod's address has no name");
+    assert_eq!(allowed(&output, "::ffff:198.51.100.9/128"), None);
+    // The same from the beginning, and the same numbers for the same meaning.
+    let afresh = world.compile(&mut Compiler::new(PolicyId(1), IdentityId::FIRST_LOCAL, Arc::default()));
+    assert_eq!(afresh.prefixes.keys().collect::<Vec<_>>(), output.prefixes.keys().collect::<Vec<_>>());
+    world.heard = heard(&[(1, "a.test", &["198.51.100.1", "198.51.100.2"])]);
+    let more = world.compile(&mut compiler);
+    let identity = |output: &Output, text: &str| output.prefixes[&net(text)].identity;
+    assert_eq!(identity(&more, "198.51.100.2/32"), identity(&output, "198.51.100.1/32"));
+    assert_eq!(allowed(&more, "192.0.2.7/32"), None);
+
+    world.heard = heard(&[(2, "a.test", &["198.51.100.1"]), (1, "b.test", &["198.51.100.2"])]);
+    let others = world.compile(&mut compiler);
+    assert_eq!(others.prefixes.len(), 2, "another pod, another name: {:?}", others.prefixes);
+    assert_eq!(others.local_identities.len(), before.local_identities.len());
 }

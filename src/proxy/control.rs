@@ -24,6 +24,8 @@ use super::session::Shared;
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
 /// The longest first message.
 const HELLO_MAX: usize = 4096;
+/// How often the agent hears how the proxy is.
+const STATE_EVERY: Duration = Duration::from_secs(2);
 /// Answers to the agent that wait to be written.
 const REPLIES: usize = 64;
 
@@ -75,10 +77,13 @@ impl Control {
         let (replies, mut replied) = mpsc::channel(REPLIES);
         let reader = hear(reads, shared, replies);
         tokio::pin!(reader);
+        let _heard = Heard::begin(shared);
+        let mut state = tokio::time::interval(STATE_EVERY);
         loop {
             let message = tokio::select! {
                 ended = &mut reader => return ended,
                 Some(reply) = replied.recv() => reply,
+                _ = state.tick() => FromProxy::State(shared.state()),
                 Some(names) = outbox.announcements.recv() => FromProxy::Names(names),
                 Some(records) = outbox.records.next() => {
                     FromProxy::Records { records, lost: shared.recorder.take_lost() }
@@ -93,6 +98,22 @@ impl Control {
             };
             written.context("writing to the agent")?;
         }
+    }
+}
+
+/// An agent listens as long as this value lives.
+struct Heard<'a>(&'a Shared);
+
+impl<'a> Heard<'a> {
+    fn begin(shared: &'a Shared) -> Self {
+        shared.announcer.set_heard(true);
+        Self(shared)
+    }
+}
+
+impl Drop for Heard<'_> {
+    fn drop(&mut self) {
+        self.0.announcer.set_heard(false);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -62,6 +63,7 @@ impl Payer {
 #[derive(Debug, Default)]
 pub struct Shares {
     counts: Mutex<Counts>,
+    refused: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -83,11 +85,17 @@ impl Shares {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let has = counts.each.get(&payer).copied().unwrap_or(0);
         if counts.all >= limits.connections || has >= limits.connections_per_endpoint {
+            self.refused.fetch_add(1, Ordering::Relaxed);
             return None;
         }
         counts.all += 1;
         counts.each.insert(payer, has + 1);
         Some(Share { shares: self.clone(), payer })
+    }
+
+    /// How many were refused since the last call.
+    pub fn take_refused(&self) -> u64 {
+        self.refused.swap(0, Ordering::Relaxed)
     }
 
     /// How many connections there are.

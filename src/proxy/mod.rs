@@ -19,7 +19,6 @@ mod http1;
 mod http2;
 mod kafka;
 mod limits;
-mod name;
 mod names;
 mod pipe;
 mod records;

@@ -1,7 +1,7 @@
 //! Addresses of names go to the agent before the client hears of them.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::model::l7::Names;
 
-/// How long an answer waits until the maps have its addresses.
+/// How long an answer waits until the maps have its addresses; then it passes without.
 const WAIT: Duration = Duration::from_secs(2);
 /// How many answers may wait at once.
 const WAITING_MAX: usize = 4096;
@@ -20,6 +20,7 @@ pub struct Announcer {
     sender: mpsc::Sender<Names>,
     waiting: Mutex<HashMap<u64, oneshot::Sender<()>>>,
     next: AtomicU64,
+    is_heard: AtomicBool,
 }
 
 /// What is to be announced.
@@ -29,11 +30,26 @@ impl Announcer {
     /// Nobody waits.
     pub fn new() -> (Self, Announcements) {
         let (sender, receiver) = mpsc::channel(WAITING_MAX);
-        (Self { sender, waiting: Mutex::default(), next: AtomicU64::new(1) }, receiver)
+        let is_heard = AtomicBool::new(false);
+        (Self { sender, waiting: Mutex::default(), next: AtomicU64::new(1), is_heard }, receiver)
     }
 
-    /// True when the agent has said that the addresses are in the maps. Without an agent this is false.
+    /// An agent hears what is announced, or none does: then nobody waits.
+    pub fn set_heard(&self, is_heard: bool) {
+        self.is_heard.store(is_heard, Ordering::Relaxed);
+        if !is_heard {
+            self.waiting.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+    }
+
+    /// True when the agent has said that the addresses are in the maps. Without an agent this is false at once,
+    /// and the next agent hears of them.
     pub async fn announce(&self, mut names: Names) -> bool {
+        if !self.is_heard.load(Ordering::Relaxed) {
+            // When the queue is full the next agent learns the name with the next question for it.
+            let _ = self.sender.try_send(names);
+            return false;
+        }
         names.seq = self.next.fetch_add(1, Ordering::Relaxed);
         let seq = names.seq;
         let (sender, acknowledged) = oneshot::channel();

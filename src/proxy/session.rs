@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 
 use crate::model::Protocol;
-use crate::model::l7::{Judges, L7Message, L7Verdict, Lookup, Record, RecordKind, RuleSetId};
+use crate::model::l7::{Judges, L7Message, L7Verdict, Lookup, ProxyState, Record, RecordKind, RuleSetId};
 
 use super::limits::{Limits, Shares};
 use super::names::Announcer;
@@ -33,6 +33,21 @@ pub struct Shared {
     pub announcer: Announcer,
     /// DNS questions that no rule allows are answered with NXDOMAIN, not REFUSED.
     pub denies_with_nxdomain: bool,
+}
+
+impl Shared {
+    /// How the proxy is.
+    pub fn state(&self) -> ProxyState {
+        let (connections, refused) = (self.shares.count() as u64, self.shares.take_refused());
+        ProxyState { connections, refused, resident_bytes: resident_bytes().unwrap_or(0) }
+    }
+}
+
+/// The memory of this process; `None`: the kernel does not say.
+fn resident_bytes() -> Option<u64> {
+    let pages = std::fs::read_to_string("/proc/self/statm").ok()?.split(' ').nth(1)?.parse::<u64>().ok()?;
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok()??;
+    Some(pages * u64::try_from(page).ok()?)
 }
 
 /// One flow.

@@ -3,9 +3,8 @@
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::model::l7::{L7Message, RuleSetId};
+use crate::model::l7::{L7Message, NamePattern, RuleSetId};
 
-use super::name::NamePattern;
 use super::pipe;
 use super::session::{Entry, Session};
 use super::store::Rules;
@@ -212,5 +211,30 @@ impl<'a> Reader<'a> {
     fn block(&mut self, width: usize) -> Option<&'a [u8]> {
         let count = self.take(width)?.iter().fold(0, |count, byte| count << 8 | usize::from(*byte));
         self.take(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn no_hello_breaks_the_reader(
+            rest in vec(prop_oneof![0_u8..4, any::<u8>()], 0..300),
+            is_record in any::<bool>(),
+        ) {
+            let length = u16::try_from(rest.len()).expect("short").to_be_bytes();
+            let head: &[u8] = if is_record { &[22, 3, 1, length[0], length[1], 1, 0] } else { &[] };
+            let bytes = [head, &rest].concat();
+            if let Ok(Some(Some(name))) = client_hello(&bytes) {
+                prop_assert!(!name.is_empty() && name.len() <= bytes.len());
+            }
+        }
     }
 }

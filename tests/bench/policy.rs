@@ -177,6 +177,7 @@ impl World {
             identities: &self.identities,
             endpoints: &self.endpoints,
             audited: &Default::default(),
+            heard: &Default::default(),
             host: &Default::default(),
             addresses: &self.addresses,
             pod_cidrs: &["10.0.0.0/8".parse()?],

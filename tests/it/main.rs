@@ -17,6 +17,7 @@ mod fragments;
 mod golden;
 mod host_policy;
 mod host_ports;
+mod kafka;
 mod l7;
 #[path = "../lab/mod.rs"]
 mod lab;
@@ -27,6 +28,7 @@ mod loaded_policy;
 mod malformed;
 mod masquerade;
 mod model;
+mod names;
 mod node_ports;
 mod operator;
 mod packets;

@@ -75,6 +75,7 @@ impl Facts {
             host: &Default::default(),
             addresses: &self.addresses,
             pod_cidrs: &self.pod_cidrs,
+            heard: &Default::default(),
         };
         compiler.compile(&input).expect("numbers are left")
     }

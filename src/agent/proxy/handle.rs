@@ -44,6 +44,11 @@ impl Proxy {
         sets.iter().all(|set| known.contains(set))
     }
 
+    /// Changes when the proxy has got rule sets.
+    pub fn known(&self) -> watch::Receiver<BTreeSet<RuleSetId>> {
+        self.known.subscribe()
+    }
+
     pub(super) fn wanted(&self) -> watch::Receiver<Wanted> {
         self.wanted.subscribe()
     }

@@ -8,6 +8,7 @@
 //! The agent owns all that must survive the proxy. The proxy goes on without the agent, and the next agent finds
 //! it. Nothing is made before the first policy has rules of layer 7.
 
+mod counters;
 mod handle;
 mod place;
 mod process;
@@ -21,11 +22,12 @@ use anyhow::{Context, Result, bail};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 
+pub use counters::Counters;
 pub use handle::{Proxy, Wanted};
 use place::Place;
 use process::Process;
-pub use speak::Hears;
 use speak::Said;
+pub use speak::{Heard, Hears};
 
 use crate::backoff::Backoff;
 use crate::datapath::{Datapath, RuleSets};

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use super::handle::{Proxy, Wanted};
 use crate::datapath::RuleSets;
 use crate::model::l7::{
-    Descriptor, FromProxy, Hello, MESSAGE_MAX, Names, Record, RuleSet, RuleSetId, ToProxy,
+    Descriptor, FromProxy, Hello, MESSAGE_MAX, Names, ProxyState, Record, RuleSet, RuleSetId, ToProxy,
 };
 use crate::netlink;
 
@@ -29,9 +30,14 @@ const WAITING: usize = 64;
 pub trait Hears: Send + Sync {
     /// Requests and answers that it saw, and how many more were lost.
     fn records(&self, records: Vec<Record>, lost: u64);
-    /// What an answer of DNS said. The answer goes to the client only when this has returned.
-    fn names(&self, names: &Names);
+    /// What an answer of DNS said. The answer goes to the client only when this is done.
+    fn names(&self, names: Names) -> Heard;
+    /// How the proxy is.
+    fn state(&self, state: &ProxyState);
 }
+
+/// Done when what was heard is in force.
+pub type Heard = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// What is said to a proxy, and to whom its answers go.
 pub struct Said<'a> {
@@ -212,11 +218,15 @@ async fn hear(
                 tracing::warn!(set = id.0, why, "the proxy cannot enforce rules, so they allow nothing");
             }
             FromProxy::Records { records, lost } => hears.records(records, lost),
+            FromProxy::State(state) => hears.state(&state),
             FromProxy::Names(names) => {
-                let hears = hears.clone();
-                let seq = names.seq;
-                tokio::task::spawn_blocking(move || hears.names(&names)).await.context("noting names")?;
-                answers.send(ToProxy::NamesAck(seq)).await.context("answering the proxy")?;
+                let (seq, heard, answers) = (names.seq, hears.names(names), answers.clone());
+                // One answer waits for its round beside the others; the proxy bounds how many.
+                tokio::spawn(async move {
+                    heard.await;
+                    // The proxy may have gone meanwhile.
+                    let _ = answers.send(ToProxy::NamesAck(seq)).await;
+                });
             }
         }
     }

@@ -100,7 +100,8 @@ impl Sink for Addresses {
 fn misled(desired: &Desired, refused: &BTreeMap<IpNet, String>) -> BTreeMap<PolicyId, IpNet> {
     let mut found = BTreeMap::new();
     for prefix in refused.keys() {
-        let Some(meant) = desired.prefixes.get(prefix) else { continue };
+        // Without the row of a name less is allowed.
+        let Some(meant) = desired.prefixes.get(prefix).filter(|row| !row.is_learned) else { continue };
         let taken_for = shorter(desired, refused, prefix);
         let differs = |direction: &CompiledDirection| {
             direction.peers.get(&meant.identity) != direction.peers.get(&taken_for)

@@ -65,7 +65,15 @@ fn offline(args: &ExplainArgs, directory: &std::path::Path) -> Result<Explanatio
     let policies = offline::policies(&tables);
     let filter = LabelFilter::default();
     let asked: BTreeSet<String> = crate::policy::asked_labels(&policies, &filter);
-    let ends = Ends { tables: &tables, filter: &filter, asked: &asked, local: Vec::new(), node: "" };
+    // Manifests do not say what DNS answers.
+    let ends = Ends {
+        tables: &tables,
+        filter: &filter,
+        asked: &asked,
+        local: Vec::new(),
+        named: Default::default(),
+        node: "",
+    };
     let find = |text: &str| ends.find(text).map_err(|reason| Failure::Other(anyhow!(reason)));
     let (from, to) = (find(&args.from)?, find(&args.to)?);
     let question = Question { policies: &policies, filter: &filter, from: &from, to: &to, packet: args.port };

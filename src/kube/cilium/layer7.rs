@@ -17,9 +17,6 @@ pub(super) enum Asked {
     Unread,
 }
 
-/// What is read and the proxy does not speak yet.
-const UNSPOKEN: [&str; 2] = ["dns", "kafka"];
-
 const RULES: [&str; 5] = ["http", "dns", "kafka", "l7proto", "l7"];
 
 impl Reader<'_> {
@@ -35,13 +32,7 @@ impl Reader<'_> {
                 self.not_yet(field, &format!("{name}, a parser of one's own,"));
                 Asked::Unread
             }
-            [(name, list)] => match self.layer7_rules(name, list) {
-                Asked::Rules(_) if UNSPOKEN.contains(name) => {
-                    self.not_yet(list, name);
-                    Asked::Unread
-                }
-                asked => asked,
-            },
+            [(name, list)] => self.layer7_rules(name, list),
             [_, (_, second), ..] => {
                 self.notes.doubt(second.error("rules are of one protocol for a port"));
                 Asked::Unread

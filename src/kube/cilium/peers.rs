@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use super::layer7::name_rule;
 use super::selector::{self, entity};
 use super::{Named, Peers, Reader, Side};
 use crate::kube::convert::{Field, FieldError, Result, items};
@@ -55,7 +56,8 @@ impl Reader<'_> {
             kinds += usize::from(!list.is_empty() && !name.ends_with("CIDR"));
             named = add(named, Element::These(Vec::new()));
             for item in &list {
-                let element = self.element(name, item).unwrap_or_else(|error| self.doubtful(error, action));
+                let element =
+                    self.element(name, item, action).unwrap_or_else(|error| self.doubtful(error, action));
                 named = add(named, element);
             }
             if name.ends_with("Requires") {
@@ -80,7 +82,7 @@ impl Reader<'_> {
         if action == Action::Allow { Element::These(Vec::new()) } else { Element::Everyone }
     }
 
-    fn element(&mut self, name: &str, item: &Field) -> Result<Element> {
+    fn element(&mut self, name: &str, item: &Field, action: Action) -> Result<Element> {
         let (_, what) = name.split_at(if name.starts_with("from") { 4 } else { 2 });
         let peer = match what {
             "Endpoints" => self.peer_of(item)?,
@@ -89,10 +91,12 @@ impl Reader<'_> {
             "CIDRSet" => cidr_set(item)?,
             "Nodes" => Peer::Nodes(selector::of_nodes(item)?),
             "Services" => self.services(item)?,
-            "FQDNs" => {
-                self.not_yet(item, "a name of DNS");
-                return Ok(Element::These(Vec::new()));
+            "FQDNs" if action == Action::Allow => {
+                let rule = name_rule(item)?;
+                rule.check().map_err(|fault| item.error(fault))?;
+                Peer::Name(rule)
             }
+            "FQDNs" => return Err(item.error("a rule that denies cannot have names of DNS")),
             "Groups" => {
                 self.not_yet(item, "a provider's group");
                 return Ok(Element::These(Vec::new()));

@@ -201,13 +201,36 @@ fn ports_of_every_kind() {
 }
 
 #[test]
+fn names_of_dns_are_peers() {
+    let names =
+        "[{toFQDNs: [{matchName: Example.ORG.}, {matchPattern: '**.cdn.test'}, {matchPattern: '*'}]}]";
+    let policy = spec(&format!("egress: {names}"));
+    let rules = &policy.egress.as_ref().expect("egress is said").rules;
+    let texts = rules[0].peers.iter().flatten().map(|peer| match peer {
+        Peer::Name(rule) => rule.to_string(),
+        other => format!("{other:?}"),
+    });
+    let texts: Vec<String> = texts.collect();
+    assert_eq!(texts, ["matchName example.org", "matchPattern **.cdn.test", "matchPattern *"]);
+    for nonsense in [
+        "[{toFQDNs: [{matchName: '*.a'}]}]",
+        "[{toFQDNs: [{}]}]",
+        "[{toFQDNs: [{matchName: a.b, matchPattern: a.b}]}]",
+        "[{toFQDNs: [{matchName: a.b}], toEndpoints: [{}]}]",
+    ] {
+        let policy = spec(&format!("egress: {nonsense}"));
+        assert_eq!(direction(&policy.egress), "[] else deny", "{nonsense}");
+        assert_eq!(policy.doubts.len(), 1, "{nonsense}: {:?}", policy.doubts);
+    }
+}
+
+#[test]
 fn what_is_not_enforced_allows_nothing_and_is_said() {
     for (rules, said) in [
         (
             "[{toPorts: [{ports: [{port: '80'}], rules: {l7proto: x, l7: []}}]}]",
             "spec.egress[0].toPorts[0].rules.l7proto",
         ),
-        ("[{toFQDNs: [{matchName: example.org}]}]", "spec.egress[0].toFQDNs[0]"),
         ("[{toEndpoints: [{}], authentication: {mode: required}}]", "spec.egress[0].authentication.mode"),
         (
             "[{toPorts: [{ports: [{port: '443'}], terminatingTLS: {secret: {name: a}}}]}]",
@@ -267,13 +290,17 @@ fn rules_of_layer_7_are_read_for_the_protocols_that_they_are_for() {
         "{ports: [{port: '80', protocol: TCP}], rules: {http: [{}], dns: [{matchPattern: '*'}]}}",
         "{ports: [{port: '80', protocol: TCP}], rules: {http: [{headerMatches: [{name: a, secret: {name: b}}]}]}}",
         "{ports: [{port: '9092', protocol: TCP}], rules: {kafka: [{role: produce, apiKey: fetch}]}}",
-        // The proxy does not speak these yet.
-        "{ports: [{port: '9092', protocol: TCP}], rules: {kafka: [{role: produce, topic: t}]}}",
-        "{ports: [{port: '53', protocol: ANY}], rules: {dns: [{matchName: A.example.}, {matchPattern: '*.b'}]}}",
+        "{ports: [{port: '9092', protocol: TCP}], rules: {kafka: [{role: produce, topic: 'a b'}]}}",
+        "{ports: [{port: '53', protocol: ANY}], rules: {dns: [{matchName: 'a..b'}]}}",
     ] {
         let (rules, doubts) = read(rules);
         assert_eq!((rules, doubts.len()), (vec![], 1), "{doubts:?}");
     }
+    let names = "{ports: [{port: '53', protocol: ANY}], rules: {dns: [{matchName: A.example.}, {matchPattern: '*.b'}]}}";
+    let said = r#"{"dns":[{"matchName":"a.example"},{"matchPattern":"*.b"}]}"#;
+    assert_eq!(read(names).0, [format!("TCP,UDP {said}")]);
+    let topics = "{ports: [{port: '9092', protocol: TCP}], rules: {kafka: [{apiKey: produce, topic: t}]}}";
+    assert_eq!(read(topics).0, [r#"TCP {"kafka":[{"apiKeys":[0],"topic":"t"}]}"#]);
     let both = read(
         "{ports: [{port: '81', protocol: TCP}]}, {ports: [{port: '80', protocol: TCP}], rules: {http: [{}]}}",
     );
@@ -293,6 +320,8 @@ fn what_denies_is_not_narrower_for_what_cannot_be_read() {
     ] {
         assert_eq!(deny(rules), read, "{rules}");
     }
+    let named = spec("egressDeny: [{toFQDNs: [{matchName: example.org}]}]");
+    assert_eq!(direction(&named.egress), "[Deny everyone] else deny");
 }
 
 #[test]

@@ -80,6 +80,19 @@ pub enum FromProxy {
     },
     /// The addresses of a name, before the client has the answer; answered by `NamesAck`.
     Names(Names),
+    /// How the proxy is, every few seconds.
+    State(ProxyState),
+}
+
+/// How the proxy is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProxyState {
+    /// Connections and flows of DNS in its hands.
+    pub connections: u64,
+    /// Those that it refused since the last message because there were too many.
+    pub refused: u64,
+    /// Its memory.
+    pub resident_bytes: u64,
 }
 
 /// What a DNS answer said.

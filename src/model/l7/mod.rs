@@ -4,9 +4,11 @@
 //! by them and reports each one ([`Record`] in [`FromProxy`]).
 
 mod messages;
+mod name;
 mod record;
 mod rules;
 
 pub use messages::*;
+pub use name::NamePattern;
 pub use record::*;
 pub use rules::*;

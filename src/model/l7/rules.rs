@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::NamePattern;
 use crate::model::Origins;
 
 /// What of one protocol may pass. A message passes if one of the rules allows it.
@@ -178,10 +179,33 @@ pub enum DnsRule {
 }
 
 impl DnsRule {
-    fn check(&self) -> Result<(), String> {
+    /// The name or the pattern.
+    pub fn text(&self) -> &str {
+        match self {
+            Self::MatchName(text) | Self::MatchPattern(text) => text,
+        }
+    }
+
+    /// The names that it means.
+    pub fn pattern(&self) -> NamePattern {
+        NamePattern::new(self.text())
+    }
+
+    /// Says what is wrong with a rule that could not be enforced.
+    pub fn check(&self) -> Result<(), String> {
         match self {
             Self::MatchName(name) => check_name(name, false),
             Self::MatchPattern(pattern) => check_pattern(pattern),
+        }
+    }
+}
+
+/// As users write it: `matchName example.com`.
+impl fmt::Display for DnsRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::MatchName(name) => write!(f, "matchName {name}"),
+            Self::MatchPattern(pattern) => write!(f, "matchPattern {pattern}"),
         }
     }
 }

@@ -232,3 +232,64 @@ pub fn refusal(message: &[u8], question: &Question, code: u8) -> Vec<u8> {
     answer[4..12].copy_from_slice(&[0, 1, 0, 0, 0, 0, 0, 0]);
     answer
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::sample::Index;
+
+    use super::*;
+
+    /// A query and its answer: `a.b` is an alias of `c`, which has an address.
+    const VALID: [&[u8]; 2] = [
+        b"\x01\x02\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x01a\x01b\x00\x00\x01\x00\x01",
+        b"\x01\x02\x81\x80\x00\x01\x00\x02\x00\x00\x00\x00\x01a\x01b\x00\x00\x01\x00\x01\
+          \xc0\x0c\x00\x05\x00\x01\x00\x00\x00\x3c\x00\x03\x01c\x00\
+          \x01c\x00\x00\x01\x00\x01\x00\x00\x00\x1e\x00\x04\xc0\x00\x02\x01",
+    ];
+
+    fn message() -> impl Strategy<Value = Vec<u8>> {
+        let damaged = (0..2_usize, vec((any::<Index>(), any::<u8>()), 0..5), any::<Index>());
+        let damaged = damaged.prop_map(|(which, changes, end)| {
+            let mut message = VALID[which].to_vec();
+            for (place, byte) in changes {
+                let place = place.index(message.len());
+                message[place] = byte;
+            }
+            // Mostly whole.
+            let end = end.index(2 * message.len());
+            message.truncate(end.max(12));
+            message
+        });
+        prop_oneof![4 => damaged, 1 => vec(any::<u8>(), 0..300)]
+    }
+
+    #[test]
+    fn aliases_lead_to_addresses() {
+        let (question, said) = answer(VALID[1]).expect("an answer");
+        assert!(question.is_same(&query(VALID[0]).expect("a query")));
+        assert_eq!(said.addresses, ["192.0.2.1".parse::<IpAddr>().expect("an address")]);
+        assert_eq!((said.cnames, said.ttl_s), (vec!["c".to_owned()], Some(30)));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn no_message_breaks_the_reader(message in message()) {
+            if let Some(question) = query(&message) {
+                let refused = refusal(&message, &question, REFUSED);
+                prop_assert!(refused.len() <= message.len());
+                let (same, said) = answer(&refused).expect("a refusal is an answer");
+                prop_assert!(same.is_same(&question));
+                prop_assert_eq!((said.code, said.addresses.len()), (REFUSED, 0));
+            }
+            if let Some((question, said)) = answer(&message) {
+                let length: usize = question.name.labels().iter().map(|label| label.len() + 1).sum();
+                prop_assert!(length <= 255);
+                prop_assert!(said.addresses.len() <= message.len() / 14, "no address out of nothing");
+            }
+        }
+    }
+}

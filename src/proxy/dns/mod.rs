@@ -6,9 +6,8 @@ pub mod udp;
 
 use std::time::Instant;
 
-use crate::model::l7::{DnsMessage, DnsRule, L7Message, Names, RuleSetId};
+use crate::model::l7::{DnsMessage, DnsRule, L7Message, NamePattern, Names, RuleSetId};
 
-use super::name::NamePattern;
 use super::session::{Entry, Session};
 use super::store::Rules;
 use message::{Answer, NXDOMAIN, Question, REFUSED};
@@ -23,10 +22,7 @@ pub struct DnsRules(Vec<NamePattern>);
 impl DnsRules {
     /// Compiles rules.
     pub fn new(rules: &[DnsRule]) -> Self {
-        let compile = |rule: &DnsRule| match rule {
-            DnsRule::MatchName(name) | DnsRule::MatchPattern(name) => NamePattern::new(name),
-        };
-        Self(rules.iter().map(compile).collect())
+        Self(rules.iter().map(DnsRule::pattern).collect())
     }
 
     /// True if a name may be asked for; its labels are in lower case.
@@ -157,21 +153,15 @@ fn answered(session: &Session, pending: &mut Pending, bytes: &[u8]) -> Option<An
 }
 
 impl Answered {
-    /// Waits until the addresses are known; false: the answer must not pass.
-    async fn announced(self, session: &Session) -> bool {
-        let Some(names) = self.names else { return true };
-        let announcer = &session.shared.announcer;
+    /// Returns when the maps have the addresses. Without an agent, or when it takes too long, the answer passes all
+    /// the same: it opens nothing, and names that are allowed already go on.
+    async fn announced(self, session: &Session) {
+        let Some(names) = self.names else { return };
         if self.must_wait {
-            let message = DnsMessage { query: names.name.clone(), ..DnsMessage::default() };
-            let is_known = announcer.announce(names).await;
-            if !is_known {
-                let why = "the answer was dropped: the agent has not taken its addresses in time";
-                session.record(Entry::error(L7Message::Dns(message), why));
-            }
-            return is_known;
+            session.shared.announcer.announce(names).await;
+            return;
         }
         let shared = session.shared.clone();
         tokio::spawn(async move { shared.announcer.announce(names).await });
-        true
     }
 }

@@ -111,10 +111,8 @@ impl Connection {
 
     async fn answer(&mut self, frame: &[u8]) -> io::Result<()> {
         let Some(answered) = answered(&self.session, &mut self.pending, &frame[2..]) else { return Ok(()) };
-        if answered.announced(&self.session).await {
-            pipe::write(&mut self.client, frame, self.session.shared.limits.idle).await?;
-        }
-        Ok(())
+        answered.announced(&self.session).await;
+        pipe::write(&mut self.client, frame, self.session.shared.limits.idle).await
     }
 }
 

@@ -187,9 +187,8 @@ impl Worker {
         let (session, socket) = (self.session.clone(), self.socket.clone());
         // The next answer does not wait for the announcement of this one.
         tokio::spawn(async move {
-            if answered.announced(&session).await {
-                send(&socket, &buffer, session.client, session.server);
-            }
+            answered.announced(&session).await;
+            send(&socket, &buffer, session.client, session.server);
         });
     }
 

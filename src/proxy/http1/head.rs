@@ -274,3 +274,38 @@ fn path_and_host<'a>(
         Some(_) => Err(malformed("a URI without a path")),
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn no_head_breaks_the_reader_and_none_has_two_lengths(
+            method in "[A-Z]{1,5}|[ -~]{0,4}",
+            path in "/[a-z/.%]{0,8}|[ -~]{0,8}",
+            headers in proptest::collection::vec(
+                "(Content-Length: [0-9 ]{0,4}|Transfer-Encoding: (chunked|[a-z, ]{0,8})|Host: [a-z.]{0,6}|[ -~]{0,12})\r\n",
+                0..5,
+            ),
+        ) {
+            let head = format!("{method} {path} HTTP/1.1\r\n{}\r\n", headers.concat());
+            let bytes = head.as_bytes();
+            if let Ok(Some(end)) = end_of_head(bytes, 0) {
+                prop_assert!(end <= bytes.len());
+                let is_length = |header: &&String| header.to_ascii_lowercase().starts_with("content-length:");
+                let is_coding = |header: &&String| header.to_ascii_lowercase().starts_with("transfer-encoding:");
+                let lengths = headers.iter().filter(is_length).count();
+                let codings = headers.iter().filter(is_coding).count();
+                let is_read = with_head(&bytes[..end], |_| ()).is_ok();
+                // A head that ends early has fewer headers than were written.
+                let is_whole = end == bytes.len();
+                prop_assert!(!(is_read && is_whole && lengths + codings > 1), "{head:?}");
+            }
+        }
+    }
+}

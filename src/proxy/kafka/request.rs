@@ -455,3 +455,42 @@ fn places_of_versions(answer: &[u8], version: i16) -> Option<Vec<(usize, i16)>> 
     })?;
     Some(places)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::super::refusal::refusal;
+    use super::*;
+
+    /// A head of a known API and version, and any bytes behind it.
+    fn request() -> impl Strategy<Value = Vec<u8>> {
+        (0_i16..80, 0_i16..16, vec(prop_oneof![0_u8..4, any::<u8>()], 0..200)).prop_map(
+            |(api_key, version, rest)| {
+                let head = [&api_key.to_be_bytes()[..], &version.to_be_bytes(), &[0, 0, 0, 7, 0, 1, b'c']];
+                [head.concat(), rest].concat()
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn no_request_breaks_the_reader(bytes in prop_oneof![4 => request(), 1 => vec(any::<u8>(), 0..300)]) {
+            if let Some(request) = Request::read(&bytes) {
+                let names: usize = request.names().iter().map(String::len).sum();
+                prop_assert!(names <= bytes.len(), "no topic out of nothing");
+                let _ = refusal(&request);
+            }
+        }
+
+        #[test]
+        fn no_answer_breaks_what_bounds_versions(mut bytes in vec(any::<u8>(), 0..200), version in 0_i16..5) {
+            let before = bytes.len();
+            bound_versions(&mut bytes, version);
+            prop_assert_eq!(bytes.len(), before);
+        }
+    }
+}

@@ -286,6 +286,7 @@ impl Agent {
                     FromProxy::Records { records, .. } => {
                         agent.records.lock().expect("no test panics inside").extend(records);
                     }
+                    FromProxy::State(_) => {}
                     FromProxy::Names(names) => {
                         let seq = names.seq;
                         agent.names.lock().expect("no test panics inside").push(names);

@@ -30,6 +30,15 @@ impl NamePattern {
         Self::Labels { has_more, labels: rest.split('.').map(|label| label.as_bytes().to_vec()).collect() }
     }
 
+    /// True if a name with dots between its labels, in lower case, matches.
+    pub fn matches_text(&self, name: &str) -> bool {
+        let labels: Vec<&[u8]> = match name {
+            "" => Vec::new(),
+            name => name.split('.').map(str::as_bytes).collect(),
+        };
+        self.matches(&labels)
+    }
+
     /// True if the labels of a name, in lower case, match.
     pub fn matches(&self, name: &[&[u8]]) -> bool {
         let Self::Labels { has_more, labels } = self else { return true };
@@ -79,13 +88,7 @@ mod tests {
 
     #[test]
     fn patterns_match_whole_labels() {
-        let matches = |pattern: &str, name: &str| {
-            let labels: Vec<&[u8]> = match name {
-                "" => Vec::new(),
-                name => name.split('.').map(str::as_bytes).collect(),
-            };
-            NamePattern::new(pattern).matches(&labels)
-        };
+        let matches = |pattern: &str, name: &str| NamePattern::new(pattern).matches_text(name);
         let yes = [
             ("example.com", "example.com"),
             ("Example.COM.", "example.com"),
