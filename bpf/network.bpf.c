@@ -289,7 +289,9 @@ static __always_inline int network_arrive(struct __sk_buff *ctx)
 	/* to_pod gives its verdict once more: no mark survives netfilter that
 	 * it could trust. */
 	if (packet->source_route == ROUTE_GUARDED) {
-		ret = rewrite_apply(ctx, packet);
+		ret = proxy_expect(packet);
+		if (!ret)
+			ret = rewrite_apply(ctx, packet);
 		return finish(ctx, packet, ret ? ret : TC_ACT_OK);
 	}
 	return finish(ctx, packet, forward(ctx, packet));

@@ -43,6 +43,21 @@ static __always_inline int proxy_tell(const struct packet *packet,
 	return map_insert(&l7_flows, &key, &row) ? -DROP_NO_PROXY : 0;
 }
 
+/*
+ * Says so before the packet goes to its pod by the node's stack: to_pod finds a
+ * running flow and would not say it. 0 or a drop.
+ */
+__weak __noinline int proxy_expect(struct packet *packet)
+{
+	struct scratch *room = scratch_get();
+
+	if (!packet || !room)
+		return -DROP_NO_PROXY;
+	if (!(packet->flags & PACKET_TELL_PROXY))
+		return 0;
+	return proxy_tell(packet, &room->flow);
+}
+
 /* The frame is for the other end of the pair: 0 or a drop. */
 static __always_inline int proxy_address(struct __sk_buff *ctx,
 					 const struct proxy_device *device)

@@ -184,6 +184,24 @@ fn only_get_health_passes_by_native_routing() -> Result<()> {
 }
 
 #[test]
+fn what_passes_the_nodes_netfilter_is_judged_too() -> Result<()> {
+    require_lab!();
+    // As the probes of a cloud's load balancers come.
+    let guarded = format!("{},{}", crate::lab::OUTSIDE[0], crate::lab::OUTSIDE[1]);
+    let guarded = guarded.replace(',', "/32,") + "/128";
+    let agent_arguments = vec!["--stack-cidrs".to_owned(), guarded];
+    let lab = Lab::start(Setup { agent_arguments, ..Setup::default() })?;
+    let server = lab.pod(1, "shop/web").label("app", "web").create()?;
+    let _running = Http::start(server.space())?;
+    allow(&lab, "[{method: GET, path: /health}]")?;
+    for address in server.addresses().to_vec() {
+        wait_for_status(lab.outside(), address, ("GET", "/admin"), 403)?;
+        expect_health_only(lab.outside(), None, address).with_context(|| format!("to {address}"))?;
+    }
+    Ok(())
+}
+
+#[test]
 fn rules_of_the_clients_pod_hold_by_whichever_way_it_leaves() -> Result<()> {
     require_lab!();
     for routing in ["tunnel", "native"] {
