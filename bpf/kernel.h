@@ -300,6 +300,24 @@ enum icmp_type {
 	ICMPV6_EXTENDED_ECHO_REPLY = 161,
 };
 
+/* What a driver's program is given, and what it answers. */
+struct xdp_md {
+	__u32 data;
+	__u32 data_end;
+	__u32 data_meta;
+	__u32 ingress_ifindex;
+	__u32 rx_queue_index;
+	__u32 egress_ifindex;
+};
+
+enum xdp_action {
+	XDP_ABORTED = 0,
+	XDP_DROP = 1,
+	XDP_PASS = 2,
+	XDP_TX = 3,
+	XDP_REDIRECT = 4,
+};
+
 /* Arguments of helpers: include/uapi/linux/bpf.h. */
 struct bpf_tunnel_key {
 	__u32 tunnel_id;

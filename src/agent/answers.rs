@@ -314,6 +314,7 @@ impl Known {
                 rows.push(("tunnel packets", way));
             }
             rows.extend(by_the_stack(&loaded.datapath));
+            rows.extend(loaded.datapath.wires().into_iter().map(|device| ("xdp", device)));
             if args.nat.masquerade {
                 rows.push(("masquerade ports", loaded.ports.to_string()));
             }

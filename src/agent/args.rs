@@ -11,7 +11,7 @@ use ipnet::IpNet;
 
 use super::names::NameArgs;
 use crate::cni::CniArgs;
-use crate::datapath::{KernelArgs, MapArgs, QuotaArgs, pin_directory};
+use crate::datapath::{KernelArgs, MapArgs, QuotaArgs, XdpMode, pin_directory};
 use crate::encryption::EncryptionArgs;
 use crate::flow::FlowArgs;
 use crate::hubble::args::HubbleArgs;
@@ -126,6 +126,11 @@ pub struct NetworkArgs {
     /// How pods of different nodes reach one another.
     #[arg(long, env = "WEIR_ROUTING", value_enum, default_value = "tunnel")]
     pub routing: Routing,
+
+    /// Whether the drivers of devices that lead out send on what clients outside and backends of other nodes
+    /// send one another, where they can (XDP, Linux 6.3 and later): off, or native. With a tunnel they do not.
+    #[arg(long, env = "WEIR_XDP", value_enum, default_value = "off")]
+    pub xdp: XdpMode,
 
     /// UDP port of the VXLAN tunnels.
     #[arg(long, env = "WEIR_TUNNEL_PORT", value_name = "PORT", default_value_t = 8472)]

@@ -300,6 +300,8 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         config.args.kernel.socket_lb,
         restart.clone(),
     );
+    let drivers =
+        sinks::Drivers { xdp: config.args.network.xdp, named: config.args.network.device.clone() };
     let encryption = encryption_sink(&config, &datapath, &devices, &restart)?;
     let (health, service_health) = watch::channel(health_ports::HealthOf::default());
     answer_load_balancers(&config, &known, service_health);
@@ -319,7 +321,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
             device_sink,
             encryption,
             (limits, proxy),
-            (ipsec, attaching_node(&datapath, &devices, config.args.kernel.socket_lb)),
+            (ipsec, attaching_node(&datapath, &devices, config.args.kernel.socket_lb), drivers),
             parts,
         )
         .context("ordering the sinks")?,

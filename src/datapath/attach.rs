@@ -381,6 +381,7 @@ fn is_zombie(info: &LinkTypeInfo) -> bool {
         LinkTypeInfo::Tcx(link) => link.ifindex == 0,
         LinkTypeInfo::Cgroup(link) => link.cgroup_id == 0,
         LinkTypeInfo::NetNs(link) => link.ino == 0,
+        LinkTypeInfo::Xdp(link) => link.ifindex == 0,
         _ => false,
     }
 }
@@ -393,7 +394,7 @@ pub(super) fn pinned_links(directory: &Path) -> Result<Vec<PathBuf>> {
     entries.map(|entry| Ok(entry?.path())).collect()
 }
 
-fn remove_pin(path: &Path) -> Result<()> {
+pub(super) fn remove_pin(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("removing the pin {}", path.display()))

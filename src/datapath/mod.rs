@@ -51,6 +51,7 @@ pub mod skeleton;
 mod spoken;
 mod succeed;
 mod verify;
+mod wire;
 
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -81,6 +82,7 @@ pub use settings::{AttachMode, MARK_MASK, MapSizes, Options, Settings};
 pub use skeleton::types;
 pub use succeed::Devices as AttachedDevices;
 pub use verify::{STACK_LIMIT_BYTES, Verification, verify};
+pub use wire::XdpMode;
 
 use backends::Backends;
 use counters::Fills;
@@ -104,6 +106,7 @@ pub struct Datapath {
     cgroup_root: Option<PathBuf>,
     unsettled: Unsettled,
     maglev_size: u32,
+    wires: wire::Wires,
     /// Rows of `l7_flows` that the last collection saw without a connection.
     l7_flows_alone: Mutex<Vec<map::Bytes<abi::L7FlowKey>>>,
     succession: Succession,
@@ -154,6 +157,7 @@ impl Datapath {
             cgroup_root: options.cgroup_root.clone(),
             unsettled: Unsettled::default(),
             maglev_size: options.settings.maglev_size,
+            wires: wire::Wires::default(),
             l7_flows_alone: Mutex::default(),
             succession: Succession::new(&pins, loaded.carriers)?,
             pins: Some(pins),
@@ -173,6 +177,7 @@ impl Datapath {
             cgroup_root: None,
             unsettled: Unsettled::default(),
             maglev_size: settings.maglev_size,
+            wires: wire::Wires::default(),
             l7_flows_alone: Mutex::default(),
             succession: Succession::default(),
             pins: None,

@@ -5,6 +5,7 @@ mod announced;
 mod backends;
 mod denied;
 mod drops;
+mod early;
 mod encryption;
 mod ends;
 mod fairness;

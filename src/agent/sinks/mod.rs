@@ -45,7 +45,7 @@ use crate::telemetry::Parts;
 
 pub use devices::DeviceSink;
 pub use encryption::{Encryption, Shared as SharedEncryption};
-pub use network::bring_up;
+pub use network::{Drivers, bring_up};
 pub use policies::few;
 pub use retry::Retry;
 pub use run::{Applied, Sinks};
@@ -166,7 +166,7 @@ pub fn all(
     devices: DeviceSink,
     encryption: Option<Encryption>,
     (limits, proxy): (Limits, Proxy),
-    (ipsec, attach_node): (ipsec::News, AttachNode),
+    (ipsec, attach_node, drivers): (ipsec::News, AttachNode, Drivers),
     parts: Parts,
 ) -> Result<Sinks> {
     let plan = devices.devices().clone();
@@ -182,7 +182,12 @@ pub fn all(
         Box::new(services::Services::new(writers.services)),
         Box::new(succession::Succession::new(datapath.clone(), attach_node)),
         Box::new(devices),
-        Box::new(network::Network::new(datapath.clone(), writers.devices, plan.has_ipv6())?),
+        Box::new(network::Network::new(
+            datapath.clone(),
+            writers.devices,
+            plan.has_ipv6(),
+            drivers,
+        )?),
         Box::new(routes::Routes::new(plan)),
         Box::new(links::Links::new(datapath.clone())),
         Box::new(bandwidth::Bandwidth::default()),

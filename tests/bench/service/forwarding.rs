@@ -3,7 +3,8 @@
 //! A node has one wire, at whose other end the client is, and the node that has the pod. Frames of one running flow
 //! are made at that end by BPF_F_TEST_XDP_LIVE_FRAMES, go over the wire, are translated, come back over the wire, and
 //! are counted and dropped. All of it is on one processor: the rate is the inverse of what a packet costs, with the
-//! same making, wire and dropping for all.
+//! same making, wire and dropping for all. What a driver sends (XDP) crosses the wire as a frame, all else as a
+//! packet.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -42,12 +43,14 @@ pub fn rows() -> Result<Vec<Row>> {
     pin()?;
     let world = World::start("the section node_port", 1)?;
     let theirs = KubeProxyNode::start(&world)?;
-    let ours = WeirNode::start()?;
+    let ours = WeirNode::start(false)?;
+    let early = WeirNode::start(true)?;
     let paths = [
         ("nftables", &theirs.wire, NODE_PORTS[0].1),
         ("snat", &ours.wire, NODE_PORTS[0].1),
         ("again", &ours.wire, NODE_PORTS[0].1),
         ("dsr", &ours.wire, NODE_PORTS[1].1),
+        ("xdp", &early.wire, NODE_PORTS[0].1),
     ];
     let mut samples = vec![Vec::new(); paths.len()];
     for (name, wire, port) in &paths {
@@ -78,6 +81,8 @@ pub fn rows() -> Result<Vec<Row>> {
     Ok(vec![
         row("snat", "nftables").noise(noise).at_least(1.0),
         row("dsr", "nftables").noise(noise).at_least(1.0),
+        Row { row: "node_port/xdp/vs_tc".to_owned(), ..row("xdp", "snat").noise(noise).at_least(1.0) },
+        row("xdp", "nftables").noise(noise),
         Row::skipped("node_port/snat/vs_ipvs", "packets/cpu-s", "this kernel has no IPVS (CONFIG_IP_VS)"),
     ])
 }
@@ -91,8 +96,9 @@ struct Wire {
 }
 
 impl Wire {
-    /// Puts `eth0` of `node` on a wire, in the place of the device of that name.
-    fn plug(node: &Space, directory: &Path) -> Result<Self> {
+    /// Puts `eth0` of `node` on a wire, in the place of the device of that name. Where its driver is to send, the
+    /// other end takes frames; else that end takes packets, and the node's driver lets them pass.
+    fn plug(node: &Space, directory: &Path, is_xdp: bool) -> Result<Self> {
         let outside = Space::create(&format!("{}-end", node.name()), None)?;
         let [own, other] = MACS.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":"));
         let [own_address, other_address] = [node_addresses(1)?[0], node_addresses(2)?[0]];
@@ -117,22 +123,27 @@ impl Wire {
                 let end = nix::net::if_::if_nametoindex("end")?;
                 let define = format!("-DDEVICE={end}");
                 let loaded = load_test_program("tests/bench/forward.bpf.c", &object, &[&define])?;
-                let sink = loaded.progs_mut().find(|program| program.name() == "sink_packets");
-                let link = weir::datapath::attach_tcx(&sink.context("a sink")?, end)?;
+                let name = if is_xdp { "sink_frames" } else { "sink_packets" };
+                let sink = loaded.progs_mut().find(|program| program.name() == name).context("a sink")?;
+                let link = match is_xdp {
+                    true => sink.attach_xdp(i32::try_from(end)?)?,
+                    false => weir::datapath::attach_tcx(&sink, end)?,
+                };
                 let map = loaded.maps().find(|map| map.name() == "arrived").context("a map")?;
                 Ok::<_, anyhow::Error>((MapHandle::try_from(&map)?, link))
             }
         })?;
-        let taking = node.run({
+        let mut links = vec![arrived.1];
+        if !is_xdp {
             let object = object.clone();
-            move || {
+            links.push(node.run(move || {
                 let loaded = ObjectBuilder::default().open_file(object)?.load()?;
                 let pass = loaded.progs_mut().find(|program| program.name() == "pass").context("pass")?;
                 let own = i32::try_from(nix::net::if_::if_nametoindex("eth0")?)?;
                 Ok::<_, anyhow::Error>(pass.attach_xdp(own)?)
-            }
-        })?;
-        Ok(Self { outside, object, arrived: arrived.0, _links: vec![arrived.1, taking] })
+            })?);
+        }
+        Ok(Self { outside, object, arrived: arrived.0, _links: links })
     }
 
     fn arrived(&self) -> Result<u64> {
@@ -225,8 +236,11 @@ struct WeirNode {
 }
 
 impl WeirNode {
-    fn start() -> Result<Self> {
-        let setup = Setup { routing: "native".to_owned(), starts_agents: false, ..Setup::default() };
+    fn start(is_xdp: bool) -> Result<Self> {
+        let xdp: &[&str] = if is_xdp { &["--xdp", "native", "--device", "eth0"] } else { &[] };
+        let agent_arguments = xdp.iter().map(|argument| (*argument).to_owned()).collect();
+        let routing = "native".to_owned();
+        let setup = Setup { routing, starts_agents: false, agent_arguments, ..Setup::default() };
         let lab = Lab::start(setup)?;
         lab.manifests().node("node2", &node_addresses(2)?, &pod_cidrs(2))?;
         for object in backend_objects()? {
@@ -238,7 +252,7 @@ impl WeirNode {
             lab.manifests().write(&object)?;
             lab.manifests().write(&slice(port))?;
         }
-        let wire = Wire::plug(lab.node(1).space(), lab.directory())?;
+        let wire = Wire::plug(lab.node(1).space(), lab.directory(), is_xdp)?;
         lab.start_agents()?;
         Ok(Self { wire, _lab: lab })
     }
@@ -258,7 +272,7 @@ impl KubeProxyNode {
         }
         let client: IpAddr = "10.1.1.9".parse()?;
         let proxy = KubeProxy::start(world, "nftables", world.lab.node(1).name(), &[client])?;
-        let wire = Wire::plug(&proxy.node, world.lab.directory())?;
+        let wire = Wire::plug(&proxy.node, world.lab.directory(), false)?;
         proxy.node.configure(&[&format!("route add {} via {}", pod_cidrs(2)[0], node_addresses(2)?[0])])?;
         Ok(Self { wire, _proxy: proxy })
     }
