@@ -78,10 +78,12 @@ enum drop_reason {
 	DROP_SOURCE_RANGE = 177,
 	DROP_POLICY_DENY_RULE = 181,
 	DROP_INVALID_VNI = 183,
+	DROP_NO_EGRESS_GATEWAY = 194,
 	DROP_UNENCRYPTED = 195,
 	DROP_TTL_EXCEEDED = 196,
 	DROP_QUOTA_CONNECTIONS = 198,
 	DROP_ENDPOINT_NOT_READY = 203,
+	DROP_NO_EGRESS_IP = 204,
 	DROP_QUOTA_NAT_PORTS = 240,
 	DROP_NO_PROXY = 244,
 };
@@ -114,6 +116,7 @@ _Static_assert(__builtin_offsetof(struct endpoint, epoch) == 0 &&
 
 enum endpoint_flags {
 	ENDPOINT_READY = 1 << 0, /* policy is enforced; else all is dropped, 203 */
+	ENDPOINT_EGRESS = 1 << 1, /* some of what it sends leaves by a gateway: egress_rules */
 };
 
 enum policy_bits {
@@ -168,6 +171,32 @@ enum prefix_flags {
 	PREFIX_POD_CIDR = 1 << 0, /* cluster pods live here: never masqueraded; unknown = unroutable */
 	PREFIX_ENCRYPT = 1 << 2,  /* as ADDRESS_ENCRYPT, for addresses without a row */
 	PREFIX_GUARDED = 1 << 1,  /* pods go there through the node's netfilter, and hear from there through it */
+};
+
+/*
+ * egress_rules: by which gateway and with which address a pod's packets leave
+ * the cluster. The source is always exact; the longest destination counts, IPv4
+ * at 224 + n. Of an endpoint with ENDPOINT_EGRESS what has no row goes the
+ * ordinary way.
+ */
+struct egress_rule_key {
+	__u32 prefix_length;
+	struct addr source;
+	struct addr destination;
+};
+
+struct egress_rule {
+	struct addr node;    /* the gateway's, by which tunnels reach it; zero: this node, or none */
+	struct addr address; /* HERE: that packets leave with; zero: there is none */
+	__u32 ifindex;	     /* HERE: the device that they leave by; 0: as the node's routes say */
+	__u32 flags;	     /* enum egress_flags */
+};
+
+/* Neither, and no node: there is no gateway, and nothing leaves. */
+enum egress_flags {
+	EGRESS_HERE = 1 << 0,	  /* this node is the gateway */
+	EGRESS_ORDINARY = 1 << 1, /* as if no policy selected the pod */
+	EGRESS_OF_DEVICE = 1 << 2, /* HERE: with the address of the device that they leave by */
 };
 
 struct policy_peer_key {

@@ -15,6 +15,7 @@ struct settings {
 	__u64 netns_cookie;	     /* of the node's own network namespace; 0: unknown */
 	__u32 jiffies_per_second;    /* CONFIG_HZ, found at start */
 	__u32 tunnel_ifindex;	     /* the VXLAN device; 0: native routing */
+	__u32 overlay_ifindex;	     /* the VXLAN device, also if it leads to egress gateways alone; 0: there is none */
 	__u32 flow_report_seconds;   /* a running flow is reported this often */
 	__u32 tcp_timeout_seconds;   /* established */
 	__u32 tcp_opening_seconds;   /* SYN seen, no answer */
@@ -39,7 +40,6 @@ struct settings {
 	__u8 socket_lb;
 	__u8 tunnel_direct;	     /* put on and take off the tunnel's headers, past the VXLAN device */
 	__u8 encrypt_strict;	     /* what has to be encrypted is dropped where it comes in plain */
-	__u8 pad[4];
 };
 
 extern const volatile struct settings settings;
@@ -65,6 +65,7 @@ struct exported_types {
 	enum address_flags address_flags;
 	enum node_flags node_flags;
 	enum prefix_flags prefix_flags;
+	enum egress_flags egress_flags;
 	enum policy_rule_prefix policy_rule_prefix;
 	enum policy_verdict policy_verdict;
 	enum service_scope service_scope;

@@ -36,6 +36,15 @@ struct {
 	__type(value, struct prefix);
 } prefixes SEC(".maps") __weak;
 
+/* Written by datapath::egress: which pods' packets leave by a gateway. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 131072);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct egress_rule_key);
+	__type(value, struct egress_rule);
+} egress_rules SEC(".maps") __weak;
+
 /* Written by datapath::policies: identity -> class, per policy. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

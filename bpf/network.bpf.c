@@ -73,6 +73,8 @@ static __always_inline int network_find_way(struct __sk_buff *ctx,
 		ret = nat_restore(ctx, packet);
 	if (!ret)
 		ret = network_find_service(ctx, packet, parsed);
+	if (ret == OUTSIDE_POD && settings.overlay_ifindex)
+		egress_answer(packet);
 	if (ret || is_local || packet->flags & PACKET_HAS_SERVICE)
 		return ret;
 	return outside_refuse_rest(packet);
@@ -328,7 +330,8 @@ int from_encrypted(struct __sk_buff *ctx)
  * The guard behind leave(): whatever leaves by it has its mark and is not seen
  * here, so a pod's packet to another node's pod has missed the tunnel.
  */
-static __always_inline int network_must_masquerade(struct packet *packet)
+static __always_inline int
+network_must_masquerade(struct packet *packet, const struct egress_rule *rule)
 {
 	struct peer to = {};
 
@@ -337,6 +340,9 @@ static __always_inline int network_must_masquerade(struct packet *packet)
 		return -DROP_UNROUTABLE_IP;
 	if (to.flags & (ADDRESS_POD | ADDRESS_INTERNAL))
 		return settings.tunnel_ifindex ? -DROP_NO_TUNNEL_ENDPOINT : 0;
+	/* Whatever way it came: never with another address. */
+	if (rule)
+		return flow_is_reply(packet) ? 0 : egress_may_leave(rule);
 	if (!(packet->flags & PACKET_IPV6 ? settings.masquerade_ipv6
 					  : settings.masquerade_ipv4))
 		return 0;
@@ -364,6 +370,7 @@ static __always_inline int network_wall(struct __sk_buff *ctx)
 
 static __always_inline int network_leave(struct __sk_buff *ctx)
 {
+	struct egress_rule *rule;
 	struct own_addresses *own;
 	const struct addr *node;
 	struct address *address;
@@ -401,21 +408,28 @@ static __always_inline int network_leave(struct __sk_buff *ctx)
 	if (ret != TC_ACT_OK)
 		return ret;
 	address = address_find(&packet->source);
-	if (!address || !address->endpoint_id)
+	if (!address || !(address->endpoint_id || address->flags & ADDRESS_POD))
+		return TC_ACT_OK;
+	rule = egress_of(packet, address);
+	/* A pod of another node leaves by this one only if it is the gateway. */
+	if (!address->endpoint_id && !(rule && rule->flags & EGRESS_HERE))
 		return TC_ACT_OK;
 	packet->source_endpoint = address->endpoint_id;
 	packet->source_identity = address->identity;
-	share = fragment_share_of_endpoint(packet->source_endpoint);
+	share = address->endpoint_id
+			? fragment_share_of_endpoint(address->endpoint_id)
+			: fragment_share_of_sender(packet);
 	if (!parsed)
 		parsed = fragment_find(packet, FRAGMENT_TO_NETWORK, share);
-	ret = parsed ? parsed : network_must_masquerade(packet);
+	ret = parsed ? parsed : network_must_masquerade(packet, rule);
 	if (ret > 0 && packet->flags & PACKET_ICMP_ERROR) {
 		ret = icmp_translate(ctx, packet, DIRECTION_EGRESS);
 		/* Pods' addresses do not go out. */
 		if (!ret)
 			ret = -DROP_NO_NAT_MAPPING;
 	} else if (ret > 0) {
-		ret = nat_masquerade(ctx, packet, node);
+		ret = nat_masquerade(ctx, packet, egress_address(rule, node),
+				     rule);
 	}
 	if (ret >= 0)
 		fragment_keep(packet, share);

@@ -113,6 +113,9 @@ static __always_inline int overlay_decide(struct __sk_buff *ctx,
 		if (ret)
 			return ret > 0 ? 0 : ret;
 	}
+	ret = settings.overlay_ifindex ? egress_receive(packet) : 0;
+	if (ret < 0 || packet_passes_by(packet))
+		return ret < 0 ? ret : 0;
 	ret = overlay_is_for_node(packet);
 	if (ret > 0) {
 		packet->route = ROUTE_STACK;
@@ -153,12 +156,11 @@ int from_overlay(struct __sk_buff *ctx)
 	if (ret)
 		return finish(ctx, packet, ret);
 	fragment_keep(packet, share);
-	if (packet_passes_by(packet))
-		return finish(ctx, packet, outside_forward(ctx, packet));
-
 	/* The inner frame is addressed to nobody here. */
 	if (bpf_skb_change_type(ctx, PACKET_HOST))
 		return finish(ctx, packet, -DROP_WRITE_ERROR);
+	if (packet_passes_by(packet))
+		return finish(ctx, packet, outside_forward(ctx, packet));
 	return finish(ctx, packet, forward(ctx, packet));
 }
 

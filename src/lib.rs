@@ -9,6 +9,7 @@ pub mod backoff;
 pub mod cli;
 pub mod cni;
 pub mod datapath;
+pub mod egress;
 pub mod encryption;
 pub mod endpoint;
 pub mod error;

@@ -216,8 +216,13 @@ impl Addresses {
 
 impl Input<'_> {
     fn underlay_of(&self, node: &Node) -> Option<IpAddr> {
-        underlay_address(node, has_ipv4(self.nodes, self.this_node))
+        underlay_of(node, self.nodes, self.this_node)
     }
+}
+
+/// Where `this_node` sends to what is for `node`.
+pub fn underlay_of(node: &Node, nodes: &Snapshot<Arc<str>, Arc<Node>>, this_node: &str) -> Option<IpAddr> {
+    underlay_address(node, has_ipv4(nodes, this_node))
 }
 
 /// False if `this_node` is known to have no IPv4.

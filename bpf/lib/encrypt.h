@@ -44,7 +44,7 @@ static __always_inline bool encrypt_view_ipv4(struct __sk_buff *ctx,
 		return false;
 	addr_from_ipv4(&view->end, of_source ? ip.source : ip.destination);
 	addr_from_ipv4(&view->other, of_source ? ip.destination : ip.source);
-	if (ip.protocol != IPPROTO_UDP || !settings.tunnel_ifindex)
+	if (ip.protocol != IPPROTO_UDP || !settings.overlay_ifindex)
 		return true;
 	/* Later fragments have no port: they may be a tunnel packet's. */
 	view->is_tunnel =
@@ -86,11 +86,11 @@ static __always_inline bool encrypt_view_ipv6(struct __sk_buff *ctx,
 		next += sizeof(fragment);
 	}
 	/* What hides the port may be a tunnel packet. */
-	if (settings.tunnel_ifindex && is_extension_header(protocol)) {
+	if (settings.overlay_ifindex && is_extension_header(protocol)) {
 		view->is_tunnel = true;
 		return true;
 	}
-	if (protocol != IPPROTO_UDP || !settings.tunnel_ifindex)
+	if (protocol != IPPROTO_UDP || !settings.overlay_ifindex)
 		return true;
 	view->is_tunnel = fragment.offset & bpf_htons(0xfff8) ||
 			  encrypt_is_tunnel_port(ctx, next);

@@ -5,6 +5,7 @@
  */
 #pragma once
 
+#include "egress.h"
 #include "endpoint.h"
 #include "proxy.h"
 #include "rewrite.h"
@@ -141,16 +142,21 @@ static __always_inline int forward_by_route(struct __sk_buff *ctx,
 /*
  * The node that has the packet's destination, or NULL. An address that nobody
  * known has is that of a pod that has begun a flow already (flow_keep_newcomer):
- * its node has the pod CIDR.
+ * its node has the pod CIDR. What leaves the cluster goes to the pod's gateway.
  */
 static __always_inline const struct addr *
 forward_node(const struct packet *packet)
 {
 	struct address *address = address_find(&packet->destination);
+	struct egress_rule *rule;
 	struct prefix *prefix;
 
 	if (address)
 		return &address->node;
+	if (packet->flags & PACKET_BY_GATEWAY) {
+		rule = egress_find(packet);
+		return rule ? &rule->node : NULL;
+	}
 	prefix = prefix_find(&packet->destination);
 	return prefix && prefix->flags & PREFIX_POD_CIDR ? &prefix->node : NULL;
 }
@@ -169,7 +175,7 @@ static __always_inline __u32 forward_identity(const struct packet *packet)
 	return endpoint ? endpoint->identity : 0;
 }
 
-/* To the node that has the pod. */
+/* To the node that has the pod, or that is the gateway of what it sends. */
 __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 				      struct packet *packet)
 {
@@ -179,7 +185,7 @@ __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 
 	if (!packet)
 		return -DROP_UNROUTABLE_IP;
-	if (!settings.tunnel_ifindex)
+	if (!settings.tunnel_ifindex && !(packet->flags & PACKET_BY_GATEWAY))
 		return forward_by_route(ctx, packet);
 	node = forward_node(packet);
 	if (!node)
@@ -207,7 +213,22 @@ __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 	ret = forward_set_tunnel_key(ctx, node, identity);
 	if (ret)
 		return ret;
-	return leave(ctx, settings.tunnel_ifindex, 0, NULL);
+	return leave(ctx, settings.overlay_ifindex, 0, NULL);
+}
+
+/*
+ * Of what leaves the cluster, and no policy of egress gateways says how: an
+ * action of tc, or a drop.
+ */
+static __always_inline int forward_to_world(struct __sk_buff *ctx,
+					    struct packet *packet)
+{
+	/* The node's connection tracking would see one direction alone, and its
+	 * firewall take the rest for invalid. */
+	if (packet->flags & PACKET_FROM_POD && node_allows_past_stack() &&
+	    packet->route != ROUTE_GUARDED)
+		return forward_to_route(ctx, packet, true);
+	return leave_to_stack(ctx);
 }
 
 /* Of a packet that a pod has sent, or the proxy for it. */
@@ -238,13 +259,17 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 		 * address from a device. */
 		if (forward_is_answer(packet))
 			return forward_to_route(ctx, packet, false);
-		/* The node's connection tracking would see one direction alone,
-		 * and its firewall take the rest for invalid. */
-		if (packet->flags & PACKET_FROM_POD &&
-		    node_allows_past_stack() &&
-		    packet->route != ROUTE_GUARDED)
-			return forward_to_route(ctx, packet, true);
-		return leave_to_stack(ctx);
+		switch (egress_choose(packet)) {
+		case EGRESS_TO_WORLD:
+			return forward_to_world(ctx, packet);
+		case EGRESS_AS_GATEWAY:
+			return egress_leave(ctx, packet);
+		case EGRESS_TO_GATEWAY:
+			return forward_to_node(ctx, packet);
+		case -DROP_NO_EGRESS_IP:
+			return -DROP_NO_EGRESS_IP;
+		}
+		return -DROP_NO_EGRESS_GATEWAY;
 	}
 	return -DROP_UNROUTABLE_IP;
 }

@@ -124,7 +124,7 @@ static __always_inline bool host_is_beyond(const struct packet *packet,
 					   const struct addr *other)
 {
 	return packet->flags & (PACKET_CONTROL | PACKET_ICMP_ERROR) ||
-	       (settings.tunnel_ifindex && packet_is_tunnel(packet) &&
+	       (settings.overlay_ifindex && packet_is_tunnel(packet) &&
 		tunnel_is_node(other));
 }
 

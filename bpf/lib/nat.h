@@ -102,12 +102,14 @@ static __always_inline bool nat_address_stands(const struct nat *known,
 
 /*
  * Makes the node the source, with this address unless the flow has another one
- * already; the packet is a local pod's. 0 or a drop.
+ * already and `exactly` is false; the packet is a pod's. Of a pod elsewhere its
+ * own node bounds what it has. 0 or a drop.
  */
 __weak __noinline int nat_masquerade(struct __sk_buff *ctx,
 				     struct packet *packet,
-				     const struct addr *node)
+				     const struct addr *node, bool exactly)
 {
+	__u32 owner;
 	struct scratch *room = scratch_get();
 	__u64 now = bpf_jiffies64();
 	struct nat_mapping *to;
@@ -121,7 +123,8 @@ __weak __noinline int nat_masquerade(struct __sk_buff *ctx,
 	to = &room->mapping;
 	nat_mapping_of(packet, node, now, to);
 	known = bpf_map_lookup_elem(&nat, &to->out);
-	if (known && !nat_address_stands(known, node))
+	if (known && !(exactly ? addr_equal(&known->addr, node)
+			       : nat_address_stands(known, node)))
 		known = NULL;
 	if (known) {
 		to->node.addr = known->addr;
@@ -139,11 +142,13 @@ __weak __noinline int nat_masquerade(struct __sk_buff *ctx,
 		nat_note(known, packet->tcp_flags);
 		to->node.port = known->port;
 	} else {
-		if (!quota_take(packet->source_endpoint, QUOTA_NAT_PORTS))
+		owner = packet->source_endpoint;
+		if (owner && !quota_take(owner, QUOTA_NAT_PORTS))
 			return -DROP_QUOTA_NAT_PORTS;
 		ret = nat_allocate(ctx, to);
 		if (ret) {
-			quota_give(packet->source_endpoint, QUOTA_NAT_PORTS);
+			if (owner)
+				quota_give(owner, QUOTA_NAT_PORTS);
 			return ret;
 		}
 	}

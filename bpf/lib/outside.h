@@ -471,6 +471,8 @@ __weak __noinline int outside_forward(struct __sk_buff *ctx,
 		if (ret)
 			return ret;
 	}
+	if (packet->choice == CHOICE_GATEWAY && packet->route != ROUTE_NODE)
+		return egress_leave(ctx, packet);
 	if (packet->choice != CHOICE_ANSWER && packet->route == ROUTE_NODE)
 		return forward_to_node(ctx, packet);
 	return forward_to_route(ctx, packet, false);

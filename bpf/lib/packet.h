@@ -41,6 +41,7 @@ enum packet_flags {
 	PACKET_TO_PROXY = 1 << 25,   /* its flow is the proxy's (proxy.h) */
 	PACKET_TELL_PROXY = 1 << 26, /* and has a new verdict */
 	PACKET_FROM_PROXY = 1 << 27, /* the proxy has sent it for the other end */
+	PACKET_BY_GATEWAY = 1 << 28, /* by the tunnel: between a pod and its egress gateway */
 };
 
 /* Of a packet from the network: what it has to do with a service. */
@@ -54,6 +55,7 @@ enum packet_choice {
 	CHOICE_NODE = 6,      /* its backend is this node itself */
 	CHOICE_DIRECT = 7,    /* it goes to a backend elsewhere, which answers itself */
 	CHOICE_REFUSED = 8,   /* there is nobody to choose, and the client is told */
+	CHOICE_GATEWAY = 9,   /* of a pod elsewhere whose egress gateway this node is */
 };
 
 struct packet {
@@ -84,12 +86,14 @@ struct packet {
 	__u8 choice;	   /* enum packet_choice */
 } __attribute__((aligned(8)));
 
-/* It passes this node, from a client to a backend elsewhere or back. */
+/* It passes this node, from a client to a backend elsewhere or back, or between
+ * a pod elsewhere and the world. */
 static __always_inline bool packet_passes_by(const struct packet *packet)
 {
 	return packet->choice == CHOICE_AWAY ||
 	       packet->choice == CHOICE_ANSWER ||
-	       packet->choice == CHOICE_DIRECT;
+	       packet->choice == CHOICE_DIRECT ||
+	       packet->choice == CHOICE_GATEWAY;
 }
 
 /* A packet of tunnels between nodes, if its ends are nodes. */

@@ -7,12 +7,12 @@
 #include "hop.h"
 #include "leave.h"
 
-/* Where the node would forward this to: BPF_FIB_LKUP_RET_*. IPv4 addresses are
- * the last words. */
-static __always_inline long route_find(struct __sk_buff *ctx,
-				       const struct addr *source,
-				       const struct addr *destination,
-				       bool is_ipv6, struct bpf_fib_lookup *fib)
+/* Where the node would forward this to, as these flags of bpf_fib_lookup say:
+ * BPF_FIB_LKUP_RET_*. IPv4 addresses are the last words. */
+static __always_inline long
+route_find_by(struct __sk_buff *ctx, const struct addr *source,
+	      const struct addr *destination, bool is_ipv6, __u32 flags,
+	      struct bpf_fib_lookup *fib)
 {
 	if (is_ipv6) {
 		fib->family = AF_INET6;
@@ -24,7 +24,15 @@ static __always_inline long route_find(struct __sk_buff *ctx,
 		fib->destination[0] = destination->w[3];
 	}
 	return bpf_fib_lookup(ctx, fib, sizeof(*fib),
-			      BPF_FIB_LOOKUP_SKIP_NEIGH);
+			      BPF_FIB_LOOKUP_SKIP_NEIGH | flags);
+}
+
+static __always_inline long route_find(struct __sk_buff *ctx,
+				       const struct addr *source,
+				       const struct addr *destination,
+				       bool is_ipv6, struct bpf_fib_lookup *fib)
+{
+	return route_find_by(ctx, source, destination, is_ipv6, 0, fib);
 }
 
 /*

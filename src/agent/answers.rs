@@ -33,9 +33,9 @@ use crate::kube::foreign::ForeignPolicy;
 use crate::kube::{Health, Tables};
 use crate::model::l7::RuleSetId;
 use crate::model::{
-    Endpoint, EndpointId, Frontend, IdentityId, IdentityLabels, LocalIdentity, MatchType, Node, ObjectKey,
-    Origins, Peer, PeerState, Policy, PolicyDirection, PolicyRef, Protocol, Scope, ServiceQuestion,
-    ServiceTrace,
+    EgressRow, Endpoint, EndpointId, Frontend, IdentityId, IdentityLabels, LocalIdentity, MatchType, Node,
+    ObjectKey, Origins, Peer, PeerState, Policy, PolicyDirection, PolicyRef, Protocol, Scope,
+    ServiceQuestion, ServiceTrace,
 };
 use crate::policy::diff::Change;
 use crate::policy::explain::{Explanation, Packet, Question};
@@ -163,7 +163,20 @@ impl Known {
             compiled_policies: count(current.policies.len()),
             services: count(self.tables.services.snapshot().len()),
             addresses: count(current.addresses.len()),
+            egress_pods: count(current.egress.selected.len()),
+            egress_pods_closed: self.egress_pods(|row| row.node == self.name() && row.gateway.is_none()),
+            egress_served: self.egress_pods(|row| row.gateway.as_deref() == Some(self.name())),
         }
+    }
+
+    fn name(&self) -> &str {
+        &self.config.args.node_name
+    }
+
+    fn egress_pods(&self, is_meant: impl Fn(&EgressRow) -> bool) -> u64 {
+        let current = self.current.load();
+        let pods = current.egress.rows.iter().filter(|row| is_meant(row)).map(|row| &row.pod);
+        pods.collect::<BTreeSet<_>>().len() as u64
     }
 
     fn watches(&self) -> Vec<WatchHealth> {
@@ -708,6 +721,10 @@ impl Handler for Answers {
                 reply.finish(Ok::<_, Refusal>(answer)).await
             }
             Request::Names => reply.finish(Ok::<_, Refusal>(known.name_rows())).await,
+            Request::Egress => {
+                let rows = known.current.load().egress.rows.clone();
+                reply.finish(Ok::<_, Refusal>(rows)).await
+            }
             Request::Nodes => reply.finish(Ok::<_, Refusal>(known.node_rows())).await,
         };
         if answered.is_err() {

@@ -141,6 +141,11 @@ pub struct NetworkArgs {
     #[arg(long, env = "WEIR_TUNNEL_DIRECT", action = ArgAction::Set, default_value_t = true)]
     pub tunnel_direct: bool,
 
+    /// With native routing, let pods' packets go to egress gateways of other nodes: by tunnels, for which pods' MTU
+    /// gets smaller. With tunnels between pods they always can.
+    #[arg(long, env = "WEIR_EGRESS_GATEWAY", action = ArgAction::Set, default_value_t = false)]
+    pub egress_gateway: bool,
+
     /// MTU of the pods' devices in bytes; 0: the node's device's, less the tunnel's header.
     #[arg(long, env = "WEIR_MTU", value_name = "BYTES", default_value_t = 0)]
     pub mtu: u32,

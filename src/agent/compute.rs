@@ -18,13 +18,13 @@ use crate::identity::LabelFilter;
 use crate::kube::Tables;
 use crate::model::l7::DnsRule;
 use crate::model::{
-    AddressEntry, AddressPair, Allocation, CompiledPolicy, Endpoint, EndpointEntry, EndpointId,
+    AddressEntry, AddressPair, Allocation, CompiledPolicy, EgressPolicy, Endpoint, EndpointEntry, EndpointId,
     EndpointSlice, Frontend, FrontendKey, IdentityId, IdentityLabels, LocalIdentity, LocalRedirect, Marks,
     Namespace, NetworkDevice, Node, NodeEndpoints, NodeKey, ObjectKey, Origins, Pod, Policy, PolicyId,
     PolicyRef, PrefixEntry, PublishedEndpoint, Service,
 };
 use crate::tables::{Snapshot, Table};
-use crate::{node, policy, service};
+use crate::{egress, node, policy, service};
 
 /// Every table at one moment.
 pub struct View {
@@ -42,6 +42,7 @@ pub struct View {
     local_addresses: Snapshot<IpAddr, ()>,
     devices: Snapshot<u32, NetworkDevice>,
     redirects: Snapshot<ObjectKey, Arc<LocalRedirect>>,
+    egress: Snapshot<ObjectKey, Arc<EgressPolicy>>,
     allocations: Snapshot<Arc<str>, Arc<Allocation>>,
     heard: policy::Heard,
 }
@@ -64,6 +65,7 @@ impl View {
             local_addresses: local.addresses.snapshot(),
             devices: local.devices.snapshot(),
             redirects: tables.redirects(),
+            egress: tables.egress_policies(),
             allocations: tables.allocations.snapshot(),
             heard: policy::Heard::new(),
         }
@@ -104,6 +106,8 @@ pub struct Desired {
     pub prefixes: Arc<BTreeMap<IpNet, PrefixEntry>>,
     /// Rows of `endpoints`.
     pub endpoints: BTreeMap<EndpointId, EndpointEntry>,
+    /// Rows of `egress_rules`, and what people see of them.
+    pub egress: Arc<egress::Output>,
     /// Rows of `services` and `backends`.
     pub frontends: Snapshot<FrontendKey, Frontend>,
     /// What this node's local identities mean.
@@ -189,7 +193,8 @@ pub struct Compute {
     numbers: HashMap<Arc<IdentityLabels>, IdentityId>,
     numbers_from: (Snapshot<IdentityId, Arc<IdentityLabels>>, Snapshot<IdentityId, ()>),
     asked_labels: BTreeSet<String>,
-    asked_by: Snapshot<PolicyRef, Arc<Policy>>,
+    asked_by: (Snapshot<PolicyRef, Arc<Policy>>, Snapshot<ObjectKey, Arc<EgressPolicy>>),
+    egress: egress::Rules,
     last_identity: BTreeMap<EndpointId, (ObjectKey, IdentityId)>,
     confirming: Option<Arc<Confirming>>,
     /// The policies of the last round, with those that were kept.
@@ -223,7 +228,8 @@ impl Compute {
             numbers: HashMap::new(),
             numbers_from: Default::default(),
             asked_labels: BTreeSet::new(),
-            asked_by: Snapshot::new(),
+            asked_by: Default::default(),
+            egress: egress::Rules::default(),
             last_identity: BTreeMap::new(),
             confirming: None,
             sources: policy::Sources::default(),
@@ -267,9 +273,12 @@ impl Compute {
         let is_leaving = |name: &str| view.namespaces.get(name).is_some_and(|namespace| namespace.is_leaving);
         self.sources = view.policies.clone().kept_from(&self.sources, is_leaving);
         let policies = self.resolver.update(self.sources.clone(), view.references.clone());
-        if !self.asked_by.ptr_eq(&policies) {
+        if !self.asked_by.0.ptr_eq(&policies) || !self.asked_by.1.ptr_eq(&view.egress) {
             self.asked_labels = policy::asked_labels(&policies, &self.rules.labels);
-            self.asked_by = policies.clone();
+            let selectors = view.egress.values().flat_map(|policy| &policy.pods);
+            let dropped = selectors.flat_map(|pods| self.rules.labels.dropped(&pods.pods));
+            self.asked_labels.extend(dropped.map(str::to_owned));
+            self.asked_by = (policies.clone(), view.egress.clone());
         }
         let host = self.host(view, &policies);
         let (policies, host_labels) = match &host {
@@ -329,7 +338,19 @@ impl Compute {
         if host.is_some() {
             desired.endpoints.extend(host_entry(&self.node_name, &compiled));
         }
+        desired.egress = self.egress.update(&egress::Input {
+            this_node: &self.node_name,
+            policies: &view.egress,
+            identities: &view.identities,
+            endpoints: &endpoints,
+            node_endpoints: &view.node_endpoints,
+            nodes: &view.nodes,
+            devices: &view.devices,
+            own_addresses: &view.local_addresses,
+            underlay_of: &|node| node::underlay_of(node, &view.nodes, &self.node_name),
+        });
         for (id, entry) in &mut desired.endpoints {
+            entry.has_gateway = desired.egress.selected.contains(id);
             let selecting = compiled.selected_by.get(id).into_iter().flat_map(|selecting| selecting.iter());
             let of_policies =
                 selecting.filter_map(|policy| policies.get(policy)).filter_map(|policy| policy.marks.reject);

@@ -124,6 +124,7 @@ mod tests {
             addresses: addresses.iter().map(|address| address.parse().expect("an address")).collect(),
             pod_cidrs: pod_cidrs.iter().map(|cidr| cidr.parse().expect("a CIDR")).collect(),
             is_leaving: false,
+            is_unready: false,
         }
     }
 

@@ -266,6 +266,7 @@ mod tests {
             addresses: vec![],
             pod_cidrs: vec![],
             is_leaving: true,
+            is_unready: false,
         };
         tables.nodes.apply("a".into(), Arc::new(node));
         let answer = ask(port, "/healthz").await.expect("an answer");

@@ -142,6 +142,7 @@ pub fn entry(node: &str) -> EndpointEntry {
         enforces_egress: false,
         refuses_strangers: false,
         rejects: false,
+        has_gateway: false,
     }
 }
 
@@ -153,7 +154,14 @@ mod tests {
     fn node(zone: &str) -> Node {
         let labels = Labels::from([("zone".to_owned(), zone.to_owned())]);
         let addresses = vec![[192, 0, 2, 1].into()];
-        Node { name: "a".to_owned(), labels, addresses, pod_cidrs: vec![], is_leaving: false }
+        Node {
+            name: "a".to_owned(),
+            labels,
+            addresses,
+            pod_cidrs: vec![],
+            is_leaving: false,
+            is_unready: false,
+        }
     }
 
     fn policy(name: &str, zone: &str) -> Policy {

@@ -300,8 +300,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         config.args.kernel.socket_lb,
         restart.clone(),
     );
-    let drivers =
-        sinks::Drivers { xdp: config.args.network.xdp, named: config.args.network.device.clone() };
+    let drivers = sinks::Drivers { xdp: config.args.network.xdp, named: config.args.network.device.clone() };
     let encryption = encryption_sink(&config, &datapath, &devices, &restart)?;
     let (health, service_health) = watch::channel(health_ports::HealthOf::default());
     answer_load_balancers(&config, &known, service_health);
@@ -425,7 +424,7 @@ fn load(config: &Config, node: &Node, ports: &Ports) -> Result<(Devices, Arc<Dat
     if !datapath.is_succeeding() {
         attach_node(&datapath, &devices, config.args.kernel.socket_lb)?;
     }
-    if devices.overlay.is_none()
+    if devices.vxlan.is_none()
         && netlink::delete_link(OVERLAY_DEVICE).context("removing the tunnel device")?
     {
         tracing::info!(device = OVERLAY_DEVICE, "removed the tunnel device: routing is native now");
@@ -437,7 +436,7 @@ fn load(config: &Config, node: &Node, ports: &Ports) -> Result<(Devices, Arc<Dat
 
 /// Attaches the programs of the node's own devices, and of sockets if they translate services.
 fn attach_node(datapath: &Datapath, devices: &Devices, socket_lb: bool) -> Result<()> {
-    if let Some(overlay) = devices.overlay {
+    if let Some(overlay) = devices.vxlan {
         datapath.attach_overlay(overlay).context("attaching to the tunnel device")?;
     }
     if let Some(device) = &devices.encryption {
@@ -469,6 +468,7 @@ fn options(config: &Config, devices: &Devices, ports: &Ports, secret: [u64; 2]) 
             secret,
             netns_cookie: netlink::namespace_cookie(),
             tunnel_ifindex: devices.overlay,
+            gateway_ifindex: devices.vxlan,
             encrypt_ifindex: devices.encryption.as_ref().map(|device| device.ifindex()),
             encrypt_strict: args.encryption.encryption_strict,
             wait_ifindex: devices.wait.map(|[given, _]| given),

@@ -1,7 +1,5 @@
 //! Every MTU of a node, from the one of its devices: what encryption and the tunnel add has to fit.
 
-use super::args::Routing;
-
 /// Bytes that VXLAN adds: outer Ethernet, IP, UDP and VXLAN headers.
 const TUNNEL_IPV4: u32 = 50;
 const TUNNEL_IPV6: u32 = 70;
@@ -16,8 +14,8 @@ const WIREGUARD_PADDING: u32 = 16;
 pub struct Ground {
     /// The least of the devices that lead out.
     pub underlay: u32,
-    /// How pods of different nodes reach one another.
-    pub routing: Routing,
+    /// Pods' packets go by a tunnel: to other nodes, or to egress gateways alone.
+    pub has_tunnel: bool,
     /// The nodes have no IPv4: the outer headers are IPv6's.
     pub is_ipv6: bool,
     /// What goes between nodes is encrypted.
@@ -39,10 +37,10 @@ impl Mtus {
     /// From what is there.
     pub fn of(ground: Ground) -> Self {
         let wireguard = if ground.is_ipv6 { WIREGUARD_IPV6 } else { WIREGUARD_IPV4 };
-        let tunnel = match (ground.routing, ground.is_ipv6) {
-            (Routing::Native, _) => 0,
-            (Routing::Tunnel, false) => TUNNEL_IPV4,
-            (Routing::Tunnel, true) => TUNNEL_IPV6,
+        let tunnel = match (ground.has_tunnel, ground.is_ipv6) {
+            (false, _) => 0,
+            (true, false) => TUNNEL_IPV4,
+            (true, true) => TUNNEL_IPV6,
         };
         let room = ground.underlay.saturating_sub(wireguard);
         let encrypted = ground.is_encrypted.then(|| room - room % WIREGUARD_PADDING);
@@ -60,22 +58,22 @@ mod tests {
 
     #[test]
     fn a_full_packet_fits_the_wire_with_all_that_is_added() {
-        let ground = |routing, is_ipv6, is_encrypted| Ground {
+        let ground = |has_tunnel, is_ipv6, is_encrypted| Ground {
             underlay: 1500,
-            routing,
+            has_tunnel,
             is_ipv6,
             is_encrypted,
             given: 0,
         };
         for (ground, encrypted, pod) in [
-            (ground(Routing::Native, false, false), None, 1500),
-            (ground(Routing::Tunnel, false, false), None, 1450),
-            (ground(Routing::Tunnel, true, false), None, 1430),
-            (ground(Routing::Native, false, true), Some(1440), 1440),
-            (ground(Routing::Tunnel, false, true), Some(1440), 1390),
-            (ground(Routing::Native, true, true), Some(1408), 1408),
-            (ground(Routing::Tunnel, true, true), Some(1408), 1338),
-            (Ground { given: 1400, ..ground(Routing::Tunnel, false, true) }, Some(1440), 1400),
+            (ground(false, false, false), None, 1500),
+            (ground(true, false, false), None, 1450),
+            (ground(true, true, false), None, 1430),
+            (ground(false, false, true), Some(1440), 1440),
+            (ground(true, false, true), Some(1440), 1390),
+            (ground(false, true, true), Some(1408), 1408),
+            (ground(true, true, true), Some(1408), 1338),
+            (Ground { given: 1400, ..ground(true, false, true) }, Some(1440), 1400),
         ] {
             assert_eq!(Mtus::of(ground), Mtus { encrypted, pod }, "{ground:?}");
         }

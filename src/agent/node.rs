@@ -35,8 +35,10 @@ const FACTS_FILE: &str = "node.json";
 /// The devices of this node, as the datapath needs them.
 #[derive(Clone, Debug)]
 pub struct Devices {
-    /// The tunnel's device; `None` with native routing.
+    /// The device of the tunnels between pods; `None` with native routing.
     pub overlay: Option<u32>,
+    /// The same, also with native routing where it leads to egress gateways alone.
+    pub vxlan: Option<u32>,
     /// What encrypts; `None`: nothing does.
     pub encryption: Option<Arc<Device>>,
     /// Fragments are given to the first one, and come out of the second one when they have waited a little;
@@ -51,6 +53,11 @@ pub struct Devices {
 }
 
 impl Devices {
+    /// The addresses that the tunnel's device has: with native routing none.
+    pub fn addresses_of_tunnel(&self) -> &[IpAddr] {
+        if self.overlay.is_some() { &self.internal_addresses } else { &[] }
+    }
+
     /// Pods have IPv6 addresses.
     pub fn has_ipv6(&self) -> bool {
         self.internal_addresses.iter().any(IpAddr::is_ipv6)
@@ -148,7 +155,7 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
     }
     let mtus = Mtus::of(Ground {
         underlay: device_mtu,
-        routing: config.args.network.routing,
+        has_tunnel: config.args.network.routing == Routing::Tunnel || config.args.network.egress_gateway,
         is_ipv6: node.addresses.iter().all(IpAddr::is_ipv6),
         is_encrypted: config.args.encryption.encryption != encryption::Mode::Off,
         given: config.args.network.mtu,
@@ -159,16 +166,19 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
         netlink::set_sysctl(name, value)?;
     }
     let internal_addresses = node.pod_cidrs.iter().filter_map(internal_address).collect::<Vec<_>>();
-    let overlay = match config.args.network.routing {
-        Routing::Native => None,
-        Routing::Tunnel => {
+    let routing = config.args.network.routing;
+    let vxlan = match routing == Routing::Tunnel || config.args.network.egress_gateway {
+        false => None,
+        true => {
             let ifindex = netlink::ensure_vxlan(OVERLAY_DEVICE, config.args.network.tunnel_port, mtu, None)
                 .context("making the tunnel device")?;
-            give_addresses(ifindex, &internal_addresses)?;
+            let addresses = if routing == Routing::Tunnel { internal_addresses.as_slice() } else { &[] };
+            give_addresses(ifindex, addresses)?;
             Some(ifindex)
         }
     };
-    Ok(Devices { overlay, encryption, wait: prepare_wait(), mtu, internal_addresses, settings })
+    let overlay = vxlan.filter(|_| routing == Routing::Tunnel);
+    Ok(Devices { overlay, vxlan, encryption, wait: prepare_wait(), mtu, internal_addresses, settings })
 }
 
 /// The device that encrypts, where there is to be one; else one that was there goes.

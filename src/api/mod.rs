@@ -85,6 +85,8 @@ pub enum Request {
     Encryption,
     /// What DNS told the pods of this node.
     Names,
+    /// Pods whose packets leave the cluster by a gateway.
+    Egress,
     /// The nodes of the cluster.
     Nodes,
 }

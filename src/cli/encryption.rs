@@ -4,6 +4,7 @@ use std::io::{self, Write};
 
 use clap::{Args, Subcommand};
 
+use super::cluster::{self, ClusterArgs};
 use super::{Connection, Failure, Format, output, table};
 use crate::api::Request;
 use crate::api::answers::{EncryptionAnswer, EncryptionPeerRow};
@@ -21,10 +22,22 @@ pub struct StatusArgs {
     /// Form of what is printed.
     #[arg(long, short, value_enum, default_value = "table")]
     output: Format,
+    /// Every node of the cluster, through the API server; exits with 3 where something does not fit together.
+    #[arg(long)]
+    cluster: bool,
+    #[command(flatten)]
+    of: ClusterArgs,
 }
 
 pub fn run(command: &EncryptionCommand) -> Result<(), Failure> {
     let EncryptionCommand::Status(args) = command;
+    if args.cluster {
+        let answer = cluster::runtime()?.block_on(cluster::encryption::ask(&args.of))?;
+        let mut out = io::BufWriter::new(io::stdout().lock());
+        answer.write(&mut out, args.output)?;
+        out.flush()?;
+        return answer.outcome();
+    }
     let answer: EncryptionAnswer = args.connection.ask(&Request::Encryption)?;
     let mut out = io::BufWriter::new(io::stdout().lock());
     match args.output {

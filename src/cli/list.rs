@@ -14,8 +14,8 @@ use crate::api::answers::{EndpointRow, IdentityRow, NameRow, NodeRow, PolicyRow,
 use crate::datapath::UsageKind;
 use crate::kube::foreign::ForeignPolicy;
 use crate::model::{
-    EndpointId, FrontendKind, ObjectKey, PolicyRef, Protocol, Scope, ServiceQuestion, ServiceTrace,
-    TracedBackend,
+    EgressRow, EndpointId, FrontendKind, ObjectKey, PolicyRef, Protocol, Scope, ServiceQuestion,
+    ServiceTrace, TracedBackend,
 };
 
 /// The agent answers from memory.
@@ -54,6 +54,12 @@ pub enum NamesCommand {
 #[derive(Subcommand)]
 pub enum NodeCommand {
     /// One line for each node.
+    List(ListArgs),
+}
+
+#[derive(Subcommand)]
+pub enum EgressCommand {
+    /// One line for each policy and pod: of this node, or with this node as the gateway.
     List(ListArgs),
 }
 
@@ -300,6 +306,23 @@ pub fn node(command: NodeCommand) -> Result<(), Failure> {
     let NodeCommand::List(args) = command;
     args.list(&Request::Nodes, ["NODE", "ADDRESSES", "POD CIDRS", "PODS", "BY"], |row: &NodeRow| {
         [row.node.clone(), join(&row.addresses), join(&row.pod_cidrs), row.pods.to_string(), row.way.clone()]
+    })
+}
+
+pub fn egress(command: EgressCommand) -> Result<(), Failure> {
+    let EgressCommand::List(args) = command;
+    let header = ["POLICY", "POD", "NODE", "GATEWAY", "ADDRESS", "DESTINATIONS", "EXCLUDED"];
+    args.list(&Request::Egress, header, |row: &EgressRow| {
+        let or = |text: &Option<String>, none: &str| text.clone().unwrap_or_else(|| none.to_owned());
+        [
+            row.policy.clone(),
+            row.pod.to_string(),
+            row.node.clone(),
+            or(&row.gateway, "none is ready: dropped"),
+            or(&row.address, if row.gateway.is_some() { "not there: dropped" } else { "" }),
+            join(&row.destinations),
+            join(&row.excluded),
+        ]
     })
 }
 

@@ -83,6 +83,9 @@ enum Command {
     /// Show who encrypts what goes between nodes, and how the peers are.
     #[command(subcommand)]
     Encryption(encryption::EncryptionCommand),
+    /// Show which pods' packets leave the cluster by which gateway, and with which address.
+    #[command(subcommand)]
+    Egress(list::EgressCommand),
     /// Show the nodes of the cluster, and how this node reaches their pods.
     #[command(subcommand)]
     Node(list::NodeCommand),
@@ -184,6 +187,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Names(command) => list::names(command),
         Command::Service(command) => list::service(command),
         Command::Encryption(command) => encryption::run(&command),
+        Command::Egress(command) => list::egress(command),
         Command::Node(command) => list::node(command),
         Command::Map(command) => map::run(command),
         Command::Verify(args) => map::verify(&args),

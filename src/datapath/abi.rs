@@ -8,15 +8,15 @@ pub use super::types::{
     addr as Addr, address as Address, affinity as Affinity, affinity_key as AffinityKey,
     announced as Announced, announced_key as AnnouncedKey, announcing as Announcing, backend as Backend,
     collect_request as CollectRequest, connection as Connection, connection_key as ConnectionKey,
-    ended as Ended, endpoint as Endpoint, event as Event, event_count as EventCount, fragment as Fragment,
-    gone_backend as GoneBackend, l7_flow as L7Flow, l7_flow_key as L7FlowKey, maglev_key as MaglevKey,
-    maglev_piece as MaglevPiece, metric as Metric, nat as Nat, nat_key as NatKey, nat_search as NatSearch,
-    node_state as NodeState, own_addresses as OwnAddresses, policy_peer as PolicyPeer,
-    policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule, policy_rule_key as PolicyRuleKey,
-    prefix as Prefix, prefix_key as PrefixKey, proxy_device as ProxyDevice,
-    recount_request as RecountRequest, service as Service, service_key as ServiceKey, settings as Settings,
-    slot as Slot, slot_key as SlotKey, source_range_key as SourceRangeKey, stale_socket as StaleSocket,
-    usage as Usage,
+    egress_rule as EgressRule, egress_rule_key as EgressRuleKey, ended as Ended, endpoint as Endpoint,
+    event as Event, event_count as EventCount, fragment as Fragment, gone_backend as GoneBackend,
+    l7_flow as L7Flow, l7_flow_key as L7FlowKey, maglev_key as MaglevKey, maglev_piece as MaglevPiece,
+    metric as Metric, nat as Nat, nat_key as NatKey, nat_search as NatSearch, node_state as NodeState,
+    own_addresses as OwnAddresses, policy_peer as PolicyPeer, policy_peer_key as PolicyPeerKey,
+    policy_rule as PolicyRule, policy_rule_key as PolicyRuleKey, prefix as Prefix, prefix_key as PrefixKey,
+    proxy_device as ProxyDevice, recount_request as RecountRequest, service as Service,
+    service_key as ServiceKey, settings as Settings, slot as Slot, slot_key as SlotKey,
+    source_range_key as SourceRangeKey, stale_socket as StaleSocket, usage as Usage,
 };
 
 /// Types that are nothing but their bytes: every bit pattern is a value, and
@@ -70,6 +70,8 @@ plain! {
     Address { node, identity, endpoint_id, flags }
     PrefixKey { prefix_length, addr }
     Prefix { node, identity, flags }
+    EgressRuleKey { prefix_length, source, destination }
+    EgressRule { node, address, ifindex, flags }
     PolicyPeerKey { policy_id, identity, direction }
     PolicyPeer { class }
     PolicyRuleKey { prefix_length, policy_id, class, direction, protocol, port }
@@ -117,10 +119,10 @@ plain! {
     CollectRequest { keys, count, deleted }
     Settings {
         loopback_ipv4, loopback_ipv6, secret, netns_cookie, jiffies_per_second,
-        tunnel_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,
+        tunnel_ifindex, overlay_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,
         other_timeout_seconds, mark_mask, encrypt_ifindex, wait_ifindex, quota_limit, quota_capacity, drop_record_cost, maglev_size, event_buffer_half,
         nat_port_min, nat_port_max, nat_known_min, nat_known_max, tunnel_port, masquerade_ipv4,
-        masquerade_ipv6, flow_events, socket_lb, tunnel_direct, encrypt_strict, pad,
+        masquerade_ipv6, flow_events, socket_lb, tunnel_direct, encrypt_strict,
     }
 }
 

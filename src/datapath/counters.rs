@@ -63,9 +63,10 @@ pub struct MapFill {
 }
 
 /// Maps that writers of ours fill and count.
-const WRITTEN: [&str; 10] = [
+const WRITTEN: [&str; 11] = [
     "addresses",
     "backends",
+    "egress_rules",
     "endpoints",
     "maglev",
     "policy_peers",

@@ -11,18 +11,20 @@ use super::abi::{self, Plain, ip_of, optional_ip_of};
 use super::counters::per_cpu;
 use super::map::TypedMap;
 use super::types::{
-    address_flags, connection_flags, endpoint_flags, node_flags, policy_bits, prefix_flags, service_flags,
+    address_flags, connection_flags, egress_flags, endpoint_flags, node_flags, policy_bits, prefix_flags,
+    service_flags,
 };
 use crate::model::MacAddress;
 
 /// The maps that can be dumped.
-pub const MAP_NAMES: [&str; 21] = [
+pub const MAP_NAMES: [&str; 22] = [
     "addresses",
     "affinity",
     "announced",
     "backends",
     "connections",
     "devices",
+    "egress_rules",
     "endpoints",
     "event_counts",
     "fragments",
@@ -56,6 +58,7 @@ pub fn dump(pins: &Path, map: &str) -> Result<Vec<Value>> {
         "backends" => rows(handle, backend_row),
         "connections" => rows(handle, connection_row),
         "devices" => rows(handle, device_row),
+        "egress_rules" => rows(handle, egress_rule_row),
         "endpoints" => rows(handle, endpoint_row),
         "event_counts" => event_counts(&handle),
         "fragments" => rows(handle, fragment_row),
@@ -140,7 +143,10 @@ fn endpoint_row(id: u32, row: abi::Endpoint) -> Row {
         "ifindex": row.ifindex,
         "identity": row.identity,
         "mac": MacAddress(row.mac).to_string(),
-        "flags": names(row.flags.into(), &[(endpoint_flags::ENDPOINT_READY.0, "ready")]),
+        "flags": names(row.flags.into(), &[
+            (endpoint_flags::ENDPOINT_READY.0, "ready"),
+            (endpoint_flags::ENDPOINT_EGRESS.0, "egress"),
+        ]),
     });
     Some((sort_key(&[id]), value))
 }
@@ -161,13 +167,34 @@ fn address_row(key: abi::Addr, row: abi::Address) -> Row {
     Some((key.as_bytes().to_vec(), value))
 }
 
-fn prefix_row(key: abi::PrefixKey, row: abi::Prefix) -> Row {
-    // A length below 96 with a mapped address can only be IPv6's.
-    let is_ipv4 = key.prefix_length >= 96 && ip_of(key.addr).is_ipv4();
-    let length = if is_ipv4 { key.prefix_length - 96 } else { key.prefix_length };
-    let address = if is_ipv4 { ip_of(key.addr).to_string() } else { ipv6_text(key.addr) };
+/// A length below 96 with a mapped address can only be IPv6's.
+fn prefix_text(addr: abi::Addr, length: u32) -> String {
+    match length.checked_sub(96).filter(|_| ip_of(addr).is_ipv4()) {
+        Some(length) => format!("{}/{length}", ip_of(addr)),
+        None => format!("{}/{length}", ipv6_text(addr)),
+    }
+}
+
+fn egress_rule_row(key: abi::EgressRuleKey, row: abi::EgressRule) -> Row {
     let value = json!({
-        "prefix": format!("{address}/{length}"),
+        "pod": ip_of(key.source),
+        "destination": prefix_text(key.destination, key.prefix_length.saturating_sub(128)),
+        "node": optional_ip_of(row.node),
+        "address": optional_ip_of(row.address),
+        "ifindex": row.ifindex,
+        "flags": names(row.flags, &[
+            (egress_flags::EGRESS_HERE.0, "here"),
+            (egress_flags::EGRESS_ORDINARY.0, "ordinary"),
+            (egress_flags::EGRESS_OF_DEVICE.0, "of-device"),
+        ]),
+    });
+    let order = [key.source.as_bytes(), key.destination.as_bytes(), &sort_key(&[key.prefix_length])].concat();
+    Some((order, value))
+}
+
+fn prefix_row(key: abi::PrefixKey, row: abi::Prefix) -> Row {
+    let value = json!({
+        "prefix": prefix_text(key.addr, key.prefix_length),
         "identity": row.identity,
         "node": optional_ip_of(row.node),
         "flags": names(row.flags, &[

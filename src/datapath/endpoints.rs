@@ -109,6 +109,8 @@ fn row(entry: &EndpointEntry) -> Endpoint {
     if entry.rejects {
         policy |= policy_bits::POLICY_REJECT.0;
     }
+    let gateway = if entry.has_gateway { endpoint_flags::ENDPOINT_EGRESS.0 } else { 0 };
+    let flags = endpoint_flags(endpoint_flags::ENDPOINT_READY.0 | gateway);
     Endpoint {
         epoch: 0,
         policy,
@@ -117,7 +119,7 @@ fn row(entry: &EndpointEntry) -> Endpoint {
         ifindex: entry.endpoint.host_ifindex,
         identity: entry.identity.0,
         mac: entry.endpoint.mac.0,
-        flags: endpoint_flags::ENDPOINT_READY.0 as u16,
+        flags: flags.0 as u16,
     }
 }
 
@@ -150,6 +152,7 @@ mod tests {
             enforces_egress: false,
             refuses_strangers: false,
             rejects: false,
+            has_gateway: false,
         }
     }
 

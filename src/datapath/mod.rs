@@ -25,6 +25,7 @@ mod contract;
 mod counters;
 mod devices;
 mod dump;
+mod egress;
 mod endpoints;
 mod events;
 mod gc;
@@ -67,6 +68,7 @@ pub use attach::{attach_tcx, detach_all};
 pub use counters::{EventCounts, MapFill, MetricRow, NatSearches};
 pub use devices::DeviceWriter;
 pub use dump::{MAP_NAMES, dump};
+pub use egress::{EgressRules, EgressWriter};
 pub use endpoints::EndpointWriter;
 pub use events::EventReader;
 pub use gc::GarbageReport;
@@ -120,6 +122,8 @@ pub struct Writers {
     pub endpoints: EndpointWriter,
     /// Of `addresses`, `prefixes` and `node_state`.
     pub addresses: AddressWriter,
+    /// Of `egress_rules`.
+    pub egress: EgressWriter,
     /// Of `policy_rules` and `policy_peers`.
     pub policies: PolicyWriter,
     /// Of `services`, `slots`, `backends`, `maglev` and `source_ranges`.
@@ -219,7 +223,8 @@ impl Datapath {
         let devices = DeviceWriter::new(self.mirror("devices")?, self.typed("this_node")?);
         let announced = AnnounceWriter::new(self.typed("announced")?, self.typed("announcing")?);
         let announced = Some(announced);
-        Ok(Writers { endpoints, addresses, policies, services, stack, devices, announced })
+        let egress = EgressWriter::new(self.mirror("egress_rules")?);
+        Ok(Writers { endpoints, addresses, egress, policies, services, stack, devices, announced })
     }
 
     /// The reader of the ring buffer. One at a time: a second one would take

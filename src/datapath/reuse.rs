@@ -25,9 +25,10 @@ use super::pins::{Pins, maps, other_versions};
 use super::types::connection_kind;
 
 /// Tables that the agent fills: empty or wrong when nobody but the programs has written them.
-const TABLES: [&str; 11] = [
+const TABLES: [&str; 12] = [
     "addresses",
     "backends",
+    "egress_rules",
     "endpoints",
     "maglev",
     "node_state",
@@ -39,9 +40,10 @@ const TABLES: [&str; 11] = [
     "source_ranges",
 ];
 /// Tables whose capacity the agent may raise.
-pub(super) const GROWING: [&str; 9] = [
+pub(super) const GROWING: [&str; 10] = [
     "addresses",
     "backends",
+    "egress_rules",
     "maglev",
     "policy_peers",
     "policy_rules",

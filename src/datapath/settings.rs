@@ -80,6 +80,8 @@ pub struct Settings {
     pub netns_cookie: Option<u64>,
     /// The VXLAN device; `None`: native routing.
     pub tunnel_ifindex: Option<u32>,
+    /// With native routing: the VXLAN device that leads to egress gateways; `None`: nothing leads there.
+    pub gateway_ifindex: Option<u32>,
     /// UDP port of the tunnels.
     pub tunnel_port: u16,
     /// A running flow is reported this often.
@@ -131,6 +133,7 @@ impl Default for Settings {
             secret: [0; 2],
             netns_cookie: None,
             tunnel_ifindex: None,
+            gateway_ifindex: None,
             tunnel_port: 8472,
             flow_report: Duration::from_secs(5),
             tcp_timeout: Duration::from_secs(7440),
@@ -166,6 +169,7 @@ impl Settings {
             netns_cookie: self.netns_cookie.unwrap_or(0),
             jiffies_per_second,
             tunnel_ifindex: self.tunnel_ifindex.unwrap_or(0),
+            overlay_ifindex: self.tunnel_ifindex.or(self.gateway_ifindex).unwrap_or(0),
             flow_report_seconds: seconds(self.flow_report),
             tcp_timeout_seconds: seconds(self.tcp_timeout),
             tcp_opening_seconds: seconds(self.tcp_opening),
@@ -190,7 +194,6 @@ impl Settings {
             socket_lb: self.socket_lb.into(),
             tunnel_direct: self.tunnel_direct.into(),
             encrypt_strict: self.encrypt_strict.into(),
-            pad: [0; 4],
         }
     }
 }

@@ -30,10 +30,12 @@ const REASONS: &[(u8, &str, &str)] = &[
     (177, "DENIED_BY_LB_SRC_RANGE_CHECK", "Denied by LB source range check"),
     (181, "POLICY_DENY", "Denied by a deny rule"),
     (183, "INVALID_VNI", "Tunnel packet with an invalid VNI"),
+    (194, "NO_EGRESS_GATEWAY", "No egress gateway is there for it"),
     (195, "UNENCRYPTED_TRAFFIC", "Came in plain and had to be encrypted"),
     (196, "TTL_EXCEEDED", "Time to live exceeded"),
     (198, "DROP_RATE_LIMITED", "Pod has its share of connections"),
     (203, "DROP_EP_NOT_READY", "Policy of the pod is not in force yet"),
+    (204, "DROP_NO_EGRESS_IP", "Egress gateway lacks the address"),
     // Not Hubble's: its clients show the number.
     (240, "NAT_PORT_QUOTA_EXCEEDED", "Pod has its share of ports for masquerading"),
     (244, "NO_PROXY", "No proxy takes what it must judge"),

@@ -107,6 +107,7 @@ mod tests {
             addresses: vec![],
             pod_cidrs,
             is_leaving: false,
+            is_unready: false,
         })
     }
 

@@ -56,8 +56,8 @@ pub(crate) use unused::Unused;
 pub(crate) use watched::Watched;
 
 use crate::model::{
-    Allocation, Announcement, EndpointSlice, IdentityId, IdentityLabels, LocalRedirect, Namespace, Node,
-    NodeEndpoints, ObjectKey, Pod, Policy, PolicyRef, Service,
+    Allocation, Announcement, EgressPolicy, EndpointSlice, IdentityId, IdentityLabels, LocalRedirect,
+    Namespace, Node, NodeEndpoints, ObjectKey, Pod, Policy, PolicyRef, Service,
 };
 use crate::policy;
 use crate::tables::{Snapshot, State, Table};
@@ -106,6 +106,11 @@ impl Tables {
     /// Policies that lead what is for a Service to pods of the client's node.
     pub fn redirects(&self) -> Snapshot<ObjectKey, Arc<LocalRedirect>> {
         self.of::<kinds::CiliumLocalRedirectPolicy>().snapshot()
+    }
+
+    /// Policies that lead what pods send out of the cluster by a gateway.
+    pub fn egress_policies(&self) -> Snapshot<ObjectKey, Arc<EgressPolicy>> {
+        self.of::<kinds::CiliumEgressGatewayPolicy>().snapshot()
     }
 
     /// Which addresses of Services are answered on the link.

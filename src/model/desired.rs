@@ -95,4 +95,6 @@ pub struct EndpointEntry {
     pub refuses_strangers: bool,
     /// The pod is told what is denied of what it sends.
     pub rejects: bool,
+    /// Some of what it sends out of the cluster leaves by a gateway, or not at all.
+    pub has_gateway: bool,
 }

@@ -173,6 +173,9 @@ pub struct Node {
     /// It is being deleted, or an autoscaler takes it away: load balancers are to leave it.
     #[serde(default)]
     pub is_leaving: bool,
+    /// Its condition Ready is there and is not True.
+    #[serde(default)]
+    pub is_unready: bool,
 }
 
 /// cilium.io/v2 CiliumCIDRGroup: prefixes that policies name together.

@@ -101,6 +101,7 @@ mod tests {
             addresses: vec![address.parse().expect("an address")],
             pod_cidrs: vec![net(pod_cidr)],
             is_leaving: false,
+            is_unready: false,
         };
         (name.into(), Arc::new(node))
     }

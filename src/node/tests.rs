@@ -19,6 +19,7 @@ impl World {
             addresses: addresses.iter().map(|text| ip(text)).collect(),
             pod_cidrs: vec![pod_cidr.parse().expect("a prefix")],
             is_leaving: false,
+            is_unready: false,
         };
         self.nodes.insert(name.into(), Arc::new(node));
         self

@@ -186,7 +186,14 @@ mod tests {
     fn node(name: &str, is_leaving: bool) -> (Arc<str>, Arc<Node>) {
         let labels = [("rack".to_owned(), name.to_owned())].into();
         let addresses = vec![ip(&format!("192.0.2.10{}", &name[1..]))];
-        let node = Node { name: name.to_owned(), labels, addresses, pod_cidrs: vec![], is_leaving };
+        let node = Node {
+            name: name.to_owned(),
+            labels,
+            addresses,
+            pod_cidrs: vec![],
+            is_leaving,
+            is_unready: false,
+        };
         (name.into(), Arc::new(node))
     }
 

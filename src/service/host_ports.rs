@@ -85,6 +85,7 @@ mod tests {
             addresses: vec![ip("192.0.2.2"), ip("2001:db8::2")],
             pod_cidrs: Vec::new(),
             is_leaving: false,
+            is_unready: false,
         };
         let mapping = |host_port, host_ip: Option<&str>| PortMapping {
             host_port,

@@ -69,6 +69,15 @@ pub struct ObjectCounts {
     pub services: u64,
     /// Addresses of pods and nodes.
     pub addresses: u64,
+    /// Pods of this node that leave by an egress gateway.
+    #[serde(default)]
+    pub egress_pods: u64,
+    /// Those of them without a gateway.
+    #[serde(default)]
+    pub egress_pods_closed: u64,
+    /// Pods that leave by this node as their gateway.
+    #[serde(default)]
+    pub egress_served: u64,
 }
 
 /// How the source of one kind of objects is.
@@ -233,6 +242,13 @@ impl Collector for Objects {
             ("compiled_policies", "Different compiled policies in the maps", counts.compiled_policies),
             ("services", "Services", counts.services),
             ("addresses", "Known addresses of pods and nodes", counts.addresses),
+            ("egress_gateway_pods", "Pods of this node that leave by an egress gateway", counts.egress_pods),
+            ("egress_gateway_pods_closed", "Those of them without a gateway", counts.egress_pods_closed),
+            (
+                "egress_gateway_pods_served",
+                "Pods that leave by this node as their gateway",
+                counts.egress_served,
+            ),
         ] {
             gauge(&mut encoder, name, help, value as f64)?;
         }

@@ -14,7 +14,7 @@ const LAYERS: &[(&str, &str)] = &[
     ),
     (
         "agent",
-        "hubble endpoint encryption cni api telemetry flow kube policy node service identity datapath netlink tables \
+        "hubble endpoint encryption cni api telemetry flow kube policy node egress service identity datapath netlink tables \
          model settings signals backoff files error",
     ),
     ("operator", "hubble telemetry kube service model settings signals error"),
@@ -30,6 +30,7 @@ const LAYERS: &[(&str, &str)] = &[
     ("kube", "policy identity tables model settings yaml backoff files error"),
     ("policy", "identity tables model"),
     ("node", "tables model"),
+    ("egress", "tables model"),
     ("service", "tables model settings"),
     ("identity", "model"),
     ("datapath", "model settings error"),

@@ -111,6 +111,7 @@ fn endpoint_entry(cluster: &Cluster, id: EndpointId, identity: IdentityId, outpu
             .and_then(|rules| rules.ingress.as_ref())
             .is_some_and(|ingress| ingress.refuses_strangers),
         rejects: false,
+        has_gateway: false,
     }
 }
 

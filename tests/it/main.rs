@@ -10,6 +10,7 @@ mod cni;
 mod control_plane;
 mod datapath;
 mod demo;
+mod egress;
 mod encryption;
 mod floods;
 mod flows;

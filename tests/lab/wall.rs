@@ -11,6 +11,7 @@ use anyhow::{Result, bail};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::space::{Running, Space};
+use super::wire::OUTSIDE;
 
 /// What a test says so that it can be found on the wire.
 pub const MARKER: &[u8] = b"weir-plain-marker";
@@ -28,6 +29,8 @@ pub struct Seen {
     pub plain: BTreeMap<String, u64>,
     /// Datagrams of WireGuard.
     pub encrypted: u64,
+    /// Packets to the addresses behind the outside host, by who seems to have sent them.
+    pub leaving: BTreeMap<IpAddr, u64>,
 }
 
 impl Wall {
@@ -91,6 +94,9 @@ fn note(frame: &[u8], seen: &mut Seen) {
     }
     if frame.windows(MARKER.len()).any(|part| part == MARKER) {
         plain(format!("the marker, from {} to {}", ends[0], ends[1]));
+    }
+    if OUTSIDE[2..].iter().any(|address| address.parse() == Ok(ends[1])) {
+        *seen.leaving.entry(ends[0]).or_insert(0) += 1;
     }
     if is_udp && port(2) == 51871 {
         seen.encrypted += 1;

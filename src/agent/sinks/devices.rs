@@ -71,7 +71,7 @@ impl DeviceSink {
             }
         }
         let links = netlink::links()?;
-        if let Some(index) = self.devices.overlay {
+        if let Some(index) = self.devices.vxlan {
             match links.iter().find(|link| link.name == OVERLAY_DEVICE && link.index == index) {
                 Some(link) if link.is_up && link.mtu == self.devices.mtu => {
                     wrong.extend(self.look_at_overlay(index)?)
@@ -87,7 +87,7 @@ impl DeviceSink {
 
     fn look_at_overlay(&self, index: u32) -> Result<Vec<Wrong>> {
         let there = netlink::addresses_of(index)?;
-        let wanted = self.devices.internal_addresses.iter().map(|address| IpNet::from(*address));
+        let wanted = self.devices.addresses_of_tunnel().iter().map(|address| IpNet::from(*address));
         let missing = wanted.filter(|address| !there.contains(address)).map(Wrong::OverlayAddress);
         let is_wrong = !self.datapath.is_succeeding() && self.datapath.verify_overlay(index).is_err();
         let programs = is_wrong.then_some(Wrong::OverlayPrograms(index));
@@ -99,7 +99,7 @@ impl DeviceSink {
             Wrong::Setting { name, value } => netlink::set_sysctl(name, value)?,
             Wrong::Overlay => self.mend_overlay()?,
             Wrong::OverlayAddress(address) => {
-                let index = self.devices.overlay.context("there is a tunnel device")?;
+                let index = self.devices.vxlan.context("there is a tunnel device")?;
                 netlink::add_address(index, *address)?;
             }
             Wrong::OverlayPrograms(index) => self.datapath.attach_overlay(*index)?,
@@ -110,7 +110,7 @@ impl DeviceSink {
 
     /// Under the same index, by which the programs know it.
     fn mend_overlay(&self) -> Result<()> {
-        let wanted = self.devices.overlay;
+        let wanted = self.devices.vxlan;
         let index = netlink::ensure_vxlan(OVERLAY_DEVICE, self.tunnel_port, self.devices.mtu, wanted)?;
         if Some(index) != wanted {
             self.restart.request(&format!(
@@ -118,7 +118,7 @@ impl DeviceSink {
             ));
             return Ok(());
         }
-        for address in &self.devices.internal_addresses {
+        for address in self.devices.addresses_of_tunnel() {
             netlink::add_address(index, IpNet::from(*address))?;
         }
         self.datapath.attach_overlay(index)

@@ -30,7 +30,7 @@ impl Sink for Endpoints {
     }
 
     fn needs(&self) -> &'static [&'static str] {
-        &["policies", "addresses"]
+        &["policies", "addresses", "egress"]
     }
 
     fn is_for_pods(&self) -> bool {

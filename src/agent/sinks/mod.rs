@@ -17,6 +17,7 @@
 mod addresses;
 mod bandwidth;
 mod devices;
+mod egress;
 mod encryption;
 mod endpoints;
 mod links;
@@ -178,16 +179,12 @@ pub fn all(
         Box::new(stack::Stack::new(writers.stack, ipsec)),
         Box::new(policies::Policies::new(writers.policies, limits, proxy)),
         Box::new(addresses::Addresses::new(writers.addresses, encrypted)),
+        Box::new(egress::Egress(writers.egress)),
         Box::new(endpoints::Endpoints::new(writers.endpoints)),
         Box::new(services::Services::new(writers.services)),
         Box::new(succession::Succession::new(datapath.clone(), attach_node)),
         Box::new(devices),
-        Box::new(network::Network::new(
-            datapath.clone(),
-            writers.devices,
-            plan.has_ipv6(),
-            drivers,
-        )?),
+        Box::new(network::Network::new(datapath.clone(), writers.devices, plan.has_ipv6(), drivers)?),
         Box::new(routes::Routes::new(plan)),
         Box::new(links::Links::new(datapath.clone())),
         Box::new(bandwidth::Bandwidth::default()),

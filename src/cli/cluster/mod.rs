@@ -1,6 +1,7 @@
 //! The whole cluster from a person's own machine: the API server by their kubeconfig, and through
 //! it the agents, each asked by its own `weir` in its own pod.
 
+pub mod encryption;
 pub mod observe;
 mod operator;
 pub mod status;

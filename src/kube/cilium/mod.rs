@@ -6,7 +6,7 @@
 mod layer7;
 mod peers;
 mod ports;
-mod selector;
+pub(super) mod selector;
 #[cfg(test)]
 mod tests;
 

@@ -135,6 +135,15 @@ fn asked(selector: &Field) -> Result<Asked> {
     Ok(asked)
 }
 
+/// A selector of pods: what it asks of the namespace, and what of the pod. No pod is what a reserved name stands for.
+pub fn of_pods(selector: &Field) -> Result<(Vec<Requirement>, Vec<Requirement>)> {
+    let mut asked = asked(selector)?;
+    if !asked.reserved.is_empty() {
+        asked.pods.extend(Selector::nothing().requirements);
+    }
+    Ok((asked.namespaces, asked.pods))
+}
+
 /// A selector of nodes, or of Services and groups: their labels have no other source.
 pub fn of_nodes(selector: &Field) -> Result<Selector> {
     let mut all = Vec::new();

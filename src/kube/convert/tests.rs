@@ -497,6 +497,7 @@ fn nodes_have_internal_addresses_and_one_cidr_or_several() {
         addresses: vec!["10.0.0.1".parse().expect("an address"), "fd00::1".parse().expect("an address")],
         pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().expect("a CIDR")).collect(),
         is_leaving: false,
+        is_unready: false,
     };
     for (spec, expected) in [
         ("{podCIDR: 10.1.0.0/24, podCIDRs: [10.1.0.0/24, 'fd01::/64']}", node(&["10.1.0.0/24", "fd01::/64"])),

@@ -36,6 +36,7 @@ kinds! {
     cluster_network_policy::ClusterNetworkPolicy,
     cilium_cidr_group::CiliumCIDRGroup,
     cilium_local_redirect_policy::CiliumLocalRedirectPolicy,
+    cilium_egress_gateway_policy::CiliumEgressGatewayPolicy,
     cilium_l2_announcement_policy::CiliumL2AnnouncementPolicy,
     load_balancer_pool::LoadBalancerPool,
     identity::Identity,

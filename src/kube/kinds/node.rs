@@ -27,6 +27,7 @@ impl ObjectKind for Node {
             addresses: internal_addresses(&document.get("status")?)?,
             pod_cidrs: pod_cidrs(&document.get("spec")?)?,
             is_leaving: is_leaving(document)?,
+            is_unready: is_unready(document)?,
         }))
     }
 
@@ -84,6 +85,16 @@ fn is_leaving(document: &Field) -> Result<bool> {
     for taint in items(&document.get("spec")?.get("taints")?)? {
         if taint.get("key")?.string()? == Some(TO_BE_DELETED) {
             return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// A node without the condition, as in a directory of manifests, is ready.
+fn is_unready(document: &Field) -> Result<bool> {
+    for condition in items(&document.get("status")?.get("conditions")?)? {
+        if condition.get("type")?.string()? == Some("Ready") {
+            return Ok(condition.get("status")?.string()? != Some("True"));
         }
     }
     Ok(false)

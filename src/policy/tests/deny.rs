@@ -170,6 +170,7 @@ fn names_stand_for_what_is_there_now_and_bypass_13_an_empty_group_is_nobody() {
             addresses: vec![ip(address)],
             pod_cidrs: vec![],
             is_leaving: false,
+            is_unready: false,
         };
         (Arc::from(name), Arc::new(node))
     };

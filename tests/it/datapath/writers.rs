@@ -84,6 +84,7 @@ fn endpoints(policy: PolicyId) -> BTreeMap<EndpointId, EndpointEntry> {
         enforces_egress: false,
         refuses_strangers: false,
         rejects: false,
+        has_gateway: false,
     };
     [(EndpointId(1), entry)].into()
 }

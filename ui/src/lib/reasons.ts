@@ -62,6 +62,14 @@ const REASONS: Record<string, Reason> = {
     text: 'No proxy takes what it must judge',
     advice: "A policy has rules of layer 7 for this port. The node's proxy is away or does not have the rules yet (`weir status`).",
   },
+  NO_EGRESS_GATEWAY: {
+    text: 'No egress gateway is there for it',
+    advice: 'A CiliumEgressGatewayPolicy selects the pod, and no node that it names is ready, or the gateway does not know the pod yet. See `weir egress list`.',
+  },
+  DROP_NO_EGRESS_IP: {
+    text: 'Egress gateway lacks the address',
+    advice: 'The gateway has no such egressIP, or no address of this family on the interface. See `weir egress list` on the gateway.',
+  },
   UNENCRYPTED_TRAFFIC: {
     text: 'Came in plain and had to be encrypted',
     advice: "A node of the cluster, or somebody in its name, sends plain. Does its agent encrypt (`weir encryption status`)?",
