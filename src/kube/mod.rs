@@ -147,6 +147,7 @@ impl Tables {
             services: self.services.snapshot(),
             slices: self.slices.snapshot(),
             nodes: self.nodes.snapshot(),
+            node_endpoints: self.node_endpoints.snapshot(),
         }
     }
 

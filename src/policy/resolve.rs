@@ -13,8 +13,9 @@ use ipnet::IpNet;
 
 use crate::identity::NAMESPACE_NAME;
 use crate::model::{
-    Action, CidrGroup, EndpointSlice, Entity, GroupSelector, Node, ObjectKey, Peer, Policy, PolicyDirection,
-    PolicyKind, PolicyRef, PolicyRule, Requirement, Selector, Service, ServiceName, ServiceSelector,
+    Action, CidrGroup, EndpointSlice, Entity, GroupSelector, Node, NodeEndpoints, ObjectKey, Peer, Policy,
+    PolicyDirection, PolicyKind, PolicyRef, PolicyRule, Requirement, Selector, Service, ServiceName,
+    ServiceSelector,
 };
 use crate::tables::Snapshot;
 
@@ -29,7 +30,12 @@ pub struct References {
     pub slices: Snapshot<ObjectKey, Arc<EndpointSlice>>,
     /// Nodes.
     pub nodes: Snapshot<Arc<str>, Arc<Node>>,
+    /// What they have published: through the tunnel a node speaks from an address of the pod network.
+    pub node_endpoints: Snapshot<Arc<str>, Arc<NodeEndpoints>>,
 }
+
+/// The addresses of nodes in the pod network.
+type Internal = BTreeMap<Arc<str>, Vec<IpAddr>>;
 
 /// The policies of every kind as they were read, by kind.
 #[derive(Clone, Default)]
@@ -96,6 +102,7 @@ impl Sources {
 pub struct Resolver {
     sources: Sources,
     references: References,
+    internal: Internal,
     /// The policies that name something, as they were read.
     naming: BTreeMap<PolicyRef, Arc<Policy>>,
     resolved: Snapshot<PolicyRef, Arc<Policy>>,
@@ -110,9 +117,10 @@ impl Resolver {
             && self.references.services.ptr_eq(&old.services)
             && self.references.slices.ptr_eq(&old.slices)
             && self.references.nodes.ptr_eq(&old.nodes);
-        if !is_same {
+        let is_moved = self.follow_internal(&old.node_endpoints);
+        if !is_same || is_moved {
             for policy in self.naming.values() {
-                let now = resolve(policy, &self.references);
+                let now = resolve(policy, &self.references, &self.internal);
                 let known = self.resolved.get(&policy.reference);
                 if known.is_none_or(|known| **known != now) {
                     self.resolved.insert(policy.reference.clone(), Arc::new(now));
@@ -126,6 +134,21 @@ impl Resolver {
             self.follow(&of(&before), &of(&sources));
         }
         self.resolved.clone()
+    }
+
+    /// True if a node has other addresses in the pod network. Its pods change all the time, and do not matter.
+    fn follow_internal(&mut self, before: &Snapshot<Arc<str>, Arc<NodeEndpoints>>) -> bool {
+        let mut is_moved = false;
+        for item in before.diff(&self.references.node_endpoints) {
+            match item {
+                DiffItem::Add(name, now) | DiffItem::Update { new: (name, now), .. } => {
+                    let known = self.internal.insert(name.clone(), now.internal_addresses.clone());
+                    is_moved |= known.unwrap_or_default() != now.internal_addresses;
+                }
+                DiffItem::Remove(name, _) => is_moved |= self.internal.remove(name).is_some(),
+            }
+        }
+        is_moved
     }
 
     fn follow<K: Ord + Clone>(&mut self, before: &Snapshot<K, Arc<Policy>>, now: &Snapshot<K, Arc<Policy>>) {
@@ -153,7 +176,8 @@ impl Resolver {
         let mut rules = policy.ingress.iter().chain(&policy.egress).flat_map(|direction| &direction.rules);
         let is_naming = rules.any(|rule| rule.peers.iter().flatten().any(is_name));
         if is_naming {
-            self.resolved.insert(reference.clone(), Arc::new(resolve(&policy, &self.references)));
+            let now = resolve(&policy, &self.references, &self.internal);
+            self.resolved.insert(reference.clone(), Arc::new(now));
             self.naming.insert(reference, policy);
         } else {
             self.naming.remove(&reference);
@@ -183,18 +207,18 @@ fn is_name(peer: &Peer) -> bool {
     }
 }
 
-fn resolve(policy: &Policy, references: &References) -> Policy {
+fn resolve(policy: &Policy, references: &References, internal: &Internal) -> Policy {
     let direction = |direction: &Option<PolicyDirection>| {
         direction.as_ref().map(|PolicyDirection { default, rules }| PolicyDirection {
             default: *default,
-            rules: rules.iter().map(|rule| references.rule(rule)).collect(),
+            rules: rules.iter().map(|rule| references.rule(rule, internal)).collect(),
         })
     };
     Policy { ingress: direction(&policy.ingress), egress: direction(&policy.egress), ..policy.clone() }
 }
 
 impl References {
-    fn rule(&self, rule: &PolicyRule) -> PolicyRule {
+    fn rule(&self, rule: &PolicyRule, internal: &Internal) -> PolicyRule {
         let mut peers = Vec::new();
         for peer in rule.peers.iter().flatten() {
             match peer {
@@ -210,7 +234,10 @@ impl References {
                 }
                 Peer::Nodes(selector) => {
                     let nodes = self.nodes.values().filter(|node| selector.matches(&node.labels));
-                    let addresses = nodes.flat_map(|node| &node.addresses).map(|it| IpNet::from(*it));
+                    let addresses = nodes.flat_map(|node| {
+                        let internal = internal.get(&*node.name).into_iter().flatten();
+                        node.addresses.iter().chain(internal).map(|it| IpNet::from(*it))
+                    });
                     peers.push(Peer::NodeAddresses(addresses.collect()));
                 }
                 Peer::Services(selector) => peers.extend(self.services(selector)),

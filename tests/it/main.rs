@@ -39,6 +39,7 @@ mod policy_changes;
 mod policy_classes;
 mod policy_commands;
 mod policy_model;
+mod policy_names;
 mod proxy;
 mod published_policies;
 mod real_node;

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::model::{
-    CidrGroup, EndpointSlice, Entity, GroupSelector, Node, PolicyKind, ServiceName, ServiceSelector,
+    CidrGroup, EndpointSlice, Entity, GroupSelector, Node, NodeEndpoints, PolicyKind, ServiceName,
+    ServiceSelector,
 };
 
 /// An address of the world, one of a node of the cluster, and two pods of which one has no labels yet.
@@ -178,6 +179,12 @@ fn names_stand_for_what_is_there_now_and_bypass_13_an_empty_group_is_nobody() {
     let zone = Requirement::In("zone".to_owned(), BTreeSet::from(["two".to_owned()]));
     let nodes = Peer::Nodes(Selector { requirements: vec![zone] });
     let expected = Peer::NodeAddresses(BTreeSet::from([net("192.168.0.2/32")]));
+    assert_eq!(allow(&mut resolver, &references, &nodes), [expected]);
+    // Through the tunnel it speaks from its address in the pod network.
+    let published =
+        NodeEndpoints { node: "b".to_owned(), internal_addresses: vec![ip("10.0.2.1")], endpoints: vec![] };
+    references.node_endpoints.insert("b".into(), Arc::new(published));
+    let expected = Peer::NodeAddresses(BTreeSet::from([net("10.0.2.1/32"), net("192.168.0.2/32")]));
     assert_eq!(allow(&mut resolver, &references, &nodes), [expected]);
 
     let services = ServiceName::Named("kubernetes".into());
