@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reused_id_never_has_an_old_epoch() {
+    fn bypass_12_a_reused_id_never_has_an_old_epoch() {
         let removed = steps(&Endpoint { epoch: 7, ..expected() }, &Endpoint::default());
         assert_eq!(bytes(&removed), bytes(&[7, 8].map(|epoch| Endpoint { epoch, ..Endpoint::default() })));
         let reused = steps(&removed[1], &expected());

@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_a_flow_commands_the_terminal() {
+    fn bypass_14_nothing_of_a_flow_commands_the_terminal() {
         let mut evil = flow(&dropped());
         let escape_code = "x\x1b]0;owned\x07\u{202e}";
         evil.node_name = escape_code.to_owned();
