@@ -1,6 +1,6 @@
 # Every target is at most three lines and calls one tool or one script.
 # KEEP=1 make demo      leaves the demo running
-# make bench SUITE=NAME one suite only, of datapath, flow, cluster and service ONLY=SECTION, of service SERVICES=10,1000
+# make bench SUITE=NAME one suite only, of datapath, flow, policy, cluster and service ONLY=SECTION, of service SERVICES=10,1000
 # make golden UPDATE=1  rewrites the golden files
 # make kernels ONLY=packets   the tests with this in their names, on both kernels
 # make e2e ONLY=dns     the steps with this in their names; make e2e-faults ONLY=hundred and
@@ -8,7 +8,7 @@
 
 export KEEP SUITE ONLY UPDATE NODES LIKE AWAY FAMILY ARCH
 .DEFAULT_GOAL := help
-.PHONY: setup build check deny test golden verify kernels arm64 upgrade bench demo image kind kind-down cluster cluster-down e2e e2e-faults platforms ui ui-test deploy undeploy clean help
+.PHONY: setup build check deny test golden verify kernels arm64 upgrade fuzz bench demo image kind kind-down cluster cluster-down e2e e2e-faults platforms ui ui-test deploy undeploy clean help
 
 setup: ## install what the build needs and the machine lacks (Debian, Ubuntu)
 	@scripts/setup
@@ -32,6 +32,9 @@ golden: setup ## YAML in, map dump out: compare the golden files
 
 verify: setup ## verified instructions of every BPF program (root)
 	cargo run --bin weir -- verify --limit 200000
+
+fuzz: setup ## random policies by the model, the compiler and the loaded programs, until something differs (root)
+	WEIR_POLICY_SEEDS=1000000000 PROPTEST_CASES=1000000 cargo test --test it -- loaded_policy policy_model policy_classes
 
 bench: setup ## measure; tables here, JSON in target/bench (root)
 	cargo build --release --bins --example bench --example cluster && cargo run --release --example bench
