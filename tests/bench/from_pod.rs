@@ -69,7 +69,8 @@ const CASES: [Case; 7] = [
     },
 ];
 
-fn established(cast: &Cast) -> Vec<Packet> {
+/// A running connection, and a segment of it.
+pub fn established(cast: &Cast) -> Vec<Packet> {
     let segment = |flags| tcp((cast.a, 40000), (cast.b, 80), flags).by(1).payload(&[0; 64]);
     vec![segment(SYN), tcp((cast.b, 80), (cast.a, 40000), SYN | ACK).by(2), segment(ACK)]
 }
@@ -81,7 +82,7 @@ fn established_reply(cast: &Cast) -> Vec<Packet> {
 }
 
 /// A SYN that ends its own flow, so that the next one begins another.
-fn new(cast: &Cast) -> Vec<Packet> {
+pub fn new(cast: &Cast) -> Vec<Packet> {
     vec![tcp((cast.a, 40000), (cast.b, 80), SYN | RST).by(1)]
 }
 
@@ -127,12 +128,7 @@ fn measure(world: &mut World, cast: &Cast, case: &Case) -> Result<(f64, f64)> {
         world.allow(id, INGRESS, peer, (17, 0))?;
         world.allow(id, EGRESS, R, (17, 0))?;
     }
-    let packets = (case.packets)(cast);
-    for packet in &packets {
-        let outcome = world.send("from_pod", packet)?;
-        ensure!(outcome.counted.len() == 1, "the packet was counted {:?}", outcome.counted);
-    }
-    let bytes = packets[packets.len() - 1].bytes();
+    let bytes = send_all(world, &(case.packets)(cast))?;
     let (mut values, mut floors) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         values.push(nanoseconds(&world.datapath.program("from_pod")?, &bytes, case.repeat)?);
@@ -140,6 +136,26 @@ fn measure(world: &mut World, cast: &Cast, case: &Case) -> Result<(f64, f64)> {
         world.forget_events()?;
     }
     Ok((median(values), median(floors)))
+}
+
+/// Sends every packet once: the bytes of the last one.
+fn send_all(world: &mut World, packets: &[Packet]) -> Result<Vec<u8>> {
+    for packet in packets {
+        let outcome = world.send("from_pod", packet)?;
+        ensure!(outcome.counted.len() == 1, "the packet was counted {:?}", outcome.counted);
+    }
+    Ok(packets[packets.len() - 1].bytes())
+}
+
+/// Nanoseconds of the last packet, behind the others.
+pub fn measure_packets(world: &mut World, packets: &[Packet]) -> Result<f64> {
+    let bytes = send_all(world, packets)?;
+    let mut values = Vec::new();
+    for _ in 0..ROUNDS {
+        values.push(nanoseconds(&world.datapath.program("from_pod")?, &bytes, REPEAT_NEW)?);
+        world.forget_events()?;
+    }
+    Ok(median(values))
 }
 
 fn nanoseconds(program: &ProgramMut<'_>, bytes: &[u8], repeat: u32) -> Result<f64> {

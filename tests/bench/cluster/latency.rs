@@ -70,14 +70,15 @@ fn rows_of(name: &str, samples: &[Duration], p50: f64, p99: Option<f64>) -> Vec<
 }
 
 /// Datagrams from one pod to another, and when the last of them came.
-struct Probe {
+pub struct Probe {
     began: Instant,
     last: Arc<AtomicU64>,
     stopped: Arc<AtomicBool>,
 }
 
 impl Probe {
-    fn start(from: &Pod, to: &Pod) -> Result<Self> {
+    /// From now on.
+    pub fn start(from: &Pod, to: &Pod) -> Result<Self> {
         let probe = Self { began: Instant::now(), last: Arc::default(), stopped: Arc::default() };
         let receiver = to.space().run(|| UdpSocket::bind(("0.0.0.0", PORT)))?;
         receiver.set_read_timeout(Some(SILENCE))?;
@@ -107,7 +108,7 @@ impl Probe {
     }
 
     /// How long after `since` the last datagram came, when none comes any more.
-    fn silent_after(&self, since: Instant) -> Result<Duration> {
+    pub fn silent_after(&self, since: Instant) -> Result<Duration> {
         let since = since - self.began;
         while self.began.elapsed().saturating_sub(self.last()) < SILENCE {
             if self.began.elapsed() > since + PATIENCE {
@@ -119,7 +120,7 @@ impl Probe {
     }
 
     /// How long after `since` a datagram came; none came before it for a while.
-    fn heard_after(&self, since: Instant) -> Result<Duration> {
+    pub fn heard_after(&self, since: Instant) -> Result<Duration> {
         let since = since - self.began;
         let before = self.last();
         loop {

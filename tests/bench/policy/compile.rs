@@ -1,4 +1,4 @@
-//! What the policy compiler costs: everything at once, and then one change at a time, in a
+//! What the compiler costs: everything at once, and then one change at a time, in a
 //! cluster of 1,000 policies and 3,000 identities, on a node where every policy is in use,
 //! and on one with as many pods as kubelet allows.
 
@@ -81,12 +81,17 @@ pub fn rows() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// What a compiler is given.
 #[derive(Clone, Default)]
-struct World {
-    policies: Snapshot<PolicyRef, Arc<Policy>>,
-    identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
-    endpoints: BTreeMap<EndpointId, IdentityId>,
-    addresses: Snapshot<IpAddr, BaseAddress>,
+pub struct World {
+    /// Policies.
+    pub policies: Snapshot<PolicyRef, Arc<Policy>>,
+    /// Who is in the cluster.
+    pub identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
+    /// The pods of this node.
+    pub endpoints: BTreeMap<EndpointId, IdentityId>,
+    /// Who has which address.
+    pub addresses: Snapshot<IpAddr, BaseAddress>,
 }
 
 impl World {
@@ -107,8 +112,6 @@ impl World {
     }
 
     fn add_pod(&mut self, namespace: u32, app: u32, version: u32) -> IdentityId {
-        let count = self.identities.len() as u32;
-        let identity = IdentityId(IdentityId::FIRST_CLUSTER.0 + count);
         let name = format!("namespace-{namespace}");
         let port = NamedPort { protocol: Protocol::Tcp, port: 8000 + app as u16 };
         let labels = IdentityLabels {
@@ -125,6 +128,13 @@ impl World {
             ]),
             named_ports: BTreeMap::from([("http".to_owned(), vec![port])]),
         };
+        self.add(labels)
+    }
+
+    /// One more identity, with a pod of its own.
+    pub fn add(&mut self, labels: IdentityLabels) -> IdentityId {
+        let count = self.identities.len() as u32;
+        let identity = IdentityId(IdentityId::FIRST_CLUSTER.0 + count);
         self.identities.insert(identity, Arc::new(labels));
         let address = IpAddr::V4(Ipv4Addr::from_bits(0x0a00_0000 + count + 1));
         let entry = BaseAddress { identity, node: None, endpoint: None, kind: AddressKind::Pod };
@@ -171,7 +181,8 @@ impl World {
         self.policies.insert(policy.reference.clone(), Arc::new(policy));
     }
 
-    fn compile(&self, compiler: &mut Compiler) -> Result<Output> {
+    /// What the maps should hold.
+    pub fn compile(&self, compiler: &mut Compiler) -> Result<Output> {
         Ok(compiler.compile(&Input {
             policies: &self.policies,
             identities: &self.identities,
@@ -185,11 +196,13 @@ impl World {
     }
 }
 
-fn is(key: &str, value: String) -> Selector {
+/// A label that must have a value.
+pub fn is(key: &str, value: String) -> Selector {
     Selector { requirements: vec![Requirement::In(key.to_owned(), [value].into())] }
 }
 
-fn labels<const N: usize>(pairs: [(&str, String); N]) -> Labels {
+/// Labels out of pairs.
+pub fn labels<const N: usize>(pairs: [(&str, String); N]) -> Labels {
     pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
 }
 
