@@ -47,6 +47,7 @@ mod require;
 mod restart;
 mod same_node;
 mod senders;
+mod service_cells;
 mod services;
 #[path = "../shop/mod.rs"]
 mod shop;
