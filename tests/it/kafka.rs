@@ -191,7 +191,8 @@ spec:
         ("another topic", produce(&jars, &broker, &writer, "secrets", &plain)?),
         ("a reader that writes", produce(&jars, &broker, &reader, "orders", &plain)?),
     ] {
-        ensure!(said.contains("TopicAuthorizationException"), "{what}: {said}");
+        let is_denied = ["TOPIC_AUTHORIZATION_FAILED", "TopicAuthorizationException"];
+        ensure!(is_denied.iter().any(|text| said.contains(text)), "{what}: {said}");
     }
     let said = consume(&jars, &broker, &writer, "orders")?;
     ensure!(said.contains("Processed a total of 0 messages"), "a writer that reads: {said}");
