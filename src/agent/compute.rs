@@ -91,6 +91,7 @@ impl View {
             audit: namespace.audit || pod.audit,
             reject: pod.reject.or(namespace.reject),
             egress_bandwidth: pod.egress_bandwidth,
+            visibility: pod.visibility.or(namespace.visibility),
         }
     }
 }
@@ -316,11 +317,14 @@ impl Compute {
         let pod_cidrs: Vec<IpNet> = view.nodes.values().flat_map(|node| node.pod_cidrs.clone()).collect();
         let audited = endpoints.iter().filter(|(_, (endpoint, _))| view.marks_of(endpoint).audit);
         let audited: BTreeSet<EndpointId> = audited.map(|(id, _)| *id).collect();
+        let shown = endpoints.iter().map(|(id, (endpoint, _))| (*id, view.marks_of(endpoint).visibility));
+        let shown = shown.filter(|(_, visibility)| !visibility.is_none()).collect();
         let compiled = self.compiler.compile(&policy::Input {
             policies: &policies,
             identities: &view.identities,
             endpoints: &identities,
             audited: &audited,
+            shown: &shown,
             host: &host_labels,
             addresses: &owners.addresses,
             pod_cidrs: &pod_cidrs,

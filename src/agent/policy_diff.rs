@@ -40,6 +40,7 @@ pub fn of_endpoints(
         identities: pods.identities,
         endpoints: pods.endpoints,
         audited: &BTreeSet::new(),
+        shown: &BTreeMap::new(),
         host: &Arc::default(),
         addresses: pods.addresses,
         pod_cidrs: &pod_cidrs,

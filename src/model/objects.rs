@@ -74,6 +74,46 @@ pub struct Marks {
     pub reject: Option<bool>,
     /// `kubernetes.io/egress-bandwidth` of a pod, in bytes a second.
     pub egress_bandwidth: Option<u64>,
+    /// `weir.dev/visibility`: requests of these protocols are shown.
+    #[serde(skip_serializing_if = "Visibility::is_none")]
+    pub visibility: Visibility,
+}
+
+/// Protocols whose requests are shown, and none denied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct Visibility {
+    /// HTTP and gRPC.
+    pub http: bool,
+    /// DNS.
+    pub dns: bool,
+    /// Kafka.
+    pub kafka: bool,
+}
+
+impl Visibility {
+    /// Nothing is shown.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Names of protocols with commas between; `None`: one of them is none.
+    pub fn read(text: &str) -> Option<Self> {
+        let mut read = Self::default();
+        for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+            match name {
+                "http" => read.http = true,
+                "dns" => read.dns = true,
+                "kafka" => read.kafka = true,
+                _ => return None,
+            }
+        }
+        Some(read)
+    }
+
+    /// What either shows.
+    pub fn or(self, other: Self) -> Self {
+        Self { http: self.http || other.http, dns: self.dns || other.dns, kafka: self.kafka || other.kafka }
+    }
 }
 
 impl Marks {

@@ -49,6 +49,7 @@ pub fn differences(
             identities: given.identities,
             endpoints: given.endpoints,
             audited: given.audited,
+            shown: given.shown,
             host: given.host,
             addresses: given.addresses,
             pod_cidrs: given.pod_cidrs,

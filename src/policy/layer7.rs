@@ -113,6 +113,26 @@ mod tests {
     }
 
     #[test]
+    fn what_is_shown_decides_nothing() {
+        let default =
+            Claim { order: Order::default_of(Tier::Namespaced), ..claim(Match::ANY, Action::Deny, None) };
+        let shown =
+            Claim { order: Order::default_of(Tier::Baseline), ..claim(WEB, Action::Pass, http("HEAD")) };
+        let all = |claims: &[&Claim]| on_web(&claims.iter().map(|it| Claim::clone(it)).collect::<Vec<_>>());
+        let only_shown = (Action::Allow, Some((vec!["HEAD".into()], true)));
+        assert_eq!(all(&[&shown]), only_shown, "without a policy");
+        assert_eq!(all(&[&default, &shown]), (Action::Deny, None));
+        for wider in [TCP, WEB, Match::ANY] {
+            let plain = claim(wider, Action::Allow, None);
+            assert_eq!(all(&[&default, &plain, &shown]), only_shown);
+        }
+        let judged = claim(WEB, Action::Allow, http("GET"));
+        assert_eq!(all(&[&default, &judged, &shown]), (Action::Allow, Some((vec!["GET".into()], false))));
+        let denied = claim(TCP, Action::Deny, None);
+        assert_eq!(all(&[&denied, &shown]), (Action::Deny, None));
+    }
+
+    #[test]
     fn two_protocols_on_one_port_close_it() {
         let dns = Some(Arc::new(L7Rules::Dns(vec![DnsRule::MatchPattern("*".into())])));
         let default =

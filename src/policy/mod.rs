@@ -25,6 +25,7 @@ mod prefixes;
 mod resolve;
 mod rules;
 mod select;
+mod shown;
 pub mod suggest;
 #[cfg(test)]
 mod tests;
@@ -42,7 +43,7 @@ use crate::identity::LabelFilter;
 use crate::model::l7::DnsRule;
 use crate::model::{
     AddressEntry, BaseAddress, CompiledPolicy, EndpointId, IdentityId, IdentityLabels, LocalIdentity,
-    Origins, Policy, PolicyId, PolicyRef, PrefixEntry,
+    Origins, Policy, PolicyId, PolicyRef, PrefixEntry, Visibility,
 };
 use crate::tables::Snapshot;
 
@@ -53,7 +54,7 @@ use peers::{Member, Peers};
 use prefixes::{Assigned, Locals, Tree};
 pub use resolve::{References, Resolver, Sources};
 pub use select::asked_labels;
-use select::{Definition, Selected, Selections};
+use select::{Definition, Selected, Selections, Treatment};
 use value::Value;
 
 /// What policy depends on.
@@ -66,6 +67,8 @@ pub struct Input<'a> {
     pub endpoints: &'a BTreeMap<EndpointId, IdentityId>,
     /// Those of them of which a denial is only reported.
     pub audited: &'a BTreeSet<EndpointId>,
+    /// Those of them whose requests are shown.
+    pub shown: &'a BTreeMap<EndpointId, Visibility>,
     /// The node's labels, as a pod's are: policies may select the endpoint of the host by them.
     pub host: &'a Arc<IdentityLabels>,
     /// Every address of a pod or node.
@@ -118,6 +121,7 @@ pub struct Compiler {
     selections: Selections,
     endpoints: BTreeMap<EndpointId, IdentityId>,
     audited: BTreeSet<EndpointId>,
+    shown: BTreeMap<EndpointId, Visibility>,
     host: Arc<IdentityLabels>,
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     prefixes: BTreeSet<IpNet>,
@@ -143,6 +147,7 @@ impl Compiler {
             selections: Selections::default(),
             endpoints: BTreeMap::new(),
             audited: BTreeSet::new(),
+            shown: BTreeMap::new(),
             host: Arc::default(),
             identities: Snapshot::new(),
             prefixes: BTreeSet::new(),
@@ -226,13 +231,20 @@ impl Compiler {
             self.host = input.host.clone();
             is_changed |= self.selections.forget([IdentityId::HOST].iter());
         }
-        is_changed |= *input.endpoints != self.endpoints || *input.audited != self.audited;
-        let used = input.endpoints.iter().map(|(endpoint, id)| (*id, input.audited.contains(endpoint)));
+        is_changed |= *input.endpoints != self.endpoints
+            || *input.audited != self.audited
+            || *input.shown != self.shown;
+        let treatment = |endpoint| Treatment {
+            is_audit: input.audited.contains(endpoint),
+            shown: input.shown.get(endpoint).copied().unwrap_or_default(),
+        };
+        let used = input.endpoints.iter().map(|(endpoint, id)| (*id, treatment(endpoint)));
         let used: BTreeSet<Selected> = used.collect();
         is_changed |= used.len() != self.selections.selected().len();
         if is_changed {
             self.endpoints.clone_from(input.endpoints);
             self.audited.clone_from(input.audited);
+            self.shown.clone_from(input.shown);
             self.selections.select(&used, input.identities, &self.host);
         }
         is_changed
@@ -285,10 +297,17 @@ impl Compiler {
         Ok(gone.chain(changed.map(|(id, local)| (*id, Some(member(local))))).collect())
     }
 
+    fn treatment(&self, endpoint: &EndpointId) -> Treatment {
+        Treatment {
+            is_audit: self.audited.contains(endpoint),
+            shown: self.shown.get(endpoint).copied().unwrap_or_default(),
+        }
+    }
+
     /// The names of DNS in the rules of each endpoint that has any.
     fn dns_rules(&self) -> BTreeMap<EndpointId, Arc<[DnsRule]>> {
         let rules = self.endpoints.iter().filter_map(|(endpoint, id)| {
-            let key = (*id, self.audited.contains(endpoint));
+            let key = (*id, self.treatment(endpoint));
             let rules = self.selections.dns_rules(self.selections.selected().get(&key)?);
             (!rules.is_empty()).then_some((*endpoint, rules))
         });
@@ -303,7 +322,7 @@ impl Compiler {
     }
 
     fn add_missing(&mut self, identities: &Snapshot<IdentityId, Arc<IdentityLabels>>) -> Result<(), Error> {
-        for ((id, is_audit), selection) in self.selections.selected() {
+        for ((id, treatment), selection) in self.selections.selected() {
             let Some(definition) = &selection.definition else { continue };
             let labels = if *id == IdentityId::HOST { Some(&self.host) } else { identities.get(id) };
             let Some(labels) = labels else { continue };
@@ -316,7 +335,7 @@ impl Compiler {
             }
             self.next_policy = PolicyId(policy.0 + 1);
             let policies = self.selections.policies(selection);
-            let value = Value::new(policy, &policies, labels, *is_audit, &mut self.peers);
+            let value = Value::new(policy, &policies, labels, treatment, &mut self.peers);
             self.values.insert(definition.clone(), value);
         }
         Ok(())
@@ -332,7 +351,7 @@ impl Compiler {
             ..Output::default()
         };
         for (endpoint, id) in &self.endpoints {
-            let key = (*id, self.audited.contains(endpoint));
+            let key = (*id, self.treatment(endpoint));
             let Some(selection) = self.selections.selected().get(&key) else { continue };
             let value = selection.definition.as_ref().and_then(|definition| self.values.get(definition));
             output.of_endpoint.insert(*endpoint, value.map_or(PolicyId::default(), |value| value.id));

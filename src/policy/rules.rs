@@ -46,7 +46,7 @@ pub struct Claim {
     pub origins: Origins,
     /// A denial of it is only reported.
     pub is_audit: bool,
-    /// What of it is allowed to be said; `None`: anything.
+    /// What of it is allowed to be said; `None`: anything. Of a pass: what is shown where nothing else judges it.
     pub l7: Option<Arc<L7Rules>>,
 }
 
@@ -133,10 +133,16 @@ struct Both {
     all: Weighed,
     /// Without anything that a policy under audit says.
     without: Weighed,
+    /// What is shown.
+    shown: Option<Arc<L7Rules>>,
 }
 
 impl Both {
     fn add(&mut self, claim: &Claim) {
+        if claim.action == Action::Pass && claim.l7.is_some() {
+            self.shown.clone_from(&claim.l7);
+            return;
+        }
         let parts = Parts::of(claim.l7.as_ref());
         self.all.add(claim.order, claim.action, &claim.origins, &parts);
         if !(claim.is_audit && claim.action == Action::Deny) {
@@ -151,6 +157,7 @@ impl Both {
         self.all.add_all(&parent.all);
         self.counting.add_all(&parent.counting);
         self.without.add_all(&parent.without);
+        self.shown = self.shown.take().or_else(|| parent.shown.clone());
     }
 
     /// What counts; where that allows what all together deny, these are named.
@@ -160,6 +167,10 @@ impl Both {
         // What is allowed anyway, a policy under audit only shows.
         if let (Some(set), Action::Allow, None) = (&mut counting.l7, without.action, &without.l7) {
             Arc::make_mut(set).visibility_only = true;
+        }
+        if let (Action::Allow, None, Some(rules)) = (counting.action, &counting.l7, &self.shown) {
+            let (rules, origins) = (L7Rules::clone(rules), counting.origins.clone());
+            counting.l7 = Some(Arc::new(L7Set { rules, origins, visibility_only: true }));
         }
         match (counting.action, all.action) {
             (Action::Allow, Action::Deny) => {

@@ -10,21 +10,30 @@ use crate::identity::LabelFilter;
 use crate::model::l7::DnsRule;
 use crate::model::{
     Action, IdentityId, IdentityLabels, IpProtocol, Origins, Peer, Policy, PolicyDirection, PolicyRef,
-    PolicyRule, PortSelector, Selector, Subject,
+    PolicyRule, PortSelector, Selector, Subject, Visibility,
 };
 use crate::tables::Snapshot;
 
-use super::value;
+use super::{shown, value};
 
 /// What makes a policy value what it is.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Definition {
-    /// What is denied is only reported.
-    pub is_audit: bool,
+    /// What annotations say.
+    pub treatment: Treatment,
     /// The revisions of the policies that select the pod.
     pub revisions: Vec<Revision>,
     /// What the port names of their ingress rules stand for in the pod.
     ports: Vec<(String, IpProtocol, u16)>,
+}
+
+/// What annotations of a pod and its namespace say of how it is treated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Treatment {
+    /// What is denied is only reported.
+    pub is_audit: bool,
+    /// Whose requests are shown.
+    pub shown: Visibility,
 }
 
 /// Names one state of one policy's rules; never used again for others.
@@ -41,8 +50,8 @@ pub struct Selection {
     pub definition: Option<Definition>,
 }
 
-/// Whom policies select: pods of an identity or the host, and whether what is denied them is only reported.
-pub type Selected = (IdentityId, bool);
+/// Whom policies select: pods of an identity or the host, and how they are treated.
+pub type Selected = (IdentityId, Treatment);
 
 /// The policies, with what does not depend on who is selected.
 #[derive(Default)]
@@ -133,9 +142,9 @@ impl Selections {
     /// The labels of these identities are others now; true if any is selected here.
     pub fn forget<'a>(&mut self, identities: impl Iterator<Item = &'a IdentityId>) -> bool {
         let count = self.selected.len();
-        for id in identities {
-            self.selected.remove(&(*id, false));
-            self.selected.remove(&(*id, true));
+        let gone: BTreeSet<&IdentityId> = identities.collect();
+        if !gone.is_empty() {
+            self.selected.retain(|(id, _), _| !gone.contains(id));
         }
         self.selected.len() != count
     }
@@ -148,13 +157,13 @@ impl Selections {
         host: &IdentityLabels,
     ) {
         self.selected.retain(|id, _| used.contains(id));
-        for key @ (id, is_audit) in used {
+        for key @ (id, treatment) in used {
             if self.selected.contains_key(key) {
                 continue;
             }
             let selection = match *id {
                 IdentityId::HOST => Some(self.selection_of_host(host)),
-                id => identities.get(&id).map(|labels| self.selection_of(labels, *is_audit)),
+                id => identities.get(&id).map(|labels| self.selection_of(labels, *treatment)),
             };
             if let Some(selection) = selection {
                 self.selected.insert(*key, Arc::new(selection));
@@ -167,11 +176,11 @@ impl Selections {
         &self.selected
     }
 
-    fn selection_of(&self, labels: &IdentityLabels, is_audit: bool) -> Selection {
+    fn selection_of(&self, labels: &IdentityLabels, treatment: Treatment) -> Selection {
         let namespace = Arc::from(labels.namespace.as_str());
         let may_select = [Some(namespace), None].into_iter().filter_map(|key| self.states.get(&key));
         let states = may_select.flat_map(BTreeMap::values).filter(|state| state.selects(labels));
-        selection(states.collect(), labels, is_audit)
+        selection(states.collect(), labels, treatment)
     }
 
     /// Of the node whose labels these are.
@@ -181,7 +190,7 @@ impl Selections {
             Subject::Pods { .. } => false,
         };
         let of_cluster = self.states.get(&None).into_iter().flat_map(BTreeMap::values);
-        selection(of_cluster.filter(selects).collect(), host, false)
+        selection(of_cluster.filter(selects).collect(), host, Treatment::default())
     }
 
     /// The policies of a selection.
@@ -210,7 +219,7 @@ impl Selections {
 }
 
 /// What the states that select somebody are to him.
-fn selection(mut states: Vec<&State>, labels: &IdentityLabels, is_audit: bool) -> Selection {
+fn selection(mut states: Vec<&State>, labels: &IdentityLabels, treatment: Treatment) -> Selection {
     states.sort_unstable_by(|a, b| a.policy.reference.cmp(&b.policy.reference));
     let names: BTreeSet<_> = states.iter().flat_map(|state| &state.names).collect();
     let mut ports = Vec::new();
@@ -218,6 +227,7 @@ fn selection(mut states: Vec<&State>, labels: &IdentityLabels, is_audit: bool) -
         let resolved = value::resolve(labels, name).iter().filter(|port| *protocol == port.protocol.into());
         ports.extend(resolved.map(|port| (name.clone(), *protocol, port.port)));
     }
+    ports.extend(shown::named_ports(labels, treatment.shown));
     ports.sort_unstable();
     ports.dedup();
     let revisions: Vec<Revision> = states.iter().map(|state| state.revision).collect();
@@ -229,7 +239,11 @@ fn selection(mut states: Vec<&State>, labels: &IdentityLabels, is_audit: bool) -
     Selection {
         isolating: [isolating(|policy| &policy.ingress), isolating(|policy| &policy.egress)],
         policies: states.iter().map(|state| state.policy.reference.clone()).collect(),
-        definition: (!revisions.is_empty()).then_some(Definition { is_audit, revisions, ports }),
+        definition: (!revisions.is_empty() || !treatment.shown.is_none()).then_some(Definition {
+            treatment,
+            revisions,
+            ports,
+        }),
     }
 }
 

@@ -3,7 +3,7 @@ use crate::model::l7::DnsRule;
 use crate::model::{
     Action, AddressKind, CompiledDirection, CompiledRule, CompiledRuleKey, Labels, NamedPort, ObjectKey,
     Peer, PolicyDirection, PolicyRule, PortMatch, PortSelector, Protocol, Requirement, Selector, Subject,
-    Tier,
+    Tier, Visibility,
 };
 
 mod deny;
@@ -15,6 +15,7 @@ struct World {
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     endpoints: BTreeMap<EndpointId, IdentityId>,
     audited: BTreeSet<EndpointId>,
+    shown: BTreeMap<EndpointId, Visibility>,
     host: Arc<IdentityLabels>,
     addresses: Snapshot<IpAddr, BaseAddress>,
     pod_cidrs: Vec<IpNet>,
@@ -69,6 +70,7 @@ impl World {
                 identities: &self.identities,
                 endpoints: &self.endpoints,
                 audited: &self.audited,
+                shown: &self.shown,
                 host: &self.host,
                 addresses: &self.addresses,
                 pod_cidrs: &self.pod_cidrs,
@@ -500,6 +502,7 @@ fn exhausted_numbers_are_an_error_and_then_a_fresh_start() {
         addresses: &world.addresses,
         pod_cidrs: &world.pod_cidrs,
         heard: &world.heard,
+        shown: &world.shown,
     };
     assert_eq!(compiler.compile(&input), Err(Error::LocalIdentitiesExhausted));
     let quiet = World::default().identity(300, "shop", "web").endpoint(1, 300);

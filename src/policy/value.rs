@@ -15,6 +15,8 @@ use crate::model::{
 
 use super::peers::{PeerIndex, PeerKey, Peers, Touched};
 use super::rules::{self, Claim, Decision, Match, Order, Rows};
+use super::select::Treatment;
+use super::shown;
 
 /// A compiled policy and what is needed to add identities to it.
 pub struct Value {
@@ -71,15 +73,16 @@ struct Combination {
 }
 
 impl Value {
-    /// Compiles `policies`, which select pods with `labels`, against every identity. `is_audit`: what they deny
-    /// these pods is only reported.
+    /// Compiles `policies`, which select pods with `labels`, against every identity. `treatment`: how these pods are
+    /// treated.
     pub fn new(
         id: PolicyId,
         policies: &[Arc<Policy>],
         labels: &IdentityLabels,
-        is_audit: bool,
+        treatment: &Treatment,
         peers: &mut Peers,
     ) -> Self {
+        let is_audit = treatment.is_audit;
         let mut ingress: Option<Direction> = None;
         let mut egress: Option<Direction> = None;
         for policy in policies {
@@ -92,6 +95,13 @@ impl Value {
                 direction.add_policy(policy, rules, None, is_audit, peers);
             }
         }
+        let shown = |direction: &mut Option<Direction>, claims: Vec<Claim>| {
+            if !claims.is_empty() {
+                direction.get_or_insert_with(Direction::new).everyone.extend(claims);
+            }
+        };
+        shown(&mut ingress, shown::claims(Some(labels), treatment.shown));
+        shown(&mut egress, shown::claims(None, treatment.shown));
         let compiled = CompiledPolicy {
             ingress: ingress.as_mut().map(|direction| direction.compile(peers)),
             egress: egress.as_mut().map(|direction| direction.compile(peers)),

@@ -2,13 +2,14 @@
 
 mod zone;
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::lab::{Lab, OUTSIDE, Pod, Server, ServicePort, Setup, Traffic, Via, wait_for};
+use crate::lab::{Lab, OUTSIDE, Pod, Server, ServicePort, Setup, Space, Traffic, Via, wait_for};
 use crate::require::require_lab;
 use zone::{By, REFUSED, Zone, ask, look_up};
 
@@ -134,13 +135,32 @@ impl World {
         let zone = Zone::start(dns.space())?;
         let world = Self { client, resolver: dns.address(true), zone, _dns: dns, _server: server, lab };
         allow_names(&world.lab, DNS_RULES, BY_NAME)?;
-        let first = of_server(1)[0];
-        wait_for("the policy to be in force", || Ok(!world.reaches(first)))?;
+        let is_refused = || {
+            let answer = ask(world.client.space(), world.resolver, By::Datagram, "not.allowed")?;
+            Ok(answer.is_some_and(|(code, _)| code == REFUSED))
+        };
+        wait_for("the policy to be in force", is_refused)?;
         Ok(world)
     }
 
     fn reaches(&self, target: IpAddr) -> bool {
         self.client.probe(Via::Tcp, (target, WEB).into()).is_answered()
+    }
+
+    /// How often a packet to an address, or to any, was denied.
+    fn denied(&self, target: Option<IpAddr>) -> Result<usize> {
+        let flows = self.lab.node(1).flows(&["--verdict", "dropped", "--port", "7070"])?;
+        let is_it = |flow: &&Value| target.is_none_or(|it| flow["IP"]["destination"] == it.to_string());
+        Ok(flows.iter().filter(is_it).count())
+    }
+
+    /// An address is reached, and no packet to it is denied on the way to that.
+    fn expect_open(&self, target: IpAddr) -> Result<()> {
+        let before = self.denied(Some(target))?;
+        wait_for(&format!("{target} to answer"), || Ok(self.reaches(target)))?;
+        let denied = self.denied(Some(target))?.saturating_sub(before);
+        ensure!(denied == 0, "{target}: {denied} packets were denied");
+        Ok(())
     }
 
     /// Asks for a name, and takes what comes.
@@ -171,7 +191,7 @@ fn an_answer_opens_its_addresses_before_the_pod_has_it() -> Result<()> {
     let closed = look_up(lab, client.space(), world.resolver, By::Connection, "closed.test")?;
     ensure!(closed == of_server(2), "{closed:?}");
     for target in of_server(1) {
-        ensure!(world.reaches(target), "{target} has an allowed name");
+        world.expect_open(target).context("it has an allowed name")?;
         let other_port = client.probe(Via::Tcp, (target, WEB + 1).into());
         ensure!(!other_port.is_answered(), "{target} at another port: {other_port}");
     }
@@ -191,12 +211,14 @@ fn an_answer_opens_its_addresses_before_the_pod_has_it() -> Result<()> {
     ensure!(by_proxy.contains("a proxy judges each request by {\"dns\""), "{by_proxy}");
 
     // The first packet to an address that was never seen before passes, every time.
+    let before = world.denied(None)?;
     for number in 0..150_u16 {
         let (name, targets) = (format!("n{number}.open.test"), of_server(1000 + number));
         world.zone.set(&name, &targets, 30);
         world.ask(&name)?;
-        ensure!(world.reaches(targets[0]), "{name}: denied after its answer");
+        wait_for(&name, || Ok(world.reaches(targets[0])))?;
     }
+    ensure!(world.denied(None)? == before, "a connection was denied after its answer");
     ensure!(lab.node(1).metric("weir_names_late_total", &[])? == 0.0, "some answer passed too early");
     let flows = lab.node(1).flows(&["--port", "7070"])?;
     let says = |flow: &Value| flow["destination"]["labels"].to_string().contains("fqdn:*.open.test");
@@ -212,14 +234,14 @@ fn names_survive_the_agent_and_are_learned_without_it() -> Result<()> {
     world.zone.set("open.test", &of_server(1), 300);
     world.zone.set("new.open.test", &of_server(2), 300);
     world.ask("open.test")?;
-    ensure!(world.reaches(of_server(1)[0]));
+    world.expect_open(of_server(1)[0])?;
     let file = node.directory().join("state/names.json");
     wait_for("the name to be on the disk", || {
         Ok(std::fs::read_to_string(&file).is_ok_and(|text| text.contains("open.test")))
     })?;
 
     node.kill_agent()?;
-    ensure!(world.reaches(of_server(1)[0]), "without an agent what was learned counts");
+    wait_for("what was learned to count without an agent", || Ok(world.reaches(of_server(1)[0])))?;
     let began = Instant::now();
     world.ask("open.test")?;
     world.ask("new.open.test")?;
@@ -227,7 +249,7 @@ fn names_survive_the_agent_and_are_learned_without_it() -> Result<()> {
     ensure!(!world.reaches(of_server(2)[0]), "nobody has put it into the maps");
     node.start_agent()?;
     node.wait_ready()?;
-    ensure!(world.reaches(of_server(1)[0]), "the next agent knows it: {}", node.log_tail());
+    world.expect_open(of_server(1)[0]).context("the next agent knows it")?;
     wait_for("what was told without an agent to be learned", || Ok(world.reaches(of_server(2)[0])))
 }
 
@@ -256,7 +278,7 @@ spec:
     let all = [victim.address(true), node_address, free, metadata, address("127.0.0.1"), outside];
     world.zone.set("evil.open.test", &all, 300);
     world.ask("evil.open.test")?;
-    ensure!(world.reaches(outside), "what is outside counts");
+    world.expect_open(outside).context("what is outside counts")?;
     for target in &all[..4] {
         ensure!(!world.reaches(*target), "{target} was opened by a name");
     }
@@ -279,7 +301,7 @@ spec:
         world.zone.set(&name, &many[number * 10..number * 10 + 10], 300);
         world.ask(&name)?;
     }
-    ensure!(world.reaches(many[195]), "the last answer counts");
+    world.expect_open(many[195]).context("the last answer counts")?;
     ensure!(lab.node(1).metric("weir_names_addresses", &[])? <= 100.0);
     // The proxy reads a thousand records of an answer.
     ensure!(lab.node(1).metric("weir_names_evicted_total", &[])? > 1000.0);
@@ -289,17 +311,94 @@ spec:
 #[test]
 fn an_address_counts_until_its_time_has_passed_and_connections_have_ended() -> Result<()> {
     require_lab!();
-    let world = World::start(&["--names-min-ttl-seconds", "1"])?;
+    let world = World::start(&["--names-min-ttl-seconds", "10"])?;
     world.zone.set("open.test", &[of_server(1)[0], of_server(2)[0]], 1);
     world.ask("open.test")?;
     let kept = Traffic::tcp(world.client.space(), (of_server(1)[0], WEB).into());
     kept.wait_for_answers(1)?;
-    ensure!(world.reaches(of_server(2)[0]));
-    wait_for("the time to pass", || Ok(!world.reaches(of_server(2)[0])))?;
-    ensure!(world.reaches(of_server(1)[0]), "a connection runs there");
+    world.expect_open(of_server(2)[0])?;
+    // Ten seconds, and until it is looked.
+    let began = Instant::now();
+    while world.denied(Some(of_server(2)[0]))? == 0 {
+        ensure!(began.elapsed() < Duration::from_secs(60), "the address counts for ever");
+        world.reaches(of_server(2)[0]);
+    }
+    world.expect_open(of_server(1)[0]).context("a connection runs there")?;
     kept.wait_for_answers(5)?;
     world.ask("open.test")?;
-    ensure!(world.reaches(of_server(2)[0]), "asked again, open again");
+    wait_for("what is asked again to be open again", || Ok(world.reaches(of_server(2)[0])))?;
     kept.stop()?;
     Ok(())
+}
+
+/// Serves every connection to an address by a thread of its own, until the test ends.
+fn serve(space: &Space, address: SocketAddr, answer: fn(&[u8]) -> Vec<u8>) -> Result<()> {
+    let listener = space.run(move || TcpListener::bind(address))?;
+    space.start(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let mut bytes = [0; 4096];
+            // A client that goes away needs no answer.
+            if let Ok(length) = stream.read(&mut bytes) {
+                let _ = stream.write_all(&answer(&bytes[..length]));
+            }
+        }
+    });
+    Ok(())
+}
+
+#[test]
+fn what_is_shown_is_not_denied() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup::default())?;
+    lab.outside().configure(&["route add local 198.18.0.0/16 dev lo"])?;
+    let [web, other] = [1, 2].map(|number| SocketAddr::new(of_server(number)[0], 8080));
+    serve(lab.outside(), web, |_| b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok".to_vec())?;
+    serve(lab.outside(), other, <[u8]>::to_vec)?;
+    lab.manifests().apply(
+        "apiVersion: v1
+kind: Namespace
+metadata: {name: shown, annotations: {weir.dev/visibility: 'http, dns'}}
+",
+    )?;
+    let [shown, plain] = [lab.pod(1, "shown/client").create()?, lab.pod(1, "shop/client").create()?];
+    let dns = lab.pod(1, "kube-system/dns").create()?;
+    let zone = Zone::start(dns.space())?;
+    zone.set("web.test", &[web.ip()], 60);
+    let node = lab.node(1);
+    wait_for("requests to be shown", || {
+        let (status, _) = shown.space().http_get(web, "/hello")?;
+        ensure!(status == 200);
+        Ok(node.flows(&["--type", "l7"])?.iter().any(|flow| flow.to_string().contains("/hello")))
+    })?;
+    for pod in [&shown, &plain] {
+        ensure!(ask(pod.space(), dns.address(true), By::Datagram, "web.test")? == Some((0, 1)));
+        ensure!(pod.space().http_get(web, &format!("/{}", pod.namespace()))?.0 == 200);
+        let echoed = pod.space().run(move || -> Result<Vec<u8>> {
+            let mut stream = TcpStream::connect(other)?;
+            stream.write_all(b"no HTTP at all\n")?;
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer)?;
+            Ok(answer)
+        })?;
+        ensure!(echoed == b"no HTTP at all\n", "{echoed:?}");
+    }
+    wait_for("questions to be shown", || {
+        let flows = node.flows(&["--type", "l7"])?;
+        Ok(flows.iter().any(|flow| flow["l7"]["dns"]["query"].to_string().contains("web.test")))
+    })?;
+    let flows = node.flows(&["--type", "l7"])?;
+    ensure!(flows.iter().any(|flow| flow.to_string().contains("/shown")));
+    ensure!(!flows.iter().any(|flow| flow.to_string().contains("/shop\"")), "nobody asked to see this");
+    ensure!(!flows.iter().any(|flow| flow["verdict"] == "DROPPED"), "{flows:?}");
+
+    // What a policy denies is denied, shown or not.
+    lab.manifests().apply(
+        "apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: none, namespace: shown}
+spec: {podSelector: {}, policyTypes: [Egress]}
+",
+    )?;
+    wait_for("the policy to be in force", || Ok(shown.space().http_get(web, "/denied").is_err()))
 }

@@ -72,6 +72,7 @@ impl Facts {
             identities: &self.identities,
             endpoints: &self.endpoints,
             audited: &Default::default(),
+            shown: &Default::default(),
             host: &Default::default(),
             addresses: &self.addresses,
             pod_cidrs: &self.pod_cidrs,

@@ -16,7 +16,7 @@ pub use field::{Field, FieldError, Result};
 pub use typed::Cidr;
 
 use super::kind::Kind;
-use crate::model::{Labels, Marks, ObjectKey};
+use crate::model::{Labels, Marks, ObjectKey, Visibility};
 
 /// Which object: kind, namespace and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -144,6 +144,11 @@ pub(super) fn marks(document: &Field, warnings: &mut Vec<FieldError>) -> Marks {
             _ => None,
         };
         marks.reject.is_some()
+    });
+    read("weir.dev/visibility", &mut |text| {
+        let read = Visibility::read(text);
+        marks.visibility = read.unwrap_or_default();
+        read.is_some()
     });
     read("kubernetes.io/egress-bandwidth", &mut |text| {
         marks.egress_bandwidth = bytes_per_second(text);

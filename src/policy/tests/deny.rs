@@ -255,6 +255,7 @@ fn a_difference_is_said_by_pair_and_ports() {
         addresses: &before.addresses,
         pod_cidrs: &before.pod_cidrs,
         heard: &before.heard,
+        shown: &before.shown,
     };
     let changes =
         super::super::diff::differences(&before.policies, &after.policies, &input, &Arc::default(), |id| {

@@ -57,6 +57,7 @@ pub struct Relay {
     /// When the head began that is not whole yet.
     head_began: Option<Instant>,
     is_server_told_end: bool,
+    is_client_told_end: bool,
     is_first: bool,
     /// The server is connected to before the client has spoken: it may be the server that speaks first.
     is_eager: bool,
@@ -155,6 +156,7 @@ impl Relay {
             moved: now,
             head_began: None,
             is_server_told_end: false,
+            is_client_told_end: false,
             is_first: true,
         }
     }
@@ -556,7 +558,13 @@ impl Relay {
     fn write_client(&mut self, cx: &mut Context<'_>) -> Result<bool, Cut> {
         let Some(client) = &mut self.client else { return Err(Cut) };
         if self.down.waiting() == 0 {
-            return Ok(false);
+            let is_half = matches!(self.answer, Answers::Tunnel) && self.down.is_ended;
+            let is_news = is_half && !std::mem::replace(&mut self.is_client_told_end, is_half);
+            if is_news {
+                // The client may wait for the end. Nothing is buffered in the stream itself, so this does not wait.
+                let _ = Pin::new(client).poll_shutdown(cx);
+            }
+            return Ok(is_news);
         }
         match self.down.poll_write(client, cx) {
             Poll::Ready(written) => written.map(|_| true).map_err(Cut::from),

@@ -188,6 +188,7 @@ impl World {
             identities: &self.identities,
             endpoints: &self.endpoints,
             audited: &Default::default(),
+            shown: &Default::default(),
             heard: &Default::default(),
             host: &Default::default(),
             addresses: &self.addresses,
