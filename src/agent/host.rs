@@ -260,6 +260,8 @@ mod tests {
                 host: &found.labels,
                 addresses: &Snapshot::from_iter([address("192.0.2.2", IdentityId::REMOTE_NODE, kind)]),
                 pod_cidrs: &[],
+                heard: &crate::policy::Heard::new(),
+                shown: &std::collections::BTreeMap::new(),
             })
             .expect("numbers are left");
         let (world, other, server) = ("203.0.113.7", "192.0.2.2", "198.51.100.9");
