@@ -118,7 +118,7 @@ mod tests {
             Claim { order: Order::default_of(Tier::Namespaced), ..claim(Match::ANY, Action::Deny, None) };
         let shown =
             Claim { order: Order::default_of(Tier::Baseline), ..claim(WEB, Action::Pass, http("HEAD")) };
-        let all = |claims: &[&Claim]| on_web(&claims.iter().map(|it| Claim::clone(it)).collect::<Vec<_>>());
+        let all = |claims: &[&Claim]| on_web(&claims.iter().copied().cloned().collect::<Vec<Claim>>());
         let only_shown = (Action::Allow, Some((vec!["HEAD".into()], true)));
         assert_eq!(all(&[&shown]), only_shown, "without a policy");
         assert_eq!(all(&[&default, &shown]), (Action::Deny, None));
