@@ -203,6 +203,13 @@ struct udphdr {
 	__sum16 check;
 };
 
+struct sctphdr {
+	__be16 source;
+	__be16 destination;
+	__be32 tag;
+	__u32 checksum;
+};
+
 /* RFC 7348, 5. */
 struct vxlanhdr {
 	__be32 flags;

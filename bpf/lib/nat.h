@@ -28,6 +28,7 @@ static __always_inline bool nat_has_port(const struct packet *packet)
 	switch (packet->protocol) {
 	case IPPROTO_TCP:
 	case IPPROTO_UDP:
+	case IPPROTO_SCTP:
 	case IPPROTO_ICMP:
 	case IPPROTO_ICMPV6:
 		return true;

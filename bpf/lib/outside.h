@@ -221,18 +221,6 @@ __weak __noinline int outside_keep(struct packet *packet, __u32 flags)
 	return connection_insert(&room->service_key, chosen, false);
 }
 
-/* SCTP's checksum cannot be mended: the flow keeps the client's port, or has
- * none. */
-static __always_inline int outside_find_port(struct __sk_buff *ctx,
-					     struct nat_mapping *to)
-{
-	if (to->out.protocol == IPPROTO_SCTP)
-		return nat_take_port(ctx, bpf_ntohs(to->pod.port))
-			       ? 0
-			       : -DROP_NO_NAT_MAPPING;
-	return nat_find_port(ctx, to);
-}
-
 /* A new flow to a backend elsewhere: finds its port. 0 or a drop. */
 __weak __noinline int outside_begin(struct __sk_buff *ctx,
 				    struct packet *packet,
@@ -245,7 +233,7 @@ __weak __noinline int outside_begin(struct __sk_buff *ctx,
 	if (!packet || !room || !node)
 		return -DROP_NO_NAT_MAPPING;
 	outside_mapping(packet, node, now, &room->mapping);
-	ret = outside_find_port(ctx, &room->mapping);
+	ret = nat_find_port(ctx, &room->mapping);
 	if (ret)
 		return ret;
 	packet->own_port = packet->source_port;

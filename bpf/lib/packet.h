@@ -162,6 +162,27 @@ static __always_inline __u32 packet_sequence(struct __sk_buff *ctx,
 	return bpf_ntohl(sequence);
 }
 
+/* Of the IP packet: the frame may be padded. */
+static __always_inline __u32 packet_ip_length(struct __sk_buff *ctx,
+					      const struct packet *packet)
+{
+	__be16 length = 0;
+
+	if (packet->flags & PACKET_IPV6) {
+		bpf_skb_load_bytes(ctx,
+				   ETHERNET_LENGTH +
+					   __builtin_offsetof(struct ipv6hdr,
+							      payload_length),
+				   &length, 2);
+		return bpf_ntohs(length) + sizeof(struct ipv6hdr);
+	}
+	bpf_skb_load_bytes(ctx,
+			   ETHERNET_LENGTH + __builtin_offsetof(struct iphdr,
+								total_length),
+			   &length, 2);
+	return bpf_ntohs(length);
+}
+
 /* True if a TCP segment carries anything; short frames have padding behind. */
 static __always_inline bool packet_has_payload(struct __sk_buff *ctx,
 					       const struct packet *packet)

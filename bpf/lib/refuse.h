@@ -70,27 +70,6 @@ static __always_inline int refuse_write_ip(struct __sk_buff *ctx,
 	return bpf_skb_store_bytes(ctx, ETHERNET_LENGTH, &ip, sizeof(ip), 0);
 }
 
-/* Of the IP packet: the frame may be padded. */
-static __always_inline __u32 refuse_ip_length(struct __sk_buff *ctx,
-					      const struct packet *packet)
-{
-	__be16 length = 0;
-
-	if (packet->flags & PACKET_IPV6) {
-		bpf_skb_load_bytes(ctx,
-				   ETHERNET_LENGTH +
-					   __builtin_offsetof(struct ipv6hdr,
-							      payload_length),
-				   &length, 2);
-		return bpf_ntohs(length) + sizeof(struct ipv6hdr);
-	}
-	bpf_skb_load_bytes(ctx,
-			   ETHERNET_LENGTH + __builtin_offsetof(struct iphdr,
-								total_length),
-			   &length, 2);
-	return bpf_ntohs(length);
-}
-
 /* RFC 9293, 3.10.7.1: the answer to a segment for no connection. */
 static __always_inline int refuse_with_reset(struct __sk_buff *ctx,
 					     const struct packet *packet)
@@ -107,7 +86,7 @@ static __always_inline int refuse_with_reset(struct __sk_buff *ctx,
 		answer.sequence = tcp.acknowledgment;
 		answer.flags = TCP_RST;
 	} else {
-		length = refuse_ip_length(ctx, packet) -
+		length = packet_ip_length(ctx, packet) -
 			 (packet->l4_offset - ETHERNET_LENGTH) -
 			 (tcp.offset >> 4) * 4;
 		if (tcp.flags & (TCP_SYN | TCP_FIN))

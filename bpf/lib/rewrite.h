@@ -6,7 +6,7 @@
  */
 #pragma once
 
-#include "packet.h"
+#include "sctp.h"
 
 enum rewrite_end {
 	REWRITE_SOURCE = 0,
@@ -88,8 +88,7 @@ static __always_inline int rewrite_address(struct __sk_buff *ctx,
 	return 0;
 }
 
-/* The identifier of an ICMP query is the asker's port. A port that a checksum
- * covers which cannot be mended (SCTP's) is not changed: a drop. */
+/* The identifier of an ICMP query is the asker's port. 0 or a drop. */
 static __always_inline int rewrite_port(struct __sk_buff *ctx,
 					const struct packet *packet, __be16 to,
 					__u32 end)
@@ -110,6 +109,12 @@ static __always_inline int rewrite_port(struct __sk_buff *ctx,
 		return -DROP_WRITE_ERROR;
 	if (old == to)
 		return 0;
+	if (packet->protocol == IPPROTO_SCTP)
+		return sctp_mend(ctx, packet, end ? 2 : 0, old ^ to) ||
+				       bpf_skb_store_bytes(ctx, offset, &to, 2,
+							   0)
+			       ? -DROP_WRITE_ERROR
+			       : 0;
 	if (!checksum || bpf_skb_store_bytes(ctx, offset, &to, 2, 0) ||
 	    bpf_l4_csum_replace(ctx, checksum, old, to, mangled | 2))
 		return -DROP_WRITE_ERROR;

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use anyhow::{Result, ensure};
 use weir::datapath::abi::{Slot, SlotKey};
 
-use super::frame::{ACK, FIN, Layer4, Packet, RST, SYN, tcp, udp};
+use super::frame::{ACK, FIN, Packet, RST, SYN, sctp, tcp, udp};
 use super::services::{becomes, destination_of};
 use super::world::{INGRESS, REDIRECT, SHOT, World, in_both_families};
 use crate::require::require_lab;
@@ -94,28 +94,28 @@ fn a_row_of_another_service_is_no_backend() -> Result<()> {
     })
 }
 
-/// An SCTP packet of 16 bytes: ports, tag, checksum, some of a chunk.
-fn sctp(source: (IpAddr, u16), destination: (IpAddr, u16)) -> Packet {
-    let ports = [source.1.to_be_bytes(), destination.1.to_be_bytes()].concat();
-    let payload = [&ports[..], &[1, 2, 3, 4, 0xde, 0xad, 0xbe, 0xef, 0, 3, 0, 4]].concat();
-    Packet::new(source.0, destination.0, Layer4::Other(132)).payload(&payload)
-}
-
 #[test]
-fn a_port_that_a_checksum_forbids_to_change_is_refused() -> Result<()> {
+fn sctps_checksum_follows_its_ports() -> Result<()> {
     require_lab!();
     in_both_families(|world, cast| {
         let (client, service) = ((cast.a, 40000), (cast.service, 80));
         world.enforce(2, &[INGRESS])?;
         world.allow(2, INGRESS, 301, (0, 0))?;
-        world.service((cast.service, 80, 132), 500, 1, &[(cast.b, 8080)])?;
-        let outcome = world.send("from_pod", &sctp(client, service).by(1))?;
-        ensure!(outcome.action == SHOT && outcome.counted[0].0 == 141, "{outcome:?}");
-        // The address alone may be another one: the checksum does not cover it.
-        world.service((cast.service, 80, 132), 500, 2, &[(cast.b, 80)])?;
+        for (generation, port) in [(1, 8080), (2, 80)] {
+            let backend = (cast.b, port);
+            world.service((cast.service, 80, 132), 500, generation, &[backend])?;
+            world.forget_flows()?;
+            for chunk in [&b""[..], b"data", &[7; 777]] {
+                becomes(world, &sctp(client, service, chunk).by(1), &sctp(client, backend, chunk))?;
+                becomes(world, &sctp(backend, client, chunk).by(2), &sctp(service, client, chunk))?;
+            }
+        }
+        // Of the first of several fragments nobody knows where the packet ends.
+        world.service((cast.service, 80, 132), 500, 3, &[(cast.b, 8080)])?;
         world.forget_flows()?;
-        becomes(world, &sctp(client, service).by(1), &sctp(client, (cast.b, 80)))?;
-        becomes(world, &sctp((cast.b, 80), client).by(2), &sctp(service, client))?;
+        let first = sctp(client, service, &[7; 12]).by(1).fragment(5, 0, true);
+        let outcome = world.send("from_pod", &first)?;
+        ensure!(outcome.action == SHOT && outcome.counted[0].0 == 141, "{outcome:?}");
         Ok(())
     })
 }

@@ -75,6 +75,17 @@ pub fn udp(source: (IpAddr, u16), destination: (IpAddr, u16)) -> Packet {
         .payload(b"forty-two bytes of payload for a datagram.")
 }
 
+/// An SCTP packet with some bytes of chunks, and its checksum.
+pub fn sctp(source: (IpAddr, u16), destination: (IpAddr, u16), chunks: &[u8]) -> Packet {
+    let ports = [source.1.to_be_bytes(), destination.1.to_be_bytes()].concat();
+    let mut payload = [&ports[..], &[1, 2, 3, 4, 0, 0, 0, 0], chunks].concat();
+    let sum = payload.iter().fold(u32::MAX, |sum, byte| {
+        (0..8).fold(sum ^ u32::from(*byte), |sum, _| sum >> 1 ^ (0x82f6_3b78 & (sum & 1).wrapping_neg()))
+    });
+    payload[8..12].copy_from_slice(&(!sum).to_le_bytes());
+    Packet::new(source.0, destination.0, Layer4::Other(132)).payload(&payload)
+}
+
 /// An ICMP message of the addresses' family.
 pub fn icmp(source: IpAddr, destination: IpAddr, kind: u8, code: u8) -> Packet {
     Packet::new(source, destination, Layer4::Icmp { kind, code, rest: [0; 4] })

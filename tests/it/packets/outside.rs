@@ -11,7 +11,7 @@ use weir::datapath::abi::{
 use weir::datapath::maglev;
 use weir::datapath::types::{maglev_size, service_algorithm, service_flags};
 
-use super::frame::{ACK, FIN, Layer4, Packet, RST, SYN, passed_on, quoting, tcp, udp, unreachable};
+use super::frame::{ACK, FIN, Layer4, Packet, RST, SYN, passed_on, quoting, sctp, tcp, udp, unreachable};
 use super::network::{change_route, connect as connect_network, ip};
 use super::services::destination_of;
 use super::world::{
@@ -113,6 +113,27 @@ fn a_backend_elsewhere_is_reached_from_the_nodes_address_and_answers_the_client(
         world.change_mappings(|row| row.last_seen_jiffies -= 1_000_000)?;
         let (report, _) = world.collect_garbage()?;
         assert_eq!((report.connections, report.nat), (2, 2));
+        Ok(())
+    })
+}
+
+#[test]
+fn sctp_reaches_a_backend_elsewhere_by_a_port_of_its_own() -> Result<()> {
+    require_lab!();
+    both_ways(|world, cast, is_native| {
+        let (client, frontend, backend) = ((cast.world, 40000), (cast.node, PORT), (cast.remote, 8080));
+        world.outside((cast.node, PORT, 132), 132, 1, &[backend])?;
+        for chunk in [&b"init"[..], b"a longer chunk"] {
+            let packet = sctp(client, frontend, chunk);
+            let outcome = world.send("from_network", &packet)?;
+            let offset = if cast.a.is_ipv4() { 34 } else { 54 };
+            let port = u16::from_be_bytes([outcome.frame[offset], outcome.frame[offset + 1]]);
+            ensure!((20000..=20003).contains(&port), "port {port}: {outcome:?}");
+            is_expected(&outcome, &packet, &sctp((cast.node, port), backend, chunk))?;
+            let packet = sctp(backend, (cast.node, port), chunk);
+            let outcome = answer(world, &cast, is_native, &packet)?;
+            is_expected(&outcome, &packet, &sctp(frontend, client, chunk))?;
+        }
         Ok(())
     })
 }
