@@ -192,7 +192,8 @@ static __always_inline int fast_from_pod(struct __sk_buff *ctx,
 	if (!settings.tunnel_ifindex &&
 	    connection->route[side ^ 1] == ROUTE_NODE) {
 		if (connection->endpoint[side ^ 1] ||
-		    !fast_is_recent(connection))
+		    /* Its segments may have to get smaller (mss.h). */
+		    tuple.tcp_flags & TCP_SYN || !fast_is_recent(connection))
 			return FAST_OTHER_WAY;
 		action = fast_leave(ctx, fast, &tuple);
 		if (action < 0)

@@ -7,6 +7,7 @@
 
 #include "egress.h"
 #include "endpoint.h"
+#include "mss.h"
 #include "proxy.h"
 #include "rewrite.h"
 #include "tunnel.h"
@@ -185,6 +186,9 @@ __weak __noinline int forward_to_node(struct __sk_buff *ctx,
 
 	if (!packet)
 		return -DROP_UNROUTABLE_IP;
+	ret = mss_clamp(ctx, packet);
+	if (ret)
+		return ret;
 	if (!settings.tunnel_ifindex && !(packet->flags & PACKET_BY_GATEWAY))
 		return forward_by_route(ctx, packet);
 	node = forward_node(packet);

@@ -19,6 +19,7 @@ use super::policy_diff;
 use super::ports::Ports;
 use super::proxy::Counters;
 use super::rounds::Current;
+use super::sinks::few;
 use crate::api::answers::{
     AnnouncedRow, BackendPlace, BrokenRow, EncryptionAnswer, EncryptionDevice, EncryptionPeerRow,
     EndpointRow, FeatureRow, IdentityRow, KindRow, NameAddress, NameRow, NodeRow, PolicyRow, ServiceRow,
@@ -74,6 +75,8 @@ struct Loaded {
     rule_sets: RuleSets,
     ports: Ports,
     encryption: Option<Arc<Device>>,
+    /// Of the way to other nodes' pods.
+    mtu: u32,
 }
 
 impl Known {
@@ -116,9 +119,10 @@ impl Known {
         policies: &PolicyWriter,
         ports: Ports,
         encryption: Option<Arc<Device>>,
+        mtu: u32,
     ) {
         let (rule_origins, rule_sets) = (policies.rule_origins(), policies.rule_sets());
-        let loaded = Loaded { datapath: datapath.clone(), rule_origins, rule_sets, ports, encryption };
+        let loaded = Loaded { datapath: datapath.clone(), rule_origins, rule_sets, ports, encryption, mtu };
         let encrypts = loaded.encryption.is_some();
         if self.loaded.set(loaded).is_ok() {
             self.telemetry.show_kernel(datapath);
@@ -309,6 +313,28 @@ impl Known {
         peers.into_iter().filter_map(|peer| Some((peer.node, peer.state?))).collect()
     }
 
+    /// The MTU of the way to other nodes' pods, and the pods that are older than it.
+    fn mtu_text(&self, mtu: u32) -> String {
+        let links = match netlink::links() {
+            Ok(links) => links,
+            Err(error) => return format!("{mtu}; those of the pods are not known: {error}"),
+        };
+        let mtus: BTreeMap<u32, u32> = links.iter().map(|link| (link.index, link.mtu)).collect();
+        let endpoints = self.endpoints.snapshot();
+        let wider = endpoints.values().filter_map(|endpoint| {
+            let own = mtus.get(&endpoint.host_ifindex).filter(|own| **own > mtu)?;
+            Some(format!("{} ({own})", endpoint.pod))
+        });
+        let wider: Vec<String> = wider.collect();
+        match wider.is_empty() {
+            true => mtu.to_string(),
+            false => format!(
+                "{mtu}, less than that of {}: their TCP is told, other packets that are too long are cut on the way",
+                few(&wider)
+            ),
+        }
+    }
+
     fn features(&self) -> Vec<FeatureRow> {
         let args = &self.config.args;
         let mut rows = vec![("routing", format!("{:?}", args.network.routing).to_lowercase())];
@@ -318,6 +344,7 @@ impl Known {
             let ended_by = if features.has_socket_destroy { "iterator" } else { "sock_diag" };
             rows.push(("limits of a pod", limits_text(&loaded.datapath)));
             rows.push(("stale sockets ended by", ended_by.to_owned()));
+            rows.push(("mtu", self.mtu_text(loaded.mtu)));
             if args.network.routing == Routing::Tunnel {
                 let way = match loaded.datapath.allows_past_stack() {
                     Ok(true) if args.network.tunnel_direct => "direct".to_owned(),

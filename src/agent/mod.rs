@@ -244,7 +244,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     // Before policies are counted for the first time, or one that comes in between would be missed.
     let ipsec = ipsec::follow();
     let encryption = devices.encryption.clone();
-    known.loaded(datapath.clone(), &writers.policies, ports, encryption);
+    known.loaded(datapath.clone(), &writers.policies, ports, encryption, devices.mtu);
 
     let events = KernelEvents::open(datapath.clone()).context("opening the ring buffer of events")?;
     flow::reader::start(events, known.recorder.clone(), names, stopping.clone())
@@ -471,6 +471,7 @@ fn options(config: &Config, devices: &Devices, ports: &Ports, secret: [u64; 2]) 
             gateway_ifindex: devices.vxlan,
             encrypt_ifindex: devices.encryption.as_ref().map(|device| device.ifindex()),
             encrypt_strict: args.encryption.encryption_strict,
+            path_mtu: devices.mtu,
             wait_ifindex: devices.wait.map(|[given, _]| given),
             tunnel_port: args.network.tunnel_port,
             flow_report: args.flows.report_every(),

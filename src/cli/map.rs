@@ -98,6 +98,7 @@ pub fn verify(args: &VerifyArgs) -> Result<(), Failure> {
         tunnel_ifindex: Some(1),
         wait_ifindex: Some(1),
         encrypt_ifindex: Some(1),
+        path_mtu: 1400,
         ..Settings::default()
     };
     let programs = datapath::verify(&settings)?;

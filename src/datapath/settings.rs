@@ -112,6 +112,8 @@ pub struct Settings {
     pub encrypt_ifindex: Option<u32>,
     /// Drop what comes in plain and has to be encrypted.
     pub encrypt_strict: bool,
+    /// What fits the way to other nodes' pods, in bytes: TCP offers no more; 0: what the pods offer.
+    pub path_mtu: u32,
     /// Where fragments wait for the first one of their packet; without it they are dropped.
     pub wait_ifindex: Option<u32>,
     /// The bits of `skb->mark` that are Weir's: adjacent, at least three.
@@ -150,6 +152,7 @@ impl Default for Settings {
             wait_ifindex: None,
             encrypt_ifindex: None,
             encrypt_strict: true,
+            path_mtu: 0,
             mark_mask: MARK_MASK,
             quotas: Quotas::default(),
             maglev_size: super::maglev::TABLE_SIZE,
@@ -177,6 +180,7 @@ impl Settings {
             other_timeout_seconds: seconds(self.other_timeout),
             mark_mask: self.mark_mask,
             encrypt_ifindex: self.encrypt_ifindex.unwrap_or(0),
+            path_mtu: self.path_mtu,
             wait_ifindex: self.wait_ifindex.unwrap_or(0),
             quota_limit: limits.of_one,
             quota_capacity: limits.of_all,
@@ -194,6 +198,7 @@ impl Settings {
             socket_lb: self.socket_lb.into(),
             tunnel_direct: self.tunnel_direct.into(),
             encrypt_strict: self.encrypt_strict.into(),
+            pad: [0; 4],
         }
     }
 }

@@ -1,10 +1,11 @@
 //! What goes between nodes is encrypted, through every accident; the wire is looked at all the while.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::Pid;
 use weir::encryption::protocol::{Client, Request, SideState};
 
@@ -202,4 +203,47 @@ fn a_node_that_comes_anew_under_its_name_has_another_key() -> Result<()> {
     stream.stop()?;
     expect_full_mesh(&[&a, &b])?;
     wall.check().map(drop)
+}
+
+/// How large segments a new connection sends.
+fn segment(from: &Pod, to: &Pod, is_ipv4: bool) -> Result<u32> {
+    let target = SocketAddr::new(to.address(is_ipv4), 80);
+    from.space().run(move || Ok(getsockopt(&TcpStream::connect(target)?, sockopt::TcpMaxSeg)?))
+}
+
+#[test]
+fn segments_of_pods_that_are_older_than_encryption_fit() -> Result<()> {
+    require_lab!();
+    for (routing, mtu, before) in [("tunnel", 1390, 1450), ("native", 1440, 1500)] {
+        let lab = Lab::start(Setup { agent_arguments: vec![], ..setup(routing) })?;
+        let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(2, "shop/b").create()?);
+        let c = lab.pod(1, "shop/c").create()?;
+        expect_full_mesh(&[&a, &b])?;
+        // Without an option of TCP's own, which is 12 bytes of each segment.
+        let fits = |mtu: u32, is_ipv4: bool| mtu - if is_ipv4 { 40 } else { 60 };
+        for is_ipv4 in [true, false] {
+            ensure!(segment(&a, &b, is_ipv4)? > fits(mtu, is_ipv4), "{routing}: small without encryption");
+        }
+        for node in lab.nodes() {
+            node.stop_agent()?;
+        }
+        for node in lab.nodes() {
+            node.start_agent_with(&["--encryption", "wireguard", "--wireguard-device", "user"])?;
+        }
+        for node in lab.nodes() {
+            node.wait_ready()?;
+        }
+        expect_full_mesh(&[&a, &b])?;
+        for (from, to) in [(&a, &b), (&b, &a)] {
+            for is_ipv4 in [true, false] {
+                let segment = segment(from, to, is_ipv4)?;
+                ensure!(segment <= fits(mtu, is_ipv4), "{routing}: segments of {segment} bytes, MTU {mtu}");
+            }
+        }
+        let on_one_node = segment(&a, &c, true)?;
+        ensure!(on_one_node > fits(mtu, true), "{routing}: {on_one_node} bytes on one node");
+        let status = lab.node(1).weir(&["status"])?;
+        ensure!(status.contains(&format!("shop/a ({before})")), "{status}");
+    }
+    Ok(())
 }
