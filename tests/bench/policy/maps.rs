@@ -205,6 +205,7 @@ fn entries(world: &World, output: &Output) -> BTreeMap<EndpointId, EndpointEntry
             enforces_egress: false,
             refuses_strangers: false,
             rejects: false,
+            has_gateway: false,
         };
         (*id, entry)
     };
