@@ -55,8 +55,8 @@ pub struct ServiceArgs {
     pub announce: bool,
 
     /// An agent that is asked to stop gives the addresses that it answers for to another node at once. If false,
-    /// its node goes on for two thirds of the time below, so that a new agent may come in place.
-    #[arg(long, env = "WEIR_ANNOUNCE_HAND_OVER", action = ArgAction::Set, default_value_t = true)]
+    /// its node goes on for two thirds of the time below: a new agent comes in place, and no connection moves.
+    #[arg(long, env = "WEIR_ANNOUNCE_HAND_OVER", action = ArgAction::Set, default_value_t = false)]
     pub announce_hand_over: bool,
 
     /// A node that is silent for so long loses the addresses that it answers for to another node.

@@ -23,7 +23,11 @@ struct World {
 
 impl World {
     fn start(lease_seconds: &str) -> Result<Self> {
-        let agent_arguments = ["--announce-lease-seconds", lease_seconds].map(str::to_owned).into();
+        Self::start_with(&["--announce-lease-seconds", lease_seconds])
+    }
+
+    fn start_with(arguments: &[&str]) -> Result<Self> {
+        let agent_arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         let lab = Lab::start(Setup { nodes: 2, agent_arguments, ..Setup::default() })?;
         let pods =
             [1, 2].map(|number| lab.pod(number, &format!("shop/web{number}")).label("app", "web").create());
@@ -178,7 +182,7 @@ fn a_leader_of_a_local_service_has_an_endpoint() -> Result<()> {
 fn a_leader_that_is_stopped_hands_over_and_waits_for_no_lease() -> Result<()> {
     require_lab!();
     // Longer than any test waits.
-    let world = World::start("120")?;
+    let world = World::start_with(&["--announce-lease-seconds", "120", "--announce-hand-over", "true"])?;
     let lab = &world.lab;
     world.serve("Cluster", &[&world.pods[0], &world.pods[1]])?;
     lab.manifests().apply(POOL)?;
