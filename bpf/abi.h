@@ -586,7 +586,7 @@ struct fragment {
 	__u8 protocol;
 	__u8 asks;    /* ICMP: it has PACKET_ASKS */
 	__u8 answers; /* ICMP: it has PACKET_ANSWERS */
-	__u8 pad;
+	__u8 icmp_type; /* connections are kept by the type that asks */
 	__u64 check; /* of all before it: two CPUs may write a row at once; 0: empty */
 };
 _Static_assert(sizeof(struct fragment) == 64, "fragment");

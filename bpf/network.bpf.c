@@ -341,8 +341,13 @@ network_must_masquerade(struct packet *packet, const struct egress_rule *rule)
 	if (to.flags & (ADDRESS_POD | ADDRESS_INTERNAL))
 		return settings.tunnel_ifindex ? -DROP_NO_TUNNEL_ENDPOINT : 0;
 	/* Whatever way it came: never with another address. */
-	if (rule)
-		return flow_is_reply(packet) ? 0 : egress_may_leave(rule);
+	if (rule) {
+		if (flow_is_reply(packet))
+			return 0;
+		return packet_is_tunnel(packet)
+			       ? -DROP_ENCAPSULATION_PROHIBITED
+			       : egress_may_leave(rule);
+	}
 	if (!(packet->flags & PACKET_IPV6 ? settings.masquerade_ipv6
 					  : settings.masquerade_ipv4))
 		return 0;
@@ -366,6 +371,19 @@ static __always_inline bool network_is_forged(struct __sk_buff *ctx,
 static __always_inline int network_wall(struct __sk_buff *ctx)
 {
 	return settings.encrypt_ifindex ? encrypt_leave(ctx) : TC_ACT_OK;
+}
+
+/* The packet has another source than the rule about it says: that of a flow that
+ * is older than the rule. */
+static __always_inline bool network_differs(const struct packet *packet,
+					    const struct egress_rule *rule,
+					    const struct addr *node)
+{
+	const struct addr *with = rule ? egress_address(rule, node) : NULL;
+
+	/* A service's client hears from the service. */
+	return rule && packet->choice != CHOICE_ANSWER &&
+	       (!with || !addr_equal(&packet->source, with));
 }
 
 static __always_inline int network_leave(struct __sk_buff *ctx)
@@ -424,8 +442,8 @@ static __always_inline int network_leave(struct __sk_buff *ctx)
 	ret = parsed ? parsed : network_must_masquerade(packet, rule);
 	if (ret > 0 && packet->flags & PACKET_ICMP_ERROR) {
 		ret = icmp_translate(ctx, packet, DIRECTION_EGRESS);
-		/* Pods' addresses do not go out. */
-		if (!ret)
+		/* Pods' addresses do not go out, and no other than the rule's. */
+		if (!ret || (ret > 0 && network_differs(packet, rule, node)))
 			ret = -DROP_NO_NAT_MAPPING;
 	} else if (ret > 0) {
 		ret = nat_masquerade(ctx, packet, egress_address(rule, node),

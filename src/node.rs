@@ -153,7 +153,15 @@ impl Addresses {
     /// The addresses with what pods changed; `None` where more than pods did, or where an address
     /// that changed hands has, had or gets another claim: then all claims have to be weighed again.
     fn difference(&self, input: &Input<'_>) -> Option<Snapshot<IpAddr, BaseAddress>> {
-        if !self.nodes.ptr_eq(input.nodes)
+        // Whether a node is ready says nothing of addresses.
+        let is_alike = |item| match item {
+            DiffItem::Update { old: (_, old), new: (_, new) } => {
+                let (old, new): (&Arc<Node>, &Arc<Node>) = (old, new);
+                Node { is_unready: new.is_unready, ..Node::clone(old) } == **new
+            }
+            _ => false,
+        };
+        if !(self.nodes.ptr_eq(input.nodes) || self.nodes.diff(input.nodes).all(is_alike))
             || self.internal_addresses != input.internal_addresses
             || self.device_addresses != *input.device_addresses
         {

@@ -126,9 +126,13 @@ __weak __noinline int egress_receive(struct packet *packet)
 	if (!egress_is_outside(&packet->destination))
 		return 0;
 	pod = address_find(&packet->source);
-	/* Of a pod that nobody has told of yet the tunnel says the identity. */
-	if (pod ? !(pod->flags & ADDRESS_POD)
-		: packet->source_identity < IDENTITY_FIRST_CLUSTER)
+	/* Of a pod that nobody has told of yet the tunnel says the identity;
+	 * to_network knows pods by their rows alone. */
+	if (!pod)
+		return packet->source_identity < IDENTITY_FIRST_CLUSTER
+			       ? 0
+			       : -DROP_NO_EGRESS_GATEWAY;
+	if (!(pod->flags & ADDRESS_POD))
 		return 0;
 	rule = egress_find(packet);
 	ret = rule ? egress_may_leave(rule) : -DROP_NO_EGRESS_GATEWAY;
@@ -185,6 +189,24 @@ static __always_inline long egress_find_route(struct __sk_buff *ctx,
 			  &packet->destination, is_ipv6, fib);
 }
 
+/* To the stack, where its way is one with to_network on it: else the packet would
+ * leave with the pod's address. */
+static __noinline int egress_to_stack(struct __sk_buff *ctx,
+				      const struct packet *packet,
+				      struct bpf_fib_lookup *fib)
+{
+	__builtin_memset(fib, 0, sizeof(*fib));
+	fib->ifindex = ctx->ifindex;
+	/* Of a packet that is too long the kernel does not say the device. */
+	fib->tot_len = 1;
+	if (route_find(ctx, &packet->source, &packet->destination,
+		       packet->flags & PACKET_IPV6,
+		       fib) != BPF_FIB_LKUP_RET_SUCCESS ||
+	    !own_device_find(fib->ifindex))
+		return -DROP_NO_EGRESS_GATEWAY;
+	return leave_to_stack(ctx);
+}
+
 /*
  * From the gateway to the world, by a device where to_network gives the packet
  * its address: an action of tc, or a drop. What is too long, or at its last hop,
@@ -202,10 +224,10 @@ __weak __noinline int egress_leave(struct __sk_buff *ctx, struct packet *packet)
 	if (!rule || !(rule->flags & EGRESS_HERE))
 		return -DROP_NO_EGRESS_GATEWAY;
 	if (!node_allows_past_stack())
-		return leave_to_stack(ctx);
+		return egress_to_stack(ctx, packet, &fib);
 	ret = egress_find_route(ctx, packet, rule, &fib);
 	if (ret == BPF_FIB_LKUP_RET_FRAG_NEEDED)
-		return leave_to_stack(ctx);
+		return egress_to_stack(ctx, packet, &fib);
 	if (ret != BPF_FIB_LKUP_RET_SUCCESS)
 		return -DROP_FIB_LOOKUP_FAILED;
 	if (!own_device_find(fib.ifindex))

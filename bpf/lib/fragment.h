@@ -98,6 +98,7 @@ __weak __noinline int fragment_find_slow(struct packet *packet, __u32 way,
 	of->protocol = packet->protocol;
 	of->asks = packet->flags & PACKET_ASKS ? 1 : 0;
 	of->answers = packet->flags & PACKET_ANSWERS ? 1 : 0;
+	of->icmp_type = packet->icmp_type;
 	if (packet->flags & PACKET_FRAGMENT)
 		return 0;
 
@@ -114,6 +115,7 @@ __weak __noinline int fragment_find_slow(struct packet *packet, __u32 way,
 	packet->source_port = copy->source_port;
 	packet->destination_port = copy->destination_port;
 	packet->protocol = copy->protocol;
+	packet->icmp_type = copy->icmp_type;
 	packet->flags |= copy->asks ? PACKET_ASKS : 0;
 	packet->flags |= copy->answers ? PACKET_ANSWERS : 0;
 	return 0;

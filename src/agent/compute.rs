@@ -271,7 +271,12 @@ impl Compute {
     /// What `view` asks of the kernel.
     pub fn desired(&mut self, view: &View) -> Result<Desired, policy::Error> {
         self.learn_numbers(&view.identities, &view.to_claim);
-        let is_leaving = |name: &str| view.namespaces.get(name).is_some_and(|namespace| namespace.is_leaving);
+        let with_pods: BTreeSet<&str> = view.endpoints.values().map(|it| &*it.pod.namespace).collect();
+        let is_leaving = |name: &str| match view.namespaces.get(name) {
+            Some(namespace) => namespace.is_leaving,
+            // Its pods end here after it. In a directory of manifests a namespace needs no document.
+            None => self.rules.awaits_namespaces && with_pods.contains(name),
+        };
         self.sources = view.policies.clone().kept_from(&self.sources, is_leaving);
         let policies = self.resolver.update(self.sources.clone(), view.references.clone());
         if !self.asked_by.0.ptr_eq(&policies) || !self.asked_by.1.ptr_eq(&view.egress) {
@@ -348,6 +353,7 @@ impl Compute {
             identities: &view.identities,
             endpoints: &endpoints,
             node_endpoints: &view.node_endpoints,
+            addresses: &owners.addresses,
             nodes: &view.nodes,
             devices: &view.devices,
             own_addresses: &view.local_addresses,

@@ -30,6 +30,8 @@ const LOOK_MAX: Duration = Duration::from_secs(1);
 const REPEATS: u8 = 3;
 /// An agent that stops waits so long for the API server to take its Leases back.
 const HAND_OVER_WITHIN: Duration = Duration::from_secs(3);
+/// Leases that are given back at a time.
+const HAND_OVER_AT_ONCE: usize = 16;
 
 /// Who answers for a Service's addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,14 +134,23 @@ impl Lead {
         if given.is_empty() {
             return Ok(());
         }
-        // Before another may.
-        self.led.retain(|name| !given.contains(name));
-        let devices = if self.led.is_empty() { Vec::new() } else { self.devices()? };
-        let rows = self.rows_of(&self.led, &devices);
-        self.writer.write(&rows).context("writing what this node answers for")?;
-        for name in &given {
-            let old = postings.services.get(name);
-            self.board.post(name, old, "").await.with_context(|| format!("the Lease of Service {name}"))?;
+        let devices = self.devices()?;
+        // What is not given in time is answered for as after a death.
+        for batch in given.chunks(HAND_OVER_AT_ONCE) {
+            // Before another may.
+            self.led.retain(|name| !batch.contains(name));
+            let rows = self.rows_of(&self.led, &devices);
+            self.writer.write(&rows).context("writing what this node answers for")?;
+            let posts = batch.iter().map(|name| self.board.post(name, postings.services.get(name), ""));
+            for (name, posted) in batch.iter().zip(futures::future::join_all(posts).await) {
+                if let Err(error) = posted {
+                    tracing::warn!(
+                        service = %name,
+                        error = crate::error::chain(&error),
+                        "handing the Lease over: it ends by itself"
+                    );
+                }
+            }
         }
         tracing::info!(services = given.len(), "another node may answer for the addresses of Services");
         Ok(())

@@ -37,6 +37,8 @@ use crate::telemetry::{ReadyGuard, Telemetry};
 const CLAIMED_WITHIN: Duration = Duration::from_secs(5);
 /// Without any change there is a round all the same: level, not edge.
 const IDLE_ROUND: Duration = Duration::from_secs(20);
+/// Rounds for names alone come at most so often: each makes the flows of all pods ask for their verdicts again.
+const HEARD_EVERY: Duration = Duration::from_millis(20);
 
 /// The part of the agent that works out what is desired.
 const COMPILING: &str = "compiling";
@@ -105,6 +107,7 @@ impl Rounds {
         let mut address_changes = self.local.addresses.subscribe();
         let mut device_changes = self.local.devices.subscribe();
         let mut heard_changes = self.learned.subscribe();
+        let mut heard_at = tokio::time::Instant::now();
         let mut proxy_known = self.layer7.1.known();
         self.write_early_until_synced().await;
         let tables = self.tables.clone();
@@ -139,7 +142,14 @@ impl Rounds {
                     changed = device_changes.changed() => if changed.is_err() { return } else { break },
                     changed = proxy_known.changed(), if is_first =>
                         if changed.is_err() { return } else { break },
-                    changed = heard_changes.changed() => if changed.is_err() { return } else { break },
+                    changed = heard_changes.changed() => {
+                        if changed.is_err() {
+                            return;
+                        }
+                        tokio::time::sleep_until(heard_at + HEARD_EVERY).await;
+                        heard_at = tokio::time::Instant::now();
+                        break;
+                    }
                     changed = ipsec.changed() => if changed.is_err() { return } else { break },
                     changed = host_decided.changed() => if changed.is_err() { return } else { break },
                     // This alone is no reason for a round: the sinks say when they want one.

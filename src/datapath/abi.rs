@@ -101,7 +101,7 @@ plain! {
     Ended { key, connection, check }
     NatKey { local, remote, local_port, remote_port, protocol, direction, pad }
     Nat { addr, service, last_seen_jiffies, port, service_port, tcp_flags, client_flags, is_answered, pad }
-    Fragment { source, destination, seen_jiffies, id, way, source_port, destination_port, protocol, asks, answers, pad, check }
+    Fragment { source, destination, seen_jiffies, id, way, source_port, destination_port, protocol, asks, answers, icmp_type, check }
     Metric { packets, bytes }
     NodeState { address_epoch, flags }
     EventCount { offered, lost, suppressed }

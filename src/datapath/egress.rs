@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use ipnet::IpNet;
 
 use super::abi::{EgressRule, EgressRuleKey, addr_of};
-use super::map::Bytes;
+use super::map::{Bytes, MapError};
 use super::mirror::Mirror;
 use super::types::egress_flags;
 use crate::model::{EgressExit, EgressRoute};
@@ -30,11 +30,30 @@ impl EgressWriter {
         Ok([("map egress_rules", self.rules.refresh()?)])
     }
 
-    /// Writes rows that differ; deletes none.
+    /// Writes rows that differ. Deletes none but, where the map is full, those of pods that have no rule any more.
     pub fn write(&mut self, rules: &EgressRules) -> Result<()> {
+        let mut has_made_room = false;
         for ((pod, destination), route) in rules {
-            let put = self.rules.put(key(*pod, *destination), row(*route));
+            let (key, row) = (key(*pod, *destination), row(*route));
+            let mut put = self.rules.put(key, row);
+            if matches!(put, Err(MapError::Full { .. })) && !has_made_room {
+                has_made_room = true;
+                self.forget_pods(rules)?;
+                put = self.rules.put(key, row);
+            }
             put.with_context(|| format!("writing the egress rule of {pod} for {destination}"))?;
+        }
+        Ok(())
+    }
+
+    /// Deletes the rows of pods of which nothing is desired: they are gone, or no policy selects them.
+    fn forget_pods(&mut self, rules: &EgressRules) -> Result<()> {
+        let pods: BTreeSet<_> = rules.keys().map(|(pod, _)| Bytes(addr_of(*pod))).collect();
+        let there = self.rules.rows().keys();
+        let gone: Vec<EgressRuleKey> =
+            there.filter(|key| !pods.contains(&Bytes(key.0.source))).map(|key| key.0).collect();
+        for key in gone {
+            self.rules.take(key)?;
         }
         Ok(())
     }

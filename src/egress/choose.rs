@@ -14,6 +14,13 @@ pub struct Candidate<'a> {
     hashes: [u64; 2],
 }
 
+impl Candidate<'_> {
+    /// True if the node has this name.
+    pub fn is(&self, node: &str) -> bool {
+        self.node.name == node
+    }
+}
+
 /// The ways out of a policy that are there: of each the first node by name that is ready.
 pub fn candidates<'a>(
     policy: &'a EgressPolicy,

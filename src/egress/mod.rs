@@ -15,8 +15,9 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::model::{
-    EgressExit, EgressGateway, EgressPods, EgressPolicy, EgressRoute, EgressRow, Endpoint, EndpointId,
-    IdentityId, IdentityLabels, NetworkDevice, Node, NodeEndpoints, ObjectKey,
+    AddressKind, BaseAddress, EgressExit, EgressGateway, EgressPods, EgressPolicy, EgressRoute, EgressRow,
+    Endpoint, EndpointId, IdentityId, IdentityLabels, NetworkDevice, Node, NodeEndpoints, ObjectKey,
+    PublishedEndpoint,
 };
 use crate::tables::Snapshot;
 
@@ -32,6 +33,8 @@ pub struct Input<'a> {
     pub endpoints: &'a BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>,
     /// What every node publishes; this node's own is not read.
     pub node_endpoints: &'a Snapshot<Arc<str>, Arc<NodeEndpoints>>,
+    /// Who has which address: what a node publishes counts where it was believed.
+    pub addresses: &'a Snapshot<IpAddr, BaseAddress>,
     /// Every node.
     pub nodes: &'a Snapshot<Arc<str>, Arc<Node>>,
     /// This node's devices that lead out.
@@ -60,6 +63,7 @@ pub struct Rules {
     identities: Snapshot<IdentityId, Arc<IdentityLabels>>,
     endpoints: BTreeMap<EndpointId, (Arc<Endpoint>, IdentityId)>,
     node_endpoints: Snapshot<Arc<str>, Arc<NodeEndpoints>>,
+    addresses: Snapshot<IpAddr, BaseAddress>,
     nodes: Snapshot<Arc<str>, Arc<Node>>,
     devices: Snapshot<u32, NetworkDevice>,
     own_addresses: Snapshot<IpAddr, ()>,
@@ -77,6 +81,7 @@ impl Rules {
                 identities: input.identities.clone(),
                 endpoints: input.endpoints.clone(),
                 node_endpoints: input.node_endpoints.clone(),
+                addresses: input.addresses.clone(),
                 nodes: input.nodes.clone(),
                 devices: input.devices.clone(),
                 own_addresses: input.own_addresses.clone(),
@@ -90,6 +95,7 @@ impl Rules {
         self.policies.ptr_eq(input.policies)
             && self.identities.ptr_eq(input.identities)
             && self.node_endpoints.ptr_eq(input.node_endpoints)
+            && self.addresses.ptr_eq(input.addresses)
             && self.nodes.ptr_eq(input.nodes)
             && self.devices.ptr_eq(input.devices)
             && self.own_addresses.ptr_eq(input.own_addresses)
@@ -136,24 +142,56 @@ pub fn rules(input: &Input<'_>) -> Output {
             input.add(&pod, &ways, &mut output);
         }
     }
-    let others = input.node_endpoints.iter().filter(|(name, _)| ***name != *input.this_node);
-    for (name, published) in others {
-        for endpoint in &published.endpoints {
-            let Some(labels) = input.identities.get(&endpoint.identity) else { continue };
-            let addresses = endpoint.addresses.iter().map(IpAddr::to_canonical).collect();
-            let pod = Pod { key: &endpoint.pod, node: name, labels, addresses };
-            let mut ways = input.ways(&pod, &gateways);
-            if ways.iter().any(|way| input.is_here(way)) {
-                // What goes elsewhere does not come here.
-                ways.iter_mut().filter(|way| !input.is_here(way)).for_each(|way| way.gateway = None);
-                input.add(&pod, &ways, &mut output);
-            }
-        }
-    }
+    input.add_others(&gateways, &mut output);
     output
 }
 
 impl Input<'_> {
+    /// Other nodes' pods whose gateway this node is.
+    fn add_others(&self, gateways: &[(&EgressPolicy, Vec<choose::Candidate<'_>>)], output: &mut Output) {
+        let is_here = |all: &[choose::Candidate<'_>]| all.iter().any(|it| it.is(self.this_node));
+        let here: Vec<&EgressPolicy> =
+            gateways.iter().filter(|(_, all)| is_here(all)).map(|(policy, _)| *policy).collect();
+        if here.is_empty() {
+            return;
+        }
+        // Most identities are selected by no policy; one look at the labels serves all their pods.
+        let mut meant: BTreeMap<IdentityId, bool> = BTreeMap::new();
+        let others = self.node_endpoints.iter().filter(|(name, _)| ***name != *self.this_node);
+        for (name, published) in others {
+            let Some(underlay) = self.nodes.get(name).and_then(|node| (self.underlay_of)(node)) else {
+                continue;
+            };
+            for endpoint in &published.endpoints {
+                let Some(labels) = self.identities.get(&endpoint.identity) else { continue };
+                let is_meant = meant.entry(endpoint.identity).or_insert_with(|| {
+                    here.iter().flat_map(|policy| &policy.pods).any(|pods| selects_labels(pods, labels))
+                });
+                let addresses = if *is_meant { self.believed(endpoint, underlay) } else { vec![] };
+                if addresses.is_empty() {
+                    continue;
+                }
+                let pod = Pod { key: &endpoint.pod, node: name, labels, addresses };
+                let mut ways = self.ways(&pod, gateways);
+                if ways.iter().any(|way| self.is_here(way)) {
+                    // What goes elsewhere does not come here.
+                    ways.iter_mut().filter(|way| !self.is_here(way)).for_each(|way| way.gateway = None);
+                    self.add(&pod, &ways, output);
+                }
+            }
+        }
+    }
+
+    /// A claim that was not believed has no rules either.
+    fn believed(&self, endpoint: &PublishedEndpoint, underlay: IpAddr) -> Vec<IpAddr> {
+        let is_its = |address: &IpAddr| {
+            self.addresses.get(address).is_some_and(|it| {
+                it.kind == AddressKind::Pod && it.node == Some(underlay) && it.identity == endpoint.identity
+            })
+        };
+        endpoint.addresses.iter().map(IpAddr::to_canonical).filter(is_its).collect()
+    }
+
     fn is_here(&self, way: &Way<'_>) -> bool {
         way.gateway.is_some_and(|(node, _)| node.name == self.this_node)
     }
@@ -172,11 +210,10 @@ impl Input<'_> {
 
     fn selects(&self, pods: &EgressPods, pod: &Pod<'_>) -> bool {
         let node_labels = self.nodes.get(pod.node).map(|node| &node.labels);
-        let is_on = pods.nodes.requirements.is_empty()
-            || node_labels.is_some_and(|labels| pods.nodes.matches(labels));
-        is_on
-            && pods.namespaces.matches(&pod.labels.namespace_labels)
-            && pods.pods.matches_by(|key| pod.labels.pod_label(key))
+        // A node that is not known yet may be one of them: the pod waits for the gateway then.
+        let is_on =
+            pods.nodes.requirements.is_empty() || node_labels.is_none_or(|labels| pods.nodes.matches(labels));
+        is_on && selects_labels(pods, pod.labels)
     }
 
     fn add(&self, pod: &Pod<'_>, ways: &[Way<'_>], output: &mut Output) {
@@ -252,6 +289,10 @@ impl Input<'_> {
     }
 }
 
+fn selects_labels(pods: &EgressPods, labels: &IdentityLabels) -> bool {
+    pods.namespaces.matches(&labels.namespace_labels) && pods.pods.matches_by(|key| labels.pod_label(key))
+}
+
 /// What each prefix that a policy names is for a pod: a way, or the ordinary one.
 fn prefixes<'a, 'b>(ways: &'b [Way<'a>], is_ipv4: bool) -> BTreeMap<IpNet, Option<&'b Way<'a>>> {
     let is_family = |prefix: &&IpNet| prefix.addr().is_ipv4() == is_ipv4;
@@ -267,15 +308,15 @@ fn everything(is_ipv4: bool) -> IpNet {
     IpNet::new_assert(address, 0)
 }
 
-/// Of the policies that are about the whole prefix the one with the longest destination.
+/// Of the policies that are about the whole prefix the one with the longest destination. In a policy the longest of
+/// destinations and exclusions counts, and of equal ones the exclusion, as upstream's rows do.
 fn decide<'a, 'b>(ways: &'b [Way<'a>], prefix: &IpNet, all: &IpNet) -> Option<&'b Way<'a>> {
+    let longest =
+        |cidrs: &[IpNet]| cidrs.iter().filter(|cidr| cidr.contains(prefix)).map(IpNet::prefix_len).max();
     let length = |way: &Way<'_>| {
-        if way.policy.excluded.iter().any(|excluded| excluded.contains(prefix)) {
-            return None;
-        }
-        let partial = way.policy.is_partial.then_some(all);
-        let covering = way.policy.destinations.iter().chain(partial).filter(|cidr| cidr.contains(prefix));
-        covering.map(IpNet::prefix_len).max()
+        let partial = way.policy.is_partial.then(|| all.prefix_len()).filter(|_| all.contains(prefix));
+        let named = longest(&way.policy.destinations).max(partial)?;
+        (longest(&way.policy.excluded) < Some(named)).then_some(named)
     };
     // The first of equal ones: `max_by_key` takes the last.
     let found = ways.iter().rev().filter_map(|way| Some((length(way)?, way)));

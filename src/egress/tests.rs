@@ -34,6 +34,8 @@ fn snapshot(nodes: &[Node]) -> Snapshot<Arc<str>, Arc<Node>> {
 struct World {
     policies: Vec<EgressPolicy>,
     nodes: Vec<Node>,
+    /// Addresses that node4 says pods of an identity have.
+    claims: Vec<(IpAddr, IdentityId)>,
 }
 
 impl World {
@@ -46,7 +48,11 @@ impl World {
             is_leaving: false,
             is_unready: false,
         };
-        Self { policies, nodes: vec![node(1, "worker"), node(2, "out"), node(3, "out"), node(4, "spare")] }
+        Self {
+            policies,
+            nodes: vec![node(1, "worker"), node(2, "out"), node(3, "out"), node(4, "spare")],
+            claims: vec![],
+        }
     }
 
     /// As node `number` sees it; the pod shop/web is on node1, and node2 has an address more.
@@ -89,6 +95,27 @@ impl World {
             internal_addresses: vec![],
             endpoints: published.into(),
         };
+        let believed = |pod: &PublishedEndpoint| {
+            let entry = BaseAddress {
+                identity: pod.identity,
+                node: Some([192, 0, 2, 1].into()),
+                endpoint: None,
+                kind: AddressKind::Pod,
+            };
+            pod.addresses.iter().map(|address| (*address, entry)).collect::<Vec<_>>()
+        };
+        let addresses = node_endpoints.endpoints.iter().flat_map(believed).collect();
+        let claim = |(address, identity): &(IpAddr, IdentityId)| PublishedEndpoint {
+            addresses: vec![*address],
+            ..pod("claimed", 9, identity.0)
+        };
+        let claimed = NodeEndpoints {
+            node: "node4".to_owned(),
+            internal_addresses: vec![],
+            endpoints: self.claims.iter().map(claim).collect(),
+        };
+        let published = [("node1", node_endpoints), ("node4", claimed)];
+        let published = published.map(|(name, of)| (Arc::from(name), Arc::new(of)));
         let own_addresses: Vec<IpAddr> = match number {
             2 => vec![[192, 0, 2, 2].into(), [198, 51, 100, 9].into()],
             _ => vec![[192, 0, 2, number].into()],
@@ -104,7 +131,8 @@ impl World {
             policies: &self.policies.iter().map(|it| (it.key.clone(), Arc::new(it.clone()))).collect(),
             identities: &identities.into_iter().collect(),
             endpoints: &if number == 1 { own } else { BTreeMap::new() },
-            node_endpoints: &[(Arc::from("node1"), Arc::new(node_endpoints))].into_iter().collect(),
+            node_endpoints: &published.into_iter().collect(),
+            addresses: &addresses,
             nodes: &snapshot(&self.nodes),
             devices: &[(3_u32, device)].into_iter().collect(),
             own_addresses: &own_addresses.iter().map(|address| (*address, ())).collect(),
@@ -224,4 +252,35 @@ fn a_gateway_that_goes_moves_its_own_pods_alone() {
     assert!(moved.map(|(before, _)| before).all(|before| before == "node4"));
     world.nodes[3].is_unready = false;
     assert_eq!(choices(&world), before);
+}
+
+#[test]
+fn a_node_that_claims_anothers_pod_changes_nothing_of_it() {
+    let of_db = EgressPolicy {
+        pods: vec![EgressPods { pods: is("app", "db"), ..EgressPods::default() }],
+        ..policy("b", "203.0.113.0/24", "203.0.113.7/32", vec![gateway("out", None)])
+    };
+    let of_web = policy("a", "203.0.113.0/24", "", vec![gateway("out", Some("198.51.100.9"))]);
+    let mut world = World::new(vec![of_web, of_db]);
+    let before = world.seen_by(2);
+    world.claims = vec![([10, 1, 1, 5].into(), IdentityId(301)), ([10, 9, 9, 9].into(), IdentityId(301))];
+    assert_eq!(world.seen_by(2), before);
+}
+
+#[test]
+fn the_longest_of_destinations_and_exclusions_counts() {
+    let gateways = || vec![gateway("out", Some("198.51.100.9"))];
+    let rules = |destinations: &str, excluded: &str| {
+        of_web(&World::new(vec![policy("a", destinations, excluded, gateways())]).seen_by(2))
+    };
+    let here = EgressRoute::Here(EgressExit::With(ip("198.51.100.9"), 3));
+    let texts = |rows: &[(&str, EgressRoute)]| {
+        rows.iter().map(|(prefix, route)| ((*prefix).to_owned(), *route)).collect::<BTreeMap<_, _>>()
+    };
+    let ordinary = EgressRoute::Ordinary;
+    assert_eq!(rules("10.1.2.0/24", "10.0.0.0/8"), texts(&[("10.0.0.0/8", ordinary), ("10.1.2.0/24", here)]));
+    assert_eq!(
+        rules("0.0.0.0/0 10.1.2.0/24", "10.0.0.0/8 10.1.2.0/24"),
+        texts(&[("0.0.0.0/0", here), ("10.0.0.0/8", ordinary), ("10.1.2.0/24", ordinary)])
+    );
 }

@@ -19,6 +19,8 @@ use crate::flow::{Clock, Event, Names, Record, Recorder, monotonic_ns};
 
 /// Flows that a reader gets without asking for a number.
 const DEFAULT_LAST: u64 = 20;
+/// The newest flows that a reader may ask for by number: they are collected before the first is sent.
+const LAST_MAX: u64 = 100_000;
 /// Records that are copied at once: 64 KiB.
 const CHUNK: usize = 512;
 /// Records that are read from disk at once: 512 KiB.
@@ -104,6 +106,8 @@ impl Wanted {
         let number = match request.number {
             _ if is_bounded => u64::MAX,
             0 if !request.follow => DEFAULT_LAST,
+            u64::MAX => u64::MAX,
+            number if !request.first => number.min(LAST_MAX),
             number => number,
         };
         let paths = request.field_mask.map(|mask| mask.paths).unwrap_or_default();

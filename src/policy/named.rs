@@ -3,7 +3,7 @@
 //! An answer counts only for the rules of the pod that asked. A pod that chooses its own answers so opens
 //! addresses to nobody but those that have its rule, and not to pods with other rules.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -20,6 +20,12 @@ pub type Heard = Snapshot<Told, Arc<[IpAddr]>>;
 /// The rules that name each address, sorted; addresses that no rule names are not here.
 pub type ByAddress = BTreeMap<IpAddr, Arc<[DnsRule]>>;
 
+/// Different sets of rules that addresses may have at once: each is an identity, with a row in many policies.
+const SETS_MAX: usize = 2048;
+/// Different sets that the answers to one pod may make, beside two for each of its rules. Whoever chooses the names
+/// that a pod is told could else make as many as there are sets.
+const SETS_OF_POD: usize = 256;
+
 /// Remembers its last answer, and works out differences.
 #[derive(Default)]
 pub struct Named {
@@ -28,6 +34,10 @@ pub struct Named {
     patterns: HashMap<DnsRule, NamePattern>,
     told: BTreeMap<IpAddr, BTreeSet<Told>>,
     by_address: ByAddress,
+    /// How many addresses have each set of rules.
+    uses: HashMap<Arc<[DnsRule]>, usize>,
+    /// The sets that the answers to each pod made.
+    made: HashMap<EndpointId, HashSet<Arc<[DnsRule]>>>,
 }
 
 impl Named {
@@ -66,6 +76,7 @@ impl Named {
         for rule in used {
             self.patterns.entry(rule.clone()).or_insert_with(|| rule.pattern());
         }
+        self.made.retain(|endpoint, _| rules.contains_key(endpoint));
         self.rules = Arc::new(rules);
         self.renew(self.told.keys().copied().collect())
     }
@@ -86,21 +97,56 @@ impl Named {
 
     /// True if the rules of an address are others now.
     fn renew_one(&mut self, address: IpAddr) -> bool {
-        let told = self.told.get(&address);
-        let rules: BTreeSet<&DnsRule> =
-            told.into_iter().flatten().flat_map(|told| self.naming(told)).collect();
+        let rules = self.rules_of(address);
         let known = self.by_address.get(&address);
-        if known.map_or(0, |known| known.len()) == rules.len()
-            && known.is_none_or(|known| known.iter().eq(rules.iter().copied()))
-        {
+        if known.map_or(rules.is_empty(), |known| *known == rules) {
             return false;
         }
-        let rules: Arc<[DnsRule]> = rules.into_iter().cloned().collect();
-        match rules.is_empty() {
+        let old = match rules.is_empty() {
             true => self.by_address.remove(&address),
-            false => self.by_address.insert(address, rules),
+            false => {
+                *self.uses.entry(rules.clone()).or_default() += 1;
+                self.by_address.insert(address, rules)
+            }
         };
+        if let Some(old) = old
+            && let Some(uses) = self.uses.get_mut(&old)
+        {
+            *uses -= 1;
+            if *uses == 0 {
+                self.uses.remove(&old);
+            }
+        }
         true
+    }
+
+    /// The rules that name an address. A pod whose answers have made too many sets makes no more: its answers do
+    /// not count for this address then, and those of others do.
+    fn rules_of(&mut self, address: IpAddr) -> Arc<[DnsRule]> {
+        let mut left_out = BTreeSet::new();
+        loop {
+            let (mut rules, mut who) = (BTreeSet::new(), BTreeSet::new());
+            let told = self.told.get(&address).into_iter().flatten();
+            for told in told.filter(|(endpoint, _)| !left_out.contains(endpoint)) {
+                for rule in self.naming(told) {
+                    rules.insert(rule);
+                    who.insert(told.0);
+                }
+            }
+            let set: Arc<[DnsRule]> = rules.into_iter().cloned().collect();
+            if set.is_empty() || self.uses.contains_key(&set) {
+                return set;
+            }
+            let made = |endpoint: &EndpointId| self.made.get(endpoint).map_or(0, HashSet::len);
+            let Some(payer) = who.into_iter().max_by_key(made) else { return Arc::default() };
+            let share = SETS_OF_POD + 2 * self.rules.get(&payer).map_or(0, |rules| rules.len());
+            let is_paid = self.made.get(&payer).is_some_and(|made| made.contains(&set));
+            if self.uses.len() < SETS_MAX && (is_paid || made(&payer) < share) {
+                self.made.entry(payer).or_default().insert(set.clone());
+                return set;
+            }
+            left_out.insert(payer);
+        }
     }
 
     /// The rules of a pod that mean a name.
@@ -159,5 +205,33 @@ mod tests {
         // A pod that loses its rule, or goes, opens nothing any more.
         assert_eq!(named.rule([(EndpointId(1), rules[&EndpointId(1)].clone())].into()).len(), 1);
         assert!(named.by_address().is_empty());
+    }
+
+    #[test]
+    fn a_pod_that_chooses_its_names_makes_its_share_of_sets_and_takes_no_others() {
+        let letters: Vec<char> = ('a'..='l').collect();
+        let rules: Arc<[DnsRule]> =
+            letters.iter().map(|letter| pattern(&format!("*{letter}*.test"))).collect();
+        let mut named = Named::default();
+        named.rule([(EndpointId(1), rules), (EndpointId(2), [pattern("*z*.test")].into())].into());
+        let row = |number: u32| {
+            let chosen = letters.iter().enumerate().filter(|(bit, _)| number >> bit & 1 == 1);
+            let name: String = chosen.map(|(_, letter)| *letter).collect();
+            (
+                (EndpointId(1), Arc::from(format!("{name}.test"))),
+                Arc::from([IpAddr::from(number.to_be_bytes())]),
+            )
+        };
+        let mut told: Heard = (1..4096).map(row).collect();
+        named.hear(&told);
+        let share = SETS_OF_POD + 2 * letters.len();
+        assert_eq!(named.by_address().len(), share);
+        told.insert((EndpointId(2), Arc::from("z.test")), Arc::from([ip("192.0.2.9")]));
+        assert_eq!(named.hear(&told), [ip("192.0.2.9")].into());
+        // What goes and comes again is no other set.
+        named.hear(&Heard::new());
+        assert!(named.by_address().is_empty());
+        named.hear(&told);
+        assert_eq!(named.by_address().len(), share + 1);
     }
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::rules::{Claim, Match, Order};
-use crate::model::l7::{DnsRule, HttpRule, KafkaRule, L7Rules};
+use crate::model::l7::{HttpRule, KafkaRule, L7Rules};
 use crate::model::{Action, IdentityLabels, IpProtocol, NamedPort, Origins, Tier, Visibility};
 
 /// The ports that are those of a protocol by convention.
@@ -59,7 +59,8 @@ pub fn claims(labels: Option<&IdentityLabels>, shown: Visibility) -> Vec<Claim> 
     let claim = |(spoken, protocol, port): (&str, IpProtocol, u16)| {
         let rules = match spoken {
             "http" | "grpc" => L7Rules::Http(vec![HttpRule::default()]),
-            "dns" => L7Rules::Dns(vec![DnsRule::MatchPattern("*".to_owned())]),
+            // No rule at all: any name, of which no answer counts for anybody's rules.
+            "dns" => L7Rules::Dns(Vec::new()),
             _ => L7Rules::Kafka(vec![KafkaRule::default()]),
         };
         let is_possible =

@@ -7,18 +7,21 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::model::EndpointId;
 use crate::model::l7::Names;
 
 /// How long an answer waits until the maps have its addresses; then it passes without.
 const WAIT: Duration = Duration::from_secs(2);
 /// How many answers may wait at once.
 const WAITING_MAX: usize = 4096;
+/// And of one pod: one that asks for much makes nobody else's answers pass unheard.
+const WAITING_OF_ONE: usize = 256;
 
 /// Announces addresses, and waits for the agent's word.
 #[derive(Debug)]
 pub struct Announcer {
     sender: mpsc::Sender<Names>,
-    waiting: Mutex<HashMap<u64, oneshot::Sender<()>>>,
+    waiting: Mutex<HashMap<u64, (Option<EndpointId>, oneshot::Sender<()>)>>,
     next: AtomicU64,
     is_heard: AtomicBool,
 }
@@ -55,10 +58,11 @@ impl Announcer {
         let (sender, acknowledged) = oneshot::channel();
         {
             let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-            if waiting.len() >= WAITING_MAX {
+            let of_one = waiting.values().filter(|(of, _)| *of == names.endpoint).count();
+            if waiting.len() >= WAITING_MAX || of_one >= WAITING_OF_ONE {
                 return false;
             }
-            waiting.insert(seq, sender);
+            waiting.insert(seq, (names.endpoint, sender));
         }
         let is_sent = self.sender.try_send(names).is_ok();
         let is_known = is_sent && matches!(tokio::time::timeout(WAIT, acknowledged).await, Ok(Ok(())));
@@ -69,7 +73,7 @@ impl Announcer {
     /// The agent has put the addresses of a message into the maps.
     pub fn acknowledge(&self, seq: u64) {
         let sender = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&seq);
-        if let Some(sender) = sender {
+        if let Some((_, sender)) = sender {
             // The answer may have been given up meanwhile.
             let _ = sender.send(());
         }

@@ -1,6 +1,6 @@
 //! `weir encryption status --cluster`: one line for each node, and what does not fit together.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 
 use anyhow::Result;
@@ -159,8 +159,9 @@ fn problems(node: &str, answer: &EncryptionAnswer, keys: &BTreeMap<&str, Option<
             },
         }
     }
+    let known: BTreeSet<&str> = answer.peers.iter().map(|peer| peer.node.as_str()).collect();
     for other in keys.iter().filter(|(other, key)| **other != node && key.is_some()).map(|(other, _)| other) {
-        if !answer.peers.iter().any(|peer| peer.node == *other) {
+        if !known.contains(other) {
             problems.push(format!("does not know {other}"));
         }
     }

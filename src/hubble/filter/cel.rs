@@ -80,6 +80,12 @@ impl Cel {
         if depth(&expression) > usize::from(DEPTH_MAX) {
             return Err(bad(format!("an expression's parts lie in each other {DEPTH_MAX} times at most")));
         }
+        if words.iter().filter(|word| **word == "matches").count() > PATTERNS_MAX {
+            return Err(bad(format!("an expression has {PATTERNS_MAX} patterns at most")));
+        }
+        if !is_bounded(&expression) {
+            return Err(bad("loops go over lists of the flow, and patterns are plain texts".to_owned()));
+        }
         let fields = fields(source);
         let unknown = |name: &&String| descriptor::<Flow>().get_field_by_name(name).is_none();
         if let Some(name) = fields.iter().flatten().find(unknown) {
@@ -113,20 +119,43 @@ fn depth(expression: &Expression) -> usize {
     let (mut open, mut most) = (vec![(expression, 1)], 0);
     while let Some((part, depth)) = open.pop() {
         most = most.max(depth);
-        let inner: Vec<&Expression> = match &part.expr {
-            Expr::Call(call) => call.target.as_deref().into_iter().chain(&call.args).collect(),
-            Expr::Comprehension(all) => {
-                vec![&all.iter_range, &all.accu_init, &all.loop_cond, &all.loop_step, &all.result]
-            }
-            Expr::List(list) => list.elements.iter().collect(),
-            Expr::Map(map) => map.entries.iter().flat_map(|entry| entry_parts(&entry.expr)).collect(),
-            Expr::Struct(of) => of.entries.iter().flat_map(|entry| entry_parts(&entry.expr)).collect(),
-            Expr::Select(select) => vec![&select.operand],
-            Expr::Unspecified | Expr::Ident(_) | Expr::Literal(_) => Vec::new(),
-        };
-        open.extend(inner.into_iter().map(|part| (part, depth + 1)));
+        open.extend(inner(part).into_iter().map(|part| (part, depth + 1)));
     }
     most
+}
+
+/// The parts of an expression.
+fn inner(part: &Expression) -> Vec<&Expression> {
+    match &part.expr {
+        Expr::Call(call) => call.target.as_deref().into_iter().chain(&call.args).collect(),
+        Expr::Comprehension(all) => {
+            vec![&all.iter_range, &all.accu_init, &all.loop_cond, &all.loop_step, &all.result]
+        }
+        Expr::List(list) => list.elements.iter().collect(),
+        Expr::Map(map) => map.entries.iter().flat_map(|entry| entry_parts(&entry.expr)).collect(),
+        Expr::Struct(of) => of.entries.iter().flat_map(|entry| entry_parts(&entry.expr)).collect(),
+        Expr::Select(select) => vec![&select.operand],
+        Expr::Unspecified | Expr::Ident(_) | Expr::Literal(_) => Vec::new(),
+    }
+}
+
+/// The flow says how long its lists are, not the expression; and a pattern is compiled once, not for each flow.
+fn is_bounded(expression: &Expression) -> bool {
+    let mut open = vec![expression];
+    while let Some(part) = open.pop() {
+        let is_fine = match &part.expr {
+            Expr::Comprehension(all) => matches!(all.iter_range.expr, Expr::Ident(_) | Expr::Select(_)),
+            Expr::Call(call) if call.func_name == "matches" => {
+                call.args.last().is_some_and(|pattern| matches!(pattern.expr, Expr::Literal(_)))
+            }
+            _ => true,
+        };
+        if !is_fine {
+            return false;
+        }
+        open.extend(inner(part));
+    }
+    true
 }
 
 fn entry_parts(entry: &EntryExpr) -> Vec<&Expression> {
@@ -286,6 +315,10 @@ mod tests {
             format!("{}true", "true?true:".repeat(20)),
             format!("_flow.source{}", ".source".repeat(30)),
             "[1].map(a, [2].map(b, [3].map(c, a + b + c)))".to_owned(),
+            // What a flow costs must not be what the expression says.
+            r"[1,2,3].exists(a, [4,5,6].exists(b, 'x'.matches(string(a) + string(b) + '\w{30}')))".to_owned(),
+            "_flow.source.pod_name.matches(_flow.source.namespace + '.*')".to_owned(),
+            (0..17).map(|n| format!("_flow.uuid.matches('{n}')")).collect::<Vec<_>>().join(" || "),
         ] {
             assert!(Cel::new(&source).is_err(), "{source}");
         }

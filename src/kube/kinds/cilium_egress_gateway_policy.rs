@@ -27,11 +27,17 @@ impl ObjectKind for CiliumEgressGatewayPolicy {
     };
     type Row = EgressPolicy;
 
-    /// Pods that cannot be told are an error. A destination that cannot be read is any, by no gateway; a gateway that
-    /// cannot be read is none.
+    /// A selector that cannot be read selects by what of it can, and then by no gateway; one of which nothing is left
+    /// selects nothing. A destination that cannot be read is any, by no gateway; a gateway that cannot be read is none.
     fn read(id: &ObjectId, document: &Field, notes: &mut Notes) -> Result<Option<EgressPolicy>> {
         let spec = document.get("spec")?;
-        let pods = items(&spec.get("selectors")?)?.iter().map(pods_of).collect::<Result<Vec<_>>>()?;
+        let selectors = spec.get("selectors").and_then(|list| items(&list));
+        let selectors = notes.read(selectors).unwrap_or_default();
+        let (mut pods, mut is_wider) = (Vec::new(), false);
+        for rule in &selectors {
+            let doubts = notes.doubt_count();
+            pods.extend(pods_of(rule, notes).inspect(|_| is_wider |= notes.doubt_count() > doubts));
+        }
         let known = ["selectors", "destinationCIDRs", "excludedCIDRs", "egressGateway", "egressGateways"];
         let doubts = notes.doubt_count();
         notes.read(spec.only_known(&known));
@@ -47,6 +53,10 @@ impl ObjectKind for CiliumEgressGatewayPolicy {
         for item in notes.read(several).unwrap_or_default() {
             gateways.extend(notes.read(gateway(&item)));
         }
+        if is_wider {
+            // Nobody meant these pods to have the address.
+            gateways.clear();
+        }
         Ok(Some(EgressPolicy { key: id.key.clone(), pods, destinations, excluded, gateways, is_partial }))
     }
 
@@ -55,15 +65,22 @@ impl ObjectKind for CiliumEgressGatewayPolicy {
     }
 }
 
-fn pods_of(rule: &Field) -> Result<EgressPods> {
-    rule.only_known(&["podSelector", "namespaceSelector", "nodeSelector"])?;
-    let (mut namespaces, pods) = match rule.get("podSelector")? {
-        selector if selector.is_present() => of_pods(&selector)?,
-        _ => Default::default(),
-    };
-    namespaces.extend(of_labels(&rule.get("namespaceSelector")?)?.requirements);
-    let nodes = of_labels(&rule.get("nodeSelector")?)?;
-    Ok(EgressPods { namespaces: Selector::new(namespaces), pods: Selector::new(pods), nodes })
+fn pods_of(rule: &Field, notes: &mut Notes) -> Option<EgressPods> {
+    let doubts = notes.doubt_count();
+    notes.read(rule.only_known(&["podSelector", "namespaceSelector", "nodeSelector"]));
+    let pod = rule.get("podSelector");
+    let pod = pod.and_then(|it| if it.is_present() { of_pods(&it) } else { Ok(Default::default()) });
+    let (mut namespaces, pods) = notes.read(pod).unwrap_or_default();
+    let of = |name| rule.get(name).and_then(|it| of_labels(&it));
+    namespaces.extend(notes.read(of("namespaceSelector")).unwrap_or_default().requirements);
+    let nodes = notes.read(of("nodeSelector")).unwrap_or_default();
+    let is_bare = namespaces.is_empty() && pods.is_empty() && nodes.requirements.is_empty();
+    // One typo does not close the cluster.
+    (!is_bare || notes.doubt_count() == doubts).then(|| EgressPods {
+        namespaces: Selector::new(namespaces),
+        pods: Selector::new(pods),
+        nodes,
+    })
 }
 
 fn of_labels(selector: &Field) -> Result<Selector> {
@@ -143,7 +160,13 @@ mod tests {
         let both = EXAMPLE.replace("egressIP", "interface: eth1, egressIP");
         let (policy, doubts) = read(&both).expect("it is kept");
         assert_eq!((policy.gateways.len(), doubts.len()), (0, 1));
-        assert!(read(&EXAMPLE.replace("matchLabels: {org", "matchLabel: {org")).is_err());
+        // A selector of which nothing is left selects nothing; one that lost a part leads by no gateway.
+        let (policy, doubts) = read(&EXAMPLE.replace("matchLabels: {org", "matchLabel: {org")).expect("kept");
+        assert_eq!((policy.pods.len(), policy.gateways.len(), doubts.len()), (0, 1, 1));
+        let partial = "{selectors: [{namespaceSelector: {matchLabels: {team: a}}, podSelector: {matchLabel: {}}}], \
+            destinationCIDRs: [0.0.0.0/0], egressGateway: {nodeSelector: {}}}";
+        let (policy, doubts) = read(partial).expect("kept");
+        assert_eq!((policy.pods.len(), policy.gateways.len(), doubts.len()), (1, 0, 1));
     }
 
     #[test]

@@ -132,6 +132,9 @@ pub fn answer(message: &[u8]) -> Option<(Question, Answer)> {
     Some((question, answer))
 }
 
+/// Aliases of an answer that are followed; resolvers follow fewer.
+const ALIASES_MAX: usize = 16;
+
 /// Follows CNAMEs from the name that was asked for to its addresses, in whatever order they stand.
 fn follow(question: &Question, records: &[Resource], answer: &mut Answer) {
     let mut names = vec![question.name.clone()];
@@ -141,7 +144,7 @@ fn follow(question: &Question, records: &[Resource], answer: &mut Answer) {
         for record in records.iter().filter(|record| record.name == name) {
             match &record.data {
                 Data::Address(address) => answer.addresses.push(*address),
-                Data::Alias(alias) if !names.contains(alias) => {
+                Data::Alias(alias) if names.len() <= ALIASES_MAX && !names.contains(alias) => {
                     answer.cnames.push(alias.text());
                     names.push(alias.clone());
                 }

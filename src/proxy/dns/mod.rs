@@ -140,8 +140,9 @@ fn answered(session: &Session, pending: &mut Pending, bytes: &[u8]) -> Option<An
     };
     session.record(Entry::answer(L7Message::Dns(said), began.elapsed()));
     let judges = session.judges();
-    let set = judges.egress.or(judges.ingress).filter(|_| !addresses.is_empty());
-    let names = set.map(|set| Names {
+    // The agent has nothing to remember for a client that is no pod of this node.
+    let is_told = !addresses.is_empty() && judges.source_endpoint.is_some();
+    let names = vouching(session, &question).filter(|_| is_told).map(|set| Names {
         set,
         endpoint: judges.source_endpoint,
         name: query,
@@ -150,6 +151,18 @@ fn answered(session: &Session, pending: &mut Pending, bytes: &[u8]) -> Option<An
         seq: 0,
     });
     Some(Answered { names, must_wait: !session.is_visibility_only() })
+}
+
+/// The rules of the pod that asked, where they let the question pass. What is only shown (no rule at all) says
+/// nothing of whom to believe, and a server's own rules do not speak for the server.
+fn vouching(session: &Session, question: &Question) -> Option<RuleSetId> {
+    let id = session.judges().egress?;
+    let set = session.sets().ok()?.iter().find(|set| set.id == id)?;
+    match &set.rules {
+        Rules::Dns(rules) if set.is_visibility_only && rules.0.is_empty() => None,
+        Rules::Dns(rules) => rules.allows(&question.name.labels()).then_some(id),
+        _ => None,
+    }
 }
 
 impl Answered {
