@@ -102,7 +102,7 @@ impl World {
                 endpoint: None,
                 kind: AddressKind::Pod,
             };
-            pod.addresses.iter().map(|address| (*address, entry)).collect::<Vec<_>>()
+            pod.addresses.iter().map(|address| (*address, entry.clone())).collect::<Vec<_>>()
         };
         let addresses = node_endpoints.endpoints.iter().flat_map(believed).collect();
         let claim = |(address, identity): &(IpAddr, IdentityId)| PublishedEndpoint {
