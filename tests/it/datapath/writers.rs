@@ -195,7 +195,7 @@ fn maps_hold_what_is_desired_and_a_restart_changes_only_policy_ids() -> Result<(
         assert_eq!(dump(pins, "endpoints")?[0]["epoch"], 1);
         // What an agent does: the same policy under a new id, old rows pruned.
         write_all(&mut writers, PolicyId(2))?;
-        let mut after = expected(2, 2);
+        let mut after = expected(2, 3);
         after[2][0]["epoch"] = json!(2);
         assert_eq!(json!(dumps(pins, &WRITTEN)?), json!(after));
         assert_eq!(writers.policies.rule_origin(1), None, "a rule of the former process");
