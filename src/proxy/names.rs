@@ -21,9 +21,16 @@ const WAITING_OF_ONE: usize = 256;
 #[derive(Debug)]
 pub struct Announcer {
     sender: mpsc::Sender<Names>,
-    waiting: Mutex<HashMap<u64, (Option<EndpointId>, oneshot::Sender<()>)>>,
+    waiting: Mutex<HashMap<u64, Waiting>>,
     next: AtomicU64,
     is_heard: AtomicBool,
+}
+
+/// Whose answer waits, and how it hears of the agent's word.
+#[derive(Debug)]
+struct Waiting {
+    endpoint: Option<EndpointId>,
+    sender: oneshot::Sender<()>,
 }
 
 /// What is to be announced.
@@ -58,11 +65,11 @@ impl Announcer {
         let (sender, acknowledged) = oneshot::channel();
         {
             let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-            let of_one = waiting.values().filter(|(of, _)| *of == names.endpoint).count();
+            let of_one = waiting.values().filter(|one| one.endpoint == names.endpoint).count();
             if waiting.len() >= WAITING_MAX || of_one >= WAITING_OF_ONE {
                 return false;
             }
-            waiting.insert(seq, (names.endpoint, sender));
+            waiting.insert(seq, Waiting { endpoint: names.endpoint, sender });
         }
         let is_sent = self.sender.try_send(names).is_ok();
         let is_known = is_sent && matches!(tokio::time::timeout(WAIT, acknowledged).await, Ok(Ok(())));
@@ -72,10 +79,10 @@ impl Announcer {
 
     /// The agent has put the addresses of a message into the maps.
     pub fn acknowledge(&self, seq: u64) {
-        let sender = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&seq);
-        if let Some((_, sender)) = sender {
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&seq);
+        if let Some(waiting) = waiting {
             // The answer may have been given up meanwhile.
-            let _ = sender.send(());
+            let _ = waiting.sender.send(());
         }
     }
 }
