@@ -271,11 +271,11 @@ impl Compute {
     /// What `view` asks of the kernel.
     pub fn desired(&mut self, view: &View) -> Result<Desired, policy::Error> {
         self.learn_numbers(&view.identities, &view.to_claim);
-        let with_pods: BTreeSet<&str> = view.endpoints.values().map(|it| &*it.pod.namespace).collect();
+        let has_pods = |name: &str| view.endpoints.values().any(|it| *it.pod.namespace == *name);
         let is_leaving = |name: &str| match view.namespaces.get(name) {
             Some(namespace) => namespace.is_leaving,
             // Its pods end here after it. In a directory of manifests a namespace needs no document.
-            None => self.rules.awaits_namespaces && with_pods.contains(name),
+            None => self.rules.awaits_namespaces && has_pods(name),
         };
         self.sources = view.policies.clone().kept_from(&self.sources, is_leaving);
         let policies = self.resolver.update(self.sources.clone(), view.references.clone());

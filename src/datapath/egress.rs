@@ -104,10 +104,10 @@ mod tests {
 
     #[test]
     fn a_key_has_the_pod_exactly_and_a_prefix_of_the_destination() {
-        let key = key("10.1.1.5".parse().unwrap(), "203.0.113.9/24".parse().unwrap());
-        let destination = addr_of("203.0.113.0".parse().unwrap());
+        let key = key("10.1.1.5".parse().expect("an address"), "203.0.113.9/24".parse().expect("a CIDR"));
+        let destination = addr_of("203.0.113.0".parse().expect("an address"));
         assert_eq!((key.prefix_length, key.destination.w), (248, destination.w));
-        let key = super::key("fd00::5".parse().unwrap(), "::/0".parse().unwrap());
+        let key = super::key("fd00::5".parse().expect("an address"), "::/0".parse().expect("a CIDR"));
         assert_eq!((key.prefix_length, key.destination.w), (128, Addr::default().w));
     }
 

@@ -26,7 +26,7 @@ use weir::netlink::send_with_descriptors;
 use weir::proxy::{Limits, ProxyArgs, ProxyConfig};
 use weir::settings::{LogArgs, LogFormat};
 
-use crate::lab::{Running, Space};
+use crate::lab::{Running, Space, cgroup};
 
 /// Where clients are.
 pub const CLIENT: [&str; 2] = ["10.77.0.2", "fd77::2"];
@@ -110,7 +110,9 @@ impl World {
         limits: Limits,
     ) -> Result<Self> {
         static WORLDS: AtomicUsize = AtomicUsize::new(1);
-        let name = format!("weirl7-{}-{}", std::process::id(), WORLDS.fetch_add(1, Ordering::Relaxed));
+        // With the lab's cleaner behind them, which removes what a killed test leaves.
+        cgroup::of_process()?;
+        let name = format!("weirlab-{}-l7-{}", std::process::id(), WORLDS.fetch_add(1, Ordering::Relaxed));
         let [client, proxy, server] =
             ["client", "proxy", "server"].map(|part| Space::create(&format!("{name}-{part}"), None));
         let (client, proxy, server) = (client?, proxy?, server?);
