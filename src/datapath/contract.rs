@@ -105,9 +105,12 @@ fn enums(types: &Btf) -> Result<Vec<String>> {
         .collect())
 }
 
-/// The names that abi.h defines after this word.
+/// The names that abi.h and its parts define after this word.
 fn names(kind: &str) -> Result<BTreeSet<String>> {
-    let text = fs::read_to_string("bpf/abi.h")?;
+    let mut text = fs::read_to_string("bpf/abi.h")?;
+    for part in fs::read_dir("bpf/abi")? {
+        text.push_str(&fs::read_to_string(part?.path())?);
+    }
     let found = text.lines().filter_map(|line| line.strip_prefix(kind)?.strip_suffix(" {"));
     Ok(found.map(str::to_owned).collect())
 }
