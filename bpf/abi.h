@@ -86,6 +86,7 @@ enum drop_reason {
 	DROP_NO_EGRESS_IP = 204,
 	DROP_QUOTA_NAT_PORTS = 240,
 	DROP_NO_PROXY = 244,
+	DROP_DNS_UNASKED = 245,
 };
 
 #include "abi/endpoint.h"

@@ -41,7 +41,8 @@ struct settings {
 	__u8 socket_lb;
 	__u8 tunnel_direct;	     /* put on and take off the tunnel's headers, past the VXLAN device */
 	__u8 encrypt_strict;	     /* what has to be encrypted is dropped where it comes in plain */
-	__u8 pad[4];
+	__u8 dns_denied;	     /* the response code of a question that no rule allows */
+	__u8 pad[3];
 };
 
 extern const volatile struct settings settings;
@@ -82,6 +83,9 @@ struct exported_types {
 	enum route route;
 	enum packet_mark packet_mark;
 	enum l7_listener l7_listener;
+	enum dns_size dns_size;
+	enum dns_class dns_class;
+	struct dns_record dns_record;
 	enum ip_protocol ip_protocol;
 	enum abi_version abi_version;
 	enum metric_size metric_size;

@@ -426,6 +426,56 @@ struct {
 	__type(value, __u64);
 } l7_listeners SEC(".maps") __weak;
 
+/* Written by datapath::dns: automata of rules of names. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, DNS_STATES);
+	__type(key, __u32);
+	__type(value, struct dns_state);
+} dns_states SEC(".maps") __weak;
+
+/* Written by datapath::dns: the rule sets that before_proxy can judge. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 8192);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct dns_automaton);
+} dns_rules SEC(".maps") __weak;
+
+/* Written by datapath::dns: the names whose addresses an endpoint's rules ask for. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, DNS_ENDPOINTS);
+	__type(key, __u32);
+	__type(value, struct dns_automaton);
+} dns_names SEC(".maps") __weak;
+
+/*
+ * Written by before_proxy: questions that it has let pass. A pod has a share of
+ * slots, so none takes another one's; a flow's hash says the slot.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, DNS_SHARES * DNS_SLOTS);
+	__type(key, __u32);
+	__type(value, struct dns_pending);
+} dns_pending SEC(".maps") __weak;
+
+/* Written by before_proxy, read by agent::questions; no wake-ups. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1024 * 1024);
+} dns_records SEC(".maps") __weak;
+
+/* Written by before_proxy, per CPU: records of DNS. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct event_count);
+} dns_counts SEC(".maps") __weak;
+
 /* Written by the programs: offered, lost and suppressed events. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -2,8 +2,11 @@
 /*
  * The proxy's end of the flows that it judges (lib/proxy.h). from_proxy runs at
  * the node's side of the veth pair and takes what the proxy sends to both ends.
- * proxy_listen runs in the proxy's namespace and finds the socket of a new flow.
+ * before_proxy runs where the proxy's namespace begins, and judges what of DNS
+ * needs no proxy (lib/dns.h). proxy_listen runs there, too, and finds the socket
+ * of a new flow.
  */
+#include "lib/dns.h"
 #include "lib/flow.h"
 #include "lib/forward.h"
 #include "lib/fragment.h"
@@ -102,6 +105,109 @@ int from_proxy(struct __sk_buff *ctx)
 		return finish(ctx, packet, ret);
 	fragment_keep(packet, share);
 	return finish(ctx, packet, forward(ctx, packet));
+}
+
+/* A datagram without options, which is no fragment and not several at once: its
+ * message is noted. */
+static __always_inline bool before_proxy_is_plain(struct __sk_buff *ctx,
+						  const struct packet *packet,
+						  struct dns_question *dns)
+{
+	__u32 headers = packet->flags & PACKET_IPV6 ? sizeof(struct ipv6hdr)
+						    : sizeof(struct iphdr);
+	struct udphdr udp;
+
+	if (ctx->gso_size || ctx->vlan_present ||
+	    packet->flags & PACKET_FRAGMENT ||
+	    packet->l4_offset != ETHERNET_LENGTH + headers ||
+	    bpf_skb_load_bytes(ctx, packet->l4_offset, &udp, sizeof(udp)))
+		return false;
+	dns->offset = packet->l4_offset + sizeof(udp);
+	dns->length = bpf_ntohs(udp.length) - sizeof(udp);
+	return bpf_ntohs(udp.length) > sizeof(udp) &&
+	       packet_ip_length(ctx, packet) ==
+		       headers + bpf_ntohs(udp.length);
+}
+
+/* Whose flow the packet is of: true if the server has sent it. */
+static __always_inline bool before_proxy_is_answer(const struct packet *packet,
+						   struct l7_flow_key *key,
+						   __u32 sender)
+{
+	__builtin_memset(key, 0, sizeof(*key));
+	key->protocol = packet->protocol;
+	addr_copy(sender ? &key->server : &key->client, &packet->source);
+	addr_copy(sender ? &key->client : &key->server, &packet->destination);
+	key->client_port =
+		sender ? packet->destination_port : packet->source_port;
+	key->server_port =
+		sender ? packet->source_port : packet->destination_port;
+	return sender;
+}
+
+/* A datagram of a flow that is the proxy's: an action of tc. */
+__weak __noinline int before_proxy_judge(struct __sk_buff *ctx,
+					 struct packet *packet)
+{
+	struct scratch *room = scratch_get();
+	struct connection *connection;
+	struct l7_flow *flow;
+	__u16 denied_by = 0;
+	bool is_answer;
+	__u64 asked = 0;
+	__u32 sender, now;
+	int verdict;
+
+	if (!packet || !room)
+		return TC_ACT_OK;
+	sender = connection_key_of(packet, &room->flow.key);
+	connection = bpf_map_lookup_elem(&connections, &room->flow.key);
+	if (!connection || !(connection->flags & CONNECTION_PROXY))
+		return TC_ACT_OK;
+	is_answer = before_proxy_is_answer(
+		packet, &room->l7_key,
+		index_of_two(sender ^ (connection->flags &
+				       CONNECTION_INITIATOR_HIGH)));
+	flow = bpf_map_lookup_elem(&l7_flows, &room->l7_key);
+	if (!flow)
+		return TC_ACT_OK;
+	if (!before_proxy_is_plain(ctx, packet, &room->dns))
+		verdict = DNS_TO_PROXY;
+	else if (is_answer)
+		verdict = dns_judge_answer(ctx, packet, room, flow, &asked);
+	else
+		verdict = dns_judge_query(ctx, packet, room, flow, &denied_by);
+	if (verdict == DNS_TO_PROXY) {
+		now = bpf_jiffies64();
+		if (!is_answer)
+			flow->asked_jiffies = now ? now : 1;
+		return TC_ACT_OK;
+	}
+	if (verdict == DNS_UNASKED) {
+		packet->flags |= PACKET_REPLY;
+		packet->source_identity = flow->server_identity;
+		packet->source_endpoint = flow->server_endpoint;
+		packet->destination_identity = flow->client_identity;
+		packet->destination_endpoint = flow->client_endpoint;
+		return finish(ctx, packet, -DROP_DNS_UNASKED);
+	}
+	dns_note(ctx, room, flow, bpf_ktime_get_ns(), asked, denied_by);
+	if (verdict == DNS_DENIED && dns_deny(ctx, packet, &room->dns))
+		return TC_ACT_SHOT;
+	/* To from_proxy, as what the proxy sends. */
+	return bpf_redirect_peer(ctx->ifindex, 0);
+}
+
+SEC("tcx/ingress")
+int before_proxy(struct __sk_buff *ctx)
+{
+	struct packet *packet = packet_begin(DIRECTION_EGRESS);
+
+	if (!packet || packet_parse(ctx, packet) ||
+	    packet->protocol != IPPROTO_UDP ||
+	    packet->flags & PACKET_LATER_FRAGMENT)
+		return TC_ACT_OK;
+	return before_proxy_judge(ctx, packet);
 }
 
 /* A new flow in the proxy's namespace gets its listener, whatever its port. */

@@ -37,9 +37,13 @@ static __always_inline int proxy_tell(const struct packet *packet,
 		.egress_set = flow->egress.l7_set,
 		.ingress_set = flow->ingress.l7_set,
 	};
+	struct l7_flow *before;
 
 	addr_copy(&key.client, &flow->key.addr[first]);
 	addr_copy(&key.server, &flow->key.addr[first ^ 1]);
+	before = bpf_map_lookup_elem(&l7_flows, &key);
+	if (before)
+		row.asked_jiffies = before->asked_jiffies;
 	return map_insert(&l7_flows, &key, &row) ? -DROP_NO_PROXY : 0;
 }
 

@@ -50,6 +50,21 @@ struct service_choice {
 	__u32 id;   /* of the backend */
 };
 
+/* A question of DNS while it is read. */
+struct dns_question {
+	__u8 bytes[288]; /* header, name, type and class; then zeros */
+	__u32 offset;	 /* of the message in the frame */
+	__u32 length;	 /* of the message */
+	__u32 end;	 /* of the question, in the message */
+	__u32 left;	 /* bytes of the label that is read */
+	__u32 first[3];	 /* automata: the two rule sets, the names that the proxy gets */
+	__u32 at[3];	 /* their states */
+	__u8 accepts[4];
+	__u32 pad;
+	__u64 question; /* hash */
+	__u64 flow;	/* hash, with the id */
+};
+
 struct scratch {
 	__u32 fence; /* 0; for order_reads() */
 	__u32 pad;
@@ -64,6 +79,8 @@ struct scratch {
 	struct connection connection; /* to be inserted */
 	struct share_room share;      /* who comes and who goes of an endpoint's own */
 	struct ended ended;	      /* a connection on its way from or to `ended` */
+	struct l7_flow_key l7_key;
+	struct dns_question dns;
 };
 
 /* Never pinned, never read outside. */

@@ -34,6 +34,7 @@ pub mod policy_diff;
 mod ports;
 mod proxy;
 mod publish;
+mod questions;
 mod removed;
 mod restart;
 mod rounds;
@@ -290,7 +291,14 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         sets: writers.policies.rule_sets(),
         hears: Arc::new(layer7::Told { known: known.clone(), learned: known.learned.clone() }),
         parts: parts.clone(),
+        denied: config.args.names.dns_denied,
     };
+    tokio::spawn(questions::read(
+        datapath.clone(),
+        proxy.clone(),
+        of_proxy.hears.clone(),
+        config.args.names.dns_denied.code(),
+    ));
     tokio::spawn(proxy::run(of_proxy, proxy.clone()));
     let limits = sinks::Limits { policy_rows: config.args.rules.policy_rows_max };
     let device_sink = DeviceSink::new(
@@ -471,6 +479,7 @@ fn options(config: &Config, devices: &Devices, ports: &Ports, secret: [u64; 2]) 
             gateway_ifindex: devices.vxlan,
             encrypt_ifindex: devices.encryption.as_ref().map(|device| device.ifindex()),
             encrypt_strict: args.encryption.encryption_strict,
+            dns_denied: args.names.dns_denied.code(),
             path_mtu: devices.mtu,
             wait_ifindex: devices.wait.map(|[given, _]| given),
             tunnel_port: args.network.tunnel_port,

@@ -8,6 +8,7 @@ pub use super::types::{
     addr as Addr, address as Address, affinity as Affinity, affinity_key as AffinityKey,
     announced as Announced, announced_key as AnnouncedKey, announcing as Announcing, backend as Backend,
     collect_request as CollectRequest, connection as Connection, connection_key as ConnectionKey,
+    dns_automaton as DnsAutomaton, dns_pending as DnsPending, dns_record as DnsRecord, dns_state as DnsState,
     egress_rule as EgressRule, egress_rule_key as EgressRuleKey, ended as Ended, endpoint as Endpoint,
     event as Event, event_count as EventCount, fragment as Fragment, gone_backend as GoneBackend,
     l7_flow as L7Flow, l7_flow_key as L7FlowKey, maglev_key as MaglevKey, maglev_piece as MaglevPiece,
@@ -77,7 +78,11 @@ plain! {
     PolicyRuleKey { prefix_length, policy_id, class, direction, protocol, port }
     PolicyRule { rule_id, l7_set, verdict, reserved }
     L7FlowKey { client, server, client_port, server_port, protocol, pad }
-    L7Flow { client_identity, server_identity, client_endpoint, server_endpoint, egress_set, ingress_set }
+    L7Flow { client_identity, server_identity, client_endpoint, server_endpoint, egress_set, ingress_set, asked_jiffies }
+    DnsState { next, accepts, pad }
+    DnsAutomaton { first, count }
+    DnsPending { flow, question, asked_ns }
+    DnsRecord { timestamp_ns, asked_ns, key, flow, length, denied_by, pad }
     ProxyDevice { ifindex, mac, pad }
     ServiceKey { addr, port, protocol, scope }
     Service { service_id, generation, backend_count, draining_count, affinity_seconds, flags, kind, algorithm }
@@ -122,7 +127,7 @@ plain! {
         tunnel_ifindex, overlay_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,
         other_timeout_seconds, mark_mask, encrypt_ifindex, path_mtu, wait_ifindex, quota_limit, quota_capacity, drop_record_cost, maglev_size, event_buffer_half,
         nat_port_min, nat_port_max, nat_known_min, nat_known_max, tunnel_port, masquerade_ipv4,
-        masquerade_ipv6, flow_events, socket_lb, tunnel_direct, encrypt_strict, pad,
+        masquerade_ipv6, flow_events, socket_lb, tunnel_direct, encrypt_strict, dns_denied, pad,
     }
 }
 

@@ -22,7 +22,7 @@ use super::probe::{cgroup_root_below, find_or_mount_cgroup_root};
 use super::settings::AttachMode;
 
 /// Programs of devices: `from_*` sees what a device receives, `to_*` what it sends.
-pub(super) const TC_PROGRAMS: [&str; 9] = [
+pub(super) const TC_PROGRAMS: [&str; 10] = [
     "from_pod",
     "to_pod",
     "from_network",
@@ -31,6 +31,7 @@ pub(super) const TC_PROGRAMS: [&str; 9] = [
     "to_overlay",
     "from_wait",
     "from_proxy",
+    "before_proxy",
     ENCRYPTED_PROGRAM,
 ];
 

@@ -130,8 +130,17 @@ impl Datapath {
 
     /// What became of the events that the programs offered.
     pub fn event_counts(&self) -> Result<EventCounts> {
+        self.counts_of("event_counts")
+    }
+
+    /// What became of the records of DNS that the programs offered.
+    pub fn dns_counts(&self) -> Result<EventCounts> {
+        self.counts_of("dns_counts")
+    }
+
+    fn counts_of(&self, map: &str) -> Result<EventCounts> {
         let mut counts = EventCounts::default();
-        per_cpu(&self.map("event_counts")?, |_, values: Vec<EventCount>| {
+        per_cpu(&self.map(map)?, |_, values: Vec<EventCount>| {
             for value in values {
                 counts.offered += value.offered;
                 counts.lost += value.lost;

@@ -40,6 +40,11 @@ impl EventReader {
 
     /// Calls `each` for what is there now, in order, at most one buffer full; how many.
     pub fn consume(&mut self, mut each: impl FnMut(&Event)) -> Result<usize> {
+        self.consume_bytes(|bytes| Event::from_bytes(bytes).map(|event| each(&event)).is_some())
+    }
+
+    /// The same of records of any kind, while `each` understands them.
+    pub fn consume_bytes(&mut self, mut each: impl FnMut(&[u8]) -> bool) -> Result<usize> {
         let mut position = self.consumer_position().load(Ordering::Relaxed);
         let end = position.saturating_add(self.size as u64);
         let mut count = 0;
@@ -50,12 +55,9 @@ impl EventReader {
             }
             let length = (header & !libbpf_sys::BPF_RINGBUF_DISCARD_BIT) as usize;
             if header & libbpf_sys::BPF_RINGBUF_DISCARD_BIT == 0 {
-                match self.record(position, length).and_then(Event::from_bytes) {
-                    Some(event) => {
-                        each(&event);
-                        count += 1;
-                    }
-                    None => self.malformed += 1,
+                match self.record(position, length).is_some_and(&mut each) {
+                    true => count += 1,
+                    false => self.malformed += 1,
                 }
             }
             let taken = libbpf_sys::BPF_RINGBUF_HDR_SZ as usize + length;

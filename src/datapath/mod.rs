@@ -24,6 +24,7 @@ mod carry;
 mod contract;
 mod counters;
 mod devices;
+mod dns;
 mod dump;
 mod egress;
 mod endpoints;
@@ -67,6 +68,7 @@ pub use args::{KernelArgs, MapArgs, MapSize, MarkMask, QuotaArgs};
 pub use attach::{attach_tcx, detach_all};
 pub use counters::{EventCounts, MapFill, MetricRow, NatSearches};
 pub use devices::DeviceWriter;
+pub use dns::DnsWriter;
 pub use dump::{MAP_NAMES, dump};
 pub use egress::{EgressRules, EgressWriter};
 pub use endpoints::EndpointWriter;
@@ -126,6 +128,8 @@ pub struct Writers {
     pub egress: EgressWriter,
     /// Of `policy_rules` and `policy_peers`.
     pub policies: PolicyWriter,
+    /// Of `dns_states`, `dns_rules` and `dns_names`.
+    pub dns: DnsWriter,
     /// Of `services`, `slots`, `backends`, `maglev` and `source_ranges`.
     pub services: ServiceWriter,
     /// Of the flags in `node_state`.
@@ -224,13 +228,20 @@ impl Datapath {
         let announced = AnnounceWriter::new(self.typed("announced")?, self.typed("announcing")?);
         let announced = Some(announced);
         let egress = EgressWriter::new(self.mirror("egress_rules")?);
-        Ok(Writers { endpoints, addresses, egress, policies, services, stack, devices, announced })
+        let dns =
+            DnsWriter::new(self.typed("dns_states")?, self.mirror("dns_rules")?, self.typed("dns_names")?)?;
+        Ok(Writers { endpoints, addresses, egress, policies, dns, services, stack, devices, announced })
     }
 
     /// The reader of the ring buffer. One at a time: a second one would take
     /// records from the first.
     pub fn events(&self) -> Result<EventReader> {
         EventReader::new(&self.map("events")?)
+    }
+
+    /// The reader of records of DNS. One at a time.
+    pub fn dns_records(&self) -> Result<EventReader> {
+        EventReader::new(&self.map("dns_records")?)
     }
 
     /// A program, to attach it or to test-run it.

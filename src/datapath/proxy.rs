@@ -20,6 +20,8 @@ use crate::model::{EndpointId, IdentityId, MacAddress, Protocol};
 
 /// Programs of the device that leads to the proxy.
 const PROXY_PROGRAMS: [&str; 1] = ["from_proxy"];
+/// The program at the pair's other end, in the proxy's namespace.
+const INSIDE_PROGRAM: &str = "before_proxy";
 
 /// The sockets where the proxy's new flows arrive, as `bpf/abi.h` numbers them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +54,17 @@ impl Datapath {
         })
         .context("attaching proxy_listen to the proxy's namespace")?;
         Ok(())
+    }
+
+    /// Puts the device at which the proxy's namespace begins under its program. To be called within that namespace.
+    pub fn attach_before_proxy(&self, ifindex: u32) -> Result<()> {
+        self.attach_device(ifindex, &[INSIDE_PROGRAM]).context("attaching where the proxy's namespace begins")
+    }
+
+    /// Verifies that the device at which the proxy's namespace begins is under its program. To be called within that
+    /// namespace.
+    pub fn verify_before_proxy(&self, ifindex: u32) -> Result<()> {
+        self.verify_device(ifindex, &[INSIDE_PROGRAM])
     }
 
     /// Verifies that the proxy's device is under its programs; the error names what is not.

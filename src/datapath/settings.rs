@@ -112,6 +112,8 @@ pub struct Settings {
     pub encrypt_ifindex: Option<u32>,
     /// Drop what comes in plain and has to be encrypted.
     pub encrypt_strict: bool,
+    /// The response code of a question that no rule allows.
+    pub dns_denied: u8,
     /// What fits the way to other nodes' pods, in bytes: TCP offers no more; 0: what the pods offer.
     pub path_mtu: u32,
     /// Where fragments wait for the first one of their packet; without it they are dropped.
@@ -152,6 +154,7 @@ impl Default for Settings {
             wait_ifindex: None,
             encrypt_ifindex: None,
             encrypt_strict: true,
+            dns_denied: crate::model::l7::dns_message::REFUSED,
             path_mtu: 0,
             mark_mask: MARK_MASK,
             quotas: Quotas::default(),
@@ -198,7 +201,8 @@ impl Settings {
             socket_lb: self.socket_lb.into(),
             tunnel_direct: self.tunnel_direct.into(),
             encrypt_strict: self.encrypt_strict.into(),
-            pad: [0; 4],
+            dns_denied: self.dns_denied,
+            pad: [0; 3],
         }
     }
 }

@@ -39,6 +39,7 @@ const REASONS: &[(u8, &str, &str)] = &[
     // Not Hubble's: its clients show the number.
     (240, "NAT_PORT_QUOTA_EXCEEDED", "Pod has its share of ports for masquerading"),
     (244, "NO_PROXY", "No proxy takes what it must judge"),
+    (245, "DNS_UNASKED", "An answer of DNS that nobody asked for"),
 ];
 
 /// A drop reason by its number; numbers that this version does not know are kept.

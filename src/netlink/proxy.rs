@@ -51,6 +51,8 @@ const BACKLOG: i32 = 4096;
 pub struct ProxyLink {
     /// The node's end.
     pub host_ifindex: u32,
+    /// The other end, as the proxy's namespace numbers it.
+    pub inside_ifindex: u32,
     /// Hardware address of the other end.
     pub inside_mac: MacAddress,
 }
@@ -78,7 +80,12 @@ pub fn find_proxy_link(namespace: &File, name: &str) -> Result<Option<ProxyLink>
     let Some(host) = link(name)?.filter(|host| host.mac == HOST_MAC && host.is_up) else { return Ok(None) };
     let is_inside = |there: &Link| there.mac == INSIDE_MAC && there.is_up && there.is_operational;
     let inside = namespace::within(namespace, || link(INSIDE))?.filter(is_inside);
-    Ok(inside.map(|_| ProxyLink { host_ifindex: host.index, inside_mac: INSIDE_MAC }))
+    let link = |inside: Link| ProxyLink {
+        host_ifindex: host.index,
+        inside_ifindex: inside.index,
+        inside_mac: INSIDE_MAC,
+    };
+    Ok(inside.map(link))
 }
 
 /// Makes the pair and all that is inside, instead of one that there may be.
@@ -109,11 +116,12 @@ pub fn create_proxy_link(namespace: &File, name: &str, mtu: u32) -> Result<Proxy
     set_if_there(&format!("net/ipv6/conf/{name}/addr_gen_mode"), "1")?;
     let host = link(name)?.ok_or_else(|| Error::Different(format!("device {name} went away")))?;
     Connection::open()?.execute(vec![super::link::raise(host.index)])?;
-    namespace::within(namespace, configure_inside)?;
-    Ok(ProxyLink { host_ifindex: host.index, inside_mac: INSIDE_MAC })
+    let inside_ifindex = namespace::within(namespace, configure_inside)?;
+    Ok(ProxyLink { host_ifindex: host.index, inside_ifindex, inside_mac: INSIDE_MAC })
 }
 
-fn configure_inside() -> Result<()> {
+/// Gives the number of the device inside.
+fn configure_inside() -> Result<u32> {
     let ifindex =
         if_nametoindex(INSIDE).map_err(|error| Error::kernel(format!("looking for {INSIDE}"), error))?;
     for conf in ["all", "default", INSIDE] {
@@ -142,7 +150,8 @@ fn configure_inside() -> Result<()> {
         requests.push(all_local(gateway.is_ipv4()));
         requests.push(rule(gateway.is_ipv4()));
     }
-    Connection::open()?.execute(requests)
+    Connection::open()?.execute(requests)?;
+    Ok(ifindex)
 }
 
 fn set_if_there(name: &str, value: &str) -> Result<()> {

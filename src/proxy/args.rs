@@ -23,10 +23,6 @@ pub struct ProxyArgs {
     #[arg(long, value_name = "NUMBER", default_value_t = Limits::default().connections_per_endpoint)]
     pub connections_per_endpoint: usize,
 
-    /// Answer a DNS question that no rule allows with NXDOMAIN instead of REFUSED.
-    #[arg(long)]
-    pub deny_with_nxdomain: bool,
-
     #[command(flatten)]
     #[allow(missing_docs)]
     pub log: LogArgs,

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -33,6 +34,7 @@ const REPLIES: usize = 64;
 pub struct Control {
     reads: BufReader<Chain<Cursor<Vec<u8>>, OwnedReadHalf>>,
     writes: OwnedWriteHalf,
+    deny_with_nxdomain: bool,
 }
 
 /// What goes to the agent, kept from one connection to the next.
@@ -68,12 +70,17 @@ impl Control {
             hello.descriptors.len(),
             descriptors.len()
         );
-        Ok((Self { reads, writes }, hello.descriptors.into_iter().zip(descriptors).collect()))
+        let deny_with_nxdomain = hello.deny_with_nxdomain;
+        Ok((
+            Self { reads, writes, deny_with_nxdomain },
+            hello.descriptors.into_iter().zip(descriptors).collect(),
+        ))
     }
 
     /// Does what the agent says, and tells it what was seen, until the connection ends.
     pub async fn serve(self, shared: &Arc<Shared>, outbox: &mut Outbox) -> Result<Ended> {
-        let Self { reads, mut writes } = self;
+        let Self { reads, mut writes, deny_with_nxdomain } = self;
+        shared.denies_with_nxdomain.store(deny_with_nxdomain, Ordering::Relaxed);
         let (replies, mut replied) = mpsc::channel(REPLIES);
         let reader = hear(reads, shared, replies);
         tokio::pin!(reader);

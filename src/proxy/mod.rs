@@ -30,6 +30,7 @@ mod upstream;
 use std::net::{TcpListener as StdListener, UdpSocket as StdUdpSocket};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -79,7 +80,7 @@ pub async fn run(config: ProxyConfig, open_lookup: OpenLookup, stop: watch::Send
         limits: config.limits,
         shares: Arc::new(Shares::default()),
         announcer,
-        denies_with_nxdomain: config.args.deny_with_nxdomain,
+        denies_with_nxdomain: AtomicBool::new(false),
     });
     let outbox = Outbox { records, announcements };
     let within = tokio::select! {

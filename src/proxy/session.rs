@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -32,7 +33,7 @@ pub struct Shared {
     /// Where the addresses of names go.
     pub announcer: Announcer,
     /// DNS questions that no rule allows are answered with NXDOMAIN, not REFUSED.
-    pub denies_with_nxdomain: bool,
+    pub denies_with_nxdomain: AtomicBool,
 }
 
 impl Shared {

@@ -7,11 +7,13 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::lab::{Lab, OUTSIDE, Pod, Server, ServicePort, Setup, Space, Traffic, Via, wait_for};
 use crate::require::require_lab;
-use zone::{By, REFUSED, Zone, ask, look_up};
+use zone::{By, NXDOMAIN, REFUSED, Zone, ask, look_up};
 
 const BOTH: [By; 2] = [By::Datagram, By::Connection];
 
@@ -401,4 +403,77 @@ spec: {podSelector: {}, policyTypes: [Egress]}
 ",
     )?;
     wait_for("the policy to be in force", || Ok(shown.space().http_get(web, "/denied").is_err()))
+}
+
+/// Stops the proxy of a node, and lets it go on when it is dropped.
+struct Stopped(Pid);
+
+impl Stopped {
+    fn proxy(directory: &std::path::Path) -> Result<Self> {
+        let pid = std::fs::read_to_string(directory.join("state/proxy.pid")).context("reading proxy.pid")?;
+        let pid = Pid::from_raw(pid.trim().parse()?);
+        kill(pid, Signal::SIGSTOP)?;
+        Ok(Self(pid))
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = kill(self.0, Signal::SIGCONT);
+    }
+}
+
+#[test]
+fn what_the_kernel_judges_needs_neither_the_agent_nor_the_proxy() -> Result<()> {
+    require_lab!();
+    let lab = Lab::start(Setup {
+        nodes: 2,
+        agent_arguments: vec!["--dns-denied=nxdomain".into()],
+        ..Setup::default()
+    })?;
+    let client = lab.pod(1, "shop/client").label("app", "client").create()?;
+    let servers = [lab.pod(1, "kube-system/near").create()?, lab.pod(2, "kube-system/far").create()?];
+    let zones = servers.iter().map(|server| Zone::start(server.space())).collect::<Result<Vec<_>>>()?;
+    for zone in &zones {
+        for name in ["a.test", "a.denied"] {
+            zone.set(name, &[address("198.51.100.1"), address("2001:db8::1")], 60);
+        }
+    }
+    allow_names(&lab, "[{matchPattern: '*.test'}]", "")?;
+    let node = lab.node(1);
+    let addresses: Vec<IpAddr> = servers.iter().flat_map(|server| server.addresses().to_vec()).collect();
+    let ask_all = |what: &str| -> Result<()> {
+        for server in &addresses {
+            let answer = ask(client.space(), *server, By::Datagram, "a.test").context(what.to_owned())?;
+            ensure!(answer == Some((0, 1)), "{what}: {server}: {answer:?}");
+            let denied = ask(client.space(), *server, By::Datagram, "a.denied").context(what.to_owned())?;
+            ensure!(denied == Some((NXDOMAIN, 0)), "{what}: {server}: {denied:?}");
+        }
+        Ok(())
+    };
+    for (server, by) in addresses.iter().zip([BOTH; 4]).flat_map(|(server, by)| by.map(|by| (server, by))) {
+        let is_denied = || Ok(ask(client.space(), *server, by, "a.denied")? == Some((NXDOMAIN, 0)));
+        wait_for("the policy to be in force", is_denied)?;
+    }
+    let stopped = Stopped::proxy(node.directory())?;
+    ask_all("without the proxy")?;
+    wait_for("questions and answers to be shown", || {
+        let flows = node.flows(&["--type", "l7"])?;
+        let shows = |query: &str, what: &str| {
+            flows.iter().any(|flow| {
+                let text = flow.to_string();
+                text.contains(query) && text.contains(what) && text.contains("\"client\"")
+            })
+        };
+        Ok(shows("a.test", "198.51.100.1") && shows("a.denied", "DROPPED"))
+    })?;
+    ensure!(node.metric("weir_proxy_requests_total", &["protocol=\"dns\"", "verdict=\"denied\""])? >= 4.0);
+    node.kill_agent()?;
+    ask_all("without agent and proxy")?;
+    drop(stopped);
+    ask_all("without the agent")?;
+    node.start_agent()?;
+    node.wait_ready()?;
+    ask_all("with the next agent")
 }

@@ -4,6 +4,7 @@
 mod announced;
 mod backends;
 mod denied;
+mod dns;
 mod drops;
 mod early;
 mod encryption;

@@ -1,9 +1,11 @@
 //! Settings of what DNS tells pods.
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use ipnet::IpNet;
+use serde::Serialize;
 
 use super::Bounds;
+use crate::model::l7::dns_message::{NXDOMAIN, REFUSED};
 
 /// How long what DNS told pods counts, and how much of it.
 #[derive(Args, Clone, Debug)]
@@ -21,9 +23,36 @@ pub struct NameArgs {
         value_parser = clap::value_parser!(u32).range(2..=8192))]
     pub names_per_endpoint_max: u32,
 
+    /// What a pod gets that asks DNS for a name that its rules deny: REFUSED, or that there is no such name. Resolvers
+    /// ask the next server after REFUSED, and go on with their search list after NXDOMAIN.
+    #[arg(long, env = "WEIR_DNS_DENIED", value_name = "CODE", value_enum, default_value_t)]
+    pub dns_denied: DnsDenied,
+
     /// What answers may name although the node guards it (--stack-cidrs) or it is of the link alone.
     #[arg(long, env = "WEIR_NAMES_BELIEVE", value_name = "CIDR", value_delimiter = ',')]
     pub names_believe: Vec<IpNet>,
+}
+
+/// The response code of a question that no rule allows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum DnsDenied {
+    /// REFUSED (5).
+    #[default]
+    Refused,
+    /// NXDOMAIN (3), in other words: nameError.
+    #[value(alias = "nameError")]
+    Nxdomain,
+}
+
+impl DnsDenied {
+    /// As messages have it.
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Refused => REFUSED,
+            Self::Nxdomain => NXDOMAIN,
+        }
+    }
 }
 
 /// Addresses of names of all pods: fewer than half of the rows that map prefixes has.

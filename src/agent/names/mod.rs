@@ -23,7 +23,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::{Notify, watch};
 
-pub use args::NameArgs;
+pub use args::{DnsDenied, NameArgs};
 use book::Book;
 pub use book::{Bounds, Line};
 

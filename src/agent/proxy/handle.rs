@@ -49,7 +49,8 @@ impl Proxy {
         self.known.subscribe()
     }
 
-    pub(super) fn wanted(&self) -> watch::Receiver<Wanted> {
+    /// Changes with the rule sets that policies ask for.
+    pub fn wanted(&self) -> watch::Receiver<Wanted> {
         self.wanted.subscribe()
     }
 

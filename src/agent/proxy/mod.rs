@@ -29,6 +29,7 @@ use process::Process;
 use speak::Said;
 pub use speak::{Heard, Hears};
 
+use super::names::DnsDenied;
 use crate::backoff::Backoff;
 use crate::datapath::{Datapath, RuleSets};
 use crate::telemetry::Parts;
@@ -68,6 +69,8 @@ pub struct Options {
     pub hears: Arc<dyn Hears>,
     /// How the proxy is, for people.
     pub parts: Parts,
+    /// What a question of DNS gets that no rule allows.
+    pub denied: DnsDenied,
 }
 
 /// Looks after the proxy for ever.
@@ -173,7 +176,8 @@ impl Keeper {
         stream: UnixStream,
     ) -> Result<()> {
         let descriptors = self.place.lock().expect("nobody panics with the lock").descriptors()?;
-        let said = Said { sets: &options.sets, hears: &options.hears, proxy, wanted };
+        let deny_with_nxdomain = options.denied == DnsDenied::Nxdomain;
+        let said = Said { sets: &options.sets, hears: &options.hears, proxy, wanted, deny_with_nxdomain };
         let speaking = said.speak(stream, descriptors);
         tokio::pin!(speaking);
         options.parts.works(PART);

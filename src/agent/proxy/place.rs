@@ -40,7 +40,10 @@ impl Place {
     /// Puts back what somebody has taken away.
     pub fn mend(&mut self) -> Result<()> {
         let link = link_to(&self.namespace, self.mtu)?;
-        let is_attached = self.datapath.verify_proxy(link.host_ifindex).is_ok();
+        let is_attached = self.datapath.verify_proxy(link.host_ifindex).is_ok()
+            && netlink::within(&self.namespace, || {
+                Ok(self.datapath.verify_before_proxy(link.inside_ifindex).is_ok())
+            })?;
         if link != self.link || !is_attached {
             tracing::warn!(device = DEVICE, "somebody changed the proxy's device: putting it back");
             self.link = link;
@@ -76,6 +79,8 @@ impl Place {
             }
         }
         self.datapath.attach_proxy(self.link.host_ifindex, &self.namespace)?;
+        let inside = self.link.inside_ifindex;
+        netlink::within(&self.namespace, || Ok(self.datapath.attach_before_proxy(inside)))??;
         self.datapath.set_proxy(Some((self.link.host_ifindex, self.link.inside_mac)))
     }
 }

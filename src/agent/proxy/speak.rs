@@ -45,6 +45,7 @@ pub struct Said<'a> {
     pub hears: &'a Arc<dyn Hears>,
     pub proxy: &'a Proxy,
     pub wanted: &'a mut watch::Receiver<Wanted>,
+    pub deny_with_nxdomain: bool,
 }
 
 /// What this proxy was given.
@@ -60,9 +61,10 @@ struct Given {
 impl Said<'_> {
     /// Hands everything over, and goes on until the proxy ends.
     pub async fn speak(self, stream: UnixStream, descriptors: Vec<(Descriptor, OwnedFd)>) -> Result<()> {
-        let stream = tokio::task::spawn_blocking(move || hand_over(stream, descriptors))
-            .await
-            .context("handing listeners over to the proxy")??;
+        let stream =
+            tokio::task::spawn_blocking(move || hand_over(stream, descriptors, self.deny_with_nxdomain))
+                .await
+                .context("handing listeners over to the proxy")??;
         let (reads, mut writes) = stream.into_split();
         let (answers, mut answering) = mpsc::channel(WAITING);
         let mut given = Given::default();
@@ -175,10 +177,15 @@ impl Given {
 }
 
 /// Sends the descriptors with the first message.
-fn hand_over(stream: UnixStream, descriptors: Vec<(Descriptor, OwnedFd)>) -> Result<UnixStream> {
+fn hand_over(
+    stream: UnixStream,
+    descriptors: Vec<(Descriptor, OwnedFd)>,
+    deny_with_nxdomain: bool,
+) -> Result<UnixStream> {
     let stream = stream.into_std().context("taking the proxy's connection")?;
     stream.set_nonblocking(false).context("taking the proxy's connection")?;
-    let hello = Hello { descriptors: descriptors.iter().map(|(kind, _)| *kind).collect() };
+    let hello =
+        Hello { descriptors: descriptors.iter().map(|(kind, _)| *kind).collect(), deny_with_nxdomain };
     let mut line = serde_json::to_vec(&hello).context("writing the first message to the proxy")?;
     line.push(b'\n');
     let borrowed: Vec<_> = descriptors.iter().map(|(_, descriptor)| descriptor.as_fd()).collect();

@@ -177,7 +177,7 @@ pub fn all(
     let mut sinks: Vec<Box<dyn Sink>> = encryption.into_iter().collect();
     let others: Vec<Box<dyn Sink>> = vec![
         Box::new(stack::Stack::new(writers.stack, ipsec)),
-        Box::new(policies::Policies::new(writers.policies, limits, proxy)),
+        Box::new(policies::Policies::new(writers.policies, writers.dns, limits, proxy)),
         Box::new(addresses::Addresses::new(writers.addresses, encrypted)),
         Box::new(egress::Egress(writers.egress)),
         Box::new(endpoints::Endpoints::new(writers.endpoints)),

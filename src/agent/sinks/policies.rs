@@ -9,8 +9,8 @@ use anyhow::Result;
 use super::{Drift, Limits, Problem, Refusal, Round, Sink};
 use crate::agent::compute::Desired;
 use crate::agent::proxy::Proxy;
-use crate::datapath::{PolicyWriter, RuleSets};
-use crate::model::l7::RuleSetId;
+use crate::datapath::{DnsWriter, PolicyWriter, RuleSets};
+use crate::model::l7::{DnsRule, L7Rules, RuleSetId};
 use crate::model::{CompiledPolicy, PolicyId};
 
 type Compiled = BTreeMap<PolicyId, Arc<CompiledPolicy>>;
@@ -24,6 +24,8 @@ pub struct Policies {
     /// What `delete` may take as desired.
     fitting: Compiled,
     layer7: Layer7,
+    /// The rules of names that the kernel judges by.
+    dns: DnsWriter,
 }
 
 /// So long a policy waits until the proxy has its rules. After that it counts: what it leaves to the proxy is closed.
@@ -38,6 +40,20 @@ struct Layer7 {
 }
 
 impl Layer7 {
+    /// The rules of names that deny; others show only.
+    fn names(&self) -> BTreeMap<RuleSetId, Arc<[DnsRule]>> {
+        let wanted: BTreeSet<RuleSetId> =
+            self.of_policy.values().flat_map(|(_, sets)| sets).copied().collect();
+        let rules = |id| match self.sets.get(id)? {
+            set if set.visibility_only => None,
+            set => match set.rules {
+                L7Rules::Dns(rules) => Some((id, rules.into())),
+                _ => None,
+            },
+        };
+        wanted.into_iter().filter_map(rules).collect()
+    }
+
     /// Asks for the rule sets of these policies. Returns the policies that wait for the proxy.
     fn ask(&mut self, policies: &Compiled) -> BTreeMap<PolicyId, Refusal> {
         self.of_policy.retain(|id, _| policies.contains_key(id));
@@ -64,10 +80,10 @@ impl Layer7 {
 
 impl Policies {
     /// The writer, and how much it may write for one policy.
-    pub fn new(writer: PolicyWriter, limits: Limits, proxy: Proxy) -> Self {
+    pub fn new(writer: PolicyWriter, dns: DnsWriter, limits: Limits, proxy: Proxy) -> Self {
         let layer7 =
             Layer7 { sets: writer.rule_sets(), proxy, of_policy: BTreeMap::new(), waiting: BTreeMap::new() };
-        Self { writer, limits, tried: BTreeMap::new(), fitting: BTreeMap::new(), layer7 }
+        Self { writer, limits, tried: BTreeMap::new(), fitting: BTreeMap::new(), layer7, dns }
     }
 
     /// Policies that are not even tried: those over the budget and, when all policies are more than the
@@ -88,7 +104,9 @@ impl Sink for Policies {
     }
 
     fn compare(&mut self) -> Result<Vec<Drift>> {
-        Ok(Drift::rows(&self.writer.compare()?))
+        let mut drift = Drift::rows(&self.writer.compare()?);
+        drift.extend(Drift::rows(&self.dns.compare()?));
+        Ok(drift)
     }
 
     fn write(&mut self, round: &mut Round<'_>) -> Result<Vec<Problem>> {
@@ -96,6 +114,9 @@ impl Sink for Policies {
         let too_large = self.too_large(desired);
         self.tried.retain(|id, _| desired.contains_key(id) && !too_large.contains_key(id));
         let waiting = self.layer7.ask(desired);
+        // Before the rules that name them, and the pods that have those.
+        self.dns.write_names(&round.desired.named_by)?;
+        self.dns.write_rules(&self.layer7.names())?;
         let may = |id: &PolicyId| {
             !too_large.contains_key(id)
                 && !waiting.contains_key(id)
@@ -127,7 +148,8 @@ impl Sink for Policies {
     }
 
     fn delete(&mut self, round: &mut Round<'_>) -> Result<()> {
-        Ok(self.writer.prune(&self.fitting, round.in_force)?)
+        self.writer.prune(&self.fitting, round.in_force)?;
+        Ok(self.dns.prune(&self.layer7.names())?)
     }
 }
 

@@ -16,6 +16,9 @@ pub const MESSAGE_MAX: usize = 16 << 20;
 pub struct Hello {
     /// What each descriptor is.
     pub descriptors: Vec<Descriptor>,
+    /// Answer a DNS question that no rule allows with NXDOMAIN instead of REFUSED.
+    #[serde(default)]
+    pub deny_with_nxdomain: bool,
 }
 
 /// What a descriptor is that the agent hands over.

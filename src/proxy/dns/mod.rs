@@ -1,16 +1,16 @@
 //! DNS over UDP and TCP: questions are judged, answers are announced before the client has them.
 
-mod message;
 pub mod tcp;
 pub mod udp;
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use crate::model::l7::{DnsMessage, DnsRule, L7Message, NamePattern, Names, RuleSetId};
 
 use super::session::{Entry, Session};
 use super::store::Rules;
-use message::{Answer, NXDOMAIN, Question, REFUSED};
+use crate::model::l7::dns_message::{self as message, Answer, NXDOMAIN, Question, REFUSED};
 
 /// The most questions of one flow that wait for their answers.
 const PENDING_MAX: usize = 256;
@@ -63,7 +63,8 @@ fn ask(session: &Session, bytes: &[u8]) -> Asked {
             Asked::Forward(question)
         }
         Err(by) => {
-            let code = if session.shared.denies_with_nxdomain { NXDOMAIN } else { REFUSED };
+            let code =
+                if session.shared.denies_with_nxdomain.load(Ordering::Relaxed) { NXDOMAIN } else { REFUSED };
             let said = DnsMessage { code: Some(code.into()), ..said };
             session.record(Entry::denied(L7Message::Dns(said), Some(by), ""));
             Asked::Answer(message::refusal(bytes, &question, code))

@@ -10,8 +10,8 @@ use crate::proxy::pipe;
 use crate::proxy::session::{Entry, Session};
 use crate::proxy::upstream;
 
-use super::message::MESSAGE_MAX;
 use super::{Asked, Pending, answered, ask};
+use crate::model::l7::dns_message::MESSAGE_MAX;
 
 /// Serves a connection until one side ends it.
 pub async fn serve(session: Session, client: TcpStream) {

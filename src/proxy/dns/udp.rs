@@ -22,8 +22,8 @@ use crate::proxy::limits::{Payer, Share};
 use crate::proxy::session::{Entry, Session, Shared};
 use crate::proxy::upstream;
 
-use super::message::MESSAGE_MAX;
 use super::{Asked, Pending, answered, ask};
+use crate::model::l7::dns_message::MESSAGE_MAX;
 
 /// A flow ends when nothing was asked for so long.
 const IDLE: Duration = Duration::from_secs(10);

@@ -129,7 +129,6 @@ impl World {
                 control: path.clone(),
                 threads: 1,
                 connections_per_endpoint: limits.connections_per_endpoint,
-                deny_with_nxdomain: false,
                 log: LogArgs { log_format: LogFormat::Text },
             },
             limits,
@@ -273,7 +272,7 @@ impl Agent {
         let map: OwnedFd = std::fs::File::open("/dev/null")?.into();
         let first = [(Descriptor::FlowsMap, &map)];
         let all = || first.into_iter().chain(sockets.iter().map(|(what, socket)| (*what, socket)));
-        let hello = Hello { descriptors: all().map(|(what, _)| what).collect() };
+        let hello = Hello { descriptors: all().map(|(what, _)| what).collect(), deny_with_nxdomain: false };
         let line = serde_json::to_string(&hello)? + "\n";
         let descriptors: Vec<_> = all().map(|(_, socket)| socket.as_fd()).collect();
         send_with_descriptors(&stream, line.as_bytes(), &descriptors)?;

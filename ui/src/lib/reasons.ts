@@ -62,6 +62,10 @@ const REASONS: Record<string, Reason> = {
     text: 'No proxy takes what it must judge',
     advice: "A policy has rules of layer 7 for this port. The node's proxy is away or does not have the rules yet (`weir status`).",
   },
+  DNS_UNASKED: {
+    text: 'An answer of DNS that nobody asked for',
+    advice: 'The answer is late (10 seconds), a second one, or forged: no question of the pod has its number, name and type.',
+  },
   NO_EGRESS_GATEWAY: {
     text: 'No egress gateway is there for it',
     advice: 'A CiliumEgressGatewayPolicy selects the pod, and no node that it names is ready, or the gateway does not know the pod yet. See `weir egress list`.',

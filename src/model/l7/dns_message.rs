@@ -1,4 +1,4 @@
-//! DNS messages, read as far as the proxy must: the question, and the addresses of an answer.
+//! DNS messages, read as far as a judge must: the question, and the addresses of an answer.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
