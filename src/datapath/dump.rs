@@ -225,6 +225,7 @@ fn l7_flow_row(key: abi::L7FlowKey, row: abi::L7Flow) -> Row {
         "server_endpoint": row.server_endpoint,
         "egress_set": row.egress_set,
         "ingress_set": row.ingress_set,
+        "dns_by_proxy": row.asked_jiffies != 0,
     });
     Some((key.as_bytes().to_vec(), value))
 }

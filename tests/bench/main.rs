@@ -18,6 +18,7 @@ mod frame;
 mod from_pod;
 #[path = "../kubernetes/mod.rs"]
 mod kubernetes;
+mod l7_dns;
 #[path = "../lab/mod.rs"]
 mod lab;
 mod load;
@@ -39,11 +40,12 @@ type Measure = fn() -> Result<Vec<Row>>;
 type Section = (&'static str, &'static str, Measure);
 
 /// Every suite, by name.
-const SUITES: [(&str, Measure); 5] = [
+const SUITES: [(&str, Measure); 6] = [
     ("datapath", datapath::rows),
     ("policy", policy::rows),
     ("flow", flow::rows),
     ("service", service::rows),
+    ("dns", l7_dns::rows),
     ("cluster", cluster::rows),
 ];
 

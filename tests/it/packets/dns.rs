@@ -267,7 +267,7 @@ fn what_is_no_plain_query_is_the_proxys_and_so_is_its_answer() -> Result<()> {
     in_both_families(|world, cast| {
         allow(world, &["*.test"])?;
         let plain = query(7, "a.test");
-        let long = vec![b'a'; 63].iter().map(|byte| char::from(*byte)).collect::<String>();
+        let long = "a".repeat(63);
         let too_long = format!("{long}.{long}.{long}.{long}.test");
         let cases = [
             ("an answer", Message { flags: 0x8100, ..plain.clone() }),
