@@ -23,6 +23,7 @@ struct settings {
 	__u32 other_timeout_seconds; /* UDP, ICMP, the rest */
 	__u32 mark_mask;	     /* Weir's bits of skb->mark, adjacent ones */
 	__u32 encrypt_ifindex;	     /* encrypts what is sent to it (lib/encrypt.h); 0: nothing is encrypted */
+	__u32 encrypt_second;	     /* the same while NODE_ENCRYPT_SECOND is set: the device with the other key */
 	__u32 path_mtu;		     /* of the way to other nodes' pods, bytes; 0: TCP is not told of it */
 	__u32 wait_ifindex;	     /* where fragments wait for their packet's first one; 0: they do not */
 	__u32 quota_limit[QUOTA_KINDS];    /* of one endpoint */
@@ -42,7 +43,7 @@ struct settings {
 	__u8 tunnel_direct;	     /* put on and take off the tunnel's headers, past the VXLAN device */
 	__u8 encrypt_strict;	     /* what has to be encrypted is dropped where it comes in plain */
 	__u8 dns_denied;	     /* the response code of a question that no rule allows */
-	__u8 pad[3];
+	__u8 pad[7];
 };
 
 extern const volatile struct settings settings;

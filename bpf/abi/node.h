@@ -12,6 +12,7 @@ struct node_state {
 
 enum node_flags {
 	NODE_PAST_STACK = 1 << 0, /* packets may go past the node's stack: it has no IPsec policies to apply */
+	NODE_ENCRYPT_SECOND = 1 << 1, /* settings.encrypt_second encrypts: keys change by two devices in turn */
 };
 
 /*

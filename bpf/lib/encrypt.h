@@ -139,6 +139,17 @@ static __always_inline bool encrypt_must(const struct encrypt_view *view)
 	return prefix && prefix->flags & PREFIX_ENCRYPT;
 }
 
+/* The device that encrypts now. What either of them decrypts is taken. */
+static __always_inline __u32 encrypt_device(void)
+{
+	__u32 zero = 0;
+	struct node_state *state = bpf_map_lookup_elem(&node_state, &zero);
+
+	return state && state->flags & NODE_ENCRYPT_SECOND ?
+		       settings.encrypt_second :
+		       settings.encrypt_ifindex;
+}
+
 /* The egress wall, on a device that leads out: an action of tc. */
 __weak __noinline int encrypt_leave(struct __sk_buff *ctx)
 {
@@ -147,7 +158,7 @@ __weak __noinline int encrypt_leave(struct __sk_buff *ctx)
 	if (!encrypt_look(ctx, false, &view) || !encrypt_must(&view))
 		return TC_ACT_OK;
 	mark_clear(ctx);
-	return bpf_redirect(settings.encrypt_ifindex, 0);
+	return bpf_redirect(encrypt_device(), 0);
 }
 
 /* The ingress wall, on a device that leads out: 0 or a drop. */

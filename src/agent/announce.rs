@@ -12,8 +12,8 @@ use super::node::Devices;
 use crate::backoff::Backoff;
 use crate::encryption::Mode;
 use crate::kube::Publisher;
-use crate::kube::crd::{ClosedPolicy, NodeEncryption, Tunnel, WeirNodeStatus};
-use crate::model::{Node, NodeKey, PolicyRef};
+use crate::kube::crd::{ClosedPolicy, NodeEncryption, OtherKey, Tunnel, WeirNodeStatus};
+use crate::model::{KeyAt, Node, NodeKey, PolicyRef};
 use crate::telemetry::{PartRow, Telemetry};
 
 /// An agent that is started again is ready sooner than this: until then the node is what
@@ -104,10 +104,11 @@ fn status(config: &Config, facts: &Facts, pending: &[String]) -> WeirNodeStatus 
             .map_or_else(Vec::new, |node| node.pod_cidrs.iter().map(ToString::to_string).collect()),
         mtu: facts.devices.as_ref().map(|devices| devices.mtu),
         tunnel,
-        encryption: facts.devices.as_ref().and_then(|devices| devices.encryption.as_ref()).map(|device| {
-            let NodeKey { public_key, port } = device.published();
-            NodeEncryption { protocol: "wireguard".to_owned(), public_key: public_key.to_string(), port }
-        }),
+        encryption: facts
+            .devices
+            .as_ref()
+            .and_then(|devices| devices.encryption.as_ref()?.published())
+            .map(|key| encryption(&key)),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         ready: pending.is_empty(),
         message: match (pending, node) {
@@ -117,6 +118,22 @@ fn status(config: &Config, facts: &Facts, pending: &[String]) -> WeirNodeStatus 
         },
         conditions: Vec::new(),
         closed_policies: Vec::new(),
+    }
+}
+
+/// As the other agents read it.
+fn encryption(key: &NodeKey) -> NodeEncryption {
+    let KeyAt { public_key, port, generation } = key.active;
+    NodeEncryption {
+        protocol: "wireguard".to_owned(),
+        public_key: public_key.to_string(),
+        port,
+        generation,
+        other: key.other.map(|other| OtherKey {
+            public_key: other.public_key.to_string(),
+            port: other.port,
+            generation: other.generation,
+        }),
     }
 }
 

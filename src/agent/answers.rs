@@ -324,6 +324,7 @@ impl Handler for Answers {
                 let answer = tokio::task::block_in_place(move || known.encryption());
                 reply.finish(Ok::<_, Refusal>(answer)).await
             }
+            Request::EncryptionRotate => reply.finish(known.rotate()).await,
             Request::Names => reply.finish(Ok::<_, Refusal>(known.name_rows())).await,
             Request::Egress => {
                 let rows = known.current.load().egress.rows.clone();

@@ -260,8 +260,12 @@ impl Compute {
         }
         let found = found?;
         let own: Vec<IpAddr> = view.local_addresses.keys().copied().collect();
-        let wireguard =
-            view.allocations.values().filter_map(|allocation| Some(allocation.key?.port)).collect();
+        let wireguard = view
+            .allocations
+            .values()
+            .filter_map(|allocation| allocation.key)
+            .flat_map(|key| key.ports())
+            .collect();
         let open = host::always_open(&found, &host::api_servers(&view.slices), &own, &wireguard);
         let mut policies = policies.clone();
         policies.insert(open.reference.clone(), Arc::new(open));

@@ -37,6 +37,7 @@ mod publish;
 mod questions;
 mod removed;
 mod restart;
+mod rotation;
 mod rounds;
 mod secret;
 mod sinks;
@@ -245,7 +246,9 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     // Before policies are counted for the first time, or one that comes in between would be missed.
     let ipsec = ipsec::follow();
     let encryption = devices.encryption.clone();
-    known.loaded(datapath.clone(), &writers.policies, ports, encryption, devices.mtu);
+    known.loaded(datapath.clone(), &writers.policies, ports, encryption.clone(), devices.mtu);
+    let (keys, keys_changed) = watch::channel(0);
+    tokio::spawn(rotation::run(encryption, keys, known.telemetry.parts().clone()));
 
     let events = KernelEvents::open(datapath.clone()).context("opening the ring buffer of events")?;
     flow::reader::start(events, known.recorder.clone(), names, stopping.clone())
@@ -321,6 +324,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         local,
         ipsec: ipsec.clone(),
         host_decided,
+        keys_changed,
         compute,
         sinks: sinks::all(
             &datapath,
@@ -448,7 +452,9 @@ fn attach_node(datapath: &Datapath, devices: &Devices, socket_lb: bool) -> Resul
         datapath.attach_overlay(overlay).context("attaching to the tunnel device")?;
     }
     if let Some(device) = &devices.encryption {
-        datapath.attach_encrypted(device.ifindex()).context("attaching to the device that encrypts")?;
+        for ifindex in device.ifindices() {
+            datapath.attach_encrypted(ifindex).context("attaching to the device that encrypts")?;
+        }
     }
     if let Some([_, comes_out]) = devices.wait {
         datapath.attach_wait(comes_out).context("attaching to the device of waiting fragments")?;
@@ -477,7 +483,8 @@ fn options(config: &Config, devices: &Devices, ports: &Ports, secret: [u64; 2]) 
             netns_cookie: netlink::namespace_cookie(),
             tunnel_ifindex: devices.overlay,
             gateway_ifindex: devices.vxlan,
-            encrypt_ifindex: devices.encryption.as_ref().map(|device| device.ifindex()),
+            encrypt_ifindex: devices.encryption.as_ref().map(|device| device.ifindices()[0]),
+            encrypt_second: devices.encryption.as_ref().map(|device| device.ifindices()[1]),
             encrypt_strict: args.encryption.encryption_strict,
             dns_denied: args.names.dns_denied.code(),
             path_mtu: devices.mtu,

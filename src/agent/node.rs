@@ -145,7 +145,9 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
     if config.args.encryption.encryption != encryption::Mode::Off {
         // Decrypted packets come from nodes that other devices lead to. The loose filter, too, drops them where
         // the device has no address; who sent them the encryption has proved.
-        settings.push((format!("net/ipv4/conf/{}/rp_filter", encryption::DEVICE), "0".to_owned()));
+        for device in encryption::DEVICES {
+            settings.push((format!("net/ipv4/conf/{device}/rp_filter"), "0".to_owned()));
+        }
         if netlink::get_sysctl("net/ipv4/conf/all/rp_filter")?.is_some_and(|value| value != "0") {
             tracing::warn!(
                 "net.ipv4.conf.all.rp_filter is not 0: the node's stack drops what was decrypted; set it to 0, and \
@@ -184,10 +186,9 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
 /// The device that encrypts, where there is to be one; else one that was there goes.
 fn prepare_encryption(config: &Config, mtus: &Mtus) -> Result<Option<Arc<Device>>> {
     let args = &config.args;
-    let socket = args.socket.with_file_name(encryption::protocol::SOCKET_NAME);
     let Some(mtu) = mtus.encrypted else {
-        if encryption::remove_device(&socket).context("removing the device that encrypted")? {
-            tracing::info!(device = encryption::DEVICE, "removed the device: nothing is encrypted now");
+        if encryption::remove_devices(&args.socket).context("removing the devices that encrypted")? {
+            tracing::info!(devices = ?encryption::DEVICES, "removed the devices: nothing is encrypted now");
         }
         return Ok(None);
     };
@@ -195,12 +196,12 @@ fn prepare_encryption(config: &Config, mtus: &Mtus) -> Result<Option<Arc<Device>
         choice: args.encryption.wireguard_device,
         mtu,
         port: args.encryption.wireguard_port,
-        fwmark: 0,
         state_directory: args.state_dir.clone(),
-        socket,
+        socket: args.socket.clone(),
+        key_age: args.encryption.key_age(),
     };
     let device = Device::prepare(plan).context("making the device that encrypts")?;
-    tracing::info!(device = encryption::DEVICE, mtu, by = %device.kind(), "encrypting between nodes");
+    tracing::info!(device = device.name(), mtu, by = %device.kind(), "encrypting between nodes");
     Ok(Some(Arc::new(device)))
 }
 

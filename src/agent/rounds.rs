@@ -62,6 +62,8 @@ pub struct Rounds {
     pub ipsec: ipsec::News,
     /// Verdicts on the host's policies.
     pub host_decided: watch::Receiver<u64>,
+    /// Steps in a change of keys.
+    pub keys_changed: watch::Receiver<u64>,
     /// Numbers and their memory.
     pub compute: Compute,
     /// The kernel.
@@ -113,12 +115,14 @@ impl Rounds {
         let tables = self.tables.clone();
         let mut ipsec = self.ipsec.clone();
         let mut host_decided = self.host_decided.clone();
+        let mut keys_changed = self.keys_changed.clone();
         loop {
             let mut changes = std::pin::pin!(tables.changed());
             endpoint_changes.mark_unchanged();
             address_changes.mark_unchanged();
             ipsec.mark_unchanged();
             host_decided.mark_unchanged();
+            keys_changed.mark_unchanged();
             device_changes.mark_unchanged();
             heard_changes.mark_unchanged();
             proxy_known.mark_unchanged();
@@ -152,6 +156,7 @@ impl Rounds {
                     }
                     changed = ipsec.changed() => if changed.is_err() { return } else { break },
                     changed = host_decided.changed() => if changed.is_err() { return } else { break },
+                    changed = keys_changed.changed() => if changed.is_err() { return } else { break },
                     // This alone is no reason for a round: the sinks say when they want one.
                     () = self.wait_for_kernel() => self.hear(),
                 }

@@ -99,6 +99,10 @@ pub struct EncryptionDevice {
     pub public_key: PublicKey,
     /// UDP port.
     pub port: u16,
+    /// Which of the node's keys it is.
+    pub generation: u32,
+    /// What a change of keys waits for; none: there is none.
+    pub change: Option<String>,
 }
 
 /// Another node.

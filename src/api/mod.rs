@@ -83,6 +83,8 @@ pub enum Request {
     ServiceTrace(ServiceQuestion),
     /// Who encrypts, and how the peers are.
     Encryption,
+    /// Change the keys, on every node; answers what becomes of it.
+    EncryptionRotate,
     /// What DNS told the pods of this node.
     Names,
     /// Pods whose packets leave the cluster by a gateway.

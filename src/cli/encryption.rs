@@ -13,6 +13,14 @@ use crate::api::answers::{EncryptionAnswer, EncryptionPeerRow};
 pub enum EncryptionCommand {
     /// Who encrypts, with which key, and how each other node is.
     Status(StatusArgs),
+    /// Change the keys without loss: this node begins, and every other node follows.
+    Rotate(RotateArgs),
+}
+
+#[derive(Args)]
+pub struct RotateArgs {
+    #[command(flatten)]
+    connection: Connection,
 }
 
 #[derive(Args)]
@@ -30,7 +38,13 @@ pub struct StatusArgs {
 }
 
 pub fn run(command: &EncryptionCommand) -> Result<(), Failure> {
-    let EncryptionCommand::Status(args) = command;
+    let args = match command {
+        EncryptionCommand::Status(args) => args,
+        EncryptionCommand::Rotate(args) => {
+            let said: String = args.connection.ask(&Request::EncryptionRotate)?;
+            return Ok(writeln!(io::stdout(), "{said}")?);
+        }
+    };
     if args.cluster {
         let answer = cluster::runtime()?.block_on(cluster::encryption::ask(&args.of))?;
         let mut out = io::BufWriter::new(io::stdout().lock());
@@ -54,7 +68,11 @@ fn write(out: &mut impl Write, answer: &EncryptionAnswer) -> io::Result<()> {
     let mode =
         if answer.is_strict { "strict" } else { "not strict: nodes without a key are spoken to in plain" };
     writeln!(out, "by {}, device {} with MTU {}, {mode}", device.kind, device.name, device.mtu)?;
-    writeln!(out, "key {}, UDP port {}", device.public_key, device.port)?;
+    let (key, port, generation) = (device.public_key, device.port, device.generation);
+    writeln!(out, "key {key} of generation {generation}, UDP port {port}")?;
+    if let Some(change) = &device.change {
+        writeln!(out, "keys change: {change}")?;
+    }
     if let Some(error) = &answer.error {
         writeln!(out, "the peers' states are not known: {error}")?;
     }

@@ -86,9 +86,8 @@ pub(super) fn uninstall(args: &UninstallArgs) -> Result<(), Failure> {
     if crate::agent::end_left_behind(&args.state_dir) {
         writeln!(output, "ended the proxy of layer 7")?;
     }
-    let encrypting = args.socket.with_file_name(encryption::protocol::SOCKET_NAME);
-    if encryption::remove_device(&encrypting).context("removing the device that encrypts")? {
-        writeln!(output, "removed the device {}", encryption::DEVICE)?;
+    if encryption::remove_devices(&args.socket).context("removing the devices that encrypt")? {
+        writeln!(output, "removed the devices {}", encryption::DEVICES.join(" and "))?;
     }
     for name in delete_devices()? {
         writeln!(output, "removed the device {name}")?;
@@ -154,7 +153,7 @@ fn devices() -> Result<Vec<String>> {
         let is_wait = link.kind == "veth" && link.name.starts_with("weir_wait");
         let is_proxy = link.kind == "veth" && link.name == "weir_proxy";
         let is_tunnel = link.kind == "vxlan" && link.name.starts_with("weir");
-        is_pods || is_wait || is_proxy || is_tunnel || link.name == encryption::DEVICE
+        is_pods || is_wait || is_proxy || is_tunnel || encryption::DEVICES.contains(&link.name.as_str())
     };
     let links = netlink::links().context("listing the devices")?;
     Ok(links.into_iter().filter(is_ours).map(|link| link.name).collect())

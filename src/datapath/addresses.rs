@@ -288,8 +288,17 @@ impl StackWriter {
 
     /// Whether packets may go past the node's stack; true if that is news.
     pub fn write_past_stack(&mut self, may: bool) -> Result<bool> {
+        self.write(node_flags::NODE_PAST_STACK.0, may)
+    }
+
+    /// Whether the second device encrypts; true if that is news.
+    pub fn write_encrypt_second(&mut self, is_second: bool) -> Result<bool> {
+        self.write(node_flags::NODE_ENCRYPT_SECOND.0, is_second)
+    }
+
+    fn write(&mut self, flag: u32, is_set: bool) -> Result<bool> {
         let mut state = self.0.get(&0)?.context("reading the only row of node_state")?;
-        let flags = if may { node_flags::NODE_PAST_STACK.0 } else { 0 };
+        let flags = if is_set { state.flags | flag } else { state.flags & !flag };
         let is_news = state.flags != flags;
         if is_news {
             state.flags = flags;

@@ -441,7 +441,10 @@ fn fragment_row(slot: u32, row: abi::Fragment) -> Row {
 }
 
 fn node_state_row(_: u32, row: abi::NodeState) -> Row {
-    let flags = names(row.flags, &[(node_flags::NODE_PAST_STACK.0, "past stack")]);
+    let flags = names(
+        row.flags,
+        &[(node_flags::NODE_PAST_STACK.0, "past stack"), (node_flags::NODE_ENCRYPT_SECOND.0, "second key")],
+    );
     Some((Vec::new(), json!({ "address_epoch": row.address_epoch, "flags": flags })))
 }
 

@@ -110,6 +110,8 @@ pub struct Settings {
     pub tunnel_direct: bool,
     /// The device that encrypts what is sent to it; without it nothing is encrypted.
     pub encrypt_ifindex: Option<u32>,
+    /// The device that encrypts with the other key, by which keys change without loss.
+    pub encrypt_second: Option<u32>,
     /// Drop what comes in plain and has to be encrypted.
     pub encrypt_strict: bool,
     /// The response code of a question that no rule allows.
@@ -153,6 +155,7 @@ impl Default for Settings {
             tunnel_direct: true,
             wait_ifindex: None,
             encrypt_ifindex: None,
+            encrypt_second: None,
             encrypt_strict: true,
             dns_denied: crate::model::l7::dns_message::REFUSED,
             path_mtu: 0,
@@ -183,6 +186,7 @@ impl Settings {
             other_timeout_seconds: seconds(self.other_timeout),
             mark_mask: self.mark_mask,
             encrypt_ifindex: self.encrypt_ifindex.unwrap_or(0),
+            encrypt_second: self.encrypt_second.unwrap_or(0),
             path_mtu: self.path_mtu,
             wait_ifindex: self.wait_ifindex.unwrap_or(0),
             quota_limit: limits.of_one,
@@ -202,7 +206,7 @@ impl Settings {
             tunnel_direct: self.tunnel_direct.into(),
             encrypt_strict: self.encrypt_strict.into(),
             dns_denied: self.dns_denied,
-            pad: [0; 3],
+            pad: [0; 7],
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Settings of the encryption between nodes.
 
+use std::time::Duration;
+
 use clap::{ArgAction, Args, ValueEnum};
 
 use crate::settings::{SettingError, within};
@@ -17,9 +19,13 @@ pub struct EncryptionArgs {
     #[arg(long, env = "WEIR_ENCRYPTION_STRICT", action = ArgAction::Set, default_value_t = true)]
     pub encryption_strict: bool,
 
-    /// UDP port of WireGuard.
+    /// UDP port of WireGuard. The next one is used, too: keys change between the two.
     #[arg(long, env = "WEIR_WIREGUARD_PORT", value_name = "PORT", default_value_t = 51871)]
     pub wireguard_port: u16,
+
+    /// Keys that are older are changed, in the whole cluster; 0: on command alone.
+    #[arg(long, env = "WEIR_ENCRYPTION_KEY_DAYS", value_name = "DAYS", default_value_t = 0)]
+    pub encryption_key_days: u32,
 
     /// Who encrypts: the kernel's WireGuard, or a process of Weir's on kernels without it.
     #[arg(long, env = "WEIR_WIREGUARD_DEVICE", value_enum, default_value = "auto")]
@@ -47,8 +53,14 @@ pub enum DeviceChoice {
 }
 
 impl EncryptionArgs {
+    /// Keys that are older are changed.
+    pub fn key_age(&self) -> Option<Duration> {
+        let days = (self.encryption_key_days > 0).then_some(self.encryption_key_days)?;
+        Some(Duration::from_secs(u64::from(days) * 24 * 3600))
+    }
+
     /// Refuses what makes no sense.
     pub fn check(&self) -> Result<(), SettingError> {
-        within("wireguard-port", self.wireguard_port, 1..=u16::MAX)
+        within("wireguard-port", self.wireguard_port, 1..=u16::MAX - 1)
     }
 }

@@ -1,51 +1,37 @@
-//! The device that encrypts, as the agent has it.
+//! What encrypts, as the agent has it: two devices in turn, the keys, and the other nodes.
 
 use std::fmt;
-use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt};
 
-use super::PrivateKey;
 use super::args::DeviceChoice;
-use super::protocol::{Client, Request, SideState};
-use crate::model::{EncryptionPeer, NodeKey, PeerState};
-use crate::netlink::{self, TunOffload};
+use super::lock;
+use super::ring::{KeyRing, slot_of};
+use super::rotation::{self, Generations, Neighbour, Step};
+use super::slot::{Slot, sockets};
+use crate::model::{EncryptingNode, EncryptionPeer, KeyAt, NodeKey, PeerState};
 
-/// The device's name, whoever encrypts.
-pub const DEVICE: &str = "weir_wg";
+/// A peer has a keepalive: one whose last handshake is older than this is not reached.
+const HANDSHAKE_WITHIN_SECONDS: u64 = 200;
 
-/// What the sockets hold while the process does not run: a tenth of a second of 200,000 packets a second.
-const SOCKET_BYTES: usize = 4 << 20;
-/// A process that has just been started listens within this time.
-const LISTENS_WITHIN: Duration = Duration::from_secs(5);
-/// After a failure.
-const RETRY: Duration = Duration::from_millis(500);
-const POLL: Duration = Duration::from_millis(10);
-
-/// What the device shall be.
+/// What the devices shall be.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Who encrypts.
     pub choice: DeviceChoice,
-    /// Its MTU.
+    /// Their MTU.
     pub mtu: u32,
-    /// UDP port.
+    /// UDP port of the first one; the second one has the next.
     pub port: u16,
-    /// The mark of what the kernel's device sends.
-    pub fwmark: u32,
-    /// Where the key is.
+    /// Where the keys are.
     pub state_directory: PathBuf,
-    /// The socket of the process.
+    /// The agent's socket: those of the processes are beside it.
     pub socket: PathBuf,
+    /// Keys that are older are changed.
+    pub key_age: Option<Duration>,
 }
 
 /// Who encrypts.
@@ -66,46 +52,57 @@ impl fmt::Display for DeviceKind {
     }
 }
 
-/// The device, and who works behind it.
+/// The devices, and who works behind them.
 #[derive(Debug)]
 pub struct Device {
     plan: Plan,
-    key: PrivateKey,
     kind: DeviceKind,
-    ifindex: u32,
-    side: Option<Arc<Side>>,
+    slots: [Slot; 2],
+    keys: Mutex<Keys>,
+}
+
+/// The keys, and what is known of the others'.
+#[derive(Debug)]
+struct Keys {
+    ring: KeyRing,
+    /// None: the agent does not know yet.
+    nodes: Option<Vec<EncryptingNode>>,
+    /// The generation by which the programs send.
+    in_force: Option<u32>,
+    /// Somebody asks for new keys.
+    wants: bool,
 }
 
 impl Device {
-    /// Makes the device, or finds it, and starts who works behind it.
+    /// Makes the devices, or finds them, and starts who works behind them.
     pub fn prepare(plan: Plan) -> Result<Self> {
-        let key = PrivateKey::of(&plan.state_directory)?;
-        if plan.choice != DeviceChoice::User {
-            let made = netlink::ensure_wireguard(DEVICE, plan.mtu, key.bytes(), plan.port, plan.fwmark)
-                .context("making the WireGuard device")?;
-            if let Some(ifindex) = made {
-                return Ok(Self { plan, key, kind: DeviceKind::Kernel, ifindex, side: None });
-            }
-            if plan.choice == DeviceChoice::Kernel {
-                bail!("WEIR_WIREGUARD_DEVICE=kernel, and this kernel has no WireGuard (module wireguard)");
-            }
-        }
-        let ifindex = netlink::ensure_tun(DEVICE, plan.mtu).context("making the TUN device")?;
-        let side = Arc::new(Side::new(&plan, key.clone(), ifindex));
-        let supervised = side.clone();
-        thread::Builder::new()
-            .name("weir-wireguard".to_owned())
-            .spawn(move || supervised.supervise())
-            .context("starting a thread")?;
-        Ok(Self { plan, key, kind: DeviceKind::User, ifindex, side: Some(side) })
+        let ring = KeyRing::open(&plan.state_directory)?;
+        let (kind, slots) = match plan.choice {
+            DeviceChoice::User => (DeviceKind::User, slots(&plan, DeviceKind::User, &ring)?),
+            _ => match slots(&plan, DeviceKind::Kernel, &ring)? {
+                None if plan.choice == DeviceChoice::Kernel => {
+                    bail!("WEIR_WIREGUARD_DEVICE=kernel, and this kernel has no WireGuard (module wireguard)")
+                }
+                None => (DeviceKind::User, slots(&plan, DeviceKind::User, &ring)?),
+                there => (DeviceKind::Kernel, there),
+            },
+        };
+        let slots = slots.context("making the devices that encrypt")?;
+        let keys = Mutex::new(Keys { ring, nodes: None, in_force: None, wants: false });
+        Ok(Self { plan, kind, slots, keys })
     }
 
-    /// Its index.
-    pub fn ifindex(&self) -> u32 {
-        self.ifindex
+    /// The indices of both devices.
+    pub fn ifindices(&self) -> [u32; 2] {
+        [self.slots[0].ifindex(), self.slots[1].ifindex()]
     }
 
-    /// Its MTU.
+    /// The device by which the node sends.
+    pub fn name(&self) -> &'static str {
+        self.slots[slot_of(self.generations().active)].name()
+    }
+
+    /// Their MTU.
     pub fn mtu(&self) -> u32 {
         self.plan.mtu
     }
@@ -115,221 +112,203 @@ impl Device {
         self.kind
     }
 
-    /// What this node publishes.
-    pub fn published(&self) -> NodeKey {
-        NodeKey { public_key: self.key.public(), port: self.plan.port }
+    /// What this node publishes: that it sends by a key not before it does.
+    pub fn published(&self) -> Option<NodeKey> {
+        let keys = lock(&self.keys);
+        let generations = keys.ring.generations();
+        let at = |generation: u32| {
+            let public_key = keys.ring.key(generation)?.public();
+            Some(KeyAt { public_key, port: self.slots[slot_of(generation)].port(), generation })
+        };
+        let (mut active, mut other) = (Some(generations.active), generations.other);
+        if other.is_some() && keys.in_force == other {
+            std::mem::swap(&mut active, &mut other);
+        }
+        Some(NodeKey { active: at(active?)?, other: other.and_then(at) })
+    }
+
+    /// The generations of this node's keys.
+    pub fn generations(&self) -> Generations {
+        lock(&self.keys).ring.generations()
+    }
+
+    /// The generation by which the programs are to send, and whether that is the second device's.
+    pub fn wanted(&self) -> (u32, bool) {
+        let active = self.generations().active;
+        (active, slot_of(active) == 1)
+    }
+
+    /// The programs send by this generation.
+    pub fn set_in_force(&self, generation: u32) {
+        lock(&self.keys).in_force = Some(generation);
     }
 
     /// Makes these all peers.
-    pub fn set_peers(&self, peers: &[EncryptionPeer]) -> Result<()> {
-        match &self.side {
-            None => netlink::set_wireguard_peers(DEVICE, peers).context("telling WireGuard its peers"),
-            Some(side) => side.set_peers(peers),
-        }
+    pub fn set_nodes(&self, nodes: &[EncryptingNode]) -> Result<()> {
+        let mut keys = lock(&self.keys);
+        keys.nodes = Some(nodes.to_vec());
+        self.tell(&keys)
     }
 
-    /// How the peers are.
-    pub fn peers(&self) -> Result<Vec<PeerState>> {
-        match &self.side {
-            None => netlink::wireguard_peers(DEVICE).context("reading WireGuard's peers"),
-            Some(side) => Ok(side.state()?.peers),
+    fn tell(&self, keys: &Keys) -> Result<()> {
+        let Some(nodes) = &keys.nodes else { return Ok(()) };
+        let generations = keys.ring.generations();
+        for generation in std::iter::once(generations.active).chain(generations.other) {
+            let peers: Vec<EncryptionPeer> = nodes.iter().filter_map(|node| node.peer(generation)).collect();
+            self.slots[slot_of(generation)].set_peers(&peers)?;
         }
+        Ok(())
+    }
+
+    /// How the peers are: of the active key first.
+    pub fn peers(&self) -> Result<Vec<PeerState>> {
+        let first = slot_of(self.generations().active);
+        let mut states = self.slots[first].peers()?;
+        states.extend(self.slots[1 - first].peers()?);
+        Ok(states)
     }
 
     /// The process that encrypts.
     pub fn pid(&self) -> Option<u32> {
-        self.side.as_ref()?.state().ok().map(|state| state.pid)
+        self.slots[slot_of(self.generations().active)].pid()
     }
 
-    /// What is wrong with the device; it is mended where that is possible without another index.
+    /// What is wrong with the devices; it is mended where that is possible without another index.
     pub fn look(&self) -> Result<Option<String>> {
-        let there = netlink::link(DEVICE)?.filter(|link| link.index == self.ifindex);
-        Ok(match there {
-            None => Some(format!("device {DEVICE} is gone")),
-            Some(link) if !link.is_up => Some(format!("device {DEVICE} is down")),
-            Some(link) if link.mtu != self.plan.mtu => {
-                Some(format!("device {DEVICE} has MTU {}, and not {}", link.mtu, self.plan.mtu))
+        Ok(self.slots[0].look()?.or(self.slots[1].look()?))
+    }
+
+    /// Makes the devices as they were. False: one has another index now.
+    pub fn mend(&self) -> Result<bool> {
+        let mended = [self.slots[0].mend()?, self.slots[1].mend()?];
+        Ok(mended == [true; 2])
+    }
+
+    /// Asks for new keys; says what becomes of that.
+    pub fn ask_for_new_keys(&self) -> String {
+        let mut keys = lock(&self.keys);
+        match keys.ring.generations().next() {
+            Some(next) => format!("keys change already: to generation {next}"),
+            None => {
+                keys.wants = true;
+                format!("keys will change, on every node: from generation {}", keys.ring.generations().active)
             }
-            Some(_) => None,
+        }
+    }
+
+    /// What a change of keys waits for; none: there is none.
+    pub fn change(&self) -> Option<String> {
+        let keys = lock(&self.keys);
+        let generations = keys.ring.generations();
+        let other = generations.other?;
+        let others = self.neighbours(&keys);
+        Some(match (generations.next(), others.as_deref()) {
+            (Some(next), Ok(others)) => match rotation::waits_for(generations, others) {
+                Some(node) => format!("to generation {next}: waiting until {} is reached by it", node.node),
+                None => format!("to generation {next}"),
+            },
+            (Some(next), Err(error)) => format!("to generation {next}: {error:#}"),
+            (None, _) => format!("generation {other} is received by until no node sends by it"),
         })
     }
 
-    /// Makes the device as it was. False: it has another index now.
-    pub fn mend(&self) -> Result<bool> {
-        let ifindex = match self.kind {
-            DeviceKind::Kernel => {
-                let (plan, key) = (&self.plan, self.key.bytes());
-                netlink::ensure_wireguard(DEVICE, plan.mtu, key, plan.port, plan.fwmark)?
-            }
-            DeviceKind::User => Some(netlink::ensure_tun(DEVICE, self.plan.mtu)?),
+    fn neighbours(&self, keys: &Keys) -> Result<Vec<Neighbour>> {
+        let generations = keys.ring.generations();
+        let active = self.slots[slot_of(generations.active)].peers()?;
+        let next = match generations.next() {
+            Some(next) => self.slots[slot_of(next)].peers()?,
+            None => Vec::new(),
         };
-        Ok(ifindex == Some(self.ifindex))
-    }
-}
-
-/// Ends the process, if there is one, and removes the device; false if there was none.
-pub fn remove_device(socket: &Path) -> Result<bool> {
-    if let Ok(mut client) = Client::connect(socket) {
-        client.call(&Request::Stop, &[]).context("ending weir wireguard")?;
-    }
-    netlink::delete_link(DEVICE).context("removing the device")
-}
-
-/// The process, as the agent keeps it running.
-#[derive(Debug)]
-struct Side {
-    plan: Plan,
-    key: PrivateKey,
-    ifindex: u32,
-    peers: Mutex<Vec<EncryptionPeer>>,
-    /// Where requests go while the process runs; else why it does not.
-    client: Mutex<Result<Client, String>>,
-}
-
-impl Side {
-    fn new(plan: &Plan, key: PrivateKey, ifindex: u32) -> Self {
-        let client = Mutex::new(Err("weir wireguard has not been started yet".to_owned()));
-        Self { plan: plan.clone(), key, ifindex, peers: Mutex::default(), client }
-    }
-
-    fn set_peers(&self, peers: &[EncryptionPeer]) -> Result<()> {
-        // A process that comes later gets them from here.
-        let mut all = lock(&self.peers);
-        *all = peers.to_vec();
-        self.ask(&Request::Peers { peers: peers.to_vec() }).map(drop)
-    }
-
-    fn state(&self) -> Result<SideState> {
-        self.ask(&Request::Status)
-    }
-
-    fn ask(&self, request: &Request) -> Result<SideState> {
-        match &mut *lock(&self.client) {
-            Ok(client) => {
-                let answer = client.call(request, &[]);
-                // An answer that comes late would be taken for the next one.
-                if answer.is_err()
-                    && let Ok(another) = Client::connect(&self.plan.socket)
-                {
-                    *client = another;
-                }
-                answer.context("talking to weir wireguard")
-            }
-            Err(why) => bail!("{why}"),
-        }
-    }
-
-    /// Keeps a process running that has the device, the key and the peers. Never returns.
-    fn supervise(&self) {
-        let mut child = None;
-        loop {
-            match self.connect(&mut child) {
-                Ok(watch) => {
-                    watch.wait_for_end();
-                    tracing::warn!("weir wireguard has ended: starting it again");
-                    *lock(&self.client) = Err("weir wireguard has ended".to_owned());
-                }
-                Err(error) => {
-                    let why = crate::error::chain(&error);
-                    tracing::error!(error = why, retry = ?RETRY, "starting weir wireguard");
-                    *lock(&self.client) = Err(why);
-                    thread::sleep(RETRY);
-                }
-            }
-        }
-    }
-
-    /// Finds the process or starts one, gives it all that it lacks, and returns a connection that ends with it.
-    fn connect(&self, child: &mut Option<Child>) -> Result<Client> {
-        let mut client = match Client::connect(&self.plan.socket) {
-            Ok(client) => client,
-            Err(_) => self.spawn(child)?,
+        let is_reached = |states: &[PeerState], key: Option<&KeyAt>| {
+            let state = key.and_then(|key| states.iter().find(|state| state.public_key == key.public_key));
+            let since = state.and_then(|state| state.last_handshake_seconds);
+            since.is_some_and(|since| since < HANDSHAKE_WITHIN_SECONDS)
         };
-        let watch = Client::connect(&self.plan.socket).context("connecting to weir wireguard")?;
-        let state = client.call(&Request::Status, &[]).context("asking weir wireguard")?;
-        let is_ours = |running: &super::protocol::Running| {
-            running.ifindex == self.ifindex && running.public_key == self.key.public()
+        let neighbour = |node: &EncryptingNode| Neighbour {
+            node: node.name.clone(),
+            generations: Generations {
+                active: node.key.active.generation,
+                other: node.key.other.map(|key| key.generation),
+            },
+            is_alive: is_reached(&active, node.key.at(generations.active)),
+            is_reached: generations.next().is_some_and(|at| is_reached(&next, node.key.at(at))),
         };
-        match state.running {
-            None => self.start(&mut client)?,
-            Some(running) if is_ours(&running) => {
-                tracing::info!(pid = state.pid, "weir wireguard runs already");
-            }
-            // With another device or key: what it does is of no use.
-            Some(_) => {
-                let _ = client.call(&Request::Stop, &[]);
-                watch.wait_for_end();
-                bail!("it had another device or key, and was ended");
-            }
-        }
-        let peers = lock(&self.peers);
-        if !peers.is_empty() {
-            let request = Request::Peers { peers: peers.clone() };
-            client.call(&request, &[]).context("telling weir wireguard its peers")?;
-        }
-        // Whoever sets the peers from now on does so here: none is missed.
-        *lock(&self.client) = Ok(client);
-        drop(peers);
-        Ok(watch)
+        Ok(keys.nodes.iter().flatten().map(neighbour).collect())
     }
 
-    fn spawn(&self, child: &mut Option<Child>) -> Result<Client> {
-        if let Some(mut before) = child.take() {
-            // It does not listen: it has ended, or is about to.
-            let _ = before.kill();
-            let _ = before.wait();
+    /// Takes the next step in a change of keys; true if there was one. The programs follow with `wanted`.
+    pub fn step(&self) -> Result<bool> {
+        let mut keys = lock(&self.keys);
+        let own = keys.ring.generations();
+        let is_settled = keys.nodes.is_some() && keys.in_force == Some(own.active);
+        if !is_settled {
+            return Ok(false);
         }
-        let program = std::env::current_exe().context("finding the program")?;
-        let mut command = Command::new(program);
-        command.arg("wireguard").arg("--socket").arg(&self.plan.socket).stdin(Stdio::null());
-        // What ends the agent does not end it.
-        command.process_group(0);
-        *child = Some(command.spawn().context("starting weir wireguard")?);
-        let deadline = Instant::now() + LISTENS_WITHIN;
-        loop {
-            match Client::connect(&self.plan.socket) {
-                Ok(client) => return Ok(client),
-                Err(error) if Instant::now() > deadline => {
-                    return Err(error).context("weir wireguard does not listen");
-                }
-                Err(_) => thread::sleep(POLL),
+        let wants = keys.wants || self.is_old(&keys.ring);
+        let step = rotation::next_step(own, &self.neighbours(&keys)?, wants);
+        match step {
+            Step::Stay => return Ok(false),
+            Step::Begin(next) => {
+                self.begin(&mut keys, next)?;
+                keys.wants = false;
             }
+            Step::Move => keys.ring.turn()?,
+            Step::Drop => self.forget_other(&mut keys)?,
+            Step::Jump(generation) => self.jump(&mut keys, generation)?,
+        }
+        let now = keys.ring.generations();
+        tracing::info!(active = now.active, other = ?now.other, "the node's keys are of these generations now");
+        self.tell(&keys)?;
+        Ok(true)
+    }
+
+    fn begin(&self, keys: &mut Keys, generation: u32) -> Result<()> {
+        keys.ring.begin(generation)?;
+        match keys.ring.key(generation) {
+            Some(key) => self.slots[slot_of(generation)].open(key),
+            None => Ok(()),
         }
     }
 
-    fn start(&self, client: &mut Client) -> Result<()> {
-        let device = netlink::take_tun(DEVICE)?;
-        netlink::set_tun_offload(&device.as_raw_fd(), TunOffload::Tcp)?;
-        let port = self.plan.port;
-        let ipv4 = listen(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))
-            .with_context(|| format!("listening at UDP port {port}"))?;
-        let ipv6 = listen(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)));
-        let mut descriptors = vec![device.as_fd(), ipv4.as_fd()];
-        match &ipv6 {
-            Ok(ipv6) => descriptors.push(ipv6.as_fd()),
-            Err(error) => tracing::info!(%error, "no IPv6 between the nodes"),
+    fn forget_other(&self, keys: &mut Keys) -> Result<()> {
+        self.slots[1 - slot_of(keys.ring.generations().active)].close()?;
+        keys.ring.forget_other()
+    }
+
+    /// Nobody has a key of this node's generation, so nothing is lost with it.
+    fn jump(&self, keys: &mut Keys, generation: u32) -> Result<()> {
+        if keys.ring.generations().other.is_some() {
+            self.forget_other(keys)?;
         }
-        let request = Request::Start { private_key: self.key.clone(), ifindex: self.ifindex };
-        let state = client.call(&request, &descriptors).context("giving weir wireguard its device")?;
-        tracing::info!(pid = state.pid, device = DEVICE, "weir wireguard encrypts");
-        Ok(())
+        if slot_of(generation) == slot_of(keys.ring.generations().active) {
+            keys.ring.rename(generation)?;
+            keys.in_force = Some(generation);
+            return Ok(());
+        }
+        self.begin(keys, generation)?;
+        keys.ring.turn()
+    }
+
+    /// A tenth more or less than the setting, by the key: not all nodes begin at once.
+    fn is_old(&self, ring: &KeyRing) -> bool {
+        let Some(age) = self.plan.key_age else { return false };
+        let Some(key) = ring.key(ring.generations().active) else { return false };
+        let share = 0.9 + f64::from(key.public().0[0]) / 255.0 * 0.2;
+        ring.age() >= age.mul_f64(share)
     }
 }
 
-/// A UDP socket of one family.
-fn listen(address: SocketAddr) -> io::Result<OwnedFd> {
-    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let socket = socket::socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    if address.is_ipv6() {
-        setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
-    }
-    // Smaller buffers lose packets under load, which is no reason not to begin.
-    let _ = setsockopt(&socket, sockopt::RcvBufForce, &SOCKET_BYTES);
-    let _ = setsockopt(&socket, sockopt::SndBufForce, &SOCKET_BYTES);
-    socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
-    Ok(socket)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// Both devices; `None` on a kernel that has none of this kind.
+fn slots(plan: &Plan, kind: DeviceKind, ring: &KeyRing) -> Result<Option<[Slot; 2]>> {
+    let generations = ring.generations();
+    let key = |slot: usize| {
+        let of_slot = |generation: &u32| slot_of(*generation) == slot;
+        let mut held = std::iter::once(generations.active).chain(generations.other);
+        held.find(of_slot).and_then(|generation| ring.key(generation))
+    };
+    let [first, second] = sockets(&plan.socket);
+    let one = Slot::prepare(kind, 0, plan.mtu, plan.port, first, key(0))?;
+    let Some(one) = one else { return Ok(None) };
+    let other = Slot::prepare(kind, 1, plan.mtu, plan.port + 1, second, key(1))?;
+    Ok(other.map(|other| [one, other]))
 }

@@ -14,17 +14,14 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use crate::files::{self, Survives};
 use crate::model::PublicKey;
 
-const FILE: &str = "wireguard.key";
-
 /// The private half. It is never logged.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PrivateKey([u8; 32]);
 
 impl PrivateKey {
-    /// Reads the key of the state directory; makes one where there is none.
-    pub fn of(state_directory: &Path) -> Result<Self> {
-        let path = state_directory.join(FILE);
-        let there = match fs::read_to_string(&path) {
+    /// Reads the key of a file; makes one where there is none.
+    pub fn of(path: &Path) -> Result<Self> {
+        let there = match fs::read_to_string(path) {
             Ok(text) => Self::parse(text.trim()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
@@ -32,19 +29,18 @@ impl PrivateKey {
         match there {
             Some(key) => Ok(key),
             // None, or one that was cut off when the machine lost power.
-            None => Self::renew(state_directory),
+            None => Self::renew(path),
         }
     }
 
-    /// Makes another key, which replaces the one of the state directory.
-    pub fn renew(state_directory: &Path) -> Result<Self> {
-        let path = state_directory.join(FILE);
+    /// Makes another key, which replaces the one of the file.
+    pub fn renew(path: &Path) -> Result<Self> {
         let making = || format!("making {}", path.display());
         let mut bytes = [0; 32];
         File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).with_context(making)?;
         let key = Self(bytes);
         // A key that the others know must be there after the power is back.
-        files::replace(&path, key.text().as_bytes(), 0o600, Survives::Machine).with_context(making)?;
+        files::replace(path, key.text().as_bytes(), 0o600, Survives::Machine).with_context(making)?;
         Ok(key)
     }
 
@@ -99,19 +95,19 @@ mod tests {
 
     #[test]
     fn a_key_stays_is_nobody_elses_and_is_not_told() -> Result<()> {
-        let (here, there) = (tempfile::tempdir()?, tempfile::tempdir()?);
-        let key = PrivateKey::of(here.path())?;
-        assert_eq!(PrivateKey::of(here.path())?, key);
-        assert_ne!(PrivateKey::of(there.path())?, key);
-        let path = here.path().join(FILE);
+        let directory = tempfile::tempdir()?;
+        let (path, other) = (directory.path().join("one"), directory.path().join("other"));
+        let key = PrivateKey::of(&path)?;
+        assert_eq!(PrivateKey::of(&path)?, key);
+        assert_ne!(PrivateKey::of(&other)?, key);
         assert_eq!(fs::metadata(&path)?.permissions().mode() & 0o777, 0o600);
         assert!(!format!("{key:?}").contains(key.text().trim()));
         assert_eq!(key.public().to_string().parse(), Ok(key.public()));
-        let renewed = PrivateKey::renew(here.path())?;
+        let renewed = PrivateKey::renew(&path)?;
         assert_ne!(renewed, key);
-        assert_eq!(PrivateKey::of(here.path())?, renewed);
+        assert_eq!(PrivateKey::of(&path)?, renewed);
         fs::write(&path, "torn")?;
-        assert_ne!(PrivateKey::of(here.path())?, renewed);
+        assert_ne!(PrivateKey::of(&path)?, renewed);
         Ok(())
     }
 }

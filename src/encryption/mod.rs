@@ -6,8 +6,11 @@
 //!
 //! ```text
 //! args        settings
-//! device      the agent's side: makes the device, keeps the process running, tells it the peers
-//! key         the node's key
+//! device      the agent's side: two devices in turn, the keys, the other nodes
+//! slot        one of the devices
+//! process     keeps the process of a device running, and tells it the peers
+//! key, ring   the node's keys
+//! rotation    when keys change
 //! protocol    what the agent says to the process, over a Unix socket
 //! side        the process
 //! ```
@@ -15,9 +18,20 @@
 pub mod args;
 mod device;
 mod key;
+mod process;
 pub mod protocol;
+mod ring;
+mod rotation;
 pub mod side;
+mod slot;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use args::{EncryptionArgs, Mode};
-pub use device::{DEVICE, Device, DeviceKind, Plan, remove_device};
+pub use device::{Device, DeviceKind, Plan};
 pub use key::PrivateKey;
+pub use slot::{DEVICES, remove_devices};
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -13,7 +13,7 @@ use crate::model::{IdentityLabels, PortMapping, PublishedEndpoint};
 
 /// The version of the definitions below, raised by every change: an operator never replaces
 /// definitions of a higher version.
-pub const SCHEMA_VERSION: u32 = 7;
+pub const SCHEMA_VERSION: u32 = 8;
 /// The annotation of a definition that holds its version.
 pub const SCHEMA_VERSION_ANNOTATION: &str = "weir.dev/schema-version";
 /// An IPv4 address, or what may be an IPv6 one: whoever reads it parses it.
@@ -244,6 +244,27 @@ pub struct NodeEncryption {
     /// Its UDP port.
     #[schemars(range(min = 1, max = 65535))]
     pub port: u16,
+    /// Which of the node's keys it is: keys of one generation belong together.
+    #[serde(default)]
+    pub generation: u32,
+    /// The next key or the former one, while keys change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other: Option<OtherKey>,
+}
+
+/// A key by which a node receives, too.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OtherKey {
+    /// The public half, in base64.
+    #[schemars(regex(pattern = "^[A-Za-z0-9+/]{43}=$"))]
+    pub public_key: String,
+    /// Its UDP port.
+    #[schemars(range(min = 1, max = 65535))]
+    pub port: u16,
+    /// Which of the node's keys it is.
+    #[serde(default)]
+    pub generation: u32,
 }
 
 /// A tunnel between nodes.
@@ -440,7 +461,7 @@ mod tests {
             Sha256::digest(text).iter().take(4).map(|byte| format!("{byte:02x}")).collect::<String>();
         assert_eq!(
             (SCHEMA_VERSION, digest.as_str()),
-            (7, "bd95d46b"),
+            (8, "93b8861b"),
             "raise SCHEMA_VERSION, then note both here"
         );
     }

@@ -49,10 +49,62 @@ impl<'de> Deserialize<'de> for PublicKey {
 /// What a node has published of its encryption.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeKey {
-    /// Its WireGuard key.
+    /// The key by which it sends.
+    #[serde(flatten)]
+    pub active: KeyAt,
+    /// The next key or the former one, while keys change: it is received by, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other: Option<KeyAt>,
+}
+
+/// A key of a node, and where it listens with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyAt {
+    /// The public half.
     pub public_key: PublicKey,
     /// Where it listens, by UDP.
     pub port: u16,
+    /// Which of the node's keys it is: keys of one generation belong together.
+    #[serde(default)]
+    pub generation: u32,
+}
+
+impl NodeKey {
+    /// Where the node listens.
+    pub fn ports(&self) -> impl Iterator<Item = u16> + use<> {
+        std::iter::once(self.active.port).chain(self.other.map(|key| key.port))
+    }
+
+    /// The key of a generation.
+    pub fn at(&self, generation: u32) -> Option<&KeyAt> {
+        std::iter::once(&self.active).chain(&self.other).find(|key| key.generation == generation)
+    }
+}
+
+/// Another node, with all keys that it has published.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EncryptingNode {
+    /// Its name.
+    pub name: String,
+    /// Where it is reached.
+    pub address: IpAddr,
+    /// What it has published.
+    pub key: NodeKey,
+    /// What it may send from, and what is sent to it.
+    pub allowed: Vec<IpNet>,
+}
+
+impl EncryptingNode {
+    /// As the device knows it that has this node's key of a generation.
+    pub fn peer(&self, generation: u32) -> Option<EncryptionPeer> {
+        let key = self.key.at(generation)?;
+        Some(EncryptionPeer {
+            node: self.name.clone(),
+            public_key: key.public_key,
+            endpoint: SocketAddr::new(self.address, key.port),
+            allowed: self.allowed.clone(),
+        })
+    }
 }
 
 /// Another node, as the device that encrypts knows it.

@@ -36,13 +36,12 @@ pub const KEEPALIVE_SECONDS: u16 = 25;
 const PEERS_AT_ONCE: usize = 50;
 
 /// Makes the device with this key and port, if there is none, and sets it up; its index, or `None` on a kernel
-/// without WireGuard. `fwmark` is the mark of what it sends.
+/// without WireGuard. Without a key it neither sends nor receives.
 pub fn ensure_wireguard(
     name: &str,
     mtu: u32,
-    private_key: &[u8; 32],
+    private_key: Option<&[u8; 32]>,
     port: u16,
-    fwmark: u32,
 ) -> Result<Option<u32>> {
     match link(name)? {
         Some(there) if there.kind == KIND => {}
@@ -62,9 +61,9 @@ pub fn ensure_wireguard(
     let mut family = Family::open()?;
     family.set(vec![
         WireguardAttribute::IfName(name.to_owned()),
-        WireguardAttribute::PrivateKey(*private_key),
+        // All zeros take the key away.
+        WireguardAttribute::PrivateKey(private_key.copied().unwrap_or_default()),
         WireguardAttribute::ListenPort(port),
-        WireguardAttribute::Fwmark(fwmark),
     ])?;
     raise(name, &found, mtu)?;
     Ok(Some(found.index))

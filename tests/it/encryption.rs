@@ -1,5 +1,7 @@
 //! What goes between nodes is encrypted, through every accident; the wire is looked at all the while.
 
+mod keys;
+
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 

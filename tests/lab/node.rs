@@ -310,9 +310,11 @@ impl Drop for Node {
         }
         let ended = self.kill_agent().and(self.kill_proxy());
         // What encrypts for the node goes on without its agent.
-        let socket = self.directory.join("run/wireguard.sock");
-        if let Ok(mut client) = weir::encryption::protocol::Client::connect(&socket) {
-            let _ = client.call(&weir::encryption::protocol::Request::Stop, &[]);
+        for socket in ["run/wireguard.sock", "run/wireguard1.sock"] {
+            let socket = self.directory.join(socket);
+            if let Ok(mut client) = weir::encryption::protocol::Client::connect(&socket) {
+                let _ = client.call(&weir::encryption::protocol::Request::Stop, &[]);
+            }
         }
         let unmounted = umount2(&self.directory.join("bpf"), MntFlags::MNT_DETACH);
         if ended.is_err() || unmounted.is_err() {

@@ -98,7 +98,7 @@ fn note(frame: &[u8], seen: &mut Seen) {
     if OUTSIDE[2..].iter().any(|address| address.parse() == Ok(ends[1])) {
         *seen.leaving.entry(ends[0]).or_insert(0) += 1;
     }
-    if is_udp && port(2) == 51871 {
+    if is_udp && [51871, 51872].contains(&port(2)) {
         seen.encrypted += 1;
     }
 }

@@ -9,7 +9,7 @@ use crate::agent::node::OVERLAY_DEVICE;
 use crate::agent::sinks::few;
 use crate::api::answers::{BrokenRow, FeatureRow, KindRow, StatusAnswer, WaitingRow};
 use crate::datapath::{Datapath, MapFill, UsageKind};
-use crate::encryption::{DEVICE, Device};
+use crate::encryption::Device;
 use crate::netlink;
 
 impl Known {
@@ -162,7 +162,14 @@ impl Known {
 /// As `weir status` says it.
 fn encryption_text(device: &Device, args: &AgentArgs) -> String {
     let mode = if args.encryption.encryption_strict { "strict" } else { "not strict" };
-    format!("{DEVICE} with MTU {}, {mode}, by {}", device.mtu(), device.kind())
+    let change = device.change().map(|change| format!("; keys change: {change}"));
+    format!(
+        "{} with MTU {}, {mode}, by {}{}",
+        device.name(),
+        device.mtu(),
+        device.kind(),
+        change.unwrap_or_default()
+    )
 }
 
 /// What a pod may have.

@@ -1,7 +1,7 @@
 //! The peers of the device that encrypts: every other node that has published a key.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,9 +11,9 @@ use super::{Drift, Problem, Round, Sink};
 use crate::agent::compute::Desired;
 use crate::agent::restart::Restart;
 use crate::datapath::{Datapath, Encrypted};
-use crate::encryption::{DEVICE, Device};
+use crate::encryption::Device;
 use crate::files::{self, Survives};
-use crate::model::{EncryptionPeer, Node, NodeKey};
+use crate::model::{EncryptingNode, EncryptionPeer, Node, NodeKey};
 use crate::netlink::News;
 use crate::node::underlay_address;
 
@@ -34,7 +34,7 @@ pub struct Encryption {
     seen: BTreeMap<String, NodeKey>,
     shared: Shared,
     /// What the device was told last; none: it may have forgotten.
-    told: Option<Vec<EncryptionPeer>>,
+    told: Option<Vec<EncryptingNode>>,
     is_broken: bool,
     /// The file has what was seen.
     is_stored: bool,
@@ -104,7 +104,7 @@ impl Encryption {
     }
 
     /// The peers, and what is missing.
-    fn peers(&self, desired: &Desired) -> (Vec<EncryptionPeer>, Vec<Problem>) {
+    fn peers(&self, desired: &Desired) -> (Vec<EncryptingNode>, Vec<Problem>) {
         let (mut peers, mut problems) = (Vec::new(), Vec::new());
         let has_ipv4 = desired.node_addresses.ipv4.is_some();
         for node in &desired.nodes {
@@ -123,11 +123,11 @@ impl Encryption {
     }
 }
 
-fn peer(node: &Node, address: IpAddr, key: &NodeKey) -> EncryptionPeer {
-    EncryptionPeer {
-        node: node.name.clone(),
-        public_key: key.public_key,
-        endpoint: SocketAddr::new(address, key.port),
+fn peer(node: &Node, address: IpAddr, key: &NodeKey) -> EncryptingNode {
+    EncryptingNode {
+        name: node.name.clone(),
+        address,
+        key: *key,
         allowed: EncryptionPeer::allowed_of(&node.addresses, &node.pod_cidrs),
     }
 }
@@ -143,8 +143,9 @@ impl Sink for Encryption {
 
     fn compare(&mut self) -> Result<Vec<Drift>> {
         let mut drifts: Vec<Drift> = self.device.look()?.map(Drift::one).into_iter().collect();
-        if drifts.is_empty() && self.datapath.verify_encrypted(self.device.ifindex()).is_err() {
-            drifts.push(Drift::one(format!("programs on {DEVICE}")));
+        let is_attached = |ifindex| self.datapath.verify_encrypted(ifindex).is_ok();
+        if drifts.is_empty() && !self.device.ifindices().into_iter().all(is_attached) {
+            drifts.push(Drift::one("programs on the devices that encrypt"));
         }
         self.is_broken = !drifts.is_empty();
         // Whoever has the peers may have been changed by somebody else.
@@ -161,15 +162,17 @@ impl Sink for Encryption {
         if self.is_broken {
             if !self.device.mend().context("making the device that encrypts as it was")? {
                 self.restart
-                    .request(&format!("device {DEVICE} was made anew, and the programs know the old one"));
+                    .request("a device that encrypts was made anew, and the programs know the old one");
                 return Ok(Vec::new());
             }
-            self.datapath.attach_encrypted(self.device.ifindex())?;
+            for ifindex in self.device.ifindices() {
+                self.datapath.attach_encrypted(ifindex)?;
+            }
             (self.is_broken, self.told) = (false, None);
         }
         let (peers, problems) = self.peers(desired);
         if self.told.as_ref() != Some(&peers) {
-            self.device.set_peers(&peers)?;
+            self.device.set_nodes(&peers)?;
             self.told = Some(peers);
         }
         Ok(problems)

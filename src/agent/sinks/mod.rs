@@ -176,7 +176,7 @@ pub fn all(
     let encryption = encryption.map(|sink| Box::new(sink) as Box<dyn Sink>);
     let mut sinks: Vec<Box<dyn Sink>> = encryption.into_iter().collect();
     let others: Vec<Box<dyn Sink>> = vec![
-        Box::new(stack::Stack::new(writers.stack, ipsec)),
+        Box::new(stack::Stack::new(writers.stack, ipsec, plan.encryption.clone())),
         Box::new(policies::Policies::new(writers.policies, writers.dns, limits, proxy)),
         Box::new(addresses::Addresses::new(writers.addresses, encrypted)),
         Box::new(egress::Egress(writers.egress)),

@@ -194,6 +194,8 @@ mod tests {
             pid: None,
             public_key: PublicKey([own; 32]),
             port: 51871,
+            generation: 0,
+            change: None,
         };
         EncryptionAnswer {
             device: Some(device),

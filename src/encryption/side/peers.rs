@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn the_longest_prefix_has_the_address() {
         let directory = tempfile::tempdir().expect("a directory");
-        let key = PrivateKey::of(directory.path()).expect("a key");
+        let key = PrivateKey::of(&directory.path().join("key")).expect("a key");
         let limiter = Arc::new(RateLimiter::new(&x25519::PublicKey::from(key.public().0), 10));
         let peer = |byte: u8, allowed: &[&str]| EncryptionPeer {
             node: format!("node{byte}"),

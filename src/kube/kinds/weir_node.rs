@@ -10,7 +10,7 @@ use crate::kube::Tables;
 use crate::kube::convert::{Cidr, Field, Notes, ObjectId, Result};
 use crate::kube::kind::{Meta, ObjectKind};
 use crate::kube::rows::Rows;
-use crate::model::{Allocation, NodeKey, ObjectKey};
+use crate::model::{Allocation, KeyAt, NodeKey, ObjectKey};
 use crate::tables::State;
 
 /// weir.dev/v1alpha1
@@ -31,18 +31,35 @@ struct Status {
     encryption: Option<Encryption>,
 }
 
-/// The key of a node. One that is not understood is none: nothing goes to that node then.
+/// The keys of a node. One that is not understood is none: nothing goes to that node then.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Encryption {
+    #[serde(flatten)]
+    active: Key,
+    other: Option<Key>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Key {
     public_key: String,
     port: u16,
+    #[serde(default)]
+    generation: u32,
 }
 
 impl Encryption {
     fn key(&self) -> Option<NodeKey> {
+        let other = self.other.as_ref().and_then(Key::read);
+        Some(NodeKey { active: self.active.read()?, other })
+    }
+}
+
+impl Key {
+    fn read(&self) -> Option<KeyAt> {
         let public_key = self.public_key.parse().ok()?;
-        (self.port > 0).then_some(NodeKey { public_key, port: self.port })
+        (self.port > 0).then_some(KeyAt { public_key, port: self.port, generation: self.generation })
     }
 }
 

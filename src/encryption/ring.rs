@@ -1,0 +1,138 @@
+//! The node's keys, by generation, as they are kept in the state directory.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+
+use super::PrivateKey;
+use super::rotation::Generations;
+use crate::files::{self, Survives};
+
+/// Of even generations, and of odd ones.
+const KEYS: [&str; 2] = ["wireguard.key", "wireguard1.key"];
+const RECORD: &str = "wireguard-keys.json";
+
+/// Which of two places a generation has.
+pub fn slot_of(generation: u32) -> usize {
+    (generation % 2) as usize
+}
+
+/// The keys; at least the active one is there.
+#[derive(Debug)]
+pub struct KeyRing {
+    directory: PathBuf,
+    generations: Generations,
+    keys: [Option<PrivateKey>; 2],
+}
+
+impl KeyRing {
+    /// Reads the keys of the state directory; makes one where there is none.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let record = directory.join(RECORD);
+        let generations: Generations = match fs::read(&record) {
+            // A torn one: the other nodes say which generation it is.
+            Ok(text) => serde_json::from_slice(&text).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Generations::default(),
+            Err(error) => return Err(error).with_context(|| format!("reading {}", record.display())),
+        };
+        let mut ring = Self { directory: directory.to_owned(), generations, keys: [None, None] };
+        for generation in std::iter::once(generations.active).chain(generations.other) {
+            let slot = slot_of(generation);
+            ring.keys[slot] = Some(PrivateKey::of(&ring.path(slot))?);
+        }
+        Ok(ring)
+    }
+
+    fn path(&self, slot: usize) -> PathBuf {
+        self.directory.join(KEYS[slot])
+    }
+
+    /// Of which generations there are keys.
+    pub fn generations(&self) -> Generations {
+        self.generations
+    }
+
+    /// The key of a generation.
+    pub fn key(&self, generation: u32) -> Option<&PrivateKey> {
+        self.keys[slot_of(generation)].as_ref().filter(|_| self.generations.has(generation))
+    }
+
+    /// How old the active key is.
+    pub fn age(&self) -> Duration {
+        let made = fs::metadata(self.path(slot_of(self.generations.active)))
+            .and_then(|metadata| metadata.modified());
+        made.ok().and_then(|made| SystemTime::now().duration_since(made).ok()).unwrap_or_default()
+    }
+
+    /// Makes a key of a generation beside the active one.
+    pub fn begin(&mut self, generation: u32) -> Result<()> {
+        let slot = slot_of(generation);
+        self.keys[slot] = Some(PrivateKey::renew(&self.path(slot))?);
+        self.record(Generations { other: Some(generation), ..self.generations })
+    }
+
+    /// The other generation is the active one from now on, also after a restart.
+    pub fn turn(&mut self) -> Result<()> {
+        let Some(other) = self.generations.other else { return Ok(()) };
+        self.record(Generations { active: other, other: Some(self.generations.active) })
+    }
+
+    /// Says that the active key is of this generation, where no other node knows the one that it was of.
+    pub fn rename(&mut self, generation: u32) -> Result<()> {
+        self.record(Generations { active: generation, other: None })
+    }
+
+    /// Forgets the other key.
+    pub fn forget_other(&mut self) -> Result<()> {
+        self.record(Generations { other: None, ..self.generations })?;
+        let slot = 1 - slot_of(self.generations.active);
+        self.keys[slot] = None;
+        match fs::remove_file(self.path(slot)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("removing {}", self.path(slot).display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn record(&mut self, generations: Generations) -> Result<()> {
+        let path = self.directory.join(RECORD);
+        let writing = || format!("writing {}", path.display());
+        let text = serde_json::to_vec(&generations).with_context(writing)?;
+        files::replace(&path, &text, 0o600, Survives::Machine).with_context(writing)?;
+        self.generations = generations;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restart_in_the_middle_finds_what_was_there() -> Result<()> {
+        let directory = tempfile::tempdir()?;
+        let mut ring = KeyRing::open(directory.path())?;
+        let first = ring.key(0).cloned();
+        ring.begin(1)?;
+        let second = ring.key(1).cloned();
+        assert!(first.is_some() && second.is_some() && first != second);
+        let mut ring = KeyRing::open(directory.path())?;
+        assert_eq!(ring.generations(), Generations { active: 0, other: Some(1) });
+        assert_eq!((ring.key(0).cloned(), ring.key(1).cloned()), (first, second.clone()));
+        ring.turn()?;
+        let mut ring = KeyRing::open(directory.path())?;
+        assert_eq!(ring.generations(), Generations { active: 1, other: Some(0) });
+        ring.forget_other()?;
+        assert!(ring.key(0).is_none() && !directory.path().join(KEYS[0]).exists());
+        let mut ring = KeyRing::open(directory.path())?;
+        assert_eq!(ring.key(1).cloned(), second);
+        assert!(ring.age() < Duration::from_secs(3600));
+        ring.rename(7)?;
+        assert_eq!(KeyRing::open(directory.path())?.key(7).cloned(), second);
+        Ok(())
+    }
+}
