@@ -26,6 +26,7 @@ struct settings {
 	__u32 encrypt_second;	     /* the same while NODE_ENCRYPT_SECOND is set: the device with the other key */
 	__u32 path_mtu;		     /* of the way to other nodes' pods, bytes; 0: TCP is not told of it */
 	__u32 wait_ifindex;	     /* where fragments wait for their packet's first one; 0: they do not */
+	__u32 limit_ifindex;	     /* the queue for pods with a limit on what they receive; 0: there is none */
 	__u32 quota_limit[QUOTA_KINDS];    /* of one endpoint */
 	__u32 quota_capacity[QUOTA_KINDS]; /* of all together; 0: not bounded together */
 	__u32 drop_record_cost;	     /* of an endpoint, in 1/1024 jiffies between two; 0: not bounded */
@@ -43,7 +44,7 @@ struct settings {
 	__u8 tunnel_direct;	     /* put on and take off the tunnel's headers, past the VXLAN device */
 	__u8 encrypt_strict;	     /* what has to be encrypted is dropped where it comes in plain */
 	__u8 dns_denied;	     /* the response code of a question that no rule allows */
-	__u8 pad[7];
+	__u8 pad[3];
 };
 
 extern const volatile struct settings settings;

@@ -134,6 +134,7 @@ int from_pod(struct __sk_buff *ctx)
 	if (!(endpoint->flags & ENDPOINT_READY))
 		return finish(ctx, packet, -DROP_ENDPOINT_NOT_READY);
 	packet->flags |= PACKET_FROM_POD;
+	ctx->priority = endpoint_priority(endpoint);
 	share = fragment_share_of_endpoint(packet->source_endpoint);
 	ret = fragment_find_or_wait(ctx, packet, ctx->ifindex * 2, share);
 	if (ret)
@@ -194,6 +195,18 @@ static __always_inline int to_pod_control(struct __sk_buff *ctx,
 	return TC_ACT_OK;
 }
 
+/* To the pod, by its queue if it has one: an action of tc, or a drop. */
+static __always_inline int to_pod_give(struct __sk_buff *ctx,
+				       const struct packet *packet)
+{
+	__u32 id = packet->destination_endpoint;
+	struct endpoint *endpoint = endpoint_by_id(id);
+
+	return endpoint && limit_has(endpoint)
+		       ? limit_queue(ctx, endpoint->ifindex, id)
+		       : TC_ACT_OK;
+}
+
 SEC("tcx/egress")
 int to_pod(struct __sk_buff *ctx)
 {
@@ -231,7 +244,9 @@ int to_pod(struct __sk_buff *ctx)
 	fragment_keep(packet, share);
 	if (packet->flags & (PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION))
 		ret = rewrite_apply(ctx, packet);
-	if (!ret && packet->flags & PACKET_TO_PROXY)
-		ret = proxy_take(ctx, packet);
-	return finish(ctx, packet, ret ? ret : TC_ACT_OK);
+	if (!ret)
+		ret = packet->flags & PACKET_TO_PROXY
+			      ? proxy_take(ctx, packet)
+			      : to_pod_give(ctx, packet);
+	return finish(ctx, packet, ret);
 }

@@ -34,6 +34,8 @@ _Static_assert(__builtin_offsetof(struct endpoint, epoch) == 0 &&
 enum endpoint_flags {
 	ENDPOINT_READY = 1 << 0, /* policy is enforced; else all is dropped, 203 */
 	ENDPOINT_EGRESS = 1 << 1, /* some of what it sends leaves by a gateway: egress_rules */
+	ENDPOINT_LIMITED = 1 << 2, /* what it receives passes a queue (lib/limit.h) */
+	ENDPOINT_PRIORITY = 1 << 8, /* times skb->priority of what it sends to other nodes and the world */
 };
 
 enum policy_bits {

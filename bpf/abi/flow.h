@@ -47,6 +47,7 @@ enum packet_mark {
 	MARK_LEAVE = 1,	 /* has its verdict and its final addresses: it leaves */
 	MARK_ANSWER = 2, /* our own answer to the pod that sent the packet */
 	MARK_WAITS = 3,	 /* a fragment that waits for its packet's first one, or has waited */
+	MARK_LIMITED = 4, /* has its verdict, and passes the queue of a pod's limit */
 };
 
 /*

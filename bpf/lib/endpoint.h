@@ -25,6 +25,13 @@ static __always_inline bool endpoint_has(const struct endpoint *endpoint,
 	       !addr_is_zero(addr);
 }
 
+/* skb->priority of what the pod sends out of the node: the queues of network
+ * devices have bands by it. */
+static __always_inline __u32 endpoint_priority(const struct endpoint *endpoint)
+{
+	return endpoint->flags / ENDPOINT_PRIORITY;
+}
+
 /*
  * The endpoint whose device the packet came from. The frame is addressed to the
  * host side of the veth, whose MAC address ends with the id. A pod that

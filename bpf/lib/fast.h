@@ -89,6 +89,15 @@ static __always_inline __u32 fast_side(const struct fast *fast,
 			    (connection->flags & CONNECTION_INITIATOR_HIGH));
 }
 
+/* The same of who receives, and at once: what has a limit passes a queue. */
+static __always_inline bool fast_may_receive(const struct endpoint *endpoint,
+					     __u32 epoch)
+{
+	return endpoint_epoch(endpoint) + address_epoch() == epoch &&
+	       (endpoint->flags & (ENDPOINT_READY | ENDPOINT_LIMITED)) ==
+		       ENDPOINT_READY;
+}
+
 /* The pod of this node that the packet is for, if the flow may go on there. */
 static __always_inline struct endpoint *
 fast_destination(const struct fast *fast, const struct connection *connection,
@@ -102,8 +111,8 @@ fast_destination(const struct fast *fast, const struct connection *connection,
 	    !fast_has(endpoint,
 		      (const void *)&fast->key.addr[fast->source_index ? 0 : 1],
 		      is_ipv6) ||
-	    !fast_is_current(endpoint, side ? connection->egress_epoch
-					    : connection->ingress_epoch))
+	    !fast_may_receive(endpoint, side ? connection->egress_epoch
+					     : connection->ingress_epoch))
 		return NULL;
 	return endpoint;
 }
@@ -195,6 +204,7 @@ static __always_inline int fast_from_pod(struct __sk_buff *ctx,
 		    /* Its segments may have to get smaller (mss.h). */
 		    tuple.tcp_flags & TCP_SYN || !fast_is_recent(connection))
 			return FAST_OTHER_WAY;
+		ctx->priority = endpoint_priority(source);
 		action = fast_leave(ctx, fast, &tuple);
 		if (action < 0)
 			return FAST_OTHER_WAY;

@@ -7,6 +7,7 @@
 
 #include "egress.h"
 #include "endpoint.h"
+#include "limit.h"
 #include "mss.h"
 #include "proxy.h"
 #include "rewrite.h"
@@ -18,13 +19,16 @@
  * device's only when the frame is first received, and redirect_peer keeps the
  * answer (pkt_type); so the fast path writes nothing.
  */
-static __always_inline int forward_to_endpoint(const struct packet *packet)
+static __always_inline int forward_to_endpoint(struct __sk_buff *ctx,
+					       const struct packet *packet)
 {
-	struct endpoint *endpoint =
-		endpoint_by_id(packet->destination_endpoint);
+	__u32 id = packet->destination_endpoint;
+	struct endpoint *endpoint = endpoint_by_id(id);
 
 	if (!endpoint)
 		return -DROP_UNROUTABLE_IP;
+	if (limit_has(endpoint))
+		return limit_queue(ctx, endpoint->ifindex, id);
 	return bpf_redirect_peer(endpoint->ifindex, 0);
 }
 
@@ -250,7 +254,7 @@ static __always_inline int forward(struct __sk_buff *ctx, struct packet *packet)
 		return proxy_take(ctx, packet);
 	switch (packet->route) {
 	case ROUTE_ENDPOINT:
-		return forward_to_endpoint(packet);
+		return forward_to_endpoint(ctx, packet);
 	case ROUTE_NODE:
 		return forward_to_node(ctx, packet);
 	case ROUTE_STACK:

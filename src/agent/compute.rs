@@ -21,7 +21,7 @@ use crate::model::{
     AddressEntry, AddressPair, Allocation, CompiledPolicy, EgressPolicy, Endpoint, EndpointEntry, EndpointId,
     EndpointSlice, Frontend, FrontendKey, IdentityId, IdentityLabels, LocalIdentity, LocalRedirect, Marks,
     Namespace, NetworkDevice, Node, NodeEndpoints, NodeKey, ObjectKey, Origins, Pod, Policy, PolicyId,
-    PolicyRef, PrefixEntry, PublishedEndpoint, Service,
+    PolicyRef, PrefixEntry, Priority, PublishedEndpoint, Service, Shaping,
 };
 use crate::tables::{Snapshot, Table};
 use crate::{egress, node, policy, service};
@@ -91,6 +91,8 @@ impl View {
             audit: namespace.audit || pod.audit,
             reject: pod.reject.or(namespace.reject),
             egress_bandwidth: pod.egress_bandwidth,
+            ingress_bandwidth: pod.ingress_bandwidth,
+            priority: pod.priority,
             visibility: pod.visibility.or(namespace.visibility),
         }
     }
@@ -123,6 +125,8 @@ pub struct Desired {
     pub nodes: Vec<Arc<Node>>,
     /// What pods of this node may send, in bytes a second; of others there is no limit.
     pub bandwidth: BTreeMap<EndpointId, u64>,
+    /// What pods of this node may receive, in bytes a second.
+    pub receives: BTreeMap<EndpointId, u64>,
     /// What nodes have published of their encryption.
     pub keys: BTreeMap<Arc<str>, NodeKey>,
     /// Rows of `devices`.
@@ -393,10 +397,17 @@ impl Compute {
                 None => drop(desired.frontends.insert(key, frontend)),
             }
         }
-        let limit = |(id, (endpoint, _)): (&EndpointId, &(Arc<Endpoint>, IdentityId))| {
-            Some((*id, view.pods.get(&endpoint.pod)?.marks.egress_bandwidth?))
-        };
-        desired.bandwidth = endpoints.iter().filter_map(limit).collect();
+        let marks = |endpoint: &Endpoint| Some(view.pods.get(&endpoint.pod)?.marks);
+        for (id, (endpoint, _)) in endpoints.iter() {
+            let Some(marks) = marks(endpoint) else { continue };
+            desired.bandwidth.extend(marks.egress_bandwidth.map(|rate| (*id, rate)));
+            desired.receives.extend(marks.ingress_bandwidth.map(|rate| (*id, rate)));
+            let Some(entry) = desired.endpoints.get_mut(id) else { continue };
+            entry.shaping = Shaping {
+                is_limited: marks.ingress_bandwidth.is_some(),
+                priority: marks.priority.map_or(0, Priority::of_packets),
+            };
+        }
         let key = |(name, row): (&Arc<str>, &Arc<Allocation>)| Some((name.clone(), row.key?));
         desired.keys = view.allocations.iter().filter_map(key).collect();
         let others = view.nodes.values().filter(|node| *node.name != *self.node_name);

@@ -143,6 +143,7 @@ pub fn entry(node: &str) -> EndpointEntry {
         refuses_strangers: false,
         rejects: false,
         has_gateway: false,
+        shaping: Default::default(),
     }
 }
 

@@ -459,6 +459,9 @@ fn attach_node(datapath: &Datapath, devices: &Devices, socket_lb: bool) -> Resul
     if let Some([_, comes_out]) = devices.wait {
         datapath.attach_wait(comes_out).context("attaching to the device of waiting fragments")?;
     }
+    if let Some([_, comes_out]) = devices.limit {
+        datapath.attach_limit(comes_out)?;
+    }
     if socket_lb {
         datapath.attach_sockets().context("attaching to sockets")
     } else {
@@ -489,6 +492,7 @@ fn options(config: &Config, devices: &Devices, ports: &Ports, secret: [u64; 2]) 
             dns_denied: args.names.dns_denied.code(),
             path_mtu: devices.mtu,
             wait_ifindex: devices.wait.map(|[given, _]| given),
+            limit_ifindex: devices.limit.map(|[given, _]| given),
             tunnel_port: args.network.tunnel_port,
             flow_report: args.flows.report_every(),
             nat_ports: ports.range.clone(),

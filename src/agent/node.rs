@@ -20,6 +20,8 @@ pub const OVERLAY_DEVICE: &str = "weir_vxlan";
 
 /// Where fragments wait for the first one of their packet: what the first one sends the second one receives.
 const WAIT_DEVICES: [&str; 2] = ["weir_wait", "weir_waited"];
+/// The queue of pods with a limit on what they receive.
+const LIMIT_DEVICES: [&str; 2] = ["weir_limit", "weir_limited"];
 /// A fragment goes round until its time is over. At most 33,000 times a second for all of them, which is a
 /// tenth of a processor; a full queue is gone through in 0.3 s.
 const WAIT_QUEUE: netlink::TokenBucket = netlink::TokenBucket {
@@ -44,6 +46,9 @@ pub struct Devices {
     /// Fragments are given to the first one, and come out of the second one when they have waited a little;
     /// `None` on a kernel that has no way.
     pub wait: Option<[u32; 2]>,
+    /// Packets for pods with a limit are given to the first one, and come out of the second one when their time
+    /// has come; `None` on a kernel that has no way.
+    pub limit: Option<[u32; 2]>,
     /// MTU of the pods' devices, bytes.
     pub mtu: u32,
     /// The node's own addresses in the pod network: the first of each pod CIDR.
@@ -180,7 +185,16 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
         }
     };
     let overlay = vxlan.filter(|_| routing == Routing::Tunnel);
-    Ok(Devices { overlay, vxlan, encryption, wait: prepare_wait(), mtu, internal_addresses, settings })
+    Ok(Devices {
+        overlay,
+        vxlan,
+        encryption,
+        wait: prepare_wait(),
+        limit: prepare_limit(),
+        mtu,
+        internal_addresses,
+        settings,
+    })
 }
 
 /// The device that encrypts, where there is to be one; else one that was there goes.
@@ -227,6 +241,17 @@ fn prepare_wait() -> Option<[u32; 2]> {
         Ok(devices) => Some(devices),
         Err(error) => {
             tracing::warn!(%error, "fragments that come before the first one of their packet are dropped");
+            None
+        }
+    }
+}
+
+/// The queue of pods with a limit on what they receive. A kernel without `htb` is no reason to stop.
+fn prepare_limit() -> Option<[u32; 2]> {
+    match netlink::ensure_classes(LIMIT_DEVICES) {
+        Ok(devices) => Some(devices),
+        Err(error) => {
+            tracing::warn!(%error, "kubernetes.io/ingress-bandwidth limits nothing on this node");
             None
         }
     }

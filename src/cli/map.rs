@@ -97,6 +97,7 @@ pub fn verify(args: &VerifyArgs) -> Result<(), Failure> {
         netns_cookie: Some(1),
         tunnel_ifindex: Some(1),
         wait_ifindex: Some(1),
+        limit_ifindex: Some(1),
         encrypt_ifindex: Some(1),
         path_mtu: 1400,
         ..Settings::default()

@@ -150,7 +150,8 @@ fn devices() -> Result<Vec<String>> {
     let is_ours = |link: &netlink::Link| {
         let is_pods = link.kind == "veth" && endpoint::is_host_interface_name(&link.name);
         // Where fragments wait.
-        let is_wait = link.kind == "veth" && link.name.starts_with("weir_wait");
+        let is_wait =
+            link.kind == "veth" && ["weir_wait", "weir_limit"].iter().any(|name| link.name.starts_with(name));
         let is_proxy = link.kind == "veth" && link.name == "weir_proxy";
         let is_tunnel = link.kind == "vxlan" && link.name.starts_with("weir");
         is_pods || is_wait || is_proxy || is_tunnel || encryption::DEVICES.contains(&link.name.as_str())

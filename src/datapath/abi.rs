@@ -125,7 +125,7 @@ plain! {
     Settings {
         loopback_ipv4, loopback_ipv6, secret, netns_cookie, jiffies_per_second,
         tunnel_ifindex, overlay_ifindex, flow_report_seconds, tcp_timeout_seconds, tcp_opening_seconds, tcp_closing_seconds,
-        other_timeout_seconds, mark_mask, encrypt_ifindex, encrypt_second, path_mtu, wait_ifindex, quota_limit, quota_capacity, drop_record_cost, maglev_size, event_buffer_half,
+        other_timeout_seconds, mark_mask, encrypt_ifindex, encrypt_second, path_mtu, wait_ifindex, limit_ifindex, quota_limit, quota_capacity, drop_record_cost, maglev_size, event_buffer_half,
         nat_port_min, nat_port_max, nat_known_min, nat_known_max, tunnel_port, masquerade_ipv4,
         masquerade_ipv6, flow_events, socket_lb, tunnel_direct, encrypt_strict, dns_denied, pad,
     }

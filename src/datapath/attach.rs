@@ -30,6 +30,7 @@ pub(super) const TC_PROGRAMS: [&str; 10] = [
     "from_overlay",
     "to_overlay",
     "from_wait",
+    "from_limit",
     "from_proxy",
     "before_proxy",
     ENCRYPTED_PROGRAM,
@@ -125,6 +126,11 @@ impl Datapath {
     /// Puts the device where waiting fragments come out under `from_wait`.
     pub fn attach_wait(&self, ifindex: u32) -> Result<()> {
         self.attach_device(ifindex, &["from_wait"]).context("attaching to the device of waiting fragments")
+    }
+
+    /// Puts the device where packets for limited pods come out under `from_limit`.
+    pub fn attach_limit(&self, ifindex: u32) -> Result<()> {
+        self.attach_device(ifindex, &["from_limit"]).context("attaching to the queue of limited pods")
     }
 
     /// Puts every socket of the node under the programs that translate services.

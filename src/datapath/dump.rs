@@ -143,9 +143,11 @@ fn endpoint_row(id: u32, row: abi::Endpoint) -> Row {
         "ifindex": row.ifindex,
         "identity": row.identity,
         "mac": MacAddress(row.mac).to_string(),
-        "flags": names(row.flags.into(), &[
+        "priority": u32::from(row.flags) / endpoint_flags::ENDPOINT_PRIORITY.0,
+        "flags": names(u32::from(row.flags) % endpoint_flags::ENDPOINT_PRIORITY.0, &[
             (endpoint_flags::ENDPOINT_READY.0, "ready"),
             (endpoint_flags::ENDPOINT_EGRESS.0, "egress"),
+            (endpoint_flags::ENDPOINT_LIMITED.0, "limited"),
         ]),
     });
     Some((sort_key(&[id]), value))

@@ -110,7 +110,9 @@ fn row(entry: &EndpointEntry) -> Endpoint {
         policy |= policy_bits::POLICY_REJECT.0;
     }
     let gateway = if entry.has_gateway { endpoint_flags::ENDPOINT_EGRESS.0 } else { 0 };
-    let flags = endpoint_flags(endpoint_flags::ENDPOINT_READY.0 | gateway);
+    let limited = if entry.shaping.is_limited { endpoint_flags::ENDPOINT_LIMITED.0 } else { 0 };
+    let priority = u32::from(entry.shaping.priority) * endpoint_flags::ENDPOINT_PRIORITY.0;
+    let flags = endpoint_flags(endpoint_flags::ENDPOINT_READY.0 | gateway | limited | priority);
     Endpoint {
         epoch: 0,
         policy,
@@ -153,6 +155,7 @@ mod tests {
             refuses_strangers: false,
             rejects: false,
             has_gateway: false,
+            shaping: Default::default(),
         }
     }
 

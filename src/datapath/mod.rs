@@ -156,6 +156,7 @@ impl Datapath {
         probe::check_requirements()?;
         let pins = Pins::open(&options.pins)?;
         let mut loaded = load::load(&options.settings, &options.map_sizes, options.attach, Some(&pins))?;
+        loaded.features.pods_are_limited = options.settings.limit_ifindex.is_some();
         loaded.features.fragments_wait = options.settings.wait_ifindex.is_some();
         Ok(Self {
             object: loaded.object,

@@ -31,6 +31,8 @@ pub struct Features {
     pub has_socket_destroy: bool,
     /// Fragments wait for the first one of their packet: the node has devices for that.
     pub fragments_wait: bool,
+    /// What pods receive can have a limit: the node has a queue for that.
+    pub pods_are_limited: bool,
     /// Programs that are not loaded, and why.
     pub not_loaded: Vec<(String, String)>,
 }

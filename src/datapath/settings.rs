@@ -120,6 +120,8 @@ pub struct Settings {
     pub path_mtu: u32,
     /// Where fragments wait for the first one of their packet; without it they are dropped.
     pub wait_ifindex: Option<u32>,
+    /// The queue of pods that have a limit on what they receive; without it nothing is limited.
+    pub limit_ifindex: Option<u32>,
     /// The bits of `skb->mark` that are Weir's: adjacent, at least three.
     pub mark_mask: u32,
     /// What one pod may have of what all share.
@@ -154,6 +156,7 @@ impl Default for Settings {
             socket_lb: true,
             tunnel_direct: true,
             wait_ifindex: None,
+            limit_ifindex: None,
             encrypt_ifindex: None,
             encrypt_second: None,
             encrypt_strict: true,
@@ -189,6 +192,7 @@ impl Settings {
             encrypt_second: self.encrypt_second.unwrap_or(0),
             path_mtu: self.path_mtu,
             wait_ifindex: self.wait_ifindex.unwrap_or(0),
+            limit_ifindex: self.limit_ifindex.unwrap_or(0),
             quota_limit: limits.of_one,
             quota_capacity: limits.of_all,
             drop_record_cost: self.quotas.drop_record_cost(jiffies_per_second),
@@ -206,7 +210,7 @@ impl Settings {
             tunnel_direct: self.tunnel_direct.into(),
             encrypt_strict: self.encrypt_strict.into(),
             dns_denied: self.dns_denied,
-            pad: [0; 7],
+            pad: [0; 3],
         }
     }
 }

@@ -97,4 +97,15 @@ pub struct EndpointEntry {
     pub rejects: bool,
     /// Some of what it sends out of the cluster leaves by a gateway, or not at all.
     pub has_gateway: bool,
+    /// How its packets queue.
+    pub shaping: Shaping,
+}
+
+/// How a pod's packets queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Shaping {
+    /// What it receives has a limit.
+    pub is_limited: bool,
+    /// `skb->priority` of what it sends out of the node.
+    pub priority: u8,
 }

@@ -74,9 +74,47 @@ pub struct Marks {
     pub reject: Option<bool>,
     /// `kubernetes.io/egress-bandwidth` of a pod, in bytes a second.
     pub egress_bandwidth: Option<u64>,
+    /// `kubernetes.io/ingress-bandwidth` of a pod, in bytes a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ingress_bandwidth: Option<u64>,
+    /// `bandwidth.cilium.io/priority` of a pod.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub priority: Option<Priority>,
     /// `weir.dev/visibility`: requests of these protocols are shown.
     #[serde(skip_serializing_if = "Visibility::is_none")]
     pub visibility: Visibility,
+}
+
+/// Which of a node's pods goes first where packets queue on their way out of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub enum Priority {
+    /// After all others.
+    BestEffort,
+    /// As pods without the annotation.
+    Burstable,
+    /// Before all others.
+    Guaranteed,
+}
+
+impl Priority {
+    /// As the annotation says it; Cilium's documents and Kubernetes' names of classes differ in the first letter.
+    pub fn read(text: &str) -> Option<Self> {
+        match text {
+            "guaranteed" | "Guaranteed" => Some(Self::Guaranteed),
+            "burstable" | "Burstable" => Some(Self::Burstable),
+            "bestEffort" | "BestEffort" | "best-effort" => Some(Self::BestEffort),
+            _ => None,
+        }
+    }
+
+    /// As `skb->priority`: the first, second and third band of the kernel's queues that have three.
+    pub fn of_packets(self) -> u8 {
+        match self {
+            Self::Guaranteed => 6,
+            Self::Burstable => 8,
+            Self::BestEffort => 5,
+        }
+    }
 }
 
 /// Protocols whose requests are shown, and none denied.

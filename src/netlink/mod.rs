@@ -31,6 +31,7 @@
 
 mod address;
 mod announce;
+mod classes;
 mod connection;
 mod descriptors;
 mod ipsec;
@@ -56,6 +57,7 @@ use std::path::PathBuf;
 
 pub use address::{address_news, local_addresses};
 pub use announce::{Listening, announce};
+pub use classes::{classes, delete_class, ensure_classes, limit_class};
 pub use descriptors::{DESCRIPTORS_MAX, receive_with_descriptors, send_with_descriptors};
 pub use ipsec::{ipsec_news, ipsec_policies};
 pub use link::{
@@ -74,7 +76,7 @@ pub use privileges::{keep_transparent_sockets_only, raise_descriptor_limit};
 pub use proxy::{ProxyLink, create_proxy_link, find_proxy_link, new_namespace, proxy_listeners};
 pub use queue::{TokenBucket, ensure_queue};
 pub use route::{NODE_ROUTE_PROTOCOL, Route, neighbours, node_routes, sync_neighbours, sync_routes};
-pub use shape::limit_pod;
+pub use shape::{is_pod_limited, limit_pod, queue_kinds};
 pub use socket::destroy_socket;
 pub use sysctl::{get_sysctl, set_sysctl, set_sysctl_root};
 pub use tun::{TunOffload, ensure_tun, set_tun_offload, take_tun};

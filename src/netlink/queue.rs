@@ -17,7 +17,7 @@ const MTU: u32 = 9216;
 pub(super) const PARAMETERS: u16 = 1;
 pub(super) const BURST: u16 = 6;
 /// TC_LINKLAYER_ETHERNET.
-const ETHERNET: u8 = 1;
+pub(super) const ETHERNET: u8 = 1;
 
 /// A token bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,14 +49,8 @@ impl TokenBucket {
 /// packets, and of the one where they come out. Fails on a kernel without `tbf`.
 pub fn ensure_queue(names: [&str; 2], bucket: TokenBucket) -> Result<[u32; 2]> {
     let mut connection = Connection::open()?;
-    if find(&mut connection, names)?.is_none() {
-        for name in names {
-            delete_link(name)?;
-        }
-        make(&mut connection, names)?;
-    }
+    let ends = ensure_pair(&mut connection, names)?;
     let gone = || Error::Different(format!("device {} went away", names[0]));
-    let ends = find(&mut connection, names)?.ok_or_else(gone)?;
     let mut message = TcMessage::with_index(i32::try_from(ends[0]).map_err(|_| gone())?);
     message.header.parent = TcHandle::ROOT;
     message.attributes = vec![
@@ -70,6 +64,17 @@ pub fn ensure_queue(names: [&str; 2], bucket: TokenBucket) -> Result<[u32; 2]> {
     let limited = Request::new(action, RouteNetlinkMessage::NewQueueDiscipline(message)).replace();
     connection.execute(vec![limited, raise(ends[0]), raise(ends[1])])?;
     Ok(ends)
+}
+
+/// Makes a pair of devices that nobody else uses, or keeps the one that there is: the indices of its ends.
+pub(super) fn ensure_pair(connection: &mut Connection, names: [&str; 2]) -> Result<[u32; 2]> {
+    if find(connection, names)?.is_none() {
+        for name in names {
+            delete_link(name)?;
+        }
+        make(connection, names)?;
+    }
+    find(connection, names)?.ok_or_else(|| Error::Different(format!("device {} went away", names[0])))
 }
 
 fn find(connection: &mut Connection, names: [&str; 2]) -> Result<Option<[u32; 2]>> {

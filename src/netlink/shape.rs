@@ -56,6 +56,16 @@ pub fn limit_pod(namespace: &Path, interface: &str, rate: Option<u64>) -> Result
     })
 }
 
+/// Whether the pod's device has a limit.
+pub fn is_pod_limited(namespace: &Path, interface: &str) -> Result<bool> {
+    let namespace = open_namespace(namespace)?;
+    within(&namespace, || {
+        let device = link(interface)?;
+        let index = device.and_then(|device| i32::try_from(device.index).ok());
+        index.map_or(Ok(false), has_bucket)
+    })
+}
+
 /// Slower than a rate that the kernel's fields can hold is every device here.
 fn bucket(rate: u64) -> TokenBucket {
     let short = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
@@ -66,6 +76,28 @@ fn bucket(rate: u64) -> TokenBucket {
         burst: short(burst),
         limit: short(burst + rate * WAITS_MILLISECONDS / 1000),
     }
+}
+
+/// The kinds of the queues of a device, its root's first; a device without queues has none.
+pub fn queue_kinds(index: u32) -> Result<Vec<String>> {
+    let index = i32::try_from(index).unwrap_or(0);
+    let ask = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::with_index(index));
+    let rows = Connection::open()?.dump("listing queues", ask)?;
+    let mut kinds = Vec::new();
+    for row in &rows {
+        let RouteNetlinkMessage::NewQueueDiscipline(message) = row else { continue };
+        let kind = message.attributes.iter().find_map(|attribute| match attribute {
+            TcAttribute::Kind(kind) => Some(kind.clone()),
+            _ => None,
+        });
+        let Some(kind) = kind.filter(|_| message.header.index == index) else { continue };
+        // The place of filters is no queue.
+        if kind != "noqueue" && kind != "clsact" && !kinds.contains(&kind) {
+            let place = if message.header.parent == TcHandle::ROOT { 0 } else { kinds.len() };
+            kinds.insert(place, kind);
+        }
+    }
+    Ok(kinds)
 }
 
 fn has_bucket(index: i32) -> Result<bool> {

@@ -113,6 +113,7 @@ fn endpoint_entry(cluster: &Cluster, id: EndpointId, identity: IdentityId, outpu
             .is_some_and(|ingress| ingress.refuses_strangers),
         rejects: false,
         has_gateway: false,
+        shaping: Default::default(),
     }
 }
 

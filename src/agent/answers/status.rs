@@ -8,7 +8,7 @@ use crate::agent::args::{AgentArgs, Routing};
 use crate::agent::node::OVERLAY_DEVICE;
 use crate::agent::sinks::few;
 use crate::api::answers::{BrokenRow, FeatureRow, KindRow, StatusAnswer, WaitingRow};
-use crate::datapath::{Datapath, MapFill, UsageKind};
+use crate::datapath::{Datapath, Features, MapFill, UsageKind};
 use crate::encryption::Device;
 use crate::netlink;
 
@@ -120,6 +120,10 @@ impl Known {
             }
             let order = if features.fragments_wait { "wait for the first" } else { "dropped: no tbf queue" };
             rows.push(("fragments out of order", order.to_owned()));
+            rows.push(("bandwidth", bandwidth_text(features)));
+            rows.extend(self.current.load().devices.iter().map(|(index, device)| {
+                ("priorities of pods", priorities_text(&device.name, netlink::queue_kinds(*index)))
+            }));
             for (program, reason) in &features.not_loaded {
                 rows.push(("left out", format!("{program}: {reason}")));
             }
@@ -179,6 +183,32 @@ fn limits_text(datapath: &Datapath) -> String {
         limits.map(|(kind, limit)| format!("{limit} {}", kind.name().replace('_', " "))).collect();
     limits.join(", ")
 }
+
+/// Which mechanism limits what pods send and receive.
+fn bandwidth_text(features: &Features) -> String {
+    let received = if features.pods_are_limited {
+        "received: htb on weir_limit, a class for each pod with a limit"
+    } else {
+        "received: no limit, the kernel has no htb queue"
+    };
+    format!("sent: tbf on the pod's device; {received}")
+}
+
+/// Whether the queue of a device that leads out lets some pods go first.
+fn priorities_text(device: &str, queues: netlink::Result<Vec<String>>) -> String {
+    match queues {
+        Err(error) => format!("{device}: not known: {error}"),
+        Ok(queues) if queues.is_empty() => format!("{device} has no queue"),
+        Ok(queues) => {
+            let has_bands = queues.iter().any(|queue| BANDS.contains(&queue.as_str()));
+            let count = if has_bands { "count" } else { "do not count" };
+            format!("{count} on {device}, whose queue is {}", queues.join(" of "))
+        }
+    }
+}
+
+/// Queues with bands by the priority of packets.
+const BANDS: [&str; 3] = ["fq", "prio", "pfifo_fast"];
 
 /// Rules of the node's netfilter that pods' packets do not meet: they go past the stack.
 fn by_the_stack(datapath: &Datapath) -> Option<(&'static str, String)> {

@@ -180,6 +180,7 @@ pub fn all(
         Box::new(policies::Policies::new(writers.policies, writers.dns, limits, proxy)),
         Box::new(addresses::Addresses::new(writers.addresses, encrypted)),
         Box::new(egress::Egress(writers.egress)),
+        Box::new(bandwidth::Bandwidth::new(plan.limit.map(|[given, _]| given))),
         Box::new(endpoints::Endpoints::new(writers.endpoints)),
         Box::new(services::Services::new(writers.services)),
         Box::new(succession::Succession::new(datapath.clone(), attach_node)),
@@ -187,7 +188,6 @@ pub fn all(
         Box::new(network::Network::new(datapath.clone(), writers.devices, plan.has_ipv6(), drivers)?),
         Box::new(routes::Routes::new(plan)),
         Box::new(links::Links::new(datapath.clone())),
-        Box::new(bandwidth::Bandwidth::default()),
     ];
     // Peers come before the rows that send to them.
     sinks.extend(others);

@@ -16,7 +16,7 @@ pub use field::{Field, FieldError, Result};
 pub use typed::Cidr;
 
 use super::kind::Kind;
-use crate::model::{Labels, Marks, ObjectKey, Visibility};
+use crate::model::{Labels, Marks, ObjectKey, Priority, Visibility};
 
 /// Which object: kind, namespace and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -153,6 +153,14 @@ pub(super) fn marks(document: &Field, warnings: &mut Vec<FieldError>) -> Marks {
     read("kubernetes.io/egress-bandwidth", &mut |text| {
         marks.egress_bandwidth = bytes_per_second(text);
         marks.egress_bandwidth.is_some()
+    });
+    read("kubernetes.io/ingress-bandwidth", &mut |text| {
+        marks.ingress_bandwidth = bytes_per_second(text);
+        marks.ingress_bandwidth.is_some()
+    });
+    read("bandwidth.cilium.io/priority", &mut |text| {
+        marks.priority = Priority::read(text);
+        marks.priority.is_some()
     });
     marks
 }

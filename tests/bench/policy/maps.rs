@@ -206,6 +206,7 @@ fn entries(world: &World, output: &Output) -> BTreeMap<EndpointId, EndpointEntry
             refuses_strangers: false,
             rejects: false,
             has_gateway: false,
+            shaping: Default::default(),
         };
         (*id, entry)
     };

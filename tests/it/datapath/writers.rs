@@ -85,6 +85,7 @@ fn endpoints(policy: PolicyId) -> BTreeMap<EndpointId, EndpointEntry> {
         refuses_strangers: false,
         rejects: false,
         has_gateway: false,
+        shaping: Default::default(),
     };
     [(EndpointId(1), entry)].into()
 }
