@@ -145,11 +145,19 @@ impl AddressWriter {
         let effective = self.refused.without(addresses);
         let mut is_pruned = false;
         let from = self.settled.before_write();
-        for item in from.clone().unwrap_or_default().diff(&effective) {
-            let (DiffItem::Add(address, entry) | DiffItem::Update { new: (address, entry), .. }) = item
-            else {
-                continue;
-            };
+        let before = from.clone().unwrap_or_default();
+        let changed: Vec<_> = before
+            .diff(&effective)
+            .filter_map(|item| match item {
+                DiffItem::Add(address, entry) | DiffItem::Update { new: (address, entry), .. } => {
+                    Some((address, entry))
+                }
+                DiffItem::Remove(..) => None,
+            })
+            .collect();
+        // All at once. If one is refused, each by itself: what has been written then costs nothing.
+        let is_written = self.write_many(&changed).is_ok();
+        for (address, entry) in changed.into_iter().filter(|_| !is_written) {
             let mut written = self.write_address(*address, entry);
             if matches!(written, Err(MapError::Full { .. })) && !is_pruned {
                 is_pruned = true;
@@ -168,6 +176,21 @@ impl AddressWriter {
             self.settled.written(from, &effective);
         }
         Ok(())
+    }
+
+    fn write_many(&mut self, changed: &[(&IpAddr, &AddressEntry)]) -> Result<(), MapError> {
+        let Self { addresses, encrypted, is_epoch_due, .. } = self;
+        let row = |(address, entry): &(&IpAddr, &AddressEntry)| {
+            let row = address_row(entry, encrypted);
+            (addr_of(**address), row)
+        };
+        let rows: Vec<(Addr, Address)> = changed.iter().map(row).collect();
+        let before: Vec<_> =
+            rows.iter().map(|(key, _)| addresses.rows().get(&Bytes(*key)).copied()).collect();
+        let is_renamed =
+            rows.iter().zip(before).any(|((_, row), old)| old.is_none_or(|old| old.identity != row.identity));
+        *is_epoch_due |= is_renamed;
+        addresses.put_all(rows, |_| {})
     }
 
     fn write_address(&mut self, address: IpAddr, entry: &AddressEntry) -> Result<(), MapError> {
@@ -242,9 +265,9 @@ impl AddressWriter {
     }
 
     fn delete_addresses(&mut self, stale: Vec<Addr>) -> Result<()> {
-        for key in stale {
-            self.is_epoch_due |= self.addresses.take(key)?.is_some();
-        }
+        // Also if not all of them could be deleted.
+        self.is_epoch_due |= !stale.is_empty();
+        self.addresses.take_all(stale)?;
         Ok(())
     }
 

@@ -7,6 +7,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::AtomicBool;
 
 use libbpf_rs::libbpf_sys;
 use libbpf_rs::{MapCore, MapHandle, MapType};
@@ -82,6 +83,8 @@ pub type Rows<K, V> = BTreeMap<Bytes<K>, V>;
 pub struct TypedMap<K, V> {
     handle: MapHandle,
     name: String,
+    /// Until the kernel refuses one.
+    pub(super) has_batches: AtomicBool,
     types: PhantomData<fn() -> (K, V)>,
 }
 
@@ -92,7 +95,7 @@ impl<K: Plain, V: Plain> TypedMap<K, V> {
         if handle.key_size() as usize != size_of::<K>() || handle.value_size() as usize != size_of::<V>() {
             return Err(MapError::Shape { map: name, key: handle.key_size(), value: handle.value_size() });
         }
-        Ok(Self { handle, name, types: PhantomData })
+        Ok(Self { handle, name, has_batches: AtomicBool::new(true), types: PhantomData })
     }
 
     /// Its name in `maps.h`.
@@ -185,20 +188,20 @@ impl<K: Plain, V: Plain> TypedMap<K, V> {
     /// Makes the map hold exactly `desired`: writes what differs first, deletes last.
     pub fn sync(&self, desired: &Rows<K, V>) -> Result<Changes, MapError> {
         let present = self.rows()?;
-        let mut changes = Changes::default();
-        for (key, value) in desired {
-            if present.get(key).is_none_or(|old| old.as_bytes() != value.as_bytes()) {
-                self.insert(&key.0, value)?;
-                changes.written += 1;
-            }
-        }
-        for key in present.keys().filter(|key| !desired.contains_key(key)) {
-            changes.deleted += usize::from(self.remove(&key.0)?);
-        }
-        Ok(changes)
+        let is_new = |(key, value): &(&Bytes<K>, &V)| {
+            present.get(*key).is_none_or(|old| old.as_bytes() != value.as_bytes())
+        };
+        let (keys, values): (Vec<K>, Vec<V>) =
+            desired.iter().filter(is_new).map(|(key, value)| (key.0, *value)).unzip();
+        let (written, result) = self.insert_all(&keys, &values);
+        result?;
+        let stale = present.keys().filter(|key| !desired.contains_key(key));
+        let (deleted, result) = self.remove_all(&stale.map(|key| key.0).collect::<Vec<_>>());
+        result?;
+        Ok(Changes { written, deleted })
     }
 
-    fn fd(&self) -> i32 {
+    pub(super) fn fd(&self) -> i32 {
         self.handle.as_fd().as_raw_fd()
     }
 

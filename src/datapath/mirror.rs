@@ -54,6 +54,42 @@ impl<K: Plain, V: Plain> Mirror<K, V> {
         Ok(old.map_or(Put::Inserted, Put::Replaced))
     }
 
+    /// Writes many rows, those that are not there already, and says of each what `put` would. Rows behind one
+    /// that the map does not take are not written.
+    pub(super) fn put_all(
+        &mut self,
+        rows: impl IntoIterator<Item = (K, V)>,
+        mut found: impl FnMut(Put<V>),
+    ) -> Result<(), MapError> {
+        let is_news = |(key, value): &(K, V)| {
+            self.rows.get(&Bytes(*key)).is_none_or(|old| old.as_bytes() != value.as_bytes())
+        };
+        let (keys, values): (Vec<K>, Vec<V>) = rows.into_iter().filter(is_news).unzip();
+        let (written, result) = self.map.insert_all(&keys, &values);
+        for (key, value) in keys.into_iter().zip(values).take(written) {
+            found(self.rows.insert(Bytes(key), value).map_or(Put::Inserted, Put::Replaced));
+        }
+        self.fill.store(self.rows.len(), Ordering::Relaxed);
+        result
+    }
+
+    /// Deletes many rows; how many of them there were.
+    pub(super) fn take_all(&mut self, keys: impl IntoIterator<Item = K>) -> Result<usize, MapError> {
+        let is_there = |key: &K| self.rows.contains_key(&Bytes(*key));
+        let keys: Vec<K> = keys.into_iter().filter(is_there).collect();
+        let result = self.map.remove_all(&keys).1;
+        if result.is_err() {
+            // Which of them are gone is not known.
+            self.refresh()?;
+            return result.map(|()| 0);
+        }
+        for key in &keys {
+            self.rows.remove(&Bytes(*key));
+        }
+        self.fill.store(self.rows.len(), Ordering::Relaxed);
+        Ok(keys.len())
+    }
+
     /// Reads the map again: how many rows somebody else changed.
     pub(super) fn refresh(&mut self) -> Result<u64, MapError> {
         let rows = self.map.rows()?;

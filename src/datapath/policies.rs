@@ -5,20 +5,23 @@
 //! What the map holds is remembered as the compiled policies themselves, which
 //! the compiler shares, so this costs no copy of the rows.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::sync::{Arc, RwLock};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use anyhow::Result;
+use imbl::OrdMap;
+use imbl::ordmap::DiffItem;
 
 use super::abi::{Plain, PolicyPeer, PolicyPeerKey, PolicyRule, PolicyRuleKey};
 use super::map::{Bytes, MapError, TypedMap, first_free};
 use super::mirror::Fill;
+use super::rule_origins::RuleOrigins;
 use super::rule_sets::RuleSets;
 use super::types::{direction, policy_rule_prefix, policy_verdict};
 use crate::model::l7::RuleSetId;
 use crate::model::{
-    Action, CompiledDirection, CompiledPolicy, CompiledRule, CompiledRuleKey, IdentityId, MatchType, Origins,
-    PolicyId,
+    Action, CompiledDirection, CompiledPolicy, CompiledRule, CompiledRuleKey, IdentityId, Origins, PolicyId,
 };
 
 /// The one writer of `policy_rules` and `policy_peers`.
@@ -46,6 +49,13 @@ struct Held {
 struct Inherited {
     rules: Vec<PolicyRuleKey>,
     peers: Vec<PolicyPeerKey>,
+}
+
+impl Inherited {
+    fn has(&self, id: PolicyId) -> bool {
+        self.rules.iter().any(|key| u32::from_be(key.policy_id) == id.0)
+            || self.peers.iter().any(|key| key.policy_id == id.0)
+    }
 }
 
 impl PolicyWriter {
@@ -135,12 +145,8 @@ impl PolicyWriter {
     /// write puts the others back.
     pub fn compare(&mut self) -> Result<[(&'static str, u64); 2], MapError> {
         let (strange_rules, strange_peers) = (self.strange_rules()?, self.strange_peers()?);
-        for key in &strange_peers {
-            self.peers.remove(key)?;
-        }
-        for key in &strange_rules {
-            self.rules.remove(key)?;
-        }
+        self.peers.remove(&strange_peers)?;
+        self.rules.remove(&strange_rules)?;
         let ids: Vec<PolicyId> = self.held.keys().copied().collect();
         let (mut rules, mut peers) = (strange_rules.len() as u64, strange_peers.len() as u64);
         for id in ids {
@@ -225,9 +231,10 @@ impl PolicyWriter {
             held.complete = Some(policy.clone());
             return Ok(());
         }
+        let knows_all = held.partial.is_empty() && !self.inherited.has(id);
         held.partial.push(policy.clone());
         let last = old.clone().or_else(|| held.partial.iter().rev().nth(1).cloned());
-        if let Err(error) = self.write_policy(id, policy, old.as_deref()) {
+        if let Err(error) = self.write_policy(id, policy, old.as_deref(), knows_all) {
             // Its rows would keep others out. Rows of the last version may have been replaced.
             self.delete_policy(id, policy, last.as_deref())?;
             let held = self.held.entry(id).or_default();
@@ -299,26 +306,21 @@ impl PolicyWriter {
         id: PolicyId,
         policy: &CompiledPolicy,
         old: Option<&CompiledPolicy>,
+        knows_all: bool,
     ) -> Result<(), MapError> {
+        let (mut rules, mut peers) = (Difference::new(), Difference::new());
         for (side, now) in directions(policy) {
             let before = old.and_then(|old| direction_of(old, side));
-            for (key, rule) in &now.rules {
-                if before.is_none_or(|before| before.rules.get(key) != Some(rule)) {
-                    let rule_id = self.origins.id_of(&rule.origins, rule.is_audit, key.match_type());
-                    self.rules
-                        .insert(&rule_key(id, side, key), &rule_row(rule, rule_id, self.set_of(rule)))?;
-                }
-            }
+            rules.add(before.map(|before| &before.rules), &now.rules, |key, rule| {
+                let rule_id = self.origins.id_of(&rule.origins, rule.is_audit, key.match_type());
+                (rule_key(id, side, key), rule_row(rule, rule_id, self.set_of(rule)))
+            });
+            peers.add(before.map(|before| &before.peers), &now.peers, |identity, class| {
+                (peer_key(id, side, *identity), PolicyPeer { class: *class })
+            });
         }
-        for (side, now) in directions(policy) {
-            let before = old.and_then(|old| direction_of(old, side));
-            for (&identity, &class) in &now.peers {
-                if before.is_none_or(|before| before.peers.get(&identity) != Some(&class)) {
-                    self.peers.insert(&peer_key(id, side, identity), &PolicyPeer { class })?;
-                }
-            }
-        }
-        Ok(())
+        rules.write(&self.rules, knows_all)?;
+        peers.write(&self.peers, knows_all)
     }
 
     /// Deletes the rows of `version` that `kept` does not have: peers first.
@@ -330,16 +332,11 @@ impl PolicyWriter {
     ) -> Result<(), MapError> {
         for (side, old) in directions(version) {
             let kept = kept.and_then(|kept| direction_of(kept, side));
-            for &identity in old.peers.keys() {
-                if kept.is_none_or(|kept| !kept.peers.contains_key(&identity)) {
-                    self.peers.remove(&peer_key(id, side, identity))?;
-                }
-            }
-            for key in old.rules.keys() {
-                if kept.is_none_or(|kept| !kept.rules.contains_key(key)) {
-                    self.rules.remove(&rule_key(id, side, key))?;
-                }
-            }
+            let peers = gone(&old.peers, kept.map(|kept| &kept.peers));
+            let keys: Vec<_> = peers.into_iter().map(|identity| peer_key(id, side, identity)).collect();
+            self.peers.remove(&keys)?;
+            let rules = gone(&old.rules, kept.map(|kept| &kept.rules));
+            self.rules.remove(&rules.iter().map(|key| rule_key(id, side, key)).collect::<Vec<_>>())?;
         }
         Ok(())
     }
@@ -350,33 +347,23 @@ impl PolicyWriter {
         in_force: &BTreeSet<PolicyId>,
     ) -> Result<(), MapError> {
         let is_kept = |id: PolicyId| in_force.contains(&id) && !policies.contains_key(&id);
-        let mut kept = Inherited::default();
-        let mut pruned = Ok(());
-        while let (Ok(()), Some(key)) = (&pruned, self.inherited.peers.pop()) {
-            let id = PolicyId(key.policy_id);
-            let side = policies.get(&id).and_then(|policy| direction_of(policy, key.direction as u8));
-            let is_desired = side.is_some_and(|side| side.peers.contains_key(&IdentityId(key.identity)));
-            if !is_kept(id) && !is_desired {
-                pruned = self.peers.remove(&key);
-            }
-            if is_kept(id) || pruned.is_err() {
-                kept.peers.push(key);
-            }
-        }
-        while let (Ok(()), Some(key)) = (&pruned, self.inherited.rules.pop()) {
-            let id = PolicyId(u32::from_be(key.policy_id));
-            let side = policies.get(&id).and_then(|policy| direction_of(policy, key.direction));
-            let is_desired = side.is_some_and(|side| side.rules.contains_key(&compiled_key(&key)));
-            if !is_kept(id) && !is_desired {
-                pruned = self.rules.remove(&key);
-            }
-            if is_kept(id) || pruned.is_err() {
-                kept.rules.push(key);
-            }
-        }
-        self.inherited.peers.extend(kept.peers);
-        self.inherited.rules.extend(kept.rules);
-        pruned
+        let is_kept_peer = |key: &PolicyPeerKey| is_kept(PolicyId(key.policy_id));
+        let is_kept_rule = |key: &PolicyRuleKey| is_kept(PolicyId(u32::from_be(key.policy_id)));
+        let stale_peers = self.inherited.peers.iter().filter(|key| !is_kept_peer(key)).filter(|key| {
+            let policy = policies.get(&PolicyId(key.policy_id));
+            let side = policy.and_then(|policy| direction_of(policy, key.direction as u8));
+            side.is_none_or(|side| !side.peers.contains_key(&IdentityId(key.identity)))
+        });
+        self.peers.remove(&stale_peers.copied().collect::<Vec<_>>())?;
+        self.inherited.peers.retain(is_kept_peer);
+        let stale_rules = self.inherited.rules.iter().filter(|key| !is_kept_rule(key)).filter(|key| {
+            let policy = policies.get(&PolicyId(u32::from_be(key.policy_id)));
+            let side = policy.and_then(|policy| direction_of(policy, key.direction));
+            side.is_none_or(|side| !side.rules.contains_key(&compiled_key(key)))
+        });
+        self.rules.remove(&stale_rules.copied().collect::<Vec<_>>())?;
+        self.inherited.rules.retain(is_kept_rule);
+        Ok(())
     }
 }
 
@@ -386,111 +373,92 @@ struct Counted<K, V> {
     fill: Fill,
 }
 
-impl<K: super::abi::Plain, V: super::abi::Plain> Counted<K, V> {
+impl<K: Plain, V: Plain> Counted<K, V> {
     fn new((map, fill): (TypedMap<K, V>, Fill)) -> Self {
         Self { map, fill }
     }
 
     fn set(&self, rows: usize) {
-        self.fill.store(rows, std::sync::atomic::Ordering::Relaxed);
+        self.fill.store(rows, Ordering::Relaxed);
     }
 
-    /// Counts a row once: whether it was there is asked first.
-    fn insert(&self, key: &K, value: &V) -> Result<(), MapError> {
-        let is_new = self.map.get(key)?.is_none();
-        self.map.insert(key, value)?;
-        self.fill.fetch_add(usize::from(is_new), std::sync::atomic::Ordering::Relaxed);
+    /// Rows of which none is there.
+    fn insert_new(&self, rows: (Vec<K>, Vec<V>)) -> Result<(), MapError> {
+        let (written, result) = self.map.insert_all(&rows.0, &rows.1);
+        self.fill.fetch_add(written, Ordering::Relaxed);
+        result
+    }
+
+    /// Rows that are there with another value.
+    fn replace(&self, rows: (Vec<K>, Vec<V>)) -> Result<(), MapError> {
+        self.map.insert_all(&rows.0, &rows.1).1
+    }
+
+    /// Rows that may be there: each is asked for, so that it counts once.
+    fn insert(&self, rows: (Vec<K>, Vec<V>)) -> Result<(), MapError> {
+        for (key, value) in rows.0.iter().zip(&rows.1) {
+            let is_new = self.map.get(key)?.is_none();
+            self.map.insert(key, value)?;
+            self.fill.fetch_add(usize::from(is_new), Ordering::Relaxed);
+        }
         Ok(())
     }
 
-    fn remove(&self, key: &K) -> Result<(), MapError> {
-        let was_there = self.map.remove(key)?;
-        self.fill.fetch_sub(usize::from(was_there), std::sync::atomic::Ordering::Relaxed);
-        Ok(())
+    fn remove(&self, keys: &[K]) -> Result<(), MapError> {
+        let (removed, result) = self.map.remove_all(keys);
+        self.fill.fetch_sub(removed, Ordering::Relaxed);
+        result
     }
 }
 
-/// Rule ids of events and the policies that they stand for. Ids of a former process are not used
-/// again, so that its last events are not misattributed. 0 is nobody.
-#[derive(Clone, Debug)]
-pub struct RuleOrigins(Arc<RwLock<KnownOrigins>>);
-
-/// So many ids that no row has any more are kept: records that are read later name them.
-const GONE_KEPT: usize = 4096;
-
-/// Who says so, whether that is only reported, and what the row looked at.
-type Saying = (Origins, bool, MatchType);
-
-#[derive(Debug)]
-struct KnownOrigins {
-    next: u32,
-    by_id: BTreeMap<u32, Saying>,
-    ids: HashMap<Saying, u32>,
-    /// How many there may be before those that are gone are looked for.
-    limit: usize,
+/// The rows of one map that a version of a policy has and the one before has not.
+struct Difference<K, V> {
+    new: (Vec<K>, Vec<V>),
+    changed: (Vec<K>, Vec<V>),
 }
 
-impl RuleOrigins {
-    fn starting_above(highest: u32) -> Self {
-        Self(Arc::new(RwLock::new(KnownOrigins {
-            next: highest.wrapping_add(1).max(1),
-            by_id: BTreeMap::new(),
-            ids: HashMap::new(),
-            limit: 2 * GONE_KEPT,
-        })))
+impl<K: Plain, V: Plain> Difference<K, V> {
+    fn new() -> Self {
+        Self { new: (Vec::new(), Vec::new()), changed: (Vec::new(), Vec::new()) }
     }
 
-    /// The policies that a rule id stands for.
-    pub fn get(&self, rule_id: u32) -> Option<Origins> {
-        let known = self.0.read().expect("nobody panics while holding the lock");
-        known.by_id.get(&rule_id).map(|(origins, ..)| origins.clone())
-    }
-
-    /// What the rule lets through its policies would deny: they only report it.
-    pub fn is_audit(&self, rule_id: u32) -> bool {
-        let known = self.0.read().expect("nobody panics while holding the lock");
-        known.by_id.get(&rule_id).is_some_and(|(_, is_audit, _)| *is_audit)
-    }
-
-    /// What the row looked at.
-    pub fn match_type(&self, rule_id: u32) -> MatchType {
-        let known = self.0.read().expect("nobody panics while holding the lock");
-        known.by_id.get(&rule_id).map_or(MatchType::None, |(.., matched)| *matched)
-    }
-
-    fn id_of(&self, origins: &Origins, is_audit: bool, matched: MatchType) -> u32 {
-        if origins.is_empty() {
-            return 0;
+    fn add<A: Ord, B: PartialEq>(
+        &mut self,
+        before: Option<&OrdMap<A, B>>,
+        now: &OrdMap<A, B>,
+        mut row: impl FnMut(&A, &B) -> (K, V),
+    ) {
+        let none = OrdMap::new();
+        for item in before.unwrap_or(&none).diff(now) {
+            let ((keys, values), (key, value)) = match item {
+                DiffItem::Add(key, value) => (&mut self.new, row(key, value)),
+                DiffItem::Update { new: (key, value), .. } => (&mut self.changed, row(key, value)),
+                DiffItem::Remove(..) => continue,
+            };
+            keys.push(key);
+            values.push(value);
         }
-        let key = (origins.clone(), is_audit, matched);
-        let mut known = self.0.write().expect("nobody panics while holding the lock");
-        if let Some(&id) = known.ids.get(&key) {
-            return id;
-        }
-        let id = known.next;
-        known.next = id.wrapping_add(1).max(1);
-        known.by_id.insert(id, key.clone());
-        known.ids.insert(key, id);
-        id
     }
 
-    /// Forgets what is long gone, now and then: `used` yields what rows have.
-    fn forget<'a>(&self, used: impl Iterator<Item = &'a Origins>) {
-        let mut known = self.0.write().expect("nobody panics while holding the lock");
-        if known.by_id.len() < known.limit {
-            return;
+    /// `knows_all`: the map has what the version before has, and nothing else of the policy.
+    fn write(self, map: &Counted<K, V>, knows_all: bool) -> Result<(), MapError> {
+        if knows_all {
+            map.insert_new(self.new)?;
+            return map.replace(self.changed);
         }
-        let used: HashSet<&Origins> = used.collect();
-        let ids = known.ids.iter().filter(|((origins, ..), _)| used.contains(origins)).map(|(_, id)| *id);
-        let used: HashSet<u32> = ids.collect();
-        let unused: Vec<u32> = known.by_id.keys().copied().filter(|id| !used.contains(id)).collect();
-        for id in &unused[..unused.len().saturating_sub(GONE_KEPT)] {
-            if let Some(key) = known.by_id.remove(id) {
-                known.ids.remove(&key);
-            }
-        }
-        known.limit = 2 * (used.len() + GONE_KEPT);
+        map.insert(self.new)?;
+        map.insert(self.changed)
     }
+}
+
+/// What `old` has and `kept` has not.
+fn gone<A: Ord + Clone, B: PartialEq>(old: &OrdMap<A, B>, kept: Option<&OrdMap<A, B>>) -> Vec<A> {
+    let Some(kept) = kept else { return old.keys().cloned().collect() };
+    let items = old.diff(kept).filter_map(|item| match item {
+        DiffItem::Remove(key, _) => Some(key.clone()),
+        DiffItem::Add(..) | DiffItem::Update { .. } => None,
+    });
+    items.collect()
 }
 
 const INGRESS: u8 = direction::DIRECTION_INGRESS.0 as u8;
@@ -554,7 +522,6 @@ fn rule_row(rule: &CompiledRule, rule_id: u32, set: RuleSetId) -> PolicyRule {
 mod tests {
     use super::*;
     use crate::datapath::abi::Plain;
-    use crate::model::{ObjectKey, PolicyRef};
 
     fn key(protocol: Option<u8>, port: u16, port_prefix_length: u8) -> CompiledRuleKey {
         CompiledRuleKey { class: 0x0102, protocol, port, port_prefix_length }
@@ -583,62 +550,5 @@ mod tests {
         {
             assert_eq!(compiled_key(&rule_key(PolicyId(9), INGRESS, &compiled)), compiled);
         }
-    }
-
-    #[test]
-    fn one_rule_id_per_origin_above_the_inherited_ones() {
-        let origins = RuleOrigins::starting_above(5);
-        let (a, b) = (origin("a"), origin("b"));
-        let id_of = |of: &Origins| origins.id_of(of, false, MatchType::All);
-        let ids = [id_of(&a), id_of(&b), id_of(&a), id_of(&Arc::from([]))];
-        assert_eq!(ids, [6, 7, 6, 0]);
-        assert_eq!([0, 5, 6, 7, 8].map(|id| origins.get(id)), [None, None, Some(a), Some(b), None]);
-    }
-
-    #[test]
-    fn a_rule_id_says_what_the_row_looked_at() {
-        let origins = RuleOrigins::starting_above(0);
-        let a = origin("a");
-        let class = |class, key: CompiledRuleKey| CompiledRuleKey { class, ..key };
-        for (id, (key, expected)) in [
-            (class(1, key(None, 0, 0)), MatchType::Peer),
-            (class(1, key(Some(6), 0, 0)), MatchType::PeerAndProtocol),
-            (class(1, key(Some(6), 80, 16)), MatchType::PeerAndPort),
-            (class(0, key(Some(6), 80, 8)), MatchType::Port),
-            (class(0, key(Some(6), 0, 0)), MatchType::Protocol),
-            (class(0, key(None, 0, 0)), MatchType::All),
-        ]
-        .into_iter()
-        .enumerate()
-        {
-            let got = origins.id_of(&a, false, key.match_type());
-            assert_eq!((got, origins.match_type(got)), (id as u32 + 1, expected));
-        }
-        assert_eq!(origins.match_type(99), MatchType::None);
-    }
-
-    #[test]
-    fn a15_origins_that_no_row_has_any_more_are_forgotten() {
-        let origins = RuleOrigins::starting_above(0);
-        let kept = origin("kept");
-        let first = origins.id_of(&kept, false, MatchType::All);
-        let count = 5 * GONE_KEPT;
-        for number in 0..count {
-            origins.id_of(&origin(&number.to_string()), false, MatchType::All);
-            origins.forget([&kept].into_iter());
-        }
-        let last = u32::try_from(count).expect("few") + first;
-        assert_eq!(origins.get(first), Some(kept.clone()), "a row has it");
-        assert_eq!(
-            origins.get(last),
-            Some(origin(&(count - 1).to_string())),
-            "its records may still be read"
-        );
-        assert_eq!(origins.get(first + 1), None, "it is long gone");
-        assert_eq!(origins.id_of(&kept, false, MatchType::All), first);
-    }
-
-    fn origin(name: &str) -> Origins {
-        Arc::from([PolicyRef::network_policy(&ObjectKey::new("shop", name))])
     }
 }

@@ -225,18 +225,29 @@ impl ServiceWriter {
     ) -> Result<(), MapError> {
         let protocol = key.protocol.map_or(0, |protocol| protocol.number());
         let mut ids = Vec::new();
-        for (slot_key, backend) in service_rows::slot_keys(service).zip(service_rows::backends(frontend)) {
-            let id = self.maps.backends.take((backend, protocol))?;
-            ids.push(id);
-            let slot = Slot { backend: id, service_id: service.service_id };
-            if let Err(error) = self.maps.slots.put(slot_key, slot) {
-                self.maps.backends.give(id)?;
-                return Err(error);
+        let mut written = Ok(());
+        for backend in service_rows::backends(frontend) {
+            match self.maps.backends.take((backend, protocol)) {
+                Ok(id) => ids.push(id),
+                Err(error) => {
+                    written = Err(error);
+                    break;
+                }
             }
         }
-        for (piece_key, piece) in service_rows::pieces(frontend, service, &ids, self.table_size) {
-            self.maps.maglev.put(piece_key, piece)?;
+        let mut slots = 0;
+        if written.is_ok() {
+            let slot = |id: &u32| Slot { backend: *id, service_id: service.service_id };
+            let rows = service_rows::slot_keys(service).zip(ids.iter().map(slot));
+            written = self.maps.slots.put_all(rows, |_| slots += 1);
         }
+        if let Err(error) = written {
+            // Those that a slot says are given back with the slot.
+            ids.drain(slots..).try_for_each(|id| self.maps.backends.give(id))?;
+            return Err(error);
+        }
+        let pieces = service_rows::pieces(frontend, service, &ids, self.table_size);
+        self.maps.maglev.put_all(pieces, |_| {})?;
         for range in service_rows::ranges(frontend, service.service_id) {
             self.maps.source_ranges.put(range, 1)?;
         }
@@ -268,17 +279,21 @@ impl ServiceWriter {
 
     /// Deletes the rows of a set that is not in force.
     fn delete_set(&mut self, service: &Service) -> Result<(), MapError> {
-        for key in service_rows::slot_keys(service) {
-            if let Some(slot) = self.maps.slots.take(key)? {
-                self.maps.backends.give(slot.backend)?;
+        let keys: Vec<SlotKey> = service_rows::slot_keys(service).collect();
+        let ids: Vec<(SlotKey, u32)> = keys.iter().filter_map(|key| Some((*key, self.slot(*key)?))).collect();
+        let taken = self.maps.slots.take_all(keys);
+        for (key, id) in ids {
+            if self.slot(key).is_none() {
+                self.maps.backends.give(id)?;
             }
         }
+        taken?;
         let Service { service_id, generation, .. } = *service;
-        for piece in 0.. {
-            if self.maps.maglev.take(MaglevKey { service_id, generation, piece })?.is_none() {
-                break;
-            }
-        }
+        let rows = self.maps.maglev.rows();
+        let key = |piece| MaglevKey { service_id, generation, piece };
+        let pieces = (0..).map(key).take_while(|key| rows.contains_key(&Bytes(*key)));
+        let pieces: Vec<MaglevKey> = pieces.collect();
+        self.maps.maglev.take_all(pieces)?;
         Ok(())
     }
 

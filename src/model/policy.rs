@@ -1,6 +1,6 @@
 //! Network policy as rules on selectors, and the compiled form.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
@@ -447,8 +447,8 @@ pub struct CompiledDirection {
     /// Identity -> class; what is not here is class 0. A persistent map: two versions of
     /// a policy share what is equal, and `diff` costs as much as they differ.
     pub peers: OrdMap<IdentityId, u32>,
-    /// The verdicts of a class.
-    pub rules: BTreeMap<CompiledRuleKey, CompiledRule>,
+    /// The verdicts of a class; as persistent as `peers`.
+    pub rules: OrdMap<CompiledRuleKey, CompiledRule>,
     /// Some peer may get less than class 0: whoever is not known to be in it is let in by nothing.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub refuses_strangers: bool,

@@ -179,7 +179,7 @@ fn direction<const P: usize, const R: usize>(
 ) -> CompiledDirection {
     CompiledDirection {
         peers: peers.into_iter().map(|(id, class)| (IdentityId(id), class)).collect(),
-        rules: rules.into(),
+        rules: rules.into_iter().collect(),
         ..CompiledDirection::default()
     }
 }

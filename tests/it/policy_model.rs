@@ -185,7 +185,7 @@ fn check_stable(before: &Output, after: &Output, facts: [&Facts; 2]) -> Result<(
                 prop_assert_eq!(new.rules.get(key), Some(rule), "a row of policy {:?} changed", id);
             }
             let classes: BTreeSet<u32> = old.rules.keys().map(|key| key.class).collect();
-            let added = new.rules.keys().filter(|key| !old.rules.contains_key(key));
+            let added = new.rules.keys().filter(|key| !old.rules.contains_key(*key));
             for key in added {
                 prop_assert!(!classes.contains(&key.class), "a row was added to a class of {:?}", id);
             }

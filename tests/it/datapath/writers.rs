@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use ipnet::IpNet;
 use serde_json::{Value, json};
-use weir::datapath::abi::{NodeState, Slot, SlotKey};
+use weir::datapath::abi::{NodeState, PolicyPeer, PolicyPeerKey, Slot, SlotKey};
 use weir::datapath::{Datapath, MapSizes, Options, Writers, dump};
 use weir::model::*;
 use weir::tables::Snapshot;
@@ -55,7 +55,7 @@ fn policy(origin: &str, peers: &[u32]) -> Arc<CompiledPolicy> {
     };
     let ingress = CompiledDirection {
         peers: peers.iter().map(|identity| (IdentityId(*identity), 1_u32)).collect(),
-        rules: [rule(80, 16, Some(6)), rule(8080, 12, Some(6)), rule(0, 0, Some(17))].into(),
+        rules: [rule(80, 16, Some(6)), rule(8080, 12, Some(6)), rule(0, 0, Some(17))].into_iter().collect(),
         ..CompiledDirection::default()
     };
     Arc::new(CompiledPolicy { ingress: Some(ingress), egress: None })
@@ -216,6 +216,39 @@ fn maps_hold_what_is_desired_and_a_restart_changes_only_policy_ids() -> Result<(
         assert_eq!(WRITTEN.map(|map| fill[map]), [0; WRITTEN.len()]);
         Ok(())
     })
+}
+
+#[test]
+fn many_rows_are_written_and_deleted_at_once_and_one_by_one_where_they_cannot() -> Result<()> {
+    require_lab!();
+    for has_batches in [true, false] {
+        let datapath = private(small_maps().with("policy_peers", 10_000))?;
+        let map = datapath.typed::<PolicyPeerKey, PolicyPeer>("policy_peers")?;
+        let map = if has_batches { map } else { map.without_batches() };
+        let key = |identity| PolicyPeerKey { policy_id: 1, identity, direction: 0 };
+        let rows = |identities: std::ops::Range<u32>, class| -> (Vec<_>, Vec<_>) {
+            identities.map(|identity| (key(identity), PolicyPeer { class })).unzip()
+        };
+        let insert = |(keys, values): (Vec<_>, Vec<_>)| map.insert_all(&keys, &values);
+        assert!(matches!(insert(rows(0..9_000, 1)), (9_000, Ok(()))));
+        assert!(matches!(insert(rows(4_000..9_000, 2)), (5_000, Ok(()))), "rows that are there");
+        let (written, result) = insert(rows(8_000..12_000, 3));
+        assert_eq!(written, 2_000, "{result:?}");
+        assert_eq!(
+            result.map_err(|error| error.to_string()),
+            Err("map policy_peers is full (10000 rows): raise it with --map-size policy_peers=20000".into())
+        );
+        let mut classes = BTreeMap::<u32, u32>::new();
+        map.for_each(|_, peer| *classes.entry(peer.class).or_default() += 1)?;
+        assert_eq!(classes, [(1, 4_000), (2, 4_000), (3, 2_000)].into());
+        // Each second one is there, and those at the end are not.
+        let (gone, _) = rows(0..10_000, 0);
+        let (some, _): (Vec<_>, Vec<_>) = gone.into_iter().partition(|key| key.identity % 2 == 0);
+        assert!(matches!(map.remove_all(&some), (5_000, Ok(()))));
+        assert!(matches!(map.remove_all(&rows(0..12_000, 0).0), (5_000, Ok(()))), "half of them are gone");
+        assert!(map.rows()?.is_empty());
+    }
+    Ok(())
 }
 
 #[test]
