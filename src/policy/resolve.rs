@@ -97,15 +97,84 @@ impl Sources {
     }
 }
 
+/// What a policy names, and what of it has changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Names {
+    groups: bool,
+    nodes: bool,
+    /// Services and those behind them.
+    services: bool,
+    /// Those behind the Service of the API server.
+    api_server: bool,
+}
+
+impl Names {
+    fn of(policy: &Policy) -> Self {
+        let mut names = Self::default();
+        let rules = policy.ingress.iter().chain(&policy.egress).flat_map(|direction| &direction.rules);
+        for peer in rules.flat_map(|rule| rule.peers.iter().flatten()) {
+            match peer {
+                Peer::Pods { .. }
+                | Peer::Block { .. }
+                | Peer::Outside { .. }
+                | Peer::NodeAddresses(_)
+                | Peer::Name(_) => {}
+                Peer::Nodes(_) => names.nodes = true,
+                Peer::Groups { .. } => names.groups = true,
+                Peer::Services(_) => names.services = true,
+                Peer::Entity(Entity::KubeApiServer | Entity::Cluster) => names.api_server = true,
+                Peer::Entity(_) => {}
+            }
+        }
+        names
+    }
+
+    /// What of `now` is otherwise than `before`, in what policies can name.
+    fn changed(before: &References, now: &References) -> Self {
+        let mut slices = before.slices.diff(&now.slices).map(|item| match item {
+            DiffItem::Add(_, slice) | DiffItem::Remove(_, slice) => [slice, slice],
+            DiffItem::Update { old: (_, old), new: (_, new) } => [old, new],
+        });
+        let api_server = ObjectKey::new(API_SERVER.0, API_SERVER.1);
+        Self {
+            groups: !before.groups.ptr_eq(&now.groups),
+            nodes: before.nodes.diff(&now.nodes).any(|item| match item {
+                DiffItem::Add(..) | DiffItem::Remove(..) => true,
+                // Whether it is ready, and its pod CIDRs, are nothing that a policy asks for.
+                DiffItem::Update { old: (_, old), new: (_, new) } => {
+                    old.labels != new.labels || old.addresses != new.addresses
+                }
+            }),
+            services: !before.services.ptr_eq(&now.services) || !before.slices.ptr_eq(&now.slices),
+            api_server: slices.any(|pair| pair.iter().any(|slice| slice.service == api_server)),
+        }
+    }
+
+    fn is_none(self) -> bool {
+        self == Self::default()
+    }
+
+    fn meets(self, other: Self) -> bool {
+        (self.groups && other.groups)
+            || (self.nodes && other.nodes)
+            || (self.services && other.services)
+            || (self.api_server && other.api_server)
+    }
+}
+
+/// Namespace and name of the Service of the API server.
+const API_SERVER: (&str, &str) = ("default", "kubernetes");
+
 /// Resolves again and again; what did not change shares memory with the last answer.
 #[derive(Default)]
 pub struct Resolver {
     sources: Sources,
     references: References,
     internal: Internal,
-    /// The policies that name something, as they were read.
-    naming: BTreeMap<PolicyRef, Arc<Policy>>,
+    /// The policies that name something, as they were read, and what they name.
+    naming: BTreeMap<PolicyRef, (Arc<Policy>, Names)>,
     resolved: Snapshot<PolicyRef, Arc<Policy>>,
+    resolutions: u64,
 }
 
 impl Resolver {
@@ -113,13 +182,11 @@ impl Resolver {
     pub fn update(&mut self, sources: Sources, references: References) -> Snapshot<PolicyRef, Arc<Policy>> {
         let before = std::mem::replace(&mut self.sources, sources.clone());
         let old = std::mem::replace(&mut self.references, references);
-        let is_same = self.references.groups.ptr_eq(&old.groups)
-            && self.references.services.ptr_eq(&old.services)
-            && self.references.slices.ptr_eq(&old.slices)
-            && self.references.nodes.ptr_eq(&old.nodes);
-        let is_moved = self.follow_internal(&old.node_endpoints);
-        if !is_same || is_moved {
-            for policy in self.naming.values() {
+        let mut changed = Names::changed(&old, &self.references);
+        changed.nodes |= self.follow_internal(&old.node_endpoints);
+        for (policy, names) in self.naming.values() {
+            if names.meets(changed) {
+                self.resolutions += 1;
                 let now = resolve(policy, &self.references, &self.internal);
                 let known = self.resolved.get(&policy.reference);
                 if known.is_none_or(|known| **known != now) {
@@ -134,6 +201,11 @@ impl Resolver {
             self.follow(&of(&before), &of(&sources));
         }
         self.resolved.clone()
+    }
+
+    /// How often a policy's names were looked up, since the beginning.
+    pub fn resolutions(&self) -> u64 {
+        self.resolutions
     }
 
     /// True if a node has other addresses in the pod network. Its pods change all the time, and do not matter.
@@ -173,16 +245,16 @@ impl Resolver {
 
     fn take(&mut self, policy: Arc<Policy>) {
         let reference = policy.reference.clone();
-        let mut rules = policy.ingress.iter().chain(&policy.egress).flat_map(|direction| &direction.rules);
-        let is_naming = rules.any(|rule| rule.peers.iter().flatten().any(is_name));
-        if is_naming {
-            let now = resolve(&policy, &self.references, &self.internal);
-            self.resolved.insert(reference.clone(), Arc::new(now));
-            self.naming.insert(reference, policy);
-        } else {
+        let names = Names::of(&policy);
+        if names.is_none() {
             self.naming.remove(&reference);
             self.resolved.insert(reference, policy);
+            return;
         }
+        self.resolutions += 1;
+        let now = resolve(&policy, &self.references, &self.internal);
+        self.resolved.insert(reference.clone(), Arc::new(now));
+        self.naming.insert(reference, (policy, names));
     }
 }
 
@@ -193,18 +265,6 @@ fn specs(policy: &Arc<Policy>) -> Vec<Arc<Policy>> {
     }
     let first = Policy { others: Vec::new(), ..Policy::clone(policy) };
     std::iter::once(first).chain(policy.others.iter().cloned()).map(Arc::new).collect()
-}
-
-fn is_name(peer: &Peer) -> bool {
-    match peer {
-        Peer::Pods { .. }
-        | Peer::Block { .. }
-        | Peer::Outside { .. }
-        | Peer::NodeAddresses(_)
-        | Peer::Name(_) => false,
-        Peer::Nodes(_) | Peer::Groups { .. } | Peer::Services(_) => true,
-        Peer::Entity(entity) => matches!(entity, Entity::KubeApiServer | Entity::Cluster),
-    }
 }
 
 fn resolve(policy: &Policy, references: &References, internal: &Internal) -> Policy {
@@ -282,7 +342,7 @@ impl References {
     }
 
     fn api_server(&self) -> Vec<Peer> {
-        self.backends(&ObjectKey::new("default", "kubernetes"))
+        self.backends(&ObjectKey::new(API_SERVER.0, API_SERVER.1))
     }
 
     fn backends(&self, service: &ObjectKey) -> Vec<Peer> {

@@ -215,6 +215,42 @@ fn names_stand_for_what_is_there_now_and_bypass_13_an_empty_group_is_nobody() {
 }
 
 #[test]
+fn a_node_that_turns_ready_or_not_costs_no_policy_anything() {
+    let mut resolver = Resolver::default();
+    let mut references = References::default();
+    let node = |is_unready, address: &str, cidr: &str| {
+        let node = Node {
+            name: "a".into(),
+            labels: Labels::from([("zone".to_owned(), "one".to_owned())]),
+            addresses: vec![ip(address)],
+            pod_cidrs: vec![net(cidr)],
+            is_leaving: false,
+            is_unready,
+        };
+        (Arc::from("a"), Arc::new(node))
+    };
+    let named = Peer::Nodes(Selector::default());
+    references.nodes.extend([node(false, "192.168.0.1", "10.0.1.0/24")]);
+    let policy = cilium("web", Action::Deny, vec![rule(Action::Allow, vec![named], None)]);
+    let network = Snapshot::from_iter([(policy.reference.clone(), Arc::new(policy))]);
+    let sources = Sources { network, others: vec![] };
+    let (rows, before) = (resolver.update(sources.clone(), references.clone()), resolver.resolutions());
+    for is_unready in [true, false, true] {
+        references.nodes.extend([node(is_unready, "192.168.0.1", "10.0.2.0/24")]);
+        assert!(resolver.update(sources.clone(), references.clone()).ptr_eq(&rows));
+    }
+    // Nor do the slices of a Service that is not the API server's.
+    let service = ObjectKey::new("shop", "web");
+    let slice = EndpointSlice { key: service.clone(), service, ports: vec![], backends: vec![] };
+    references.slices.insert(slice.key.clone(), Arc::new(slice));
+    assert!(resolver.update(sources.clone(), references.clone()).ptr_eq(&rows));
+    assert_eq!(resolver.resolutions(), before);
+    references.nodes.extend([node(false, "192.168.0.2", "10.0.2.0/24")]);
+    assert!(!resolver.update(sources, references).ptr_eq(&rows), "another address is another peer");
+    assert_eq!(resolver.resolutions(), before + 1);
+}
+
+#[test]
 fn every_spec_of_an_object_is_a_row_and_goes_with_it() {
     let mut resolver = Resolver::default();
     let mut first = ingress(policy("web", app("web")), None, None);
