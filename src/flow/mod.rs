@@ -33,7 +33,7 @@ pub use reason::DropReason;
 pub use record::{
     Counts, Direction, EventType, Flow, FlowService, Icmp, L4Protocol, Party, TcpFlags, Verdict,
 };
-pub use recorder::{Record, Recorder, RecorderCounts};
+pub use recorder::{Cursor, Record, Recorder, RecorderCounts, Skipped};
 pub use request::Redact;
 pub use text::{Colours, escape, icmp_text};
 

@@ -49,7 +49,7 @@ pub struct Recorder {
 /// The type of an event that is a loss: `timestamp_ns` has how many. The programs have no such type.
 const LOSS: u8 = u8::MAX;
 /// The type of an event that stands for a request: `service` has its number.
-const REQUEST: u8 = u8::MAX - 1;
+pub(super) const REQUEST: u8 = u8::MAX - 1;
 
 impl Record {
     /// The event of a packet, or the one that stands for a request.
@@ -61,6 +61,37 @@ impl Record {
     }
 }
 
+/// What of the records was no event: how many records, and how many events they say were lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Losses {
+    records: u64,
+    events: u64,
+}
+
+/// How far a follower has read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cursor {
+    place: u64,
+    /// Of all records before the place.
+    losses: Losses,
+}
+
+impl Cursor {
+    /// The sequence number of the next record.
+    pub fn place(&self) -> u64 {
+        self.place
+    }
+}
+
+/// What a follower was too slow for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Skipped {
+    /// Events, packets or requests, that were overwritten.
+    pub events: u64,
+    /// Events that were lost before they came here: records that say so were overwritten.
+    pub lost: u64,
+}
+
 #[derive(Default)]
 struct Ring {
     /// Grows up to the capacity, then is overwritten; the record with sequence s is at s % capacity.
@@ -69,11 +100,17 @@ struct Ring {
     next: u64,
     /// How many of all records were events.
     events: u64,
-    /// What the newest requests say, the oldest first: an event of the ring stands for each.
-    requests: VecDeque<Arc<l7::Record>>,
+    /// What the newest requests say, the oldest first: an event of the ring, of this sequence number, stands for each.
+    requests: VecDeque<(u64, Arc<l7::Record>)>,
     /// The number of the oldest of them.
     first_request: u64,
+    /// From this sequence number on, what every request says is known.
+    known_from: u64,
     request_bytes: usize,
+    /// The losses among the records, by their sequence numbers, each with the sum of all up to it.
+    losses: VecDeque<(u64, Losses)>,
+    /// The sum of those that have been overwritten.
+    losses_gone: Losses,
 }
 
 /// What became of the events so far.
@@ -138,6 +175,22 @@ impl Recorder {
         self.next.send_replace(next);
     }
 
+    /// Adds what another recorder had, the oldest first.
+    pub(super) fn restore(&self, records: Vec<Record>) {
+        let next = {
+            let mut ring = self.ring.lock().expect("nobody panics while it holds the ring");
+            for record in records {
+                match record {
+                    Record::Packet(event) => ring.push(event, self.capacity),
+                    Record::Request(event, request) => ring.push_request(event, request, self.capacity),
+                    Record::Forgotten | Record::Lost(_) => {}
+                }
+            }
+            ring.next
+        };
+        self.next.send_replace(next);
+    }
+
     /// Adds events, the oldest first, and wakes the followers.
     pub fn append(&self, events: &[Event]) {
         if events.is_empty() {
@@ -160,22 +213,39 @@ impl Recorder {
     /// Sequence numbers that memory holds: from the oldest to one past the newest.
     pub fn range(&self) -> std::ops::Range<u64> {
         let ring = self.ring.lock().expect("nobody panics while it holds the ring");
-        ring.next - ring.records.len() as u64..ring.next
+        ring.first()..ring.next
     }
 
     /// Copies at most `limit` records from sequence number `from` on into `records`, which is
     /// emptied first; returns the number of the first that is still there, at least `from`.
     pub fn copy(&self, from: u64, limit: usize, records: &mut Vec<Record>) -> u64 {
-        records.clear();
         let ring = self.ring.lock().expect("nobody panics while it holds the ring");
-        let first = from.max(ring.next - ring.records.len() as u64).min(ring.next.max(from));
-        let count = ring.next.saturating_sub(first).min(limit as u64) as usize;
-        let start = (first % self.capacity as u64) as usize;
-        let until_end = count.min(ring.records.len().saturating_sub(start));
-        let of = |stored: &Event| ring.record(stored);
-        records.extend(ring.records[start.min(ring.records.len())..][..until_end].iter().map(of));
-        records.extend(ring.records[..count - until_end].iter().map(of));
-        first
+        ring.copy(from, limit, self.capacity, records)
+    }
+
+    /// Where the oldest record is, and where the next one will be.
+    pub fn kept(&self) -> (Cursor, Cursor) {
+        let ring = self.ring.lock().expect("nobody panics while it holds the ring");
+        (ring.cursor(ring.first()), ring.cursor(ring.next))
+    }
+
+    /// Where everything is known behind, or `written` if that is before.
+    pub(super) fn known(&self, written: u64) -> Cursor {
+        let ring = self.ring.lock().expect("nobody panics while it holds the ring");
+        ring.cursor(ring.known_from.min(written).max(ring.first()))
+    }
+
+    /// Copies at most `limit` records behind `cursor` into `records`, which is emptied first, and moves
+    /// the cursor behind them. What was overwritten before is counted exactly.
+    pub fn follow(&self, cursor: &mut Cursor, limit: usize, records: &mut Vec<Record>) -> Skipped {
+        let ring = self.ring.lock().expect("nobody panics while it holds the ring");
+        let first = ring.copy(cursor.place, limit, self.capacity, records);
+        let before = ring.losses_before(first);
+        let overwritten = (first - cursor.place).saturating_sub(before.records - cursor.losses.records);
+        let skipped = Skipped { events: overwritten, lost: before.events - cursor.losses.events };
+        *cursor = ring.cursor(first + records.len() as u64);
+        self.add_missed(skipped.events);
+        skipped
     }
 
     /// The next sequence number, to await news.
@@ -207,7 +277,7 @@ impl Recorder {
     }
 
     /// A follower was overtaken and missed `events`.
-    pub fn add_missed(&self, events: u64) {
+    fn add_missed(&self, events: u64) {
         self.missed_by_readers.fetch_add(events, Ordering::Relaxed);
     }
 
@@ -239,14 +309,53 @@ impl Recorder {
 }
 
 impl Ring {
+    /// The sequence number of the oldest record.
+    fn first(&self) -> u64 {
+        self.next - self.records.len() as u64
+    }
+
+    fn cursor(&self, place: u64) -> Cursor {
+        Cursor { place, losses: self.losses_before(place) }
+    }
+
+    /// Of the records before `place`, which is not overwritten yet.
+    fn losses_before(&self, place: u64) -> Losses {
+        let count = self.losses.partition_point(|(loss, _)| *loss < place);
+        count.checked_sub(1).map_or(self.losses_gone, |last| self.losses[last].1)
+    }
+
+    fn copy(&self, from: u64, limit: usize, capacity: usize, records: &mut Vec<Record>) -> u64 {
+        records.clear();
+        let first = from.max(self.first()).min(self.next.max(from));
+        let count = self.next.saturating_sub(first).min(limit as u64) as usize;
+        let start = (first % capacity as u64) as usize;
+        let until_end = count.min(self.records.len().saturating_sub(start));
+        let of = |stored: &Event| self.record(stored);
+        records.extend(self.records[start.min(self.records.len())..][..until_end].iter().map(of));
+        records.extend(self.records[..count - until_end].iter().map(of));
+        first
+    }
+
     fn push(&mut self, event: Event, capacity: usize) {
-        self.events += u64::from(event.r#type != LOSS);
+        if event.r#type == LOSS {
+            let Losses { records, events } = self.losses_before(self.next);
+            let sum = Losses { records: records + 1, events: events + event.timestamp_ns };
+            self.losses.push_back((self.next, sum));
+        } else {
+            self.events += 1;
+        }
         let place = (self.next % capacity as u64) as usize;
         match self.records.get_mut(place) {
             Some(oldest) => {
                 let before = std::mem::replace(oldest, event);
-                if before.r#type == REQUEST {
-                    self.forget_requests(number_of(&before) + 1);
+                match before.r#type {
+                    REQUEST => self.forget_requests(number_of(&before) + 1),
+                    LOSS => {
+                        if let Some((_, sum)) = self.losses.pop_front() {
+                            self.losses_gone = sum;
+                        }
+                    }
+                    _ => {}
                 }
             }
             None => self.records.push(event),
@@ -258,7 +367,7 @@ impl Ring {
         let number = self.first_request + self.requests.len() as u64;
         let service = addr { w: [number as u32, (number >> 32) as u32, 0, 0] };
         self.request_bytes += bytes_of(&request);
-        self.requests.push_back(request);
+        self.requests.push_back((self.next, request));
         self.push(Event { r#type: REQUEST, service, ..event }, capacity);
         let room = capacity * size_of::<Event>() / REQUESTS_SHARE;
         while self.request_bytes > room && self.requests.len() > 1 {
@@ -269,10 +378,11 @@ impl Ring {
     /// Forgets what requests before this number say.
     fn forget_requests(&mut self, before: u64) {
         while self.first_request < before
-            && let Some(request) = self.requests.pop_front()
+            && let Some((place, request)) = self.requests.pop_front()
         {
             self.request_bytes -= bytes_of(&request);
             self.first_request += 1;
+            self.known_from = place + 1;
         }
     }
 
@@ -282,7 +392,7 @@ impl Ring {
             REQUEST => {
                 let place = number_of(stored).checked_sub(self.first_request);
                 let request = place.and_then(|place| self.requests.get(usize::try_from(place).ok()?));
-                request.map_or(Record::Forgotten, |request| Record::Request(*stored, request.clone()))
+                request.map_or(Record::Forgotten, |(_, request)| Record::Request(*stored, request.clone()))
             }
             _ => Record::Packet(*stored),
         }
@@ -383,9 +493,16 @@ mod tests {
     #[test]
     fn every_event_is_accounted_for() {
         let recorder = Recorder::new(4);
-        recorder.append(&events(0..10));
+        let (mut cursor, _) = recorder.kept();
+        recorder.append(&events(0..5));
         recorder.set_undelivered(3, 5);
-        recorder.add_missed(2);
+        recorder.append(&events(5..10));
+        let mut out = Vec::new();
+        // Ten events and a record of eight that were lost: the newest four are there.
+        let skipped = recorder.follow(&mut cursor, 3, &mut out);
+        assert_eq!((skipped, out.len()), (Skipped { events: 6, lost: 8 }, 3));
+        let skipped = recorder.follow(&mut cursor, 3, &mut out);
+        assert_eq!((skipped, out.len()), (Skipped::default(), 1));
         assert_eq!(
             recorder.counts(),
             RecorderCounts {
@@ -395,9 +512,45 @@ mod tests {
                 overwritten: 7,
                 lost_in_kernel: 3,
                 suppressed: 5,
-                missed_by_readers: 2
+                missed_by_readers: 6
             }
         );
+    }
+
+    /// Whatever is read when, what a follower got and what it is told it missed is what came; so are losses.
+    #[test]
+    fn conservation_is_exact_with_losses_between() {
+        for (capacity, batch, limit) in [(1, 1, 1), (4, 3, 2), (4, 9, 100), (7, 5, 3), (64, 7, 1), (5, 1, 2)]
+        {
+            let recorder = Recorder::new(capacity);
+            let (mut cursor, _) = recorder.kept();
+            let (mut got, mut missed, mut lost, mut told) = (0, 0, 0, 0);
+            let mut out = Vec::new();
+            for round in 0..100 {
+                recorder.append(&events(0..batch));
+                if round % 3 == 0 {
+                    lost += round;
+                    recorder.set_undelivered(lost, 0);
+                }
+                let reads = if round == 99 { usize::MAX } else { round as usize % 4 };
+                for _ in 0..reads {
+                    let skipped = recorder.follow(&mut cursor, limit, &mut out);
+                    missed += skipped.events;
+                    told += skipped.lost;
+                    for record in &out {
+                        match record {
+                            Record::Lost(lost) => told += lost,
+                            _ => got += 1,
+                        }
+                    }
+                    if out.is_empty() {
+                        break;
+                    }
+                }
+            }
+            assert_eq!((got + missed, told), (100 * batch, lost), "{capacity} {batch} {limit}");
+            assert_eq!(recorder.counts().missed_by_readers, missed);
+        }
     }
 
     #[test]

@@ -257,14 +257,15 @@ impl FlowMetrics {
     /// Counts what is recorded from now on, as long as there are records.
     pub async fn follow(self, recorder: Arc<Recorder>, names: Arc<Names>) {
         let mut news = recorder.subscribe();
-        let mut from = recorder.range().end;
+        let (_, mut cursor) = recorder.kept();
         let mut records = Vec::new();
         loop {
-            let first = recorder.copy(from, CHUNK, &mut records);
-            if first > from {
-                self.lost(1, first - from);
+            let skipped = recorder.follow(&mut cursor, CHUNK, &mut records);
+            for (kind, count) in [(1, skipped.events), (0, skipped.lost)] {
+                if count > 0 {
+                    self.lost(kind, count);
+                }
             }
-            from = first + records.len() as u64;
             if records.is_empty() {
                 if news.changed().await.is_err() {
                     return;

@@ -25,7 +25,8 @@ impl Converter {
         let mut flow = self.packet(&named);
         let is_reply = record.kind == RecordKind::Response;
         flow.time = Some(timestamp(record.time));
-        flow.uuid = super::convert::uuid(&self.node, event);
+        // Where memory or the disk has the request is no part of it.
+        flow.uuid = super::convert::uuid(&self.node, &Event { service: Default::default(), ..*event });
         flow.r#type = pb::FlowType::L7.into();
         flow.emitter = Some(emitter());
         flow.node_name.clone_from(&self.node);

@@ -15,7 +15,7 @@ use super::proto::observer::get_flows_response::ResponseTypes;
 use super::proto::observer::{GetFlowsRequest, GetFlowsResponse};
 use super::proto::{time, timestamp};
 use crate::flow::disk::{History, View};
-use crate::flow::{Clock, Event, Names, Record, Recorder, monotonic_ns};
+use crate::flow::{Clock, Cursor, Event, Names, Record, Recorder, monotonic_ns};
 
 /// Flows that a reader gets without asking for a number.
 const DEFAULT_LAST: u64 = 20;
@@ -79,13 +79,16 @@ struct Missed {
     told: Option<Instant>,
 }
 
+/// What memory had when that was asked: from the oldest record to one past the newest.
+type Kept = (Cursor, u64);
+
 enum State {
     /// Nothing has been answered yet.
     Start,
     /// What is on disk from a place on; then what was kept in memory when that was asked.
-    OnDisk(Arc<View>, u64, Range<u64>),
+    OnDisk(Arc<View>, u64, Kept),
     /// Everything from the first on, up to the second unless following.
-    Forward(u64, u64),
+    Forward(Cursor, u64),
     Done,
 }
 
@@ -155,8 +158,8 @@ impl FlowStream {
             let answers = match self.state {
                 State::Done => return None,
                 State::Start => self.begin().await,
-                State::OnDisk(ref view, from, ref kept) => {
-                    let (view, kept) = (view.clone(), kept.clone());
+                State::OnDisk(ref view, from, kept) => {
+                    let view = view.clone();
                     self.forward_on_disk(view, from, kept).await
                 }
                 State::Forward(from, until) => self.forward(from, until).await?,
@@ -169,22 +172,27 @@ impl FlowStream {
     }
 
     async fn begin(&mut self) -> Vec<GetFlowsResponse> {
-        let kept = self.source.recorder.range();
+        let (oldest, newest) = self.source.recorder.kept();
         self.news.mark_unchanged();
         let everything = self.wanted.number == u64::MAX || self.wanted.is_first;
         if everything {
             self.state = match self.on_disk().await {
-                Some((view, from)) => State::OnDisk(view, from, kept),
-                None => State::Forward(kept.start, kept.end),
+                Some((view, from, cursor)) => State::OnDisk(view, from, (cursor, newest.place())),
+                None => State::Forward(oldest, newest.place()),
             };
             return Vec::new();
         }
-        self.state = if self.wanted.follow { State::Forward(kept.end, kept.end) } else { State::Done };
-        let mut found = self.newest(kept).await;
-        let missing = self.wanted.number.saturating_sub(found.len() as u64);
-        if missing > 0
-            && let Some((view, _)) = self.on_disk().await
+        self.state = if self.wanted.follow { State::Forward(newest, newest.place()) } else { State::Done };
+        let wanted = self.wanted.number;
+        let mut found = self.newest(oldest.place()..newest.place()).await;
+        if (found.len() as u64) < wanted
+            && let Some((view, _, cursor)) = self.on_disk().await
         {
+            if cursor.place() > oldest.place() {
+                // Before it memory does not know all, and the disk does.
+                found = self.newest(cursor.place().min(newest.place())..newest.place()).await;
+            }
+            let missing = wanted.saturating_sub(found.len() as u64);
             let mut older = self.newest_on_disk(view, missing).await;
             older.append(&mut found);
             found = older;
@@ -192,19 +200,19 @@ impl FlowStream {
         found
     }
 
-    /// What is on disk that memory has no more, and the first place of what was asked for. A disk that cannot be read
+    /// What is on disk that memory has no more, the first place of what was asked for, and where memory goes on. A disk that cannot be read
     /// is said in the log: what memory has is still answered.
-    async fn on_disk(&self) -> Option<(Arc<View>, u64)> {
+    async fn on_disk(&self) -> Option<(Arc<View>, u64, Cursor)> {
         let history = self.source.history.clone()?;
         let (recorder, since) = (self.source.recorder.clone(), self.wanted.since);
         let since = since.map(|since| self.clock.monotonic(since));
         let opening = tokio::task::spawn_blocking(move || {
-            let view = history.before(&recorder)?;
+            let (view, cursor) = history.before(&recorder)?;
             let from = since.map_or(Ok(0), |since| view.place_of(since))?;
-            anyhow::Ok((view, from))
+            anyhow::Ok((view, from, cursor))
         });
         match opening.await.map_err(anyhow::Error::from).flatten() {
-            Ok((view, from)) => (from < view.len()).then(|| (Arc::new(view), from)),
+            Ok((view, from, cursor)) => (from < view.len()).then(|| (Arc::new(view), from, cursor)),
             Err(error) => {
                 tracing::warn!(
                     error = crate::error::chain(&error),
@@ -216,29 +224,28 @@ impl FlowStream {
     }
 
     /// The next chunk of what is on disk; behind its end memory begins.
-    async fn forward_on_disk(
-        &mut self,
-        view: Arc<View>,
-        from: u64,
-        kept: Range<u64>,
-    ) -> Vec<GetFlowsResponse> {
-        let events = read(&view, from, DISK_CHUNK).await;
-        let is_later = |event: &Event| {
+    async fn forward_on_disk(&mut self, view: Arc<View>, from: u64, kept: Kept) -> Vec<GetFlowsResponse> {
+        let records = read(&view, from, DISK_CHUNK).await;
+        let is_later = |record: &Record| {
+            let Some(event) = record.event() else { return false };
             let time = self.clock.wall(event.timestamp_ns);
             self.wanted.until.is_some_and(|until| time > until.saturating_add(DISORDER).unwrap_or(until))
         };
         // What memory has is later still.
-        let is_over = events.is_empty() || events.first().is_some_and(is_later);
+        let is_over = records.is_empty() || records.first().is_some_and(is_later);
         self.state = match is_over || self.left == 0 {
-            true => State::Forward(kept.start, kept.end),
-            false => State::OnDisk(view, from + events.len() as u64, kept),
+            true => State::Forward(kept.0, kept.1),
+            false => State::OnDisk(view, from + records.len() as u64, kept),
         };
         let mut answers = Vec::new();
-        for event in events {
+        for record in records {
             if self.left == 0 {
                 break;
             }
-            if let Some(answer) = self.answer(&Record::Packet(event)) {
+            if matches!(record, Record::Forgotten) {
+                self.missed.add(1);
+            }
+            if let Some(answer) = self.answer(&record) {
                 self.left -= u64::from(self.left != u64::MAX);
                 answers.push(answer);
             }
@@ -252,8 +259,8 @@ impl FlowStream {
         let mut end = view.len();
         while end > 0 && (found.len() as u64) < wanted {
             let start = end.saturating_sub(DISK_CHUNK as u64);
-            let events = read(&view, start, (end - start) as usize).await;
-            let newest = events.into_iter().rev().filter_map(|event| self.answer(&Record::Packet(event)));
+            let records = read(&view, start, (end - start) as usize).await;
+            let newest = records.iter().rev().filter_map(|record| self.answer(record));
             found.extend(newest.take((wanted - found.len() as u64) as usize));
             end = start;
         }
@@ -288,21 +295,24 @@ impl FlowStream {
     }
 
     /// The next chunk from `from` on. `None`: that was all.
-    async fn forward(&mut self, from: u64, until: u64) -> Option<Vec<GetFlowsResponse>> {
+    async fn forward(&mut self, mut cursor: Cursor, until: u64) -> Option<Vec<GetFlowsResponse>> {
+        let from = cursor.place();
         if (from >= until && !self.wanted.follow) || self.left == 0 {
             self.state = State::Done;
             return None;
         }
         let limit = if self.wanted.follow { CHUNK } else { CHUNK.min((until - from) as usize) };
-        let first = self.source.recorder.copy(from, limit, &mut self.records);
-        self.missed.add(first - from);
-        self.source.recorder.add_missed(first - from);
-        if self.records.is_empty() && self.wanted.follow {
+        let skipped = self.source.recorder.follow(&mut cursor, limit, &mut self.records);
+        self.missed.add(skipped.events);
+        self.state = State::Forward(cursor, until);
+        if skipped.lost == 0 && self.records.is_empty() && self.wanted.follow {
             return self.wait().await;
         }
         let records = std::mem::take(&mut self.records);
-        self.state = State::Forward(first + records.len() as u64, until);
         let mut answers = self.losses();
+        if skipped.lost > 0 {
+            answers.push(self.loss(LostEventSource::PerfEventRingBuffer, skipped.lost, None));
+        }
         for record in &records {
             let is_flow = record.event().is_some();
             let answer = match record {
@@ -391,7 +401,7 @@ impl FlowStream {
 }
 
 /// Records of a view; none where the disk cannot be read.
-async fn read(view: &Arc<View>, from: u64, limit: usize) -> Vec<Event> {
+async fn read(view: &Arc<View>, from: u64, limit: usize) -> Vec<Record> {
     let view = view.clone();
     let reading = tokio::task::spawn_blocking(move || view.read(from, limit)).await;
     reading.map_err(anyhow::Error::from).flatten().unwrap_or_else(|error| {
