@@ -1,6 +1,8 @@
 //! Reads the ring buffer of events. The programs wake nobody up, so the reader
 //! is called every few milliseconds; it never blocks. It maps the buffer itself:
 //! libbpf's consumer wants its callback at creation, and calls it without a bound.
+//! Of the data only a window is mapped, which moves on with the reading: every page
+//! that is mapped counts as memory of the agent, and libbpf maps the data twice.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -14,14 +16,22 @@ use nix::unistd::{SysconfVar, sysconf};
 
 use super::abi::{Event, Plain};
 
+/// What stands before each record.
+const HEADER: usize = libbpf_sys::BPF_RINGBUF_HDR_SZ as usize;
+/// So much of the data is mapped at once: some thousands of events.
+const WINDOW: usize = 512 << 10;
+/// The longest record of any ring buffer; a window has room for it behind its first page.
+const LONGEST: usize = 2048;
+
 /// The one reader of the ring buffer. Dropping it stops the reading, not the writing.
 pub struct EventReader {
-    /// Keeps the map alive.
-    _map: OwnedFd,
+    map: OwnedFd,
     /// One page, ours to write: how far we have read.
     consumer: Mapping,
-    /// One page, how far the programs have written; then the data, twice in a row.
+    /// One page: how far the programs have written.
     producer: Mapping,
+    /// The data from a position on, which is a multiple of the page size.
+    window: Option<(u64, Mapping)>,
     page: usize,
     size: usize,
     malformed: u64,
@@ -32,10 +42,10 @@ impl EventReader {
         let page = sysconf(SysconfVar::PAGE_SIZE)?.and_then(|size| usize::try_from(size).ok());
         let page = page.context("asking for the page size")?;
         let size = map.max_entries() as usize;
-        let consumer = Mapping::new(map, PROT_READ | PROT_WRITE, page, 0)?;
-        let producer = Mapping::new(map, PROT_READ, page + 2 * size, page)?;
-        let descriptor = map.as_fd().try_clone_to_owned().context("keeping the ring buffer")?;
-        Ok(Self { _map: descriptor, consumer, producer, page, size, malformed: 0 })
+        let map = map.as_fd().try_clone_to_owned().context("keeping the ring buffer")?;
+        let consumer = Mapping::new(&map, PROT_READ | PROT_WRITE, page, 0)?;
+        let producer = Mapping::new(&map, PROT_READ, page, page)?;
+        Ok(Self { map, consumer, producer, window: None, page, size, malformed: 0 })
     }
 
     /// Calls `each` for what is there now, in order, at most one buffer full; how many.
@@ -49,18 +59,18 @@ impl EventReader {
         let end = position.saturating_add(self.size as u64);
         let mut count = 0;
         while position < end && position < self.producer_position().load(Ordering::Acquire) {
-            let header = self.header(position).load(Ordering::Acquire);
+            let header = self.header(position)?.load(Ordering::Acquire);
             if header & libbpf_sys::BPF_RINGBUF_BUSY_BIT != 0 {
                 break;
             }
             let length = (header & !libbpf_sys::BPF_RINGBUF_DISCARD_BIT) as usize;
             if header & libbpf_sys::BPF_RINGBUF_DISCARD_BIT == 0 {
-                match self.record(position, length).is_some_and(&mut each) {
+                match self.record(position, length)?.is_some_and(&mut each) {
                     true => count += 1,
                     false => self.malformed += 1,
                 }
             }
-            let taken = libbpf_sys::BPF_RINGBUF_HDR_SZ as usize + length;
+            let taken = HEADER + length;
             position += taken.next_multiple_of(8) as u64;
             self.consumer_position().store(position, Ordering::Release);
         }
@@ -89,25 +99,43 @@ impl EventReader {
         unsafe { self.producer.start.cast().as_ref() }
     }
 
-    fn header(&self, position: u64) -> &AtomicU32 {
-        let offset = self.page + (position as usize & (self.size - 1));
-        // SAFETY: the offset is within the mapping, and records are aligned to 8 bytes.
-        unsafe { self.producer.start.byte_add(offset).cast().as_ref() }
+    fn header(&mut self, position: u64) -> Result<&AtomicU32> {
+        let start = self.mapped(position, HEADER)?;
+        // SAFETY: the header is within the mapping, which is not changed while self is borrowed, and records are
+        // aligned to 8 bytes.
+        Ok(unsafe { start.cast().as_ref() })
     }
 
-    /// The bytes behind the header at `position`.
-    fn record(&self, position: u64, length: usize) -> Option<&[u8]> {
-        let header = libbpf_sys::BPF_RINGBUF_HDR_SZ as usize;
-        let offset = self.page + (position as usize & (self.size - 1)) + header;
-        if length > self.size {
-            return None;
+    /// The bytes behind the header at `position`; `None` if no record is that long.
+    fn record(&mut self, position: u64, length: usize) -> Result<Option<&[u8]>> {
+        if length > LONGEST {
+            return Ok(None);
         }
-        // SAFETY: the data is mapped twice in a row, so a record of at most `size`
-        // bytes that begins in the first half is contiguous; the kernel does not
-        // touch it before the consumer's position passes it.
-        Some(unsafe {
-            std::slice::from_raw_parts(self.producer.start.byte_add(offset).as_ptr().cast(), length)
-        })
+        let start = self.mapped(position, HEADER + length)?;
+        // SAFETY: so many bytes are mapped, and the mapping is not changed while self is borrowed; the kernel does
+        // not touch them before the consumer's position passes them.
+        Ok(Some(unsafe { std::slice::from_raw_parts(start.byte_add(HEADER).as_ptr().cast(), length) }))
+    }
+
+    /// Where `length` bytes from `position` on are in our memory; the window moves there if it must. The data stands
+    /// twice in a row in the file, so that a window may go beyond its end.
+    fn mapped(&mut self, position: u64, length: usize) -> Result<NonNull<std::ffi::c_void>> {
+        let end = position + length as u64;
+        let is_in =
+            |(start, mapping): &(u64, Mapping)| *start <= position && end <= start + mapping.length as u64;
+        let (start, mapping) = match self.window.take().filter(is_in) {
+            Some(window) => self.window.insert(window),
+            None => {
+                let start = position - position % self.page as u64;
+                let offset = 2 * self.page + (start as usize & (self.size - 1));
+                let length = WINDOW.min(self.size).max(2 * self.page);
+                let mapping = Mapping::new(&self.map, PROT_READ, length, offset)?;
+                self.window.insert((start, mapping))
+            }
+        };
+        // SAFETY: the position is within the mapping, by what was asked or by where the window was put: it is longer
+        // than a page and a record.
+        Ok(unsafe { mapping.start.byte_add((position - *start) as usize) })
     }
 }
 
@@ -121,8 +149,8 @@ struct Mapping {
 unsafe impl Send for Mapping {}
 
 impl Mapping {
-    fn new(map: &MapHandle, access: i32, length: usize, offset: usize) -> Result<Self> {
-        let (descriptor, offset) = (map.as_fd().as_raw_fd(), i64::try_from(offset)?);
+    fn new(map: &OwnedFd, access: i32, length: usize, offset: usize) -> Result<Self> {
+        let (descriptor, offset) = (map.as_raw_fd(), i64::try_from(offset)?);
         // SAFETY: the kernel chooses a free range; the descriptor is the ring buffer's.
         let start = unsafe { mmap(std::ptr::null_mut(), length, access, MAP_SHARED, descriptor, offset) };
         match NonNull::new(start) {
