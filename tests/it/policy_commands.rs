@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::lab::{Lab, Setup, Via, wait_for};
 use crate::require::require_lab;
@@ -68,6 +68,15 @@ fn the_commands_answer_for_an_agent() -> Result<()> {
             let said = node.weir(&["policy", "diff", path])?;
             Ok(said.lines().any(|line| is_flow(line, becomes, port)))
         })?;
+    }
+    let said = node.weir_json(&["policy", "diff", path])?;
+    let of_pair = |change: &Value| change["pods"] == "shop/app=server" && change["peer"] == "shop/app=client";
+    assert!(said["changes"].as_array().is_some_and(|all| all.iter().any(of_pair)), "{said}");
+    for (is_allowed, port) in [(false, "TCP/80"), (true, "TCP/81")] {
+        let flow = json!({
+            "is_allowed": is_allowed, "from": "shop/client", "to": "shop/server", "port": port,
+        });
+        assert!(said["flows"].as_array().is_some_and(|all| all.contains(&flow)), "{said}");
     }
 
     let suggested = node.weir(&["policy", "suggest", "shop/client"])?;

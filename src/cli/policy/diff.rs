@@ -1,11 +1,14 @@
 //! `weir policy diff`.
 
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::anyhow;
 use clap::Args;
+use serde::Serialize;
 
+use super::running::Judged;
 use super::{offline, running, validate};
 use crate::agent::policy_diff;
 use crate::api::Request;
@@ -27,6 +30,16 @@ pub struct DiffArgs {
     output: Format,
 }
 
+/// What is printed as JSON.
+#[derive(Serialize)]
+struct Difference {
+    /// Pairs that would be judged otherwise.
+    changes: Vec<Change>,
+    /// Of the flows that are kept those that would be; none of them are known offline.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    flows: Option<BTreeSet<Judged>>,
+}
+
 pub fn run(args: &DiffArgs) -> Result<(), Failure> {
     let manifests = validate::read(&args.file)?;
     let changes: Vec<Change> = match &args.manifests {
@@ -36,9 +49,14 @@ pub fn run(args: &DiffArgs) -> Result<(), Failure> {
         }
         None => args.connection.ask(&Request::PolicyDiff { manifests })?,
     };
+    // Flows are kept by an agent.
+    let flows = match &args.manifests {
+        None => Some(running::judged_otherwise(&args.connection, &changes)?),
+        Some(_) => None,
+    };
     let mut out = io::BufWriter::new(io::stdout().lock());
     match args.output {
-        Format::Json => output::write_json(&mut out, &changes)?,
+        Format::Json => output::write_json(&mut out, &Difference { changes, flows })?,
         Format::Table if changes.is_empty() => writeln!(out, "nothing changes")?,
         Format::Table => {
             let line = |change: &Change| {
@@ -51,9 +69,8 @@ pub fn run(args: &DiffArgs) -> Result<(), Failure> {
             if changes.len() == CHANGES_MAX {
                 writeln!(out, "and more: only the first {CHANGES_MAX} are listed")?;
             }
-            if args.manifests.is_none() {
-                let lines: Vec<_> =
-                    running::judged_otherwise(&args.connection, &changes)?.into_iter().collect();
+            if let Some(flows) = flows {
+                let lines: Vec<_> = flows.iter().map(Judged::line).collect();
                 writeln!(out, "\nof the flows that are kept {} would be judged otherwise", lines.len())?;
                 table::write(&mut out, ["BECOMES", "FROM", "TO", "PORT"], &lines)?;
             }

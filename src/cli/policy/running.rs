@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use serde::Serialize;
 
 use crate::cli::observe::flows_of;
 use crate::cli::{Connection, Failure};
@@ -15,29 +16,54 @@ use crate::hubble::view::{Side, protocol, sides};
 use crate::model::IpProtocol;
 use crate::policy::diff::{CHANGES_MAX, Change};
 
-/// What becomes of it, from, to, protocol and port.
-pub type Line = [String; 4];
+/// A flow that would be judged otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Judged {
+    /// It would be allowed, and was not.
+    pub is_allowed: bool,
+    /// Who began it: a pod with its namespace, or an address.
+    pub from: String,
+    /// Whom it reached.
+    pub to: String,
+    /// As `TCP/80`.
+    pub port: String,
+}
+
+impl Judged {
+    /// For a table: what becomes of it, from, to, protocol and port.
+    pub fn line(&self) -> [String; 4] {
+        let becomes = if self.is_allowed { "allowed" } else { "denied" };
+        [becomes.to_owned(), self.from.clone(), self.to.clone(), self.port.clone()]
+    }
+}
 
 /// At most as many as there may be changes.
-pub fn judged_otherwise(connection: &Connection, changes: &[Change]) -> Result<BTreeSet<Line>, Failure> {
+pub fn judged_otherwise(connection: &Connection, changes: &[Change]) -> Result<BTreeSet<Judged>, Failure> {
     let mut lines = BTreeSet::new();
+    if changes.is_empty() {
+        return Ok(lines);
+    }
     let request = GetFlowsRequest { number: u64::MAX, ..GetFlowsRequest::default() };
     flows_of(connection, request, |flow| {
         if lines.len() < CHANGES_MAX && changes.iter().any(|change| concerns(change, flow)) {
-            lines.extend(line(flow));
+            lines.extend(judged(flow));
         }
     })?;
     Ok(lines)
 }
 
-fn line(flow: &Flow) -> Option<Line> {
+fn judged(flow: &Flow) -> Option<Judged> {
     let [from, to] = sides(flow);
-    let becomes = if flow.verdict() == Verdict::Dropped { "allowed" } else { "denied" };
     let name = |side: &Side<'_>| match side.pod() {
         "" => side.ip.map(|ip| ip.to_string()).unwrap_or_default(),
         pod => format!("{}/{pod}", side.namespace()),
     };
-    Some([becomes.to_owned(), name(&from), name(&to), format!("{}/{}", named_protocol(flow)?, to.port)])
+    Some(Judged {
+        is_allowed: flow.verdict() == Verdict::Dropped,
+        from: name(&from),
+        to: name(&to),
+        port: format!("{}/{}", named_protocol(flow)?, to.port),
+    })
 }
 
 fn named_protocol(flow: &Flow) -> Option<IpProtocol> {
