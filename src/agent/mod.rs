@@ -265,6 +265,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     tokio::spawn(upkeep::end_stale_sockets(datapath.clone(), known.endpoints.clone(), ended_backends));
     tokio::spawn(upkeep::collect_garbage(datapath.clone()));
     tokio::spawn(upkeep::settle_pods(datapath.clone()));
+    tokio::spawn(upkeep::give_memory_back());
 
     manager.work_off_deletes().await;
     manager.configure(&node.pod_cidrs, devices.mtu);

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use tokio::sync::mpsc;
 
 use super::removed::Removed;
-use crate::datapath::{Datapath, abi};
+use crate::datapath::{self, Datapath, abi};
 use crate::model::{Endpoint, EndpointId};
 use crate::netlink;
 use crate::tables::Table;
@@ -23,6 +23,21 @@ const GARBAGE_RETRY: Duration = Duration::from_secs(15);
 const SETTLE_INTERVAL: Duration = Duration::from_secs(1);
 /// Pods often come several at a time: this long after the last one, all of them are there.
 const QUIET: Duration = Duration::from_secs(2);
+
+/// The first time what starting took is given back, then what was more than usual.
+const MEMORY_INTERVALS: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(300)];
+
+/// Gives memory that is free back to the kernel, for ever.
+pub async fn give_memory_back() {
+    let [first, then] = MEMORY_INTERVALS;
+    let mut pause = first;
+    loop {
+        tokio::time::sleep(std::mem::replace(&mut pause, then)).await;
+        if let Err(error) = tokio::task::spawn_blocking(datapath::give_back_memory).await {
+            tracing::error!(%error, "giving memory back");
+        }
+    }
+}
 
 /// Gives links to pods that came with filters, for ever; one after the other, so that an ADD can come between.
 pub async fn settle_pods(datapath: Arc<Datapath>) {
