@@ -275,7 +275,9 @@ static __always_inline int network_arrive(struct __sk_buff *ctx)
 		return refuse(ctx, packet, ret);
 	if (!ret && packet_passes_by(packet)) {
 		fragment_keep(packet, share);
-		return finish(ctx, packet, outside_forward(ctx, packet));
+		ret = outside_forward(ctx, packet);
+		return ret < 0 ? refuse(ctx, packet, ret)
+			       : finish(ctx, packet, ret);
 	}
 	if (!ret)
 		ret = network_decide(ctx, packet);

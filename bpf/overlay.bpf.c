@@ -11,6 +11,7 @@
 #include "lib/icmp.h"
 #include "lib/outside.h"
 #include "lib/parse.h"
+#include "lib/refuse.h"
 #include "lib/tunnel.h"
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
@@ -159,8 +160,11 @@ int from_overlay(struct __sk_buff *ctx)
 	/* The inner frame is addressed to nobody here. */
 	if (bpf_skb_change_type(ctx, PACKET_HOST))
 		return finish(ctx, packet, -DROP_WRITE_ERROR);
-	if (packet_passes_by(packet))
-		return finish(ctx, packet, outside_forward(ctx, packet));
+	if (packet_passes_by(packet)) {
+		ret = outside_forward(ctx, packet);
+		return ret < 0 ? refuse(ctx, packet, ret)
+			       : finish(ctx, packet, ret);
+	}
 	return finish(ctx, packet, forward(ctx, packet));
 }
 

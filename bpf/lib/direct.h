@@ -44,6 +44,15 @@ static __always_inline bool direct_needs_option(const struct packet *packet)
 	return packet->protocol != IPPROTO_TCP || packet->tcp_flags & TCP_SYN;
 }
 
+/* What naming the frontend adds to a packet. */
+static __always_inline __u32 direct_length(const struct packet *packet)
+{
+	if (!direct_needs_option(packet))
+		return 0;
+	return packet->flags & PACKET_IPV6 ? sizeof(struct direct_ipv6)
+					   : sizeof(struct direct_ipv4);
+}
+
 static __always_inline __sum16 direct_fold(__s64 sum)
 {
 	__u32 folded = sum;

@@ -100,10 +100,6 @@ __weak __noinline int forward_to_route(struct __sk_buff *ctx,
 	if (may_pass && (ret != BPF_FIB_LKUP_RET_SUCCESS ||
 			 !own_device_find(fib.ifindex)))
 		return leave_to_stack(ctx);
-	/* The stack takes the node's own address, and a service's, from no
-	 * device. */
-	if (packet_passes_by(packet) && ret == BPF_FIB_LKUP_RET_FRAG_NEEDED)
-		return -DROP_FRAGMENT_UNSUPPORTED;
 	if (ret == BPF_FIB_LKUP_RET_FRAG_NEEDED)
 		return forward_is_answer(packet)
 			       ? forward_too_long_answer(ctx, packet)
@@ -111,8 +107,7 @@ __weak __noinline int forward_to_route(struct __sk_buff *ctx,
 	if (ret != BPF_FIB_LKUP_RET_SUCCESS)
 		return -DROP_FIB_LOOKUP_FAILED;
 	if (!hop_take(ctx, packet->flags & PACKET_IPV6))
-		return packet_passes_by(packet) ? -DROP_TTL_EXCEEDED
-						: leave_to_stack(ctx);
+		return leave_to_stack(ctx);
 	if (forward_is_answer(packet)) {
 		ret = rewrite_apply(ctx, packet);
 		if (ret)
@@ -134,7 +129,7 @@ static __always_inline int forward_by_route(struct __sk_buff *ctx,
 	int action;
 
 	/* A service answers: its address may have another way. */
-	if (packet->flags & PACKET_NEW_SOURCE || packet_passes_by(packet))
+	if (packet->flags & PACKET_NEW_SOURCE)
 		return forward_to_route(ctx, packet, false);
 	length = packet_wire_length(ctx, packet->l4_offset, packet->protocol);
 	action = route_leave(ctx, &packet->source, &packet->destination,

@@ -60,3 +60,18 @@ static __always_inline bool hop_take(struct __sk_buff *ctx, bool is_ipv6)
 	return is_ipv6 ? hop_take_ipv6(ctx, data, end)
 		       : hop_take_ipv4(ctx, data, end);
 }
+
+/* The packet may go no further than here. */
+static __always_inline bool hop_is_last(struct __sk_buff *ctx, bool is_ipv6)
+{
+	__u8 hops = 0;
+
+	bpf_skb_load_bytes(ctx,
+			   ETHERNET_LENGTH +
+				   (is_ipv6 ? __builtin_offsetof(struct ipv6hdr,
+								 hop_limit)
+					    : __builtin_offsetof(struct iphdr,
+								 ttl)),
+			   &hops, sizeof(hops));
+	return hops <= 1;
+}

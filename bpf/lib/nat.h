@@ -269,7 +269,8 @@ static __always_inline void nat_answer_client(struct packet *packet,
 /*
  * If the packet answers a masqueraded one, or one that went to a backend
  * elsewhere from the node's address: makes the pod, or the client, its
- * destination. 1 if it did, 0 if the packet is none of ours, or a drop.
+ * destination, and writes the pod into the frame. 1 if it did, 0 if the packet is
+ * none of ours, or a drop.
  */
 __weak __noinline int nat_restore(struct __sk_buff *ctx, struct packet *packet)
 {
@@ -299,6 +300,9 @@ __weak __noinline int nat_restore(struct __sk_buff *ctx, struct packet *packet)
 	packet->destination = pod->addr;
 	packet->destination_port = pod->port;
 	packet->flags |= PACKET_NEW_DESTINATION;
+	/* Its sender may have to be told that it is too long (outside_forward). */
+	if (packet->choice == CHOICE_ANSWER)
+		return 1;
 	ret = rewrite_apply(ctx, packet);
 	packet->flags &= ~(PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION);
 	return ret ? ret : 1;

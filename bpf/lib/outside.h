@@ -439,8 +439,58 @@ __weak __noinline int outside_send(struct __sk_buff *ctx, struct packet *packet)
 	return outside_send_away(ctx, packet);
 }
 
+/* What the packet's way makes of it; before, it is as its sender wrote it. 0 or
+ * a drop. */
+static __always_inline int outside_write(struct __sk_buff *ctx,
+					 struct packet *packet)
+{
+	int ret = 0;
+
+	if (packet->flags & (PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION)) {
+		ret = rewrite_apply(ctx, packet);
+		packet->flags &= ~(PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION);
+	}
+	if (!ret && packet->choice == CHOICE_DIRECT)
+		ret = direct_write(ctx, packet);
+	return ret;
+}
+
+/* By the node's routes: an action of tc, or a drop. packet->mtu says for what the
+ * packet is too long. */
+__weak __noinline int outside_by_route(struct __sk_buff *ctx,
+				       struct packet *packet)
+{
+	struct bpf_fib_lookup fib = {.ifindex = ctx->ifindex};
+	__u32 more;
+	long ret;
+
+	if (!packet)
+		return -DROP_UNROUTABLE_IP;
+	more = packet->choice == CHOICE_DIRECT ? direct_length(packet) : 0;
+	fib.tot_len = more + packet_wire_length(ctx, packet->l4_offset,
+						packet->protocol);
+	ret = route_find(ctx, &packet->source, &packet->destination,
+			 packet->flags & PACKET_IPV6, &fib);
+	/* The stack cannot cut it: it takes the node's own address, and a
+	 * service's, from no device. */
+	if (ret == BPF_FIB_LKUP_RET_FRAG_NEEDED) {
+		packet->mtu = fib.tot_len > more ? fib.tot_len - more : 0;
+		return -DROP_FRAGMENT_UNSUPPORTED;
+	}
+	if (ret != BPF_FIB_LKUP_RET_SUCCESS)
+		return -DROP_FIB_LOOKUP_FAILED;
+	if (!hop_take(ctx, packet->flags & PACKET_IPV6))
+		return -DROP_TTL_EXCEEDED;
+	ret = packet->choice != CHOICE_ANSWER && packet->route == ROUTE_NODE
+		      ? mss_clamp(ctx, packet)
+		      : 0;
+	if (!ret)
+		ret = outside_write(ctx, packet);
+	return ret ? ret : leave(ctx, fib.ifindex, fib.family, fib.destination);
+}
+
 /* What goes to a backend elsewhere, or from there to the client: an action of
- * tc, or a drop. */
+ * tc, or a drop, which refuse() tells the sender. */
 __weak __noinline int outside_forward(struct __sk_buff *ctx,
 				      struct packet *packet)
 {
@@ -448,20 +498,13 @@ __weak __noinline int outside_forward(struct __sk_buff *ctx,
 
 	if (!packet)
 		return -DROP_UNROUTABLE_IP;
-	if (packet->flags & (PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION)) {
-		ret = rewrite_apply(ctx, packet);
-		if (ret)
-			return ret;
-		packet->flags &= ~(PACKET_NEW_SOURCE | PACKET_NEW_DESTINATION);
-	}
-	if (packet->choice == CHOICE_DIRECT) {
-		ret = direct_write(ctx, packet);
-		if (ret)
-			return ret;
-	}
 	if (packet->choice == CHOICE_GATEWAY && packet->route != ROUTE_NODE)
 		return egress_leave(ctx, packet);
-	if (packet->choice != CHOICE_ANSWER && packet->route == ROUTE_NODE)
-		return forward_to_node(ctx, packet);
-	return forward_to_route(ctx, packet, false);
+	if (packet->choice == CHOICE_ANSWER || packet->route != ROUTE_NODE ||
+	    (!settings.tunnel_ifindex && packet->choice != CHOICE_GATEWAY))
+		return outside_by_route(ctx, packet);
+	if (hop_is_last(ctx, packet->flags & PACKET_IPV6))
+		return -DROP_TTL_EXCEEDED;
+	ret = outside_write(ctx, packet);
+	return ret ? ret : forward_to_node(ctx, packet);
 }

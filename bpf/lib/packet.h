@@ -68,6 +68,7 @@ struct packet {
 	__u32 bytes;
 	__u32 flags;	   /* enum packet_flags */
 	__u32 fragment_id; /* as in the frame; see fragment.h */
+	__u32 mtu; /* of its way, if that is what it is dropped for */
 	__be16 source_port;
 	__be16 destination_port;
 	__be16 service_port;

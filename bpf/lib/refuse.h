@@ -1,19 +1,47 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * Drops that the sender is told of at once: a service without backends, or a port
- * that it does not have. The packet is turned into its own answer, TCP RST or
- * ICMP port unreachable, and goes back by the way it came; so the application
- * gets its error now and not after a minute of silence.
+ * Drops that the sender is told of at once: a service without backends, a port
+ * that it does not have, and of what passes this node between a client and a
+ * backend, packets that are too long for their way or at their last hop. The
+ * packet is turned into its own answer, TCP RST or an ICMP error, and goes back
+ * by the way it came; so the application gets its error now and not after a
+ * minute of silence.
  */
 #pragma once
 
+#include "forward.h"
 #include "leave.h"
 #include "neighbour.h"
 
-struct refuse_unreachable {
+/* The packet's IP header and 8 bytes; with IPv6 the header of a fragment, too. */
+struct refuse_error {
 	struct icmphdr icmp;
-	__u8 inner[48]; /* the packet's IP header and 8 bytes; IPv4: 28 */
+	__u8 inner[56];
 };
+
+#define REFUSE_FRAGMENT_LENGTH 8
+
+/* More than there is before the header of layer 4. */
+#define REFUSE_CUT 64
+
+/* Where the IP header of the answer ends. */
+static __always_inline __u32 refuse_offset(const struct packet *packet)
+{
+	return ETHERNET_LENGTH + (packet->flags & PACKET_IPV6
+					  ? sizeof(struct ipv6hdr)
+					  : sizeof(struct iphdr));
+}
+
+/*
+ * Makes the frame so long. Its front is cut off and written anew: by that the
+ * kernel forgets a checksum that is still to be written (of merged packets, and
+ * of those that never saw a wire), which would get into the answer.
+ */
+static __always_inline long refuse_resize(struct __sk_buff *ctx, __u32 length)
+{
+	return bpf_skb_change_tail(ctx, length + REFUSE_CUT, 0) ||
+	       bpf_skb_adjust_room(ctx, -REFUSE_CUT, BPF_ADJ_ROOM_MAC, 0);
+}
 
 /* The sum of the header that IP lends to checksums of layer 4. */
 static __always_inline __s64 refuse_pseudo_sum(const struct packet *packet,
@@ -98,7 +126,7 @@ static __always_inline int refuse_with_reset(struct __sk_buff *ctx,
 	answer.check = checksum_fold(bpf_csum_diff(
 		NULL, 0, (void *)&answer, sizeof(answer),
 		refuse_pseudo_sum(packet, sizeof(answer), IPPROTO_TCP)));
-	if (bpf_skb_change_tail(ctx, end, 0) ||
+	if (refuse_resize(ctx, end) ||
 	    refuse_write_ip(ctx, packet, sizeof(answer), IPPROTO_TCP) ||
 	    bpf_skb_store_bytes(ctx, packet->l4_offset, &answer, sizeof(answer),
 				0))
@@ -106,52 +134,96 @@ static __always_inline int refuse_with_reset(struct __sk_buff *ctx,
 	return 0;
 }
 
-/* `is_policy`: administratively prohibited, else the port is unreachable. */
-static __always_inline int refuse_with_icmp(struct __sk_buff *ctx,
-					    const struct packet *packet,
-					    bool is_policy)
+/* What the sender is told: RFC 792, 1191, 1812, 4443. */
+static __always_inline void refuse_fill(const struct packet *packet, int reason,
+					struct icmphdr *icmp)
 {
 	bool is_ipv6 = packet->flags & PACKET_IPV6;
-	/* An IP header and 8 bytes: both lengths are constants to the verifier.
-	 */
-	__u32 length = is_ipv6 ? 8 + 48 : 8 + 28;
-	struct refuse_unreachable answer = {};
+
+	icmp->type = is_ipv6 ? ICMPV6_UNREACHABLE : ICMP_UNREACHABLE;
+	switch (reason) {
+	case -DROP_FRAGMENT_UNSUPPORTED:
+		if (is_ipv6)
+			icmp->type = ICMPV6_PACKET_TOO_BIG;
+		else
+			icmp->code = 4; /* it may not be cut */
+		icmp->sequence = bpf_htons(packet->mtu);
+		break;
+	case -DROP_TTL_EXCEEDED:
+		icmp->type = is_ipv6 ? ICMPV6_TIME_EXCEEDED
+				     : ICMP_TIME_EXCEEDED;
+		break;
+	case -DROP_POLICY_DENIED:
+	case -DROP_POLICY_DENY_RULE:
+		icmp->code = is_ipv6 ? 1 : 13; /* prohibited */
+		break;
+	default:
+		icmp->code = is_ipv6 ? 4 : 3; /* there is no such port */
+	}
+}
+
+static __always_inline int refuse_with_icmp(struct __sk_buff *ctx,
+					    const struct packet *packet,
+					    int reason)
+{
+	bool is_ipv6 = packet->flags & PACKET_IPV6;
+	__u32 at = refuse_offset(packet);
+	struct refuse_error answer = {};
+	__u32 length = sizeof(answer);
 	__s64 sum = 0;
 
-	answer.icmp.type = is_ipv6 ? ICMPV6_UNREACHABLE : ICMP_UNREACHABLE;
-	if (is_policy)
-		answer.icmp.code = is_ipv6 ? 1 : 13;
-	else
-		answer.icmp.code = is_ipv6 ? 4 : 3;
-	if (is_ipv6 ? bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, answer.inner, 48)
-		    : bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, answer.inner,
-					 28))
-		return -DROP_INVALID_PACKET;
+	refuse_fill(packet, reason, &answer.icmp);
+	/* All lengths are constants to the verifier. */
+	if (!is_ipv6) {
+		length = sizeof(answer.icmp) + 28;
+		if (bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, answer.inner, 28))
+			return -DROP_INVALID_PACKET;
+	} else if (packet->flags & PACKET_FRAGMENT) {
+		if (bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, answer.inner, 56))
+			return -DROP_INVALID_PACKET;
+	} else {
+		length -= REFUSE_FRAGMENT_LENGTH;
+		if (bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, answer.inner, 48))
+			return -DROP_INVALID_PACKET;
+	}
 	if (is_ipv6)
 		sum = refuse_pseudo_sum(packet, length, IPPROTO_ICMPV6);
-	/* What IPv4 leaves unused is zero and adds nothing. */
+	/* What is left unused is zero and adds nothing. */
 	answer.icmp.check = checksum_fold(
 		bpf_csum_diff(NULL, 0, (void *)&answer, sizeof(answer), sum));
-	if (bpf_skb_change_tail(ctx, packet->l4_offset + length, 0) ||
+	/* All of it is written, and what is too much is cut off. */
+	if (refuse_resize(ctx, at + sizeof(answer)) ||
 	    refuse_write_ip(ctx, packet, length,
-			    is_ipv6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP))
-		return -DROP_WRITE_ERROR;
-	if (is_ipv6 ? bpf_skb_store_bytes(ctx, packet->l4_offset, &answer,
-					  8 + 48, 0)
-		    : bpf_skb_store_bytes(ctx, packet->l4_offset, &answer,
-					  8 + 28, 0))
+			    is_ipv6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP) ||
+	    bpf_skb_store_bytes(ctx, at, &answer, sizeof(answer), 0) ||
+	    bpf_skb_change_tail(ctx, at + length, 0))
 		return -DROP_WRITE_ERROR;
 	return 0;
 }
 
-/* Back by the device that the packet came by; what is to the pod that sent it
- * goes straight into its namespace. An action of tc. */
+/*
+ * Back by the device that the packet came by; what is to the pod that sent it
+ * goes straight into its namespace, and what a backend elsewhere has sent by the
+ * tunnel, where it is the node's. An action of tc, or a drop.
+ */
 static __always_inline int refuse_send(struct __sk_buff *ctx,
 				       const struct packet *packet,
 				       const __u8 from[6], const __u8 to[6])
 {
+	struct address *address;
+	int ret;
+
 	if (packet->flags & PACKET_FROM_POD)
 		return neighbour_reply(ctx, from, to);
+	if (packet->flags & PACKET_FROM_OVERLAY) {
+		address = address_find(&packet->source);
+		if (!address || addr_is_zero(&address->node))
+			return -DROP_NO_TUNNEL_ENDPOINT;
+		ret = forward_set_tunnel_key(ctx, &address->node,
+					     IDENTITY_REMOTE_NODE);
+		if (ret)
+			return ret;
+	}
 	return leave_back(ctx, from, to);
 }
 
@@ -168,6 +240,38 @@ static __always_inline bool refuse_is_rejected(const struct packet *packet,
 		return false;
 	endpoint = endpoint_by_id(packet->source_endpoint);
 	return endpoint && endpoint->policy & POLICY_REJECT;
+}
+
+/*
+ * What passes by is as its sender wrote it, and he may send it shorter or
+ * further. An egress gateway's packets are not: it is the stack's.
+ */
+static __always_inline bool refuse_is_of_way(const struct packet *packet,
+					     int reason)
+{
+	if (!packet_passes_by(packet) || packet->choice == CHOICE_GATEWAY ||
+	    packet->flags & PACKET_ICMP_ERROR)
+		return false;
+	return reason == -DROP_TTL_EXCEEDED ||
+	       (reason == -DROP_FRAGMENT_UNSUPPORTED && packet->mtu);
+}
+
+/* Only what has no options is worth an answer; of fragments the first one, and
+ * only what is about its way. */
+static __always_inline bool refuse_is_plain(const struct packet *packet,
+					    bool is_of_way)
+{
+	__u32 offset = refuse_offset(packet);
+
+	if (packet->flags & PACKET_LATER_FRAGMENT)
+		return false;
+	if (packet->flags & PACKET_FRAGMENT) {
+		if (!is_of_way)
+			return false;
+		if (packet->flags & PACKET_IPV6)
+			offset += REFUSE_FRAGMENT_LENGTH;
+	}
+	return packet->l4_offset == offset;
 }
 
 /* The sender knows the packet by the addresses that it wrote: those of a service,
@@ -195,12 +299,12 @@ static __always_inline int refuse_restore(struct __sk_buff *ctx,
 		       &packet->destination.w[3], 4);
 }
 
-/* Drops a packet, and tells its sender if a service has refused it or the pod's
- * policy says so. */
+/* Drops a packet, and tells its sender if a service has refused it, its way does
+ * or the pod's policy says so. */
 __weak __noinline int refuse(struct __sk_buff *ctx, struct packet *packet,
 			     int reason)
 {
-	bool is_policy;
+	bool is_policy, is_of_way;
 	__u8 from[6], to[6];
 	int ret = -1;
 
@@ -208,22 +312,18 @@ __weak __noinline int refuse(struct __sk_buff *ctx, struct packet *packet,
 		return TC_ACT_SHOT;
 	finish(ctx, packet, reason);
 	is_policy = refuse_is_rejected(packet, reason);
-	if (!is_policy && reason != -DROP_NO_SERVICE_BACKEND &&
+	is_of_way = refuse_is_of_way(packet, reason);
+	if (!is_policy && !is_of_way && reason != -DROP_NO_SERVICE_BACKEND &&
 	    reason != -DROP_IS_CLUSTER_IP)
 		return TC_ACT_SHOT;
-	/* Only what has no options and no fragments is worth an answer. */
-	if (packet->flags & (PACKET_FRAGMENT | PACKET_LATER_FRAGMENT) ||
-	    packet->l4_offset !=
-		    ETHERNET_LENGTH + (packet->flags & PACKET_IPV6
-					       ? sizeof(struct ipv6hdr)
-					       : sizeof(struct iphdr)))
+	if (!refuse_is_plain(packet, is_of_way))
 		return TC_ACT_SHOT;
-	if (is_policy && refuse_restore(ctx, packet))
+	if ((is_policy || is_of_way) && refuse_restore(ctx, packet))
 		return TC_ACT_SHOT;
-	if (packet->protocol == IPPROTO_TCP)
+	if (packet->protocol == IPPROTO_TCP && !is_of_way)
 		ret = refuse_with_reset(ctx, packet);
-	else if (packet->protocol == IPPROTO_UDP || is_policy)
-		ret = refuse_with_icmp(ctx, packet, is_policy);
+	else if (packet->protocol == IPPROTO_UDP || is_policy || is_of_way)
+		ret = refuse_with_icmp(ctx, packet, reason);
 	if (ret || bpf_skb_load_bytes(ctx, 0, from, 6) ||
 	    bpf_skb_load_bytes(ctx, 6, to, 6))
 		return TC_ACT_SHOT;

@@ -26,6 +26,7 @@ mod lab_itself;
 mod layers;
 mod life_cycle;
 mod loaded_policy;
+mod long_packets;
 mod malformed;
 mod masquerade;
 mod model;

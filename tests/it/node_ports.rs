@@ -15,19 +15,24 @@ const CLUSTER_IPS: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
 const BALANCER_IPS: [&str; 2] = ["203.0.113.10", "2001:db8:cb::10"];
 const NODE_PORT: u16 = 30080;
 
-struct World {
+pub struct World {
     near: Pod,
-    far: Pod,
+    pub far: Pod,
     client: Pod,
     /// Its sockets are outside the node's cgroup.
     packets: Pod,
     far_client: Pod,
-    lab: Lab,
+    pub lab: Lab,
 }
 
 impl World {
-    fn start(routing: &str) -> Result<Self> {
-        let lab = Lab::start(Setup { nodes: 2, routing: routing.to_owned(), ..Setup::default() })?;
+    pub fn start(routing: &str) -> Result<Self> {
+        Self::start_with(Setup { nodes: 2, routing: routing.to_owned(), ..Setup::default() })
+    }
+
+    /// The same of this setup, which has two nodes.
+    pub fn start_with(setup: Setup) -> Result<Self> {
+        let lab = Lab::start(setup)?;
         let near = lab.pod(1, "shop/near").label("app", "server").create()?;
         let far = lab.pod(2, "shop/far").label("app", "server").create()?;
         let client = lab.pod(1, "shop/client").create()?;
@@ -40,7 +45,7 @@ impl World {
     }
 
     /// A Service of the type LoadBalancer with these backends.
-    fn serve(&self, policy: &str, pods: &[&Pod]) -> Result<()> {
+    pub fn serve(&self, policy: &str, pods: &[&Pod]) -> Result<()> {
         self.serve_so(policy, pods, "None", "snat")
     }
 
@@ -71,7 +76,7 @@ impl World {
     }
 
     /// The node ports of a node.
-    fn node_ports(&self, number: usize) -> Vec<(Via, SocketAddr)> {
+    pub fn node_ports(&self, number: usize) -> Vec<(Via, SocketAddr)> {
         let addresses = self.lab.node(number).addresses().iter();
         addresses.flat_map(|address| both(*address, NODE_PORT)).collect()
     }

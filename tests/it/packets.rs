@@ -29,4 +29,5 @@ mod quoted;
 mod senders;
 mod services;
 mod tunnel;
+mod ways;
 pub mod world;

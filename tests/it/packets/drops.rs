@@ -316,7 +316,8 @@ fn rows() -> Vec<Row> {
 
         row("a client's packet to a backend elsewhere, at its last hop", "from_network", 196,
             |c| Packet { ttl: 1, ..tcp((c.world, 1), (c.node, 30080), SYN) })
-            .given(|w, c| w.outside((c.node, 30080, 6), 900, 1, &[(c.remote, 8080)])),
+            .given(|w, c| w.outside((c.node, 30080, 6), 900, 1, &[(c.remote, 8080)]))
+            .answered(),
 
         row("a fragment whose first was not seen", "from_pod", 175,
             |c| udp((c.a, 1), (c.b, 2)).by(1).fragment(99, 1480, false)),
