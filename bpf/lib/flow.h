@@ -16,6 +16,7 @@
 #include "flow_socket.h"
 #include "identity.h"
 #include "policy.h"
+#include "route.h"
 #include "verdict_cache.h"
 
 /*
@@ -256,13 +257,30 @@ static __always_inline int flow_decide(struct packet *packet, struct flow *flow)
 	return ret;
 }
 
+/* The packet is a pod's to its own node, and may be delivered there. */
+static __always_inline bool flow_is_to_host(struct __sk_buff *ctx,
+					    const struct packet *packet,
+					    const struct flow *flow)
+{
+	const struct peer *to = &flow->destination;
+
+	if (!(packet->flags & PACKET_FROM_POD) || to->endpoint)
+		return false;
+	if (to->flags & ADDRESS_LOCAL)
+		return true;
+	return !to->flags && route_is_stack(to->route) &&
+	       route_may_end_here(ctx, packet);
+}
+
 /* A pod asks its own node: the node's policy, where there is one. */
-static __noinline int flow_decide_host(struct packet *packet, struct flow *flow)
+static __noinline int flow_decide_host(struct __sk_buff *ctx,
+				       struct packet *packet, struct flow *flow)
 {
 	struct endpoint *host = endpoint_by_id(HOST_ENDPOINT);
 	int ret;
 
-	if (!host || !(host->policy & POLICY_ENFORCE_INGRESS))
+	if (!host || !(host->policy & POLICY_ENFORCE_INGRESS) ||
+	    !flow_is_to_host(ctx, packet, flow))
 		return 0;
 	packet->direction = DIRECTION_INGRESS;
 	ret = policy_check(host->policy, &flow->ingress, flow->source.identity,
@@ -274,14 +292,6 @@ static __noinline int flow_decide_host(struct packet *packet, struct flow *flow)
 		return -DROP_NO_PROXY;
 	packet->direction = DIRECTION_EGRESS;
 	return 0;
-}
-
-static __always_inline bool flow_is_to_host(const struct packet *packet,
-					    const struct flow *flow)
-{
-	return packet->flags & PACKET_FROM_POD &&
-	       flow->destination.flags & ADDRESS_LOCAL &&
-	       !flow->destination.endpoint;
 }
 
 /*
@@ -361,8 +371,8 @@ __weak __noinline int flow_open(struct __sk_buff *ctx, struct packet *packet)
 	if (!ret)
 		ret = flow_decide(packet, flow);
 	/* What runs goes on. */
-	if (!ret && !connection && flow_is_to_host(packet, flow))
-		ret = flow_decide_host(packet, flow);
+	if (!ret && !connection)
+		ret = flow_decide_host(ctx, packet, flow);
 	if (!ret)
 		ret = flow_choose_proxy(packet, flow, &connection);
 	if (ret)

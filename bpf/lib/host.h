@@ -9,6 +9,7 @@
 
 #include "flow.h"
 #include "own.h"
+#include "route.h"
 #include "tunnel.h"
 
 #define HOST_ENFORCED (POLICY_ENFORCE_INGRESS | POLICY_ENFORCE_EGRESS)
@@ -142,6 +143,16 @@ static __always_inline bool host_is_one_of_many(struct __sk_buff *ctx,
 	       (addr_is_ipv4(to) && to->w[3] == 0xffffffff);
 }
 
+/* The node itself is to get it. */
+static __always_inline bool host_is_for_node(struct __sk_buff *ctx,
+					     const struct packet *packet)
+{
+	if (host_has(&packet->destination) || host_is_one_of_many(ctx, packet))
+		return true;
+	return !addr_is_multicast(&packet->destination) &&
+	       route_may_end_here(ctx, packet);
+}
+
 /* What is for the node itself: 0, or a drop. `parsed` is what the parser says;
  * what it refuses comes in no more than what the policy denies. */
 static __always_inline int host_receive(struct __sk_buff *ctx,
@@ -150,8 +161,7 @@ static __always_inline int host_receive(struct __sk_buff *ctx,
 	__u32 enforced = host_enforces();
 
 	if (!enforced || host_is_beyond(packet, &packet->source) ||
-	    (!host_has(&packet->destination) &&
-	     !host_is_one_of_many(ctx, packet)))
+	    !host_is_for_node(ctx, packet))
 		return 0;
 	if (parsed < 0)
 		return enforced & POLICY_ENFORCE_INGRESS ? parsed : 0;

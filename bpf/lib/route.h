@@ -36,6 +36,23 @@ static __always_inline long route_find(struct __sk_buff *ctx,
 }
 
 /*
+ * The node's stack may keep what goes there for itself, though the address is no
+ * device's: a subnet's broadcast address, that of all routers of a link, a local
+ * route. The kernel says the same where there is no way at all, and what a device
+ * that does not forward brings can go nowhere else.
+ */
+static __noinline bool route_may_end_here(struct __sk_buff *ctx,
+					  const struct packet *packet)
+{
+	struct bpf_fib_lookup fib = {.ifindex = ctx->ifindex};
+	long ret = route_find(ctx, &packet->source, &packet->destination,
+			      packet->flags & PACKET_IPV6, &fib);
+
+	return ret == BPF_FIB_LKUP_RET_NOT_FWDED ||
+	       ret == BPF_FIB_LKUP_RET_FWD_DISABLED;
+}
+
+/*
  * The same for what a pod sends, which has one address of each family. Asking
  * costs more than everything else about such a packet; within a tick the answer
  * is not asked for again. NULL if there is no way.

@@ -1,8 +1,9 @@
 //! Policies of the host: who reaches the node's own ports, what stays open, and one that is suspended.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use crate::lab::{Backend, Lab, OUTSIDE, Pod, Server, ServicePort, Setup, Space, Traffic, Via, wait_for};
@@ -170,6 +171,71 @@ fn bypass_6_ports_of_the_node_are_closed_by_policy_and_what_must_stay_open_does(
 fn with_native_routing_ports_of_the_node_are_closed_by_policy() -> Result<()> {
     require_lab!();
     ports_of_the_node("native")
+}
+
+/// Whether a socket of node1 hears what somebody sends to an address that is no device's.
+fn is_heard(from: &Space, socket: &UdpSocket, target: SocketAddr) -> Result<bool> {
+    let word = target.to_string();
+    let sent = word.clone();
+    from.run(move || -> Result<()> {
+        let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+        let sender = UdpSocket::bind((any, 0))?;
+        sender.set_broadcast(true)?;
+        // Who may not is told so by some kernels.
+        let _ = sender.send_to(sent.as_bytes(), target);
+        Ok(())
+    })?;
+    socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+    let mut heard = [0; 64];
+    while let Ok((length, _)) = socket.recv_from(&mut heard) {
+        if heard[..length] == *word.as_bytes() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+#[test]
+fn a_pod_does_not_get_past_the_policy_by_an_address_that_the_node_shares() -> Result<()> {
+    require_lab!();
+    let world = World::start("tunnel")?;
+    let node = world.lab.node(1).space();
+    // Everyone's of the wire's subnet, its routers', and one that a route alone makes the node's.
+    node.configure(&["route add local 10.77.0.0/16 dev lo"])?;
+    let shared = ["10.200.0.255", "10.77.0.1", "fd00:200::"];
+    let sockets = [
+        node.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 9053)))?,
+        node.run(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 9054)))?,
+    ];
+    let heard = |address: &str| -> Result<bool> {
+        let target: IpAddr = address.parse()?;
+        let (socket, port) = if target.is_ipv4() { (&sockets[0], 9053) } else { (&sockets[1], 9054) };
+        is_heard(world.near.space(), socket, SocketAddr::new(target, port))
+    };
+    // A frame for node1 alone.
+    let node1 = world.lab.node(1).addresses()[0];
+    world.lab.outside().configure(&[&format!("route add 10.77.0.0/16 via {node1}")])?;
+    let from_outside = || {
+        is_heard(world.lab.outside(), &sockets[0], SocketAddr::new(Ipv4Addr::new(10, 77, 0, 1).into(), 9053))
+    };
+    wait_for("the outside host to be heard without a policy", from_outside)?;
+    for address in shared {
+        wait_for(&format!("{address} to be heard without a policy"), || heard(address))?;
+    }
+    policy(&world.lab, "{ingress: [{fromEntities: [remote-node]}]}")?;
+    for address in shared {
+        wait_for(&format!("{address} to be denied"), || Ok(!heard(address)?))?;
+        // It stays so.
+        for _ in 0..3 {
+            ensure!(!heard(address)?, "{address} was heard");
+        }
+    }
+    ensure!(!from_outside()?, "the outside host was heard");
+    policy(&world.lab, "{ingress: [{fromEndpoints: [{matchLabels: {app: near}}]}]}")?;
+    for address in shared {
+        wait_for(&format!("{address} to be allowed"), || heard(address))?;
+    }
+    Ok(())
 }
 
 #[test]

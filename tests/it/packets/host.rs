@@ -2,6 +2,7 @@
 //! policy does not speak of.
 
 use std::net::IpAddr;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use weir::datapath::Settings;
@@ -10,9 +11,11 @@ use weir::datapath::types::policy_verdict;
 use super::frame::{
     ACK, Layer4, Packet, RST, SYN, echo, echo_reply, icmp, solicitation, tcp, udp, unreachable,
 };
+use super::network::connect;
 use super::world::{
     A, Arrival, Cast, EGRESS, INGRESS, OUTSIDE, PASS, R, REDIRECT, SHOT, World, casts, settings, within,
 };
+use crate::lab::wait_for;
 use crate::require::require_lab;
 
 /// Row 0 of `endpoints`.
@@ -50,6 +53,29 @@ fn by_tunnel(cast: &Cast) -> Arrival {
 
 fn nothing(_: &mut World, _: &Cast) -> Result<()> {
     Ok(())
+}
+
+/// The node has its address by a device, and all that the kernel keeps for itself with it.
+fn is_connected(_: &mut World, cast: &Cast) -> Result<()> {
+    if nix::net::if_::if_nametoindex("uplink").is_ok() {
+        return Ok(());
+    }
+    connect(cast, 1500)?;
+    wait_for("the addresses that the device shares", || {
+        let family = if cast.node.is_ipv4() { "-4" } else { "-6" };
+        let address = shared(cast).to_string();
+        let arguments = [family, "route", "show", "table", "local", &address];
+        Ok(!Command::new("ip").args(arguments).output()?.stdout.is_empty())
+    })
+}
+
+/// An address that no device has, and that the node's stack delivers to the node: of everyone in the subnet, of
+/// its routers.
+fn shared(cast: &Cast) -> IpAddr {
+    match cast.node {
+        IpAddr::V4(_) => IpAddr::from([192, 0, 2, 255]),
+        IpAddr::V6(_) => IpAddr::from([0x2001, 0xdb8, 1, 0, 0, 0, 0, 0]),
+    }
 }
 
 fn to_all(mut packet: Packet, mac: [u8; 6]) -> Packet {
@@ -91,6 +117,14 @@ fn ways_in(is_ipv4: bool, is_tunnel: bool) -> Vec<Judged> {
         row("a protocol without ports", "from_network", |c| Packet::new(c.world, c.node, Layer4::Other(47)).payload(&[0; 16]), OUTSIDE, (47, 0)),
         row("somebody outside, to the port of tunnels", "from_network", |c| udp((c.world, 40000), (c.node, TUNNEL)), OUTSIDE, (17, TUNNEL)),
         row("the first fragment of several", "from_network", |c| udp((c.world, 40000), (c.node, 53)).fragment(7, 0, true), OUTSIDE, (17, 53)),
+        Judged {
+            given: is_connected,
+            ..row("a pod sends everyone of the subnet a datagram", "from_pod", |c| udp((c.a, 40000), (shared(c), 53)).by(1), A, (17, 53))
+        },
+        Judged {
+            given: is_connected,
+            ..row("a frame for the node alone, to everyone of the subnet", "from_network", |c| udp((c.world, 40000), (shared(c), 53)), OUTSIDE, (17, 53))
+        },
         row("everyone of a group is sent a datagram", "from_network",
             |c| to_all(udp((c.world, 40000), (everyone(c), 53)), group_mac(c)), OUTSIDE, (17, 53)),
         Judged {
@@ -240,7 +274,10 @@ fn beyond() -> Vec<Beyond> {
         row("what the node forwards for others", "to_network", |c| udp((c.third_node, 40000), (c.world, 53))),
         row("the node speaks to a group", "to_network", |c| udp((c.node, 5353), (everyone(c), 5353))),
         row("a group's own protocol", "from_network", |c| to_group(c, Layer4::Other(if c.a.is_ipv4() { 2 } else { 89 }))),
-        row("what is for nobody here", "from_network", |c| udp((c.world, 40000), (c.third_node, 53))),
+        Beyond {
+            given: is_connected,
+            ..row("what is for nobody here", "from_network", |c| udp((c.world, 40000), (c.third_node, 53)))
+        },
         Beyond {
             given: |w, c| w.outside((c.node, 30080, 6), 100, 1, &[(c.b, 8080)]),
             action: REDIRECT,
