@@ -384,6 +384,15 @@ impl Compute {
         desired.isolated_by = compiled.isolated_by;
         desired.named_by = compiled.named_by;
         desired.frontends = services.frontends.clone();
+        let (redirected, refused) =
+            service::redirected_addresses(&view.redirects, &view.pods, &view.endpoints, &desired.place);
+        desired.conflicts.extend(refused);
+        for (key, frontend) in redirected {
+            let is_free = !services.frontends.contains_key(&FrontendKey::rest_of(key.address));
+            if is_free {
+                desired.frontends.entry(key).or_insert(frontend);
+            }
+        }
         let pods = endpoints.values().map(|(endpoint, _)| endpoint.as_ref());
         for (key, frontend) in service::host_ports(&own_addresses, pods) {
             match desired.frontends.get(&key) {

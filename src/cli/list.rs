@@ -286,6 +286,7 @@ pub fn service(command: ServiceCommand) -> Result<(), Failure> {
         let frontend = SocketAddr::new(row.address, row.port);
         let name = match row.kind {
             FrontendKind::HostPort => format!("pod {}", row.service),
+            FrontendKind::LocalRedirect => format!("policy {}", row.service),
             _ => row.service.to_string(),
         };
         let scope = match row.scope {

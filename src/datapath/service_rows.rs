@@ -41,7 +41,7 @@ pub(super) fn service(key: &FrontendKey, frontend: &Frontend) -> Service {
 
 fn kind(kind: FrontendKind) -> service_kind {
     match kind {
-        FrontendKind::ClusterIp => service_kind::SERVICE_CLUSTER_IP,
+        FrontendKind::ClusterIp | FrontendKind::LocalRedirect => service_kind::SERVICE_CLUSTER_IP,
         FrontendKind::NodePort => service_kind::SERVICE_NODE_PORT,
         FrontendKind::LoadBalancer => service_kind::SERVICE_LOAD_BALANCER,
         FrontendKind::ExternalIp => service_kind::SERVICE_EXTERNAL_IP,

@@ -84,6 +84,8 @@ pub enum FrontendKind {
     ExternalIp,
     /// A container's `hostPort` at an address of this node.
     HostPort,
+    /// An address that a CiliumLocalRedirectPolicy leads to pods of this node.
+    LocalRedirect,
 }
 
 impl fmt::Display for FrontendKind {
@@ -93,6 +95,7 @@ impl fmt::Display for FrontendKind {
             Self::NodePort => "NodePort",
             Self::LoadBalancer => "LoadBalancer",
             Self::ExternalIp => "ExternalIP",
+            Self::LocalRedirect => "LocalRedirect",
             Self::HostPort => "HostPort",
         })
     }

@@ -36,6 +36,17 @@ pub struct ServiceArgs {
     #[arg(long, env = "WEIR_NODE_PORT_ADDRESSES", value_name = "CIDR", value_delimiter = ',')]
     pub node_port_addresses: Vec<IpNet>,
 
+    /// Addresses within these may be redirected by a CiliumLocalRedirectPolicy (addressMatcher), whatever
+    /// namespace it is of: for pods of all namespaces.
+    #[arg(
+        long,
+        env = "WEIR_REDIRECT_ADDRESSES",
+        value_name = "CIDR",
+        value_delimiter = ',',
+        default_value = "169.254.0.0/16,fd00:ec2::/32"
+    )]
+    pub redirect_addresses: Vec<IpNet>,
+
     /// Where load balancers ask whether this node serves, as of kube-proxy: /healthz, /livez; none: nowhere.
     #[arg(long, env = "WEIR_HEALTHZ_ADDRESS", value_name = "ADDRESS:PORT", default_value = "0.0.0.0:10256")]
     pub healthz_address: HealthzAddress,
@@ -71,6 +82,7 @@ impl ServiceArgs {
             algorithm: self.service_algorithm,
             forwarding: self.service_forwarding,
             node_port_cidrs: self.node_port_addresses.as_slice().into(),
+            redirect_cidrs: self.redirect_addresses.as_slice().into(),
         }
     }
 

@@ -51,7 +51,7 @@ impl fmt::Display for Conflict {
             (FrontendKind::LoadBalancer, Some(port)) => {
                 write!(f, "Service {service} has port {port} of the load balancer's address {address}")
             }
-            (FrontendKind::ExternalIp | FrontendKind::HostPort, Some(port)) => {
+            (FrontendKind::ExternalIp | FrontendKind::HostPort | FrontendKind::LocalRedirect, Some(port)) => {
                 write!(f, "Service {service} has port {port} of the external IP {address}")
             }
         }?;
@@ -133,9 +133,10 @@ impl Claims {
         let (address, port) = match kind {
             FrontendKind::ClusterIp => (key.address, None),
             FrontendKind::NodePort => (EVERY_NODE, Some(key.port)),
-            FrontendKind::LoadBalancer | FrontendKind::ExternalIp | FrontendKind::HostPort => {
-                (key.address, Some(key.port))
-            }
+            FrontendKind::LoadBalancer
+            | FrontendKind::ExternalIp
+            | FrontendKind::HostPort
+            | FrontendKind::LocalRedirect => (key.address, Some(key.port)),
         };
         let refuse =
             |reason| Some(Conflict { service: ObjectKey::clone(service), kind, address, port, reason });

@@ -33,7 +33,7 @@ pub use choice::{Candidates, Fate, Topology};
 pub use claims::{Conflict, Reason};
 pub use host_ports::{host_ports, host_ports_of};
 pub use place::{Defaults, Place};
-pub use redirects::{Redirect, redirects};
+pub use redirects::{Redirect, redirected_addresses, redirects};
 pub use trace::{Client, Flow};
 
 use crate::model::{EndpointSlice, Frontend, FrontendKey, FrontendKind, ObjectKey, Service};

@@ -25,6 +25,8 @@ pub struct Defaults {
     pub forwarding: Forwarding,
     /// Node ports are at the node's addresses within these; empty: at all of them.
     pub node_port_cidrs: Arc<[IpNet]>,
+    /// Addresses that policies may redirect are within these.
+    pub redirect_cidrs: Arc<[IpNet]>,
 }
 
 impl Defaults {
@@ -84,6 +86,18 @@ impl Place {
     pub(super) fn other_node_port_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         let is_small = self.others.len() <= OTHERS_MAX;
         self.others.iter().copied().filter(move |address| is_small && self.defaults.has_node_ports(address))
+    }
+
+    /// Why policies may not redirect an address; `None` if they may.
+    pub(super) fn keeps_from_redirects(&self, address: &IpAddr) -> Option<&'static str> {
+        if self.is_a_nodes(address) {
+            return Some("is a node's");
+        }
+        if self.is_a_pods(address) {
+            return Some("is within the pods' CIDRs");
+        }
+        let may = self.defaults.redirect_cidrs.iter().any(|cidr| cidr.contains(address));
+        (!may).then_some("is not within WEIR_REDIRECT_ADDRESSES")
     }
 
     pub(super) fn is_a_nodes(&self, address: &IpAddr) -> bool {

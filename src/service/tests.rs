@@ -409,8 +409,8 @@ fn a_trace_says_what_maglev_picks_and_where_a_redirection_leads() {
 
     let policy = crate::model::LocalRedirect {
         key: ObjectKey::new("shop", "cache"),
-        service: ObjectKey::new("shop", "web"),
-        service_ports: vec![],
+        from: crate::model::RedirectFrom::Service(ObjectKey::new("shop", "web")),
+        from_ports: vec![],
         selector: crate::model::Selector::default(),
         ports: vec![crate::model::RedirectPort { name: String::new(), port: 9090, protocol: TCP }],
     };
@@ -538,8 +538,8 @@ fn a_redirected_service_leads_to_pods_of_this_node() {
     let port = |name: &str, port| crate::model::RedirectPort { name: name.to_owned(), port, protocol: UDP };
     let policy = crate::model::LocalRedirect {
         key: ObjectKey::new("shop", "cache"),
-        service: ObjectKey::new("shop", "dns"),
-        service_ports: vec![],
+        from: crate::model::RedirectFrom::Service(ObjectKey::new("shop", "dns")),
+        from_ports: vec![],
         selector: crate::model::Selector::default(),
         ports: vec![port("dns", 5353), port("other", 1)],
     };
@@ -686,4 +686,23 @@ fn a_change_at_30_000_services_costs_what_it_changes() {
     each.sort();
     println!("30,000 Services: all {whole:?}, one change {:?}", each[25]);
     assert!(each[25] * 20 < whole, "one change {:?}, all {whole:?}", each[25]);
+}
+
+#[test]
+fn a_policy_redirects_no_address_of_the_cluster_and_none_that_is_not_left_to_it() {
+    let defaults = Defaults {
+        redirect_cidrs: ["169.254.0.0/16".parse().expect("a CIDR")].into(),
+        ..Defaults::default()
+    };
+    let place = Place {
+        defaults,
+        own: [ip("169.254.1.1")].into(),
+        pod_cidrs: ["169.254.2.0/24".parse().expect("a CIDR")].into(),
+        ..place()
+    };
+    let refused = |address: &str| place.keeps_from_redirects(&ip(address));
+    assert_eq!(refused("169.254.169.254"), None);
+    assert_eq!(refused("169.254.1.1"), Some("is a node's"));
+    assert_eq!(refused("169.254.2.9"), Some("is within the pods' CIDRs"));
+    assert_eq!(refused("192.0.2.1"), Some("is not within WEIR_REDIRECT_ADDRESSES"));
 }

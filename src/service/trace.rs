@@ -163,7 +163,8 @@ fn port_of<'a>(service: &'a Service, key: &FrontendKey, kind: FrontendKind) -> O
         FrontendKind::ClusterIp
         | FrontendKind::LoadBalancer
         | FrontendKind::ExternalIp
-        | FrontendKind::HostPort => Some(port.port),
+        | FrontendKind::HostPort
+        | FrontendKind::LocalRedirect => Some(port.port),
     };
     service.ports.iter().find(|port| Some(port.protocol) == key.protocol && number(port) == Some(key.port))
 }

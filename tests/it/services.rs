@@ -100,6 +100,59 @@ fn backends_see_the_client_itself() -> Result<()> {
     Ok(())
 }
 
+/// A policy that leads an address to the node's pods with `app: guard`.
+fn redirection(address: &str) -> serde_json::Value {
+    let port = |number: &str, protocol: &str, name: &str| serde_json::json!({ "port": number, "protocol": protocol, "name": name });
+    serde_json::json!({
+        "apiVersion": "cilium.io/v2", "kind": "CiliumLocalRedirectPolicy",
+        "metadata": { "name": "guard", "namespace": "shop" },
+        "spec": {
+            "redirectFrontend": { "addressMatcher": {
+                "ip": address, "toPorts": [port("90", "TCP", "web"), port("90", "UDP", "query")],
+            } },
+            "redirectBackend": {
+                "localEndpointSelector": { "matchLabels": { "app": "guard" } },
+                "toPorts": [port("80", "TCP", "web"), port("8080", "UDP", "query")],
+            },
+        },
+    })
+}
+
+#[test]
+fn a_redirected_address_leads_to_pods_of_the_clients_node() -> Result<()> {
+    require_lab!();
+    let shop = Shop::start()?;
+    let _guard = shop.lab.pod(1, "shop/guard").label("app", "guard").create()?;
+    for address in ["169.254.169.254", "fd00:ec2::254"] {
+        shop.lab.manifests().write(&redirection(address))?;
+        let at = |port| socket_address(address, port);
+        let node = shop.lab.node(1).space();
+        let mut rows = Vec::new();
+        for via in [Via::Tcp, Via::Udp] {
+            rows.extend(shop.clients().map(|client| Row::new(client, via, at(90), Expected::Answered)));
+            rows.push(Row::from_space(node, "node1", via, at(90), Expected::Answered));
+        }
+        expect_all(&rows)?;
+        for via in [Via::Tcp, Via::Udp] {
+            for client in shop.clients() {
+                assert_eq!(client.probe(via, at(90)).answered_by(), Some("guard"));
+                // Another port goes its ordinary way, and so does all of another node.
+                ensure!(!client.probe(via, at(80)).is_answered());
+            }
+            ensure!(!shop.far.probe(via, at(90)).is_answered());
+        }
+    }
+    // Whose address is not left to policies, that they do not get, and it is said.
+    shop.lab.manifests().write(&redirection("203.0.113.9"))?;
+    wait_for("the refusal", || {
+        let status = shop.lab.node(1).status()?.to_string();
+        Ok(status.contains("203.0.113.9 is not within WEIR_REDIRECT_ADDRESSES"))
+    })?;
+    ensure!(!shop.client.probe(Via::Tcp, socket_address("203.0.113.9", 90)).is_answered());
+    ensure!(!shop.client.probe(Via::Tcp, socket_address("fd00:ec2::254", 90)).is_answered());
+    Ok(())
+}
+
 #[test]
 fn unready_backends_get_nothing() -> Result<()> {
     require_lab!();

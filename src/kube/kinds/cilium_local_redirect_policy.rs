@@ -1,4 +1,4 @@
-//! Policies that send what is for a Service to pods of the same node, as for a DNS cache on each node.
+//! Policies that send what is for a Service, or for an address, to pods of the same node, as for a DNS cache on each node.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use crate::kube::Tables;
 use crate::kube::convert::{Field, Notes, ObjectId, Result, items};
 use crate::kube::kind::{Meta, ObjectKind};
 use crate::kube::rows::{self, Rows};
-use crate::model::{LocalRedirect, ObjectKey, RedirectPort};
+use crate::model::{LocalRedirect, ObjectKey, RedirectFrom, RedirectPort};
 
 /// cilium.io/v2
 pub struct CiliumLocalRedirectPolicy;
@@ -23,34 +23,22 @@ impl ObjectKind for CiliumLocalRedirectPolicy {
     };
     type Row = LocalRedirect;
 
-    /// `None` where an address is redirected and no Service.
     fn read(id: &ObjectId, document: &Field, notes: &mut Notes) -> Result<Option<LocalRedirect>> {
         let spec = document.get("spec")?;
-        let frontend = spec.get("redirectFrontend")?;
-        let address = frontend.get("addressMatcher")?;
-        if address.is_present() {
-            notes.warnings.push(address.error("is not served: only what is for a Service is redirected"));
-            return Ok(None);
-        }
         let skip = spec.get("skipRedirectFromBackend")?;
         if skip.boolean()? == Some(true) {
-            notes.warnings.push(skip.error("is not kept: a backend that asks the Service reaches the node's backends"));
-        }
-        let matcher = frontend.get("serviceMatcher")?;
-        let namespace = matcher.get("namespace")?;
-        if namespace.string()?.is_some_and(|name| *name != *id.key.namespace) {
-            return Err(namespace.error("must be the policy's own: who redirects a Service must own it"));
+            notes.warnings.push(skip.error("is not kept: a backend is redirected to the node's backends, too"));
         }
         let backend = spec.get("redirectBackend")?;
         let ports = ports(&backend.get("toPorts")?)?;
         if ports.is_empty() {
             return Err(backend.get("toPorts")?.error("is required"));
         }
-        let name = matcher.get("serviceName")?.required_string()?;
+        let (from, from_ports) = redirected(id, &spec.get("redirectFrontend")?)?;
         Ok(Some(LocalRedirect {
             key: id.key.clone(),
-            service: ObjectKey::new(id.key.namespace.clone(), name),
-            service_ports: self::ports(&matcher.get("toPorts")?)?,
+            from,
+            from_ports,
             selector: selector(&backend.get("localEndpointSelector")?)?,
             ports,
         }))
@@ -59,6 +47,28 @@ impl ObjectKind for CiliumLocalRedirectPolicy {
     fn rows(tables: &Arc<Tables>) -> Box<dyn Rows<LocalRedirect>> {
         rows::plain(tables.of::<Self>(), ObjectKey::clone)
     }
+}
+
+/// What is redirected: a Service of the policy's namespace or an address, and which ports.
+fn redirected(id: &ObjectId, frontend: &Field) -> Result<(RedirectFrom, Vec<RedirectPort>)> {
+    let (address, matcher) = (frontend.get("addressMatcher")?, frontend.get("serviceMatcher")?);
+    if !address.is_present() {
+        let namespace = matcher.get("namespace")?;
+        if namespace.string()?.is_some_and(|name| *name != *id.key.namespace) {
+            return Err(namespace.error("must be the policy's own: who redirects a Service must own it"));
+        }
+        let name = matcher.get("serviceName")?.required_string()?;
+        let service = ObjectKey::new(id.key.namespace.clone(), name);
+        return Ok((RedirectFrom::Service(service), ports(&matcher.get("toPorts")?)?));
+    }
+    if matcher.is_present() {
+        return Err(matcher.error("must not be there beside addressMatcher"));
+    }
+    let ports = ports(&address.get("toPorts")?)?;
+    if ports.is_empty() {
+        return Err(address.get("toPorts")?.error("is required"));
+    }
+    Ok((RedirectFrom::Address(address.get("ip")?.address()?), ports))
 }
 
 /// Port numbers are strings here.
@@ -99,20 +109,38 @@ mod tests {
     fn the_policy_of_node_local_dns_is_read_unchanged() {
         let (row, warnings) = read(DNS).expect("it is well formed");
         let row = row.expect("a row");
-        assert_eq!((row.service.to_string().as_str(), warnings.len()), ("kube-system/kube-dns", 0));
+        let service = RedirectFrom::Service(ObjectKey::new("kube-system", "kube-dns"));
+        assert_eq!((&row.from, warnings.len()), (&service, 0));
         let port = |name: &str, protocol| RedirectPort { name: name.to_owned(), port: 53, protocol };
         assert_eq!(row.ports, [port("dns", Protocol::Udp), port("dns-tcp", Protocol::Tcp)]);
-        assert_eq!(row.service_ports, []);
+        assert_eq!(row.from_ports, []);
     }
 
     #[test]
     fn what_is_not_served_is_said_and_nobody_elses_service_is_redirected() {
-        let address = DNS.replace("serviceMatcher: {serviceName: kube-dns, namespace: kube-system}", "addressMatcher: {ip: 169.254.169.254}");
-        let said = "spec.redirectFrontend.addressMatcher: is not served: only what is for a Service is redirected";
-        assert_eq!(read(&address), Ok((None, vec![said.to_owned()])));
         assert!(read(&DNS.replace("namespace: kube-system", "namespace: other")).is_err());
         assert!(read(&DNS.replace("'53'", "'0'")).is_err());
         let skip = DNS.replace("{redirectFrontend", "{skipRedirectFromBackend: true, redirectFrontend");
         assert_eq!(read(&skip).expect("it is well formed").1.len(), 1);
+    }
+
+    #[test]
+    fn an_address_is_redirected_by_its_ports() {
+        let of = |matcher: &str| {
+            read(&DNS.replace("serviceMatcher: {serviceName: kube-dns, namespace: kube-system}", matcher))
+        };
+        let (row, warnings) =
+            of("addressMatcher: {ip: 169.254.169.254, toPorts: [{port: '80', name: dns, protocol: TCP}]}")
+                .expect("it is well formed");
+        let row = row.expect("a row");
+        assert_eq!(row.from, RedirectFrom::Address([169, 254, 169, 254].into()));
+        assert_eq!((row.from_ports.len(), row.from_ports[0].port, warnings.len()), (1, 80, 0));
+        for wrong in [
+            "addressMatcher: {ip: 169.254.169.254}",
+            "addressMatcher: {ip: here, toPorts: [{port: '80', protocol: TCP}]}",
+            "addressMatcher: {ip: 169.254.169.254, toPorts: [{port: '80', protocol: TCP}]}, serviceMatcher: {serviceName: a}",
+        ] {
+            assert!(of(wrong).is_err(), "{wrong}");
+        }
     }
 }
