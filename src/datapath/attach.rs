@@ -22,7 +22,7 @@ use super::probe::{cgroup_root_below, find_or_mount_cgroup_root};
 use super::settings::AttachMode;
 
 /// Programs of devices: `from_*` sees what a device receives, `to_*` what it sends.
-pub(super) const TC_PROGRAMS: [&str; 10] = [
+pub(super) const TC_PROGRAMS: [&str; 11] = [
     "from_pod",
     "to_pod",
     "from_network",
