@@ -155,7 +155,8 @@ __weak __noinline int before_proxy_judge(struct __sk_buff *ctx,
 	__u16 denied_by = 0;
 	bool is_answer;
 	__u64 asked = 0;
-	__u32 sender, now;
+	__u32 sender, jiffies;
+	__u64 now;
 	int verdict;
 
 	if (!packet || !room)
@@ -171,16 +172,19 @@ __weak __noinline int before_proxy_judge(struct __sk_buff *ctx,
 	flow = bpf_map_lookup_elem(&l7_flows, &room->l7_key);
 	if (!flow)
 		return TC_ACT_OK;
+	now = bpf_ktime_get_ns();
 	if (!before_proxy_is_plain(ctx, packet, &room->dns))
 		verdict = DNS_TO_PROXY;
 	else if (is_answer)
-		verdict = dns_judge_answer(ctx, packet, room, flow, &asked);
+		verdict = dns_judge_answer(ctx, packet, room, flow, now,
+					   &asked);
 	else
-		verdict = dns_judge_query(ctx, packet, room, flow, &denied_by);
+		verdict = dns_judge_query(ctx, packet, room, flow, now,
+					  &denied_by);
 	if (verdict == DNS_TO_PROXY) {
-		now = bpf_jiffies64();
+		jiffies = bpf_jiffies64();
 		if (!is_answer)
-			flow->asked_jiffies = now ? now : 1;
+			flow->asked_jiffies = jiffies ? jiffies : 1;
 		return TC_ACT_OK;
 	}
 	if (verdict == DNS_UNASKED) {
@@ -191,7 +195,7 @@ __weak __noinline int before_proxy_judge(struct __sk_buff *ctx,
 		packet->destination_endpoint = flow->client_endpoint;
 		return finish(ctx, packet, -DROP_DNS_UNASKED);
 	}
-	dns_note(ctx, room, flow, bpf_ktime_get_ns(), asked, denied_by);
+	dns_note(ctx, room, flow, now, asked, denied_by);
 	if (verdict == DNS_DENIED && dns_deny(ctx, packet, &room->dns))
 		return TC_ACT_SHOT;
 	/* To from_proxy, as what the proxy sends. */

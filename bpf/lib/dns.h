@@ -183,7 +183,6 @@ __weak __noinline int dns_read(struct __sk_buff *ctx, struct packet *packet)
 	barrier_var(length);
 	if (length > DNS_QUESTION_MAX || !length)
 		return -1;
-	__builtin_memset(dns->bytes, 0, sizeof(dns->bytes));
 	if (bpf_skb_load_bytes(ctx, dns->offset, dns->bytes, length))
 		return -1;
 	loop.dns = dns;
@@ -382,7 +381,7 @@ static __always_inline int dns_judge_query(struct __sk_buff *ctx,
 					   struct packet *packet,
 					   struct scratch *room,
 					   const struct l7_flow *flow,
-					   __u16 *denied_by)
+					   __u64 now, __u16 *denied_by)
 {
 	const struct dns_header *header = (const void *)room->dns.bytes;
 	struct dns_question *dns = &room->dns;
@@ -405,8 +404,7 @@ static __always_inline int dns_judge_query(struct __sk_buff *ctx,
 	if (dns->first[DNS_NAMES] && dns_accepts(dns, DNS_NAMES))
 		return DNS_TO_PROXY;
 	dns_hash_flow(room);
-	return dns_remember(dns, flow, bpf_ktime_get_ns()) ? DNS_PASSES
-							   : DNS_TO_PROXY;
+	return dns_remember(dns, flow, now) ? DNS_PASSES : DNS_TO_PROXY;
 }
 
 /* An answer: enum dns_verdict; says when it was asked for. The proxy has the
@@ -415,7 +413,7 @@ static __always_inline int dns_judge_answer(struct __sk_buff *ctx,
 					    struct packet *packet,
 					    struct scratch *room,
 					    const struct l7_flow *flow,
-					    __u64 *asked)
+					    __u64 now, __u64 *asked)
 {
 	const struct dns_header *header = (const void *)room->dns.bytes;
 	struct dns_question *dns = &room->dns;
@@ -425,7 +423,7 @@ static __always_inline int dns_judge_answer(struct __sk_buff *ctx,
 	if (!dns_read(ctx, packet) && header->flags[0] & DNS_IS_ANSWER &&
 	    header->questions == bpf_htons(1)) {
 		dns_hash_flow(room);
-		*asked = dns_recall(dns, flow, bpf_ktime_get_ns());
+		*asked = dns_recall(dns, flow, now);
 		if (*asked)
 			return DNS_PASSES;
 	}
