@@ -23,8 +23,9 @@ struct usage {
 	__u64 refused[QUOTA_KINDS]; /* or made room for by the endpoint's oldest */
 	__u64 records_due;	    /* time of the next record of a drop, in 1/1024 jiffies */
 	__u64 records_suppressed;
+	__u64 dns_records_due;	    /* the same of DNS, apart */
 };
-_Static_assert(sizeof(struct usage) == 64, "usage");
+_Static_assert(sizeof(struct usage) == 72, "usage");
 
 enum usage_size {
 	USAGE_ENDPOINTS = 4096,

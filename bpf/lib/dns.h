@@ -279,11 +279,34 @@ static __always_inline __u64 dns_recall(const struct dns_question *dns,
 	return 0;
 }
 
-/* A message's record; what does not fit is counted as lost. */
+/* A message's record; what has no room, or is over the pod's share, is counted. */
 struct dns_full_record {
 	struct dns_record head;
 	__u8 bytes[DNS_RECORD_BYTES];
 };
+
+/* As quota_take_record: as many a second, of a pod's own. */
+static __always_inline bool dns_may_note(const struct l7_flow *flow)
+{
+	__u32 endpoint = flow->client_endpoint ? flow->client_endpoint
+					       : flow->server_endpoint;
+	__u64 now = bpf_jiffies64() << 10, due;
+	struct usage *of;
+
+	if (!settings.drop_record_cost)
+		return true;
+	of = bpf_map_lookup_elem(&usage, &endpoint);
+	if (!of)
+		return true;
+	due = of->dns_records_due;
+	if ((__s64)(due - now) < 0)
+		due = now;
+	if (due - now >= (__u64)settings.jiffies_per_second << 10)
+		return false;
+	/* Two processors may take one for the same moment. */
+	of->dns_records_due = due + settings.drop_record_cost;
+	return true;
+}
 
 static __always_inline void dns_note(struct __sk_buff *ctx,
 				     const struct scratch *room,
@@ -300,6 +323,10 @@ static __always_inline void dns_note(struct __sk_buff *ctx,
 	if (!count)
 		return;
 	count->offered++;
+	if (!dns_may_note(flow)) {
+		count->suppressed++;
+		return;
+	}
 	record = bpf_ringbuf_reserve(&dns_records, sizeof(*record), 0);
 	if (!record) {
 		count->lost++;

@@ -74,7 +74,8 @@ impl Questions {
         if count == 0 {
             return Ok(());
         }
-        let lost = datapath.dns_counts()?.lost;
+        let counts = datapath.dns_counts()?;
+        let lost = counts.lost + counts.suppressed;
         let new = lost.saturating_sub(std::mem::replace(&mut self.lost, lost));
         self.hears.records(batch, new);
         Ok(())

@@ -111,7 +111,7 @@ plain! {
     NodeState { address_epoch, flags }
     EventCount { offered, lost, suppressed }
     NatSearch { searches, tries }
-    Usage { in_use, taken, refused, records_due, records_suppressed }
+    Usage { in_use, taken, refused, records_due, records_suppressed, dns_records_due }
     OwnAddresses { ipv4, ipv6 }
     RecountRequest { is_end, lease_seconds }
     Event {

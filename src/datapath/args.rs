@@ -87,7 +87,8 @@ pub struct QuotaArgs {
     #[arg(long, env = "WEIR_ENDPOINT_NAT_PORTS_MAX", value_name = "N")]
     pub endpoint_nat_ports_max: Option<u32>,
 
-    /// Drops of one pod that are recorded in a second; the rest is only counted. 0: no limit.
+    /// Drops of one pod that are recorded in a second, and as many of its messages of DNS that the kernel judges; the
+    /// rest is only counted. 0: no limit.
     #[arg(long, env = "WEIR_ENDPOINT_DROP_RECORDS", value_name = "N", default_value_t = 1000)]
     pub endpoint_drop_records: u32,
 }

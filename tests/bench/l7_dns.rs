@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::ProgramInput;
+use weir::datapath::{Quotas, Settings};
 use weir::model::l7::{DnsRule, RuleSetId};
 
 use crate::frame::{Packet, udp};
@@ -25,9 +26,12 @@ const ROUNDS: usize = 15;
 /// One client's part of a round.
 const TURN: Duration = Duration::from_millis(300);
 
-const SECTIONS: [crate::Section; 2] = [
+const SECTIONS: [crate::Section; 3] = [
     ("dns_program", "dns/query_and_answer", query_and_answer),
-    ("dns_queries", "dns/queries/vs_no_rule", queries),
+    ("dns_queries", "dns/queries/vs_no_rule", || queries("vs_no_rule", &[])),
+    ("dns_unseen", "dns/queries/unseen_vs_no_rule", || {
+        queries("unseen_vs_no_rule", &["--flow-events=false"])
+    }),
 ];
 
 /// Measures every row, or those of the section that `ONLY` names.
@@ -59,13 +63,18 @@ fn query_and_answer() -> Result<Vec<Row>> {
     for cast in casts() {
         let family = if cast.a.is_ipv4() { "ipv4" } else { "ipv6" };
         let (sender, receiver) = std::sync::mpsc::channel();
-        within(settings(), move |world| Ok(sender.send(measure(world, &cast)?)?))?;
+        within(recording(), move |world| Ok(sender.send(measure(world, &cast)?)?))?;
         let (value, floor) = receiver.recv().context("the figures of the program")?;
         let row = Row::new(format!("dns/query_and_answer/{family}"), "ns", value - floor)
             .at_most(QUERY_AND_ANSWER_NS);
         rows.push(Row { against: Some(floor), ..row });
     }
     Ok(rows)
+}
+
+/// Every message has its record.
+fn recording() -> Settings {
+    Settings { quotas: Quotas { drop_records_per_second: 0, ..Quotas::default() }, ..settings() }
 }
 
 fn measure(world: &mut World, cast: &Cast) -> Result<(f64, f64)> {
@@ -101,9 +110,11 @@ fn measure(world: &mut World, cast: &Cast) -> Result<(f64, f64)> {
     Ok((median(&mut values), median(&mut floors)))
 }
 
-/// Two pods in turn, one of them under a rule of names, against one server of the same node.
-fn queries() -> Result<Vec<Row>> {
-    let lab = Lab::start(Setup::default())?;
+/// Two pods in turn, one of them under a rule of names, against one server of the same node; all of it, with the
+/// agent, on one processor.
+fn queries(what: &str, agent_arguments: &[&str]) -> Result<Vec<Row>> {
+    let agent_arguments = agent_arguments.iter().map(ToString::to_string).collect();
+    let lab = Lab::start(Setup { agent_arguments, ..Setup::default() })?;
     let policy = |name: &str, rules: &str| {
         lab.manifests().apply(&format!(
             "apiVersion: cilium.io/v2
@@ -136,7 +147,7 @@ spec:
             ratios.push(pair.0 / pair.1);
         }
         let family = if is_ipv4 { "ipv4" } else { "ipv6" };
-        let row = Row::new(format!("dns/queries/vs_no_rule/{family}"), "queries/s", median(&mut with));
+        let row = Row::new(format!("dns/queries/{what}/{family}"), "queries/s", median(&mut with));
         rows.push(row.against(median(&mut without), Some(median(&mut ratios))).at_least(VS_NO_RULE));
     }
     let flows = lab.node(1).map("l7_flows")?;

@@ -45,6 +45,7 @@ mod proxy;
 mod published_policies;
 mod real_node;
 mod require;
+mod resolvers;
 mod restart;
 mod same_node;
 mod senders;

@@ -1,6 +1,6 @@
 //! Names of DNS on real nodes: who may ask for which, and who may speak to what an answer says.
 
-mod zone;
+pub mod zone;
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -22,7 +22,7 @@ fn address(text: &str) -> IpAddr {
 }
 
 /// Lets pods with the label `app: client` ask everybody for some names, and speak to nobody else.
-fn allow_names(lab: &Lab, rules: &str, more: &str) -> Result<()> {
+pub fn allow_names(lab: &Lab, rules: &str, more: &str) -> Result<()> {
     lab.manifests().apply(&format!(
         "apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy

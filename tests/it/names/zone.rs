@@ -13,6 +13,8 @@ use anyhow::{Context, Result, ensure};
 use crate::lab::{Lab, Running, Space};
 
 const PORT: u16 = 53;
+/// A longer answer is truncated over UDP.
+const DATAGRAM_MAX: usize = 512;
 /// No such name, in an answer.
 pub const NXDOMAIN: u8 = 3;
 /// The server does not answer this to the one who asks.
@@ -92,7 +94,11 @@ impl Shared {
         let mut buffer = [0; 4096];
         while !self.stops() {
             let Ok((length, client)) = socket.recv_from(&mut buffer) else { continue };
-            if let Some(answer) = self.answer(&buffer[..length]) {
+            if let Some(mut answer) = self.answer(&buffer[..length]) {
+                // Nobody gets fragments: who wants all asks by TCP.
+                if answer.len() > DATAGRAM_MAX {
+                    truncate(&mut answer);
+                }
                 // A client that has gone away needs no answer.
                 let _ = socket.send_to(&answer, client);
             }
@@ -147,6 +153,15 @@ impl Shared {
         }
         answer[6..8].copy_from_slice(&count.to_be_bytes());
         Some(answer)
+    }
+}
+
+/// Leaves the question, and says that there is more.
+fn truncate(answer: &mut Vec<u8>) {
+    if let Some((_, _, end)) = question(answer) {
+        answer.truncate(end);
+        answer[2] |= 2;
+        answer[6..8].fill(0);
     }
 }
 
