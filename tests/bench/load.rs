@@ -183,10 +183,15 @@ pub fn run_if_asked() -> Result<()> {
 
 /// Measures `load` on all `paths` in alternating rounds.
 pub fn measure(load: Load, paths: &[Path<'_>]) -> Result<Samples> {
+    measure_rounds(load, paths, ROUNDS)
+}
+
+/// The same in so many rounds.
+pub fn measure_rounds(load: Load, paths: &[Path<'_>], rounds: usize) -> Result<Samples> {
     let mut samples: Vec<(&'static str, Vec<f64>)> =
         paths.iter().map(|path| (path.name, Vec::new())).collect();
     let mut random = 1_u64;
-    for round in 0..=ROUNDS {
+    for round in 0..=rounds {
         // Nobody always follows the same neighbour.
         let mut order: Vec<usize> = (0..paths.len()).collect();
         for left in (1..order.len()).rev() {

@@ -6,6 +6,7 @@ mod collect;
 #[allow(dead_code)]
 mod control_plane;
 mod datapath;
+mod encryption;
 #[path = "../e2e/world.rs"]
 #[allow(dead_code)]
 mod end_to_end;
@@ -40,12 +41,13 @@ type Measure = fn() -> Result<Vec<Row>>;
 type Section = (&'static str, &'static str, Measure);
 
 /// Every suite, by name.
-const SUITES: [(&str, Measure); 6] = [
+const SUITES: [(&str, Measure); 7] = [
     ("datapath", datapath::rows),
     ("policy", policy::rows),
     ("flow", flow::rows),
     ("service", service::rows),
     ("dns", l7_dns::rows),
+    ("encryption", encryption::rows),
     ("cluster", cluster::rows),
 ];
 

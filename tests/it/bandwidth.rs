@@ -1,15 +1,11 @@
 //! What a pod may send and receive.
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::lab::{Lab, PORTS, Pod, Running, Setup, output_of, wait_for};
+use crate::lab::{Lab, Pod, Setup, Streams, output_of, round_trip, wait_for};
 use crate::require::require_lab;
 
 /// Bits a second.
@@ -17,90 +13,10 @@ const LIMIT: f64 = 20e6;
 const MEASURED_FOR: Duration = Duration::from_secs(2);
 /// Headers count, which are a twentieth; the rest is for a machine that is busy with other tests.
 const SHARES: std::ops::RangeInclusive<f64> = 0.75..=1.15;
-/// So long the connections have to fill the queues before.
-const WARM_UP: Duration = Duration::from_millis(700);
 
-/// Connections that carry as much as goes, once they may begin.
-struct Streams {
-    received: Arc<AtomicU64>,
-    begins: Arc<AtomicBool>,
-    stops: Arc<AtomicBool>,
-    senders: Vec<Running<Result<()>>>,
-    accepted: Vec<TcpStream>,
-}
-
-impl Streams {
-    fn connect(from: &Pod, to: &Pod, count: usize, port: u16) -> Result<Self> {
-        let target = SocketAddr::new(to.address(true), port);
-        let listener = to.space().run(move || TcpListener::bind(target))?;
-        let (begins, stops) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-        let send = || {
-            let (begins, stops) = (begins.clone(), stops.clone());
-            from.space().start(move || -> Result<()> {
-                let (mut stream, part) = (TcpStream::connect(target)?, vec![0; 16384]);
-                while !begins.load(Ordering::Relaxed) {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                stream.set_write_timeout(Some(Duration::from_millis(100)))?;
-                while !stops.load(Ordering::Relaxed) {
-                    match stream.write(&part) {
-                        Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => break,
-                        _ => {}
-                    }
-                }
-                Ok(())
-            })
-        };
-        let senders = (0..count).map(|_| send()).collect();
-        let received = Arc::new(AtomicU64::new(0));
-        let accepted = to.space().run({
-            let received = received.clone();
-            move || -> Result<Vec<TcpStream>> {
-                let accept = || -> Result<TcpStream> {
-                    let stream = listener.accept()?.0;
-                    let (mut reading, received) = (stream.try_clone()?, received.clone());
-                    std::thread::spawn(move || {
-                        let mut buffer = vec![0; 65536];
-                        while let Ok(length @ 1..) = reading.read(&mut buffer) {
-                            received.fetch_add(length as u64, Ordering::Relaxed);
-                        }
-                    });
-                    Ok(stream)
-                };
-                (0..count).map(|_| accept()).collect()
-            }
-        })?;
-        Ok(Self { received, begins, stops, senders, accepted })
-    }
-
-    fn bits(&self) -> f64 {
-        self.received.load(Ordering::Relaxed) as f64 * 8.0
-    }
-
-    fn stop(self) -> Result<()> {
-        self.stops.store(true, Ordering::Relaxed);
-        for stream in &self.accepted {
-            stream.shutdown(std::net::Shutdown::Both)?;
-        }
-        drop(self.accepted);
-        self.senders.into_iter().try_for_each(|sender| sender.wait())
-    }
-}
-
-/// Bits a second of payload that arrive by each of these, while all of them send.
-fn measure_all(streams: Vec<Streams>) -> Result<Vec<f64>> {
-    streams.iter().for_each(|streams| streams.begins.store(true, Ordering::Relaxed));
-    std::thread::sleep(WARM_UP);
-    let (began, before): (_, Vec<f64>) = (Instant::now(), streams.iter().map(Streams::bits).collect());
-    std::thread::sleep(MEASURED_FOR);
-    let after: Vec<f64> = streams.iter().map(Streams::bits).collect();
-    let seconds = began.elapsed().as_secs_f64();
-    streams.into_iter().try_for_each(Streams::stop)?;
-    Ok(after.iter().zip(before).map(|(after, before)| (after - before) / seconds).collect())
-}
-
+/// Bits a second of payload that arrive over so many connections, while all of them send.
 fn measure(from: &Pod, to: &Pod, streams: usize, port: u16) -> Result<f64> {
-    let rates = measure_all(vec![Streams::connect(from, to, streams, port)?])?;
+    let rates = Streams::measure(vec![Streams::connect(from, to, streams, port)?], MEASURED_FOR)?;
     rates.first().copied().context("one rate")
 }
 
@@ -116,25 +32,6 @@ fn annotate(lab: &Lab, pod: &str, annotation: &str, value: Option<&str>) -> Resu
         "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: {namespace}\n{annotations}spec:\n  \
          nodeName: node1\n  containers: [{{name: main, image: none}}]\n"
     ))
-}
-
-/// The median time that a message and its echo need.
-fn round_trip(from: &Pod, to: &Pod) -> Result<Duration> {
-    let target = SocketAddr::new(to.address(true), PORTS[0]);
-    from.space().run(move || {
-        let socket = UdpSocket::bind("0.0.0.0:0")?;
-        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
-        socket.connect(target)?;
-        let mut times = Vec::new();
-        for _ in 0..100 {
-            let (began, mut answer) = (Instant::now(), [0; 256]);
-            socket.send(b"x")?;
-            socket.recv(&mut answer)?;
-            times.push(began.elapsed());
-        }
-        times.sort();
-        Ok(times[times.len() / 2])
-    })
 }
 
 #[test]
@@ -181,8 +78,7 @@ fn a_limited_pod_receives_its_share(routing: &str) -> Result<()> {
     ensure!(shares.iter().all(|share| SHARES.contains(share)), "shares of the limit: {shares:?}");
     let quiet = round_trip(&b, &d)?;
     let load = Streams::connect(&b, &a, 1, 7000)?;
-    load.begins.store(true, Ordering::Relaxed);
-    std::thread::sleep(WARM_UP);
+    load.begin();
     let (beside, through) = (round_trip(&b, &d)?, round_trip(&b, &a)?);
     load.stop()?;
     println!(
@@ -250,7 +146,8 @@ fn the_guaranteed_go_first(routing: &str) -> Result<()> {
         })?;
         // A queue of the node's device is full, which both pass.
         let both = vec![Streams::connect(&a, &c, 4, port)?, Streams::connect(&b, &c, 4, port + 1)?];
-        let shares: Vec<f64> = measure_all(both)?.iter().map(|rate| rate / LIMIT).collect();
+        let shares: Vec<f64> =
+            Streams::measure(both, MEASURED_FOR)?.iter().map(|rate| rate / LIMIT).collect();
         println!("{routing}: {first} {:.3}, {second} {:.3}", shares[0], shares[1]);
         let (most, least) =
             if first == "guaranteed" { (shares[0], shares[1]) } else { (shares[1], shares[0]) };

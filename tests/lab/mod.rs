@@ -25,6 +25,7 @@ mod pod;
 mod probe;
 mod relay;
 mod space;
+mod streams;
 mod traffic;
 mod wall;
 mod wire;
@@ -49,6 +50,7 @@ pub use self::{
     probe::{Outcome, PATIENCE, Server, Via, ping, probe, probe_udp},
     relay::relay,
     space::{Running, Space, output_of},
+    streams::{Streams, round_trip},
     traffic::{Report, Traffic},
     wall::{MARKER, Wall},
     wire::{OUTSIDE, Wire, node_addresses, route_to_pods},
