@@ -240,6 +240,7 @@ async fn requests_are_flows_of_layer_7() {
     assert_eq!((third.verdict(), third.drop_reason_desc), (Verdict::Dropped, 133));
     assert_ne!(first.uuid, second.uuid);
     let style = super::text::Style {
+        time: Default::default(),
         colours: crate::flow::Colours::Off,
         node: false,
         policies: false,

@@ -2,6 +2,9 @@
 
 use std::fmt::Write;
 
+use clap::ValueEnum;
+use jiff::Timestamp;
+
 use super::convert::event_types;
 use super::proto::flow::{
     Endpoint, Flow, L7FlowType, Service, TraceObservationPoint, TrafficDirection, Verdict, layer7,
@@ -14,11 +17,75 @@ use super::view::{deciding, policy_name, ports};
 use crate::flow::{Colours, DropReason, escape, reserved_name};
 use crate::model::{IdentityId, MatchType};
 
+/// How times are written, by the stock command line's names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum TimeFormat {
+    /// Jan _2 15:04:05.000
+    #[default]
+    #[value(name = "StampMilli")]
+    StampMilli,
+    /// 2006-01-02
+    #[value(name = "YearMonthDay")]
+    YearMonthDay,
+    /// 2006-01-02T15Z07:00
+    #[value(name = "YearMonthDayHour")]
+    YearMonthDayHour,
+    /// 2006-01-02T15:04Z07:00
+    #[value(name = "YearMonthDayHourMinute")]
+    YearMonthDayHourMinute,
+    /// 2006-01-02T15:04:05Z07:00
+    #[value(name = "RFC3339")]
+    Rfc3339,
+    /// 2006-01-02T15:04:05.999Z07:00
+    #[value(name = "RFC3339Milli")]
+    Rfc3339Milli,
+    /// 2006-01-02T15:04:05.999999Z07:00
+    #[value(name = "RFC3339Micro")]
+    Rfc3339Micro,
+    /// 2006-01-02T15:04:05.999999999Z07:00
+    #[value(name = "RFC3339Nano")]
+    Rfc3339Nano,
+    /// Mon, 02 Jan 2006 15:04:05 -0700
+    #[value(name = "RFC1123Z")]
+    Rfc1123Z,
+}
+
+impl TimeFormat {
+    /// In UTC, as all times here.
+    fn write(self, at: Timestamp) -> String {
+        let (pattern, digits) = match self {
+            Self::StampMilli => return at.strftime("%b %e %H:%M:%S%.3f").to_string(),
+            Self::YearMonthDay => ("%Y-%m-%d", None),
+            Self::YearMonthDayHour => ("%Y-%m-%dT%HZ", None),
+            Self::YearMonthDayHourMinute => ("%Y-%m-%dT%H:%MZ", None),
+            Self::Rfc1123Z => ("%a, %d %b %Y %H:%M:%S +0000", None),
+            Self::Rfc3339 => ("%Y-%m-%dT%H:%M:%SZ", None),
+            Self::Rfc3339Milli => ("%Y-%m-%dT%H:%M:%S", Some(3)),
+            Self::Rfc3339Micro => ("%Y-%m-%dT%H:%M:%S", Some(6)),
+            Self::Rfc3339Nano => ("%Y-%m-%dT%H:%M:%S", Some(9)),
+        };
+        let mut text = at.strftime(pattern).to_string();
+        if let Some(digits) = digits {
+            // Zeros at the end are not written.
+            let fraction = format!("{:09}", at.subsec_nanosecond().max(0));
+            let fraction = fraction[..digits].trim_end_matches('0');
+            if !fraction.is_empty() {
+                text.push('.');
+                text.push_str(fraction);
+            }
+            text.push('Z');
+        }
+        text
+    }
+}
+
 /// What is shown.
 #[derive(Clone, Copy, Debug)]
 pub struct Style {
     /// Whether verdicts have colours.
     pub colours: Colours,
+    /// How times are written.
+    pub time: TimeFormat,
     /// The node that saw it.
     pub node: bool,
     /// The policies that decided.
@@ -45,7 +112,7 @@ pub fn compact(answer: &GetFlowsResponse, style: Style) -> String {
     let node = if style.node { format!(" [{}]", escape(&flow.node_name)) } else { String::new() };
     format!(
         "{}{node}: {from} {arrow} {to} {} {} ({})",
-        when(flow),
+        when(flow, style),
         what(flow),
         verdict(flow, style),
         escape(&summary(flow))
@@ -56,7 +123,7 @@ pub fn compact(answer: &GetFlowsResponse, style: Style) -> String {
 pub fn dict(answer: &GetFlowsResponse, style: Style) -> String {
     let Some(ResponseTypes::Flow(flow)) = &answer.response_types else { return other(answer) };
     let [from, to] = sides(flow, style);
-    let mut text = format!("  TIMESTAMP: {}\n", when(flow));
+    let mut text = format!("  TIMESTAMP: {}\n", when(flow, style));
     if style.node {
         let _infallible = writeln!(text, "       NODE: {}", escape(&flow.node_name));
     }
@@ -79,7 +146,15 @@ pub fn row(answer: &GetFlowsResponse, style: Style) -> Option<[String; 7]> {
     let [from, to] = sides(flow, style);
     let node = escape(&flow.node_name).into_owned();
     let style = Style { colours: Colours::Off, ..style };
-    Some([when(flow), node, from, to, what(flow), verdict(flow, style), escape(&summary(flow)).into_owned()])
+    Some([
+        when(flow, style),
+        node,
+        from,
+        to,
+        what(flow),
+        verdict(flow, style),
+        escape(&summary(flow)).into_owned(),
+    ])
 }
 
 /// Losses and nodes.
@@ -105,9 +180,9 @@ pub fn other(answer: &GetFlowsResponse) -> String {
     }
 }
 
-fn when(flow: &Flow) -> String {
+fn when(flow: &Flow, style: Style) -> String {
     let at = flow.time.as_ref().and_then(time);
-    at.map_or_else(|| "N/A".to_owned(), |at| at.strftime("%b %e %H:%M:%S%.3f").to_string())
+    at.map_or_else(|| "N/A".to_owned(), |at| style.time.write(at))
 }
 
 fn sides(flow: &Flow, style: Style) -> [String; 2] {
@@ -254,7 +329,32 @@ mod tests {
     use crate::flow::tests::{dropped, forwarded};
     use crate::hubble::tests::flow;
 
-    const STYLE: Style = Style { colours: Colours::Off, node: false, policies: false, numeric: false };
+    const STYLE: Style = Style {
+        colours: Colours::Off,
+        time: TimeFormat::StampMilli,
+        node: false,
+        policies: false,
+        numeric: false,
+    };
+
+    #[test]
+    fn times_are_written_by_their_names() {
+        let at: Timestamp = "2026-01-02T03:04:05.120000340Z".parse().expect("a time");
+        for (format, text) in [
+            ("StampMilli", "Jan  2 03:04:05.120"),
+            ("YearMonthDay", "2026-01-02"),
+            ("YearMonthDayHour", "2026-01-02T03Z"),
+            ("YearMonthDayHourMinute", "2026-01-02T03:04Z"),
+            ("RFC3339", "2026-01-02T03:04:05Z"),
+            ("RFC3339Milli", "2026-01-02T03:04:05.12Z"),
+            ("RFC3339Micro", "2026-01-02T03:04:05.12Z"),
+            ("RFC3339Nano", "2026-01-02T03:04:05.12000034Z"),
+            ("RFC1123Z", "Fri, 02 Jan 2026 03:04:05 +0000"),
+        ] {
+            let format = TimeFormat::from_str(format, false).expect("a name");
+            assert_eq!(format.write(at), text, "{format:?}");
+        }
+    }
 
     fn answer(flow: Flow) -> GetFlowsResponse {
         GetFlowsResponse { response_types: Some(ResponseTypes::Flow(flow)), ..GetFlowsResponse::default() }

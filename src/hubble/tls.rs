@@ -18,7 +18,9 @@ const FILES: [&str; 3] = ["ca.crt", "tls.crt", "tls.key"];
 
 /// Both sides' settings, made anew whenever the files have changed.
 pub struct Identity {
-    directory: PathBuf,
+    authority: PathBuf,
+    /// Certificate and key; a client that has none is nobody.
+    leaf: Option<[PathBuf; 2]>,
     current: Mutex<Option<(Stamp, Configs)>>,
 }
 
@@ -27,19 +29,25 @@ type Stamp = [Option<(u64, SystemTime)>; 3];
 
 #[derive(Clone)]
 struct Configs {
-    server: Arc<ServerConfig>,
+    server: Option<Arc<ServerConfig>>,
     client: Arc<ClientConfig>,
 }
 
 impl Identity {
     /// Of the files in `directory`, which need not be there yet.
     pub fn new(directory: &Path) -> Self {
-        Self { directory: directory.to_owned(), current: Mutex::default() }
+        let [authority, certificate, key] = FILES.map(|file| directory.join(file));
+        Self { authority, leaf: Some([certificate, key]), current: Mutex::default() }
+    }
+
+    /// Of a client, from files of any names; `leaf`: certificate and key.
+    pub fn of_client(authority: PathBuf, leaf: Option<[PathBuf; 2]>) -> Self {
+        Self { authority, leaf, current: Mutex::default() }
     }
 
     /// For connections that are accepted: the client must have a certificate that the authority signed.
     pub fn server(&self) -> Result<Arc<ServerConfig>> {
-        Ok(self.configs()?.server)
+        self.configs()?.server.context("a server needs a certificate of its own")
     }
 
     /// For connections that are made.
@@ -71,31 +79,31 @@ impl Identity {
     }
 
     fn stamp(&self) -> Stamp {
-        FILES.map(|file| {
-            let metadata = fs::metadata(self.directory.join(file)).ok()?;
+        let [certificate, key] = self.leaf.as_ref().map_or([None; 2], |leaf| leaf.each_ref().map(Some));
+        [Some(&self.authority), certificate, key].map(|file| {
+            let metadata = fs::metadata(file?).ok()?;
             Some((metadata.len(), metadata.modified().ok()?))
         })
     }
 
     fn read(&self) -> Result<Configs> {
-        let read = |file: &str| {
-            let path = self.directory.join(file);
-            fs::read(&path).with_context(|| format!("reading {}", path.display()))
-        };
-        let [authority, certificate, key] = FILES.map(read);
-        let (authority, certificate, key) = (authority?, certificate?, key?);
+        let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
         let mut roots = RootCertStore::empty();
-        for root in certificates(&authority).context("reading ca.crt")? {
-            roots.add(root).context("reading ca.crt")?;
+        let what = || format!("reading {}", self.authority.display());
+        for root in certificates(&read(&self.authority)?).with_context(what)? {
+            roots.add(root).with_context(what)?;
         }
         let roots = Arc::new(roots);
-        let chain = certificates(&certificate).context("reading tls.crt")?;
-        let key = PrivateKeyDer::from_pem_slice(&key).context("reading tls.key")?;
         let provider = Arc::new(ring::default_provider());
-        Ok(Configs {
-            server: Arc::new(server(provider.clone(), roots.clone(), chain.clone(), key.clone_key())?),
-            client: Arc::new(client(provider, roots, chain, key)?),
-        })
+        let Some([certificate, key]) = &self.leaf else {
+            return Ok(Configs { server: None, client: Arc::new(client(provider, roots, None)?) });
+        };
+        let what = |path: &Path| format!("reading {}", path.display());
+        let chain = certificates(&read(certificate)?).with_context(|| what(certificate))?;
+        let key = PrivateKeyDer::from_pem_slice(&read(key)?).with_context(|| what(key))?;
+        let server = server(provider.clone(), roots.clone(), chain.clone(), key.clone_key())?;
+        let client = client(provider, roots, Some((chain, key)))?;
+        Ok(Configs { server: Some(Arc::new(server)), client: Arc::new(client) })
     }
 }
 
@@ -129,15 +137,18 @@ fn server(
 fn client(
     provider: Arc<CryptoProvider>,
     roots: Arc<RootCertStore>,
-    chain: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
+    leaf: Option<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)>,
 ) -> Result<ClientConfig> {
-    let mut config = ClientConfig::builder_with_provider(provider)
+    let config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])
         .context("choosing TLS 1.3")?
-        .with_root_certificates(roots)
-        .with_client_auth_cert(chain, key)
-        .context("using tls.crt with tls.key")?;
+        .with_root_certificates(roots);
+    let mut config = match leaf {
+        Some((chain, key)) => {
+            config.with_client_auth_cert(chain, key).context("using the certificate with its key")?
+        }
+        None => config.with_no_client_auth(),
+    };
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(config)
 }

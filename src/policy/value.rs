@@ -35,6 +35,8 @@ struct Direction {
     classes: HashMap<Rows, u32>,
     /// Saves building the rows of a combination again.
     known: HashMap<Combination, u32>,
+    /// The same of a rule alone that names no port: most identities meet one.
+    alone: HashMap<usize, u32>,
     refuses_strangers: bool,
 }
 
@@ -157,6 +159,7 @@ impl Direction {
             everyone: Vec::new(),
             classes: HashMap::new(),
             known: HashMap::new(),
+            alone: HashMap::new(),
             refuses_strangers: false,
         }
     }
@@ -264,7 +267,7 @@ impl Direction {
         let mut compiled = CompiledDirection { refuses_strangers, ..CompiledDirection::default() };
         for same in met.chunk_by(|a, b| a.0 == b.0) {
             let id = same[0].0;
-            let class = self.class_of(id, same.iter().map(|(_, rule)| *rule).collect(), peers);
+            let class = self.class_of(id, same.iter().map(|(_, rule)| *rule), peers);
             set_class(&mut compiled, id, class);
         }
         self.add_missing_rows(&mut compiled);
@@ -285,14 +288,31 @@ impl Direction {
                 let is_met = |rule: &Rule| {
                     rule.peers.iter().any(|peer| peers.matched(*peer).binary_search(&id).is_ok())
                 };
-                let met = (0..self.rules.len()).filter(|index| is_met(&self.rules[*index])).collect();
-                let class = self.class_of(id, met, peers);
+                let met: Vec<usize> =
+                    (0..self.rules.len()).filter(|index| is_met(&self.rules[*index])).collect();
+                let class = self.class_of(id, met.into_iter(), peers);
                 (class != old.peers.get(&id).copied().unwrap_or(0)).then_some((id, class))
             })
             .collect()
     }
 
-    fn class_of(&mut self, id: IdentityId, met: Vec<usize>, peers: &Peers) -> u32 {
+    fn class_of(&mut self, id: IdentityId, met: impl Iterator<Item = usize> + Clone, peers: &Peers) -> u32 {
+        let mut first = met.clone();
+        let alone = match (first.next(), first.next()) {
+            (Some(index), None) if self.rules[index].named.is_empty() => Some(index),
+            _ => None,
+        };
+        if let Some(class) = alone.and_then(|index| self.alone.get(&index)) {
+            return *class;
+        }
+        let class = self.class_of_many(id, met.collect(), peers);
+        if let Some(index) = alone {
+            self.alone.insert(index, class);
+        }
+        class
+    }
+
+    fn class_of_many(&mut self, id: IdentityId, met: Vec<usize>, peers: &Peers) -> u32 {
         let ports = peers.member(id).and_then(|member| member.labels.as_deref());
         let mut named = Vec::new();
         for index in &met {

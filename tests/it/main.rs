@@ -55,6 +55,7 @@ mod services;
 mod shop;
 mod sinks;
 mod sockets;
+mod stock_hubble;
 mod tools;
 mod two_nodes;
 mod upgrade;

@@ -334,7 +334,7 @@ fn an_address_counts_until_its_time_has_passed_and_connections_have_ended() -> R
 }
 
 /// Serves every connection to an address by a thread of its own, until the test ends.
-fn serve(space: &Space, address: SocketAddr, answer: fn(&[u8]) -> Vec<u8>) -> Result<()> {
+pub fn serve(space: &Space, address: SocketAddr, answer: fn(&[u8]) -> Vec<u8>) -> Result<()> {
     let listener = space.run(move || TcpListener::bind(address))?;
     space.start(move || {
         for stream in listener.incoming() {

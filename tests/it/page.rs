@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::lab::{Lab, Setup, Via, binary, wait_for};
+use crate::names;
 use crate::require::require_lab;
 use crate::shop::page::{AGENT_ARGUMENTS, Page};
 use crate::shop::{ATTEMPTS, Shop};
@@ -29,10 +30,10 @@ fn ui() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("ui")
 }
 
-/// Runs the page's tests (ui/tests/real); what they printed, if they failed.
-fn browse(url: &str, rule: &Path) -> Result<()> {
+/// Runs a file of the page's tests (ui/tests/real); what they printed, if they failed.
+fn browse(file: &str, url: &str, rule: &Path) -> Result<()> {
     let output = Command::new("npm")
-        .args(["run", "--silent", "test:real"])
+        .args(["run", "--silent", "test:real", "--", file])
         .current_dir(ui())
         .env("WEIR_PAGE", url)
         .env("WEIR_RULE", rule)
@@ -57,7 +58,7 @@ fn the_page_shows_the_shop_and_its_rule_allows_what_was_denied() -> Result<()> {
     let rule = shop.lab().directory().join("rule.yaml");
     let browsing = thread::spawn({
         let (url, rule) = (page.url(), rule.clone());
-        move || browse(&url, &rule)
+        move || browse("shop", &url, &rule)
     });
     // The first screen shows what happens now.
     while !browsing.is_finished() {
@@ -71,6 +72,51 @@ fn the_page_shows_the_shop_and_its_rule_allows_what_was_denied() -> Result<()> {
         ATTEMPTS.iter().position(|attempt| attempt.to == "service data/database" && !attempt.is_allowed);
     let denied = denied.context("the shop denies its front end the database")?;
     wait_for("the rule to allow what was denied", || Ok(shop.try_all()?[denied].is_answered()))
+}
+
+/// Requests of a pod whose namespace only asks to see them are flows of the relay and on the page.
+#[test]
+fn requests_that_are_only_shown_are_on_the_page() -> Result<()> {
+    require_lab!();
+    let agent_arguments = AGENT_ARGUMENTS.map(str::to_owned).to_vec();
+    let lab = Lab::start(Setup { agent_arguments, ..Setup::default() })?;
+    lab.manifests().apply(
+        "apiVersion: v1
+kind: Namespace
+metadata: {name: shown, annotations: {weir.dev/visibility: http}}
+",
+    )?;
+    let client = lab.pod(1, "shown/client").create()?;
+    // Every port of a pod has a server of the lab's.
+    lab.outside().configure(&["route add local 198.18.0.0/16 dev lo"])?;
+    let web: std::net::SocketAddr = "198.18.0.80:8080".parse()?;
+    names::serve(lab.outside(), web, |_| b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok".to_vec())?;
+    let ask = || client.space().http_get(web, "/only-shown");
+    let page = Page::serve(&lab, "127.0.0.1:0")?;
+    let of_relay = || -> Result<Vec<Value>> {
+        let mut command = Command::new(binary("weir")?);
+        command.args(["observe", "--all", "--type", "l7", "-o", "json", "--server", "127.0.0.1:4245"]);
+        let written = lab.node(1).space().command(command, "")?;
+        let answers = written.lines().map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
+        Ok(answers.into_iter().map(|mut answer| answer["flow"].take()).filter(Value::is_object).collect())
+    };
+    wait_for("the requests by the relay", || {
+        anyhow::ensure!(ask()?.0 == 200);
+        Ok(of_relay()?.iter().any(|flow| flow["l7"]["http"]["url"].to_string().contains("/only-shown")))
+    })?;
+    anyhow::ensure!(of_relay()?.iter().all(|flow| flow["verdict"] == "FORWARDED"), "nothing is denied");
+    if let Some(lack) = browser_lacks() {
+        eprintln!("SKIPPED (the page) requests_that_are_only_shown_are_on_the_page: {lack}");
+        return Ok(());
+    }
+    let browsing = thread::spawn({
+        let (url, rule) = (page.url(), lab.directory().join("rule.yaml"));
+        move || browse("shown", &url, &rule)
+    });
+    while !browsing.is_finished() {
+        anyhow::ensure!(ask()?.0 == 200);
+    }
+    browsing.join().expect("the browser's thread does not panic")
 }
 
 /// `weir observe` and `weir top` ask a relay, which asks every node.

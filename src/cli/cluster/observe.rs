@@ -25,8 +25,16 @@ pub struct Wanted {
 impl Wanted {
     /// From the arguments that were typed: those that only this side understands are left out.
     pub fn typed(typed: impl IntoIterator<Item = String>, follow: bool, last: Option<u64>) -> Self {
-        const WITH_VALUE: [&str; 7] =
-            ["--kubeconfig", "--context", "--weir-namespace", "--output", "-o", "--socket", "--color"];
+        const WITH_VALUE: [&str; 8] = [
+            "--kubeconfig",
+            "--context",
+            "--weir-namespace",
+            "--output",
+            "-o",
+            "--socket",
+            "--color",
+            "--time-format",
+        ];
         let mut arguments = vec!["observe".to_owned()];
         let mut typed = typed.into_iter().skip_while(|word| word != "observe").skip(1);
         while let Some(word) = typed.next() {

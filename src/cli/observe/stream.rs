@@ -8,9 +8,10 @@ use std::path::Path;
 use anyhow::{Context, anyhow};
 use tonic::transport::Channel;
 
-use super::{FlowFormat, From, ObserveArgs};
+use super::{Colour, FlowFormat, From, ObserveArgs};
 use crate::cli::cluster::observe::{Wanted, run as observe_cluster};
 use crate::cli::{Connection, Failure, cluster, output};
+use crate::flow::Colours;
 use crate::hubble::args::socket_beside;
 use crate::hubble::client::{ANSWER_BYTES_MAX, connect, connect_socket};
 use crate::hubble::filter::Filters;
@@ -22,7 +23,6 @@ use crate::hubble::proto::observer::observer_client::ObserverClient;
 use crate::hubble::proto::observer::{GetFlowsRequest, GetFlowsResponse};
 use crate::hubble::proto::{time, timestamp};
 use crate::hubble::text::{HEADS, Style, compact, dict, other, row};
-use crate::hubble::tls::Identity;
 
 const DEFAULT_LAST: u64 = 20;
 /// Longer lines are no flow.
@@ -91,7 +91,8 @@ pub async fn channel(from: &From) -> Result<Channel, Failure> {
     if let Some(path) = server.strip_prefix("unix:") {
         return Ok(connect_socket(Path::new(path.trim_start_matches("//"))).await?);
     }
-    let identity = from.tls_dir.as_deref().map(Identity::new);
+    let identity = from.identity()?;
+    let server = server.strip_prefix("tls://").unwrap_or(server);
     Ok(connect(server, identity.as_ref(), from.tls_server_name.as_deref()).await?)
 }
 
@@ -219,10 +220,15 @@ struct Printer<'a> {
 impl<'a> Printer<'a> {
     fn new(args: &'a ObserveArgs) -> Self {
         let style = Style {
-            colours: output::colours(),
+            colours: match args.color {
+                Colour::Auto => output::colours(),
+                Colour::Always => Colours::On,
+                Colour::Never => Colours::Off,
+            },
+            time: args.time_format,
             node: args.print_node_name,
             policies: args.print_policy_names,
-            numeric: args.numeric,
+            numeric: args.numeric || !args.ip_translation,
         };
         Self { args, style, out: io::BufWriter::new(io::stdout().lock()), rows: Vec::new() }
     }
