@@ -150,7 +150,8 @@ static __always_inline void recount_mapping(const struct nat_key *key,
 	__u32 owner;
 	struct recount *recount;
 
-	if (key->direction != DIRECTION_INGRESS || nat_is_nodes(row, key))
+	if (key->direction != DIRECTION_INGRESS || row->service_port ||
+	    nat_is_nodes(row, key))
 		return;
 	owner = nat_owner(&row->addr);
 	recount = bpf_map_lookup_elem(&recounts, &owner);
@@ -158,7 +159,7 @@ static __always_inline void recount_mapping(const struct nat_key *key,
 		recount->found[QUOTA_NAT_PORTS]++;
 }
 
-/* Deletes a row; `pod` is whose it is. */
+/* Deletes a row; `pod` is whose it is, NULL: a client's of a service. */
 static __always_inline void delete_mapping(const struct nat_key *key,
 					   const struct addr *pod,
 					   struct collection *of)
@@ -166,7 +167,7 @@ static __always_inline void delete_mapping(const struct nat_key *key,
 	if (bpf_map_delete_elem(&nat, key))
 		return;
 	of->deleted++;
-	if (key->direction == DIRECTION_INGRESS)
+	if (pod && key->direction == DIRECTION_INGRESS)
 		nat_give_port(pod);
 }
 
@@ -176,6 +177,7 @@ static long collect_mapping(__u32 number, struct collection *of)
 	struct nat_key key __attribute__((aligned(8)));
 	struct nat_key turned __attribute__((aligned(8)));
 	struct nat *mapping, *other;
+	bool is_clients;
 
 	if (!collection_read(of, &key, sizeof(key), number))
 		return 1;
@@ -188,10 +190,11 @@ static long collect_mapping(__u32 number, struct collection *of)
 		return 0;
 	}
 	nat_key_turn(&key, mapping, &turned);
+	is_clients = mapping->service_port;
 	other = bpf_map_lookup_elem(&nat, &turned);
 	if (other && nat_row_is(other, &key.local, key.local_port))
 		delete_mapping(&turned, &key.local, of);
-	delete_mapping(&key, &turned.local, of);
+	delete_mapping(&key, is_clients ? NULL : &turned.local, of);
 	return 0;
 }
 
@@ -271,10 +274,10 @@ int collect_usage(struct recount_request *request)
 	struct quota_total *total;
 
 	if (!request->is_end) {
-		bpf_loop(USAGE_ENDPOINTS, recount_begin, &end, 0);
+		bpf_loop(USAGE_ENTRIES, recount_begin, &end, 0);
 		return 0;
 	}
-	bpf_loop(USAGE_ENDPOINTS, recount_endpoint, &end, 0);
+	bpf_loop(USAGE_ENTRIES, recount_endpoint, &end, 0);
 	for (__u32 kind = 0; kind < QUOTA_KINDS; kind++) {
 		__u32 index = kind;
 

@@ -361,7 +361,7 @@ struct recount {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, USAGE_ENDPOINTS);
+	__uint(max_entries, USAGE_ENTRIES);
 	__type(key, __u32);
 	__type(value, struct recount);
 } recounts SEC(".maps") __weak;

@@ -15,7 +15,9 @@ enum quota_kind {
 /*
  * usage[endpoint id]: what an endpoint has of what pods share. Row 0: the node's
  * own. The rows behind the endpoints' bound the records of drops that no
- * endpoint answers for, by the device that they came from.
+ * endpoint answers for, by the device that they came from. The last ones bound
+ * the ports of other nodes' pods whose egress gateway this node is: one row for
+ * all pods whose addresses have the same hash.
  */
 struct usage {
 	__u32 in_use[QUOTA_KINDS];
@@ -30,7 +32,8 @@ _Static_assert(sizeof(struct usage) == 72, "usage");
 enum usage_size {
 	USAGE_ENDPOINTS = 4096,
 	USAGE_DEVICES = 64,
-	USAGE_ENTRIES = 4160,
+	USAGE_STRANGERS = 1024,
+	USAGE_ENTRIES = 5184,
 };
 
 /* quota_totals[kind]: what all endpoints have together; a few short of it per CPU. */

@@ -103,8 +103,7 @@ static __always_inline bool nat_address_stands(const struct nat *known,
 
 /*
  * Makes the node the source, with this address unless the flow has another one
- * already and `exactly` is false; the packet is a pod's. Of a pod elsewhere its
- * own node bounds what it has. 0 or a drop.
+ * already and `exactly` is false; the packet is a pod's. 0 or a drop.
  */
 __weak __noinline int nat_masquerade(struct __sk_buff *ctx,
 				     struct packet *packet,
@@ -144,6 +143,8 @@ __weak __noinline int nat_masquerade(struct __sk_buff *ctx,
 		to->node.port = known->port;
 	} else {
 		owner = packet->source_endpoint;
+		if (!owner)
+			owner = nat_owner(&to->pod.addr);
 		if (owner && !quota_take(owner, QUOTA_NAT_PORTS))
 			return -DROP_QUOTA_NAT_PORTS;
 		ret = nat_allocate(ctx, to);

@@ -157,12 +157,18 @@ static __always_inline void nat_note(struct nat *row, __u8 tcp_flags)
 		row->tcp_flags = seen;
 }
 
-/* The endpoint that has a mapping, by its pod's address; 0: none of this node. */
+/* Whose share a mapping is of, by its pod's address: an endpoint, or the bucket
+ * of another node's pod; 0: nobody's. */
 static __always_inline __u32 nat_owner(const struct addr *pod)
 {
 	struct address *address = address_find(pod);
+	const addr_words *words = (const void *)pod;
 
-	return address ? address->endpoint_id : 0;
+	if (!address)
+		return 0;
+	if (address->endpoint_id || !(address->flags & ADDRESS_POD))
+		return address->endpoint_id;
+	return usage_of_stranger(hash_secret(words[0] ^ hash64(words[1])));
 }
 
 /* A row for the way back is gone: its pod may have another port. */
@@ -183,6 +189,7 @@ __weak __noinline int nat_take_port(struct __sk_buff *ctx, __u32 port)
 	struct nat_key old __attribute__((aligned(8)));
 	struct scratch *room = scratch_get();
 	struct nat_mapping *to;
+	bool is_clients;
 	struct nat *row;
 
 	if (!room)
@@ -201,10 +208,12 @@ __weak __noinline int nat_take_port(struct __sk_buff *ctx, __u32 port)
 		return 0;
 	if (row) {
 		nat_key_turn(&to->back, row, &old);
+		is_clients = row->service_port;
 		/* One processor alone takes it away, and may put its own. */
 		if (bpf_map_delete_elem(&nat, &to->back))
 			return 0;
-		nat_give_port(&old.local);
+		if (!is_clients)
+			nat_give_port(&old.local);
 		bpf_map_delete_elem(&nat, &old);
 	}
 	return !bpf_map_update_elem(&nat, &to->back, &to->pod, BPF_NOEXIST);

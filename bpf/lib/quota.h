@@ -40,6 +40,12 @@ static __always_inline __u32 usage_of_device(__u32 ifindex)
 	return USAGE_ENDPOINTS + (ifindex & (USAGE_DEVICES - 1));
 }
 
+/* The bucket of another node's pod, by a hash of its address. */
+static __always_inline __u32 usage_of_stranger(__u32 hash)
+{
+	return USAGE_ENDPOINTS + USAGE_DEVICES + (hash & (USAGE_STRANGERS - 1));
+}
+
 static __always_inline void quota_total_add(__u32 kind, __s32 change)
 {
 	struct quota_total *total;

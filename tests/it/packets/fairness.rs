@@ -2,7 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use weir::datapath::abi;
-use weir::datapath::{Quotas, Settings, Usage};
+use weir::datapath::types::{address_flags, egress_flags};
+use weir::datapath::{Quotas, Settings, Usage, addr_of};
 use weir::model::EndpointId;
 
 use super::flows::expect;
@@ -223,6 +224,47 @@ fn who_has_his_share_of_connections_gets_no_more() -> Result<()> {
         expect(world, &ask(1000), REDIRECT)?;
         expect(world, &udp((cast.b, 1000), (cast.remote, 53)).by(2), REDIRECT)?;
         expect(world, &udp((cast.b, 1000), (cast.a, 53)).by(2), REDIRECT)?;
+        Ok(())
+    })
+}
+
+/// What an egress gateway gives pods of other nodes, which have no endpoint here.
+#[test]
+fn a_pod_of_another_node_gets_no_more_than_its_share_of_its_gateways_ports() -> Result<()> {
+    require_lab!();
+    let quotas = Quotas { nat_ports: Some(20), ..Quotas::default() };
+    let settings = Settings { quotas, nat_ports: 20_000..=20_099, ..settings() };
+    in_both_families_with(settings, |world, cast| {
+        world.collect_garbage()?;
+        let flags = (egress_flags::EGRESS_HERE.0 | egress_flags::EGRESS_OF_DEVICE.0) as _;
+        world.address(cast.nobody, R, 0, address_flags::ADDRESS_POD.0 as u16, Some(cast.other_node))?;
+        let rules = world.datapath.typed::<abi::EgressRuleKey, abi::EgressRule>("egress_rules")?;
+        for pod in [cast.remote, cast.nobody] {
+            let (source, destination) = (addr_of(pod), addr_of(cast.world));
+            let key = abi::EgressRuleKey { prefix_length: 256, source, destination };
+            rules.insert(&key, &abi::EgressRule { flags, ..abi::EgressRule::default() })?;
+        }
+        let ask = |pod, port| udp((pod, port), (cast.world, 53));
+        for port in 1000..1020 {
+            let outcome = world.send("to_network", &ask(cast.remote, port))?;
+            ensure!(outcome.action == PASS, "{outcome:?}");
+        }
+        let outcome = world.send("to_network", &ask(cast.remote, 1020))?;
+        assert_eq!((outcome.action, outcome.counted), (SHOT, vec![(240, EGRESS as u8)]));
+        // What runs goes on, and others get ports: the gateway's pods, and those of other nodes.
+        for (pod, port) in [(cast.remote, 1000), (cast.a, 1000), (cast.nobody, 1000)] {
+            ensure!(world.send("to_network", &ask(pod, port))?.action == PASS, "{pod}");
+        }
+        // The count is right, and what is over is given back.
+        world.collect_garbage()?;
+        let outcome = world.send("to_network", &ask(cast.remote, 1020))?;
+        assert_eq!((outcome.action, outcome.counted), (SHOT, vec![(240, EGRESS as u8)]));
+        world.change_mappings(|row| row.last_seen_jiffies = 1)?;
+        world.collect_garbage()?;
+        for port in 2000..2020 {
+            let outcome = world.send("to_network", &ask(cast.remote, port))?;
+            ensure!(outcome.action == PASS, "{outcome:?}");
+        }
         Ok(())
     })
 }
