@@ -51,7 +51,10 @@ fn compile_proto(out: &Path) -> Result<()> {
     // What a collector serves is no part of our own descriptors.
     let logs =
         protox::compile(["opentelemetry/logs.proto"], ["proto"]).context("compiling proto/opentelemetry")?;
-    for set in [set, logs] {
+    // An Envoy's wire is no part of them either.
+    let envoy = protox::compile(["envoy/discovery.proto", "envoy/accesslog.proto"], ["proto"])
+        .context("compiling proto/envoy")?;
+    for set in [set, logs, envoy] {
         tonic_prost_build::configure()
             .build_transport(false)
             .emit_rerun_if_changed(false)

@@ -476,6 +476,26 @@ struct {
 	__type(value, struct event_count);
 } dns_counts SEC(".maps") __weak;
 
+/*
+ * Written by datapath::proxy: the sockets of rule sets that have one of their
+ * own. A row goes with its socket, so with the process that listens.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 4096);
+	__type(key, struct l7_rule_listener_key);
+	__type(value, __u64);
+} l7_rule_listeners SEC(".maps") __weak;
+
+/* Written by the programs: whose an alias is (alias.bpf.c). */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct addr);
+	__type(value, struct l7_flow_key);
+} l7_aliases SEC(".maps") __weak;
+
 /* Written by the programs: offered, lost and suppressed events. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -214,20 +214,63 @@ int before_proxy(struct __sk_buff *ctx)
 	return before_proxy_judge(ctx, packet);
 }
 
+/* The socket of the rule set that alone judges the new flow; NULL: it has none. */
+static __always_inline struct bpf_sock *
+proxy_listener_of_rules(struct bpf_sk_lookup *ctx)
+{
+	struct l7_rule_listener_key listener = {};
+	struct l7_flow_key key __attribute__((aligned(8))) = {};
+	struct bpf_sock *socket;
+	struct l7_flow *flow;
+
+	if (ctx->family == AF_INET) {
+		addr_from_ipv4(&key.client, ctx->remote_ip4);
+		addr_from_ipv4(&key.server, ctx->local_ip4);
+	} else {
+		listener.is_ipv6 = 1;
+		key.client.w[0] = ctx->remote_ip6[0];
+		key.client.w[1] = ctx->remote_ip6[1];
+		key.client.w[2] = ctx->remote_ip6[2];
+		key.client.w[3] = ctx->remote_ip6[3];
+		key.server.w[0] = ctx->local_ip6[0];
+		key.server.w[1] = ctx->local_ip6[1];
+		key.server.w[2] = ctx->local_ip6[2];
+		key.server.w[3] = ctx->local_ip6[3];
+	}
+	key.client_port = ctx->remote_port;
+	key.server_port = bpf_htons(ctx->local_port);
+	key.protocol = ctx->protocol;
+	flow = bpf_map_lookup_elem(&l7_flows, &key);
+	if (!flow)
+		return NULL;
+	flow->listener_set = 0;
+	flow->alias = 0;
+	listener.set = l7_flow_only_set(flow);
+	if (!listener.set)
+		return NULL;
+	socket = bpf_map_lookup_elem(&l7_rule_listeners, &listener);
+	if (socket)
+		flow->listener_set = listener.set;
+	return socket;
+}
+
 /* A new flow in the proxy's namespace gets its listener, whatever its port. */
 SEC("sk_lookup")
 int proxy_listen(struct bpf_sk_lookup *ctx)
 {
 	__u32 listener = ctx->family == AF_INET ? L7_LISTENER_TCP_IPV4
 						: L7_LISTENER_TCP_IPV6;
-	struct bpf_sock *socket;
+	struct bpf_sock *socket = NULL;
 	long ret;
 
 	if (ctx->protocol == IPPROTO_UDP)
 		listener += L7_LISTENER_UDP_IPV4;
-	else if (ctx->protocol != IPPROTO_TCP)
+	else if (ctx->protocol == IPPROTO_TCP)
+		socket = proxy_listener_of_rules(ctx);
+	else
 		return SK_DROP;
-	socket = bpf_map_lookup_elem(&l7_listeners, &listener);
+	if (!socket)
+		socket = bpf_map_lookup_elem(&l7_listeners, &listener);
 	if (!socket)
 		return SK_DROP;
 	ret = bpf_sk_assign(ctx, socket, 0);

@@ -26,17 +26,30 @@ struct l7_flow {
 	__u16 server_endpoint;
 	__u16 egress_set; /* rules of the client's pod; 0: they let everything pass */
 	__u16 ingress_set; /* of the server's pod */
+	__u16 listener_set; /* whose listener took the flow; 0: one of all rules */
+	__u16 pad;
+	__u32 alias; /* of the client, in l7_aliases; 0: none */
 	__u32 asked_jiffies; /* DNS: when the proxy last got a query of it; 0: never */
 };
-_Static_assert(sizeof(struct l7_flow) == 20, "l7_flow");
+_Static_assert(sizeof(struct l7_flow) == 28, "l7_flow");
+
+/* l7_rule_listeners: the socket of a rule set that has one of its own. */
+struct l7_rule_listener_key {
+	__u16 set;
+	__u8 is_ipv6;
+	__u8 pad;
+};
+_Static_assert(sizeof(struct l7_rule_listener_key) == 4,
+	       "l7_rule_listener_key");
 
 /* proxy[0]: the veth pair whose other end is in the proxy's namespace. */
 struct proxy_device {
-	__u32 ifindex; /* of the node's end; 0: there is no proxy */
-	__u8 mac[6];   /* of the other end */
-	__u8 pad[2];
+	__u64 netns_cookie; /* of the proxy's namespace; 0: unknown */
+	__u32 ifindex;	    /* of the node's end; 0: there is no proxy */
+	__u8 mac[6];	    /* of the other end */
+	__u8 pad[6];
 };
-_Static_assert(sizeof(struct proxy_device) == 12, "proxy_device");
+_Static_assert(sizeof(struct proxy_device) == 24, "proxy_device");
 
 /* The rows of l7_listeners. */
 enum l7_listener {
@@ -106,4 +119,4 @@ struct dns_record {
 	__u16 denied_by; /* the rule set; 0: it passed */
 	__u8 pad[6];
 };
-_Static_assert(sizeof(struct dns_record) == 88, "dns_record");
+_Static_assert(sizeof(struct dns_record) == 96, "dns_record");

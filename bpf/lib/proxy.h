@@ -15,6 +15,17 @@
 
 #include "scratch.h"
 
+/*
+ * The rule set that alone judges the flow, or 0: rules of both ends, or none, are
+ * no listener's.
+ */
+static __always_inline __u16 l7_flow_only_set(const struct l7_flow *row)
+{
+	if (!row->egress_set || row->egress_set == row->ingress_set)
+		return row->ingress_set;
+	return row->ingress_set ? 0 : row->egress_set;
+}
+
 /* Says who speaks, and by which rules the proxy judges it: 0 or a drop. */
 static __always_inline int proxy_tell(const struct packet *packet,
 				      const struct flow *flow)
@@ -44,7 +55,20 @@ static __always_inline int proxy_tell(const struct packet *packet,
 	before = bpf_map_lookup_elem(&l7_flows, &key);
 	if (before)
 		row.asked_jiffies = before->asked_jiffies;
-	return map_insert(&l7_flows, &key, &row) ? -DROP_NO_PROXY : 0;
+	if (before &&
+	    (packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN) {
+		row.listener_set = before->listener_set;
+		row.alias = before->alias;
+	}
+	if (map_insert(&l7_flows, &key, &row))
+		return -DROP_NO_PROXY;
+	/*
+	 * Who listens for one rule set judges by no other: nothing of the flow
+	 * gets there any more, and the agent ends its sockets.
+	 */
+	return row.listener_set && row.listener_set != l7_flow_only_set(&row)
+		       ? -DROP_NO_PROXY
+		       : 0;
 }
 
 /*

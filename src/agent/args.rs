@@ -10,6 +10,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use ipnet::IpNet;
 
 use super::names::NameArgs;
+use super::proxy::JudgeArgs;
 use crate::cni::CniArgs;
 use crate::datapath::{KernelArgs, MapArgs, QuotaArgs, XdpMode, pin_directory};
 use crate::encryption::EncryptionArgs;
@@ -84,6 +85,10 @@ pub struct AgentArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub names: NameArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub judge: JudgeArgs,
 
     #[command(flatten)]
     #[allow(missing_docs)]

@@ -55,6 +55,7 @@ pub use compute::{Compute, Desired, Rules, View};
 pub use ends::Ends;
 pub use names::NameArgs;
 pub use node::Devices;
+pub use proxy::JudgeArgs;
 pub use proxy::end_left_behind;
 
 use crate::api;
@@ -287,7 +288,11 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
     });
     known.learned.load();
     tokio::spawn(known.learned.clone().keep(datapath.clone()));
-    let proxy = proxy::Proxy::default();
+    let envoy = config.args.judge.envoy();
+    let proxy = match &envoy {
+        Some(_) => proxy::Proxy::beside_envoy(writers.policies.rule_sets()),
+        None => proxy::Proxy::default(),
+    };
     let of_proxy = proxy::Options {
         datapath: datapath.clone(),
         state_dir: config.args.state_dir.clone(),
@@ -296,6 +301,7 @@ async fn work(start: Start, mut stopping: watch::Receiver<bool>) -> Result<()> {
         hears: Arc::new(layer7::Told { known: known.clone(), learned: known.learned.clone() }),
         parts: parts.clone(),
         denied: config.args.names.dns_denied,
+        envoy,
     };
     tokio::spawn(questions::read(
         datapath.clone(),

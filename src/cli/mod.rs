@@ -3,6 +3,7 @@
 mod agent;
 mod cluster;
 mod cni;
+mod confined;
 mod connectivity;
 mod encryption;
 mod facts;
@@ -54,6 +55,9 @@ enum Command {
     Wireguard(wireguard::WireguardArgs),
     /// Run the proxy of layer 7, which the agent starts: HTTP, gRPC, DNS, Kafka, TLS names.
     Proxy(Box<ProxyArgs>),
+    /// Become another program with no more privileges than the proxy; the agent starts an Envoy so.
+    #[command(hide = true)]
+    Confined(confined::ConfinedArgs),
     /// Show flows: who talked to whom, what became of it, and why.
     Observe(Box<observe::ObserveArgs>),
     /// Show the live talkers, pairs and drops; --once prints them for scripts.
@@ -176,6 +180,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Relay(args) => relay::run(*args),
         Command::Wireguard(args) => wireguard::run(&args),
         Command::Proxy(args) => proxy::run(*args),
+        Command::Confined(args) => confined::run(&args),
         Command::Observe(args) => observe::run(*args),
         Command::Top(args) => top::run(&args),
         Command::Status(args) => status::run(&args),

@@ -11,13 +11,14 @@ pub use super::types::{
     dns_automaton as DnsAutomaton, dns_pending as DnsPending, dns_record as DnsRecord, dns_state as DnsState,
     egress_rule as EgressRule, egress_rule_key as EgressRuleKey, ended as Ended, endpoint as Endpoint,
     event as Event, event_count as EventCount, fragment as Fragment, gone_backend as GoneBackend,
-    l7_flow as L7Flow, l7_flow_key as L7FlowKey, maglev_key as MaglevKey, maglev_piece as MaglevPiece,
-    metric as Metric, nat as Nat, nat_key as NatKey, nat_search as NatSearch, node_state as NodeState,
-    own_addresses as OwnAddresses, policy_peer as PolicyPeer, policy_peer_key as PolicyPeerKey,
-    policy_rule as PolicyRule, policy_rule_key as PolicyRuleKey, prefix as Prefix, prefix_key as PrefixKey,
-    proxy_device as ProxyDevice, recount_request as RecountRequest, service as Service,
-    service_key as ServiceKey, settings as Settings, slot as Slot, slot_key as SlotKey,
-    source_range_key as SourceRangeKey, stale_socket as StaleSocket, usage as Usage,
+    l7_flow as L7Flow, l7_flow_key as L7FlowKey, l7_rule_listener_key as RuleListenerKey,
+    maglev_key as MaglevKey, maglev_piece as MaglevPiece, metric as Metric, nat as Nat, nat_key as NatKey,
+    nat_search as NatSearch, node_state as NodeState, own_addresses as OwnAddresses,
+    policy_peer as PolicyPeer, policy_peer_key as PolicyPeerKey, policy_rule as PolicyRule,
+    policy_rule_key as PolicyRuleKey, prefix as Prefix, prefix_key as PrefixKey, proxy_device as ProxyDevice,
+    recount_request as RecountRequest, service as Service, service_key as ServiceKey, settings as Settings,
+    slot as Slot, slot_key as SlotKey, source_range_key as SourceRangeKey, stale_socket as StaleSocket,
+    usage as Usage,
 };
 
 /// Types that are nothing but their bytes: every bit pattern is a value, and
@@ -78,12 +79,13 @@ plain! {
     PolicyRuleKey { prefix_length, policy_id, class, direction, protocol, port }
     PolicyRule { rule_id, l7_set, verdict, reserved }
     L7FlowKey { client, server, client_port, server_port, protocol, pad }
-    L7Flow { client_identity, server_identity, client_endpoint, server_endpoint, egress_set, ingress_set, asked_jiffies }
+    L7Flow { client_identity, server_identity, client_endpoint, server_endpoint, egress_set, ingress_set, listener_set, pad, alias, asked_jiffies }
     DnsState { next, accepts, pad }
     DnsAutomaton { first, count }
     DnsPending { flow, question, asked_ns }
     DnsRecord { timestamp_ns, asked_ns, key, flow, length, denied_by, pad }
-    ProxyDevice { ifindex, mac, pad }
+    RuleListenerKey { set, is_ipv6, pad }
+    ProxyDevice { netns_cookie, ifindex, mac, pad }
     ServiceKey { addr, port, protocol, scope }
     Service { service_id, generation, backend_count, draining_count, affinity_seconds, flags, kind, algorithm }
     SlotKey { service_id, generation, slot }

@@ -58,6 +58,9 @@ const SOCKET_PROGRAMS: [&str; 10] = [
     "bound6",
 ];
 
+/// Programs of the sockets of a proxy that is not ours.
+const ALIAS_PROGRAMS: [&str; 4] = ["alias_peer4", "alias_peer6", "alias_bind4", "alias_bind6"];
+
 /// The place of our filters among those of a clsact queueing discipline.
 const CLSACT_HANDLE: u32 = 1;
 const CLSACT_PRIORITY: u32 = 1;
@@ -135,6 +138,20 @@ impl Datapath {
 
     /// Puts every socket of the node under the programs that translate services.
     pub fn attach_sockets(&self) -> Result<()> {
+        self.attach_to_cgroup(&SOCKET_PROGRAMS)
+    }
+
+    /// Puts them under the programs that name clients to a proxy that is not ours.
+    pub fn attach_aliases(&self) -> Result<()> {
+        self.attach_to_cgroup(&ALIAS_PROGRAMS)
+    }
+
+    /// Takes these out again.
+    pub fn detach_aliases(&self) -> Result<()> {
+        ALIAS_PROGRAMS.iter().try_for_each(|name| remove_pin(&self.link_pin(&format!("cgroup-{name}"))?))
+    }
+
+    fn attach_to_cgroup(&self, names: &[&str]) -> Result<()> {
         let root = match &self.cgroup_root {
             Some(directory) => cgroup_root_below(directory)?,
             None => find_or_mount_cgroup_root()?,
@@ -142,7 +159,7 @@ impl Datapath {
         let directory =
             File::open(&root).with_context(|| format!("opening the cgroup root {}", root.display()))?;
         let cgroup = directory.metadata().context("identifying the cgroup root")?.ino();
-        for name in SOCKET_PROGRAMS {
+        for name in names {
             let program = self.program(name)?;
             let pin = self.link_pin(&format!("cgroup-{name}"));
             let is_ours = |info: &LinkTypeInfo| matches!(info, LinkTypeInfo::Cgroup(found) if found.cgroup_id == cgroup);

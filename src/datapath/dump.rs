@@ -228,6 +228,7 @@ fn l7_flow_row(key: abi::L7FlowKey, row: abi::L7Flow) -> Row {
         "egress_set": row.egress_set,
         "ingress_set": row.ingress_set,
         "dns_by_proxy": row.asked_jiffies != 0,
+        "listener_set": row.listener_set,
     });
     Some((key.as_bytes().to_vec(), value))
 }

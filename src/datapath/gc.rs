@@ -74,6 +74,7 @@ impl Datapath {
     fn collect_flows_of_proxy(&self) -> Result<()> {
         let mut before = self.l7_flows_alone.lock().expect("nobody panics while holding the lock");
         *before = self.collect_l7_flows(&before).context("collecting flows of the proxy")?;
+        self.collect_aliases().context("collecting aliases of the proxy's clients")?;
         Ok(())
     }
 

@@ -11,7 +11,9 @@ use libbpf_rs::libbpf_sys;
 use libbpf_rs::query::LinkTypeInfo;
 
 use super::Datapath;
-use super::abi::{Connection, ConnectionKey, L7Flow, L7FlowKey, ProxyDevice, addr_of};
+use super::abi::{
+    Addr, Connection, ConnectionKey, L7Flow, L7FlowKey, ProxyDevice, RuleListenerKey, addr_of, ip_of,
+};
 use super::map::Bytes;
 use super::messages::with_messages;
 use super::types::{connection_flags, l7_listener};
@@ -22,6 +24,9 @@ use crate::model::{EndpointId, IdentityId, MacAddress, Protocol};
 const PROXY_PROGRAMS: [&str; 1] = ["from_proxy"];
 /// The program at the pair's other end, in the proxy's namespace.
 const INSIDE_PROGRAM: &str = "before_proxy";
+
+/// The part of an alias that is its number (ALIAS_IPV4_MASK of alias.bpf.c).
+const ALIAS_NUMBER: u32 = 0x07ff_ffff;
 
 /// The sockets where the proxy's new flows arrive, as `bpf/abi.h` numbers them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,12 +85,60 @@ impl Datapath {
             .with_context(|| format!("giving the programs the proxy's listener {listener:?}"))
     }
 
+    /// From now on flows that this rule set judges alone arrive at this socket, for as long as it is open.
+    pub fn set_rule_listener(&self, set: RuleSetId, is_ipv6: bool, socket: BorrowedFd<'_>) -> Result<()> {
+        let descriptor = u64::try_from(socket.as_raw_fd()).context("a socket's descriptor")?;
+        let key = RuleListenerKey { set: set.0, is_ipv6: is_ipv6.into(), pad: 0 };
+        self.typed::<RuleListenerKey, u64>("l7_rule_listeners")?
+            .insert(&key, &descriptor)
+            .with_context(|| format!("giving the programs the listener of rule set {set}"))
+    }
+
+    /// The client that has an alias; the address itself where it is none.
+    pub fn client_of(&self, alias: SocketAddr) -> Result<SocketAddr> {
+        let aliases = self.typed::<Addr, L7FlowKey>("l7_aliases")?;
+        let key = aliases.get(&addr_of(alias.ip()))?;
+        Ok(key.map_or(alias, |key| SocketAddr::new(ip_of(key.client), u16::from_be(key.client_port))))
+    }
+
+    /// Deletes the aliases whose flow is gone.
+    pub(super) fn collect_aliases(&self) -> Result<()> {
+        let aliases = self.typed::<Addr, L7FlowKey>("l7_aliases")?;
+        let flows = self.typed::<L7FlowKey, L7Flow>("l7_flows")?;
+        let mut rows = Vec::new();
+        aliases.for_each(|alias, key| rows.push((alias, key)))?;
+        for (alias, key) in rows {
+            let number = u32::from_be(alias.w[3]) & ALIAS_NUMBER;
+            if flows.get(&key)?.is_none_or(|flow| flow.alias != number) {
+                aliases.remove(&alias)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Client and server of the flows whose listener is another rule set's than the one that judges them alone now.
+    pub fn flows_of_other_rules(&self) -> Result<Vec<(SocketAddr, SocketAddr)>> {
+        let mut flows = Vec::new();
+        self.typed::<L7FlowKey, L7Flow>("l7_flows")?.for_each(|key, row| {
+            let is_other = match (row.egress_set, row.ingress_set) {
+                (0, set) | (set, 0) => set != row.listener_set,
+                (egress, ingress) => egress != ingress || egress != row.listener_set,
+            };
+            if row.listener_set != 0 && is_other {
+                let end = |addr, port: u16| SocketAddr::new(ip_of(addr), u16::from_be(port));
+                flows.push((end(key.client, key.client_port), end(key.server, key.server_port)));
+            }
+        })?;
+        Ok(flows)
+    }
+
     /// From now on flows that policy leaves to the proxy go by this device; `None`: they are dropped.
-    pub fn set_proxy(&self, device: Option<(u32, MacAddress)>) -> Result<()> {
+    pub fn set_proxy(&self, device: Option<(u32, MacAddress)>, netns_cookie: Option<u64>) -> Result<()> {
         let row = device.map_or(ProxyDevice::default(), |(ifindex, mac)| ProxyDevice {
+            netns_cookie: netns_cookie.unwrap_or_default(),
             ifindex,
             mac: mac.0,
-            pad: [0; 2],
+            pad: [0; 6],
         });
         self.typed::<u32, ProxyDevice>("proxy")?.insert(&0, &row).context("naming the proxy's device")
     }

@@ -572,6 +572,7 @@ impl L7Set {
             rules: self.rules.clone(),
             origins: self.origins.clone(),
             visibility_only: self.visibility_only,
+            by_envoy: false,
         }
     }
 }

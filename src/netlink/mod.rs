@@ -40,6 +40,7 @@ mod listen;
 mod namespace;
 mod netfilter;
 mod news;
+mod other_sockets;
 mod outward;
 mod pod;
 mod privileges;
@@ -67,6 +68,7 @@ pub use link::{
 pub use namespace::{namespace_cookie, open_namespace, within};
 pub use netfilter::forward_drops;
 pub use news::{ALL_NEWS, Heard, News, kernel_news};
+pub use other_sockets::{LoopbackPort, listening_sockets};
 pub use outward::{OutwardDevice, Way, outward_devices};
 pub use pod::{
     GATEWAY_IPV4, GATEWAY_IPV6, POD_ROUTE_PROTOCOL, PodLink, PodLinkSpec, create_pod_link, raise_pod_link,
@@ -77,7 +79,7 @@ pub use proxy::{ProxyLink, create_proxy_link, find_proxy_link, new_namespace, pr
 pub use queue::{TokenBucket, ensure_queue};
 pub use route::{NODE_ROUTE_PROTOCOL, Route, neighbours, node_routes, sync_neighbours, sync_routes};
 pub use shape::{is_pod_limited, limit_pod, queue_kinds};
-pub use socket::destroy_socket;
+pub use socket::{ANY_COOKIE, TCP, destroy_socket};
 pub use sysctl::{get_sysctl, set_sysctl, set_sysctl_root};
 pub use tun::{TunOffload, ensure_tun, set_tun_offload, take_tun};
 pub use wireguard::{ensure_wireguard, set_wireguard_peers, wireguard_peers};

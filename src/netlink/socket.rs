@@ -10,6 +10,10 @@ use super::{Error, Result};
 
 /// Of linux/sock_diag.h.
 const SOCK_DESTROY: u16 = 21;
+/// INET_DIAG_NOCOOKIE of linux/inet_diag.h: whichever socket has the addresses.
+pub const ANY_COOKIE: u64 = u64::MAX;
+/// IPPROTO_TCP.
+pub const TCP: u8 = 6;
 /// NLMSG_ERROR of linux/netlink.h: also an acknowledgement, with error 0.
 const NLMSG_ERROR: u16 = 2;
 const HEADER_BYTES: usize = 16;

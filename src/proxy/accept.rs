@@ -43,6 +43,10 @@ fn begin(shared: &Arc<Shared>, stream: TcpStream, client: SocketAddr) {
         tracing::debug!("nobody judges the connection of {client} to {server}");
         return cut(&stream);
     };
+    if session.is_by_envoy() {
+        session.record(Entry::error(L7Message::Unknown, "no Envoy takes what it must judge"));
+        return cut(&stream);
+    }
     let payer = Payer::of(session.judges(), session.client.ip());
     let Some(share) = shared.shares.take(payer, &shared.limits) else {
         session.record(Entry::error(L7Message::Unknown, "too many connections"));

@@ -139,6 +139,12 @@ impl Session {
         self.missing.is_none() && self.sets.iter().all(|set| set.is_visibility_only)
     }
 
+    /// True if an Envoy is to judge the flow, which alone would do so by another socket.
+    pub fn is_by_envoy(&self) -> bool {
+        let Ok([first, others @ ..]) = self.sets() else { return false };
+        first.is_by_envoy && others.iter().all(|other| other.id == first.id)
+    }
+
     /// Records a message.
     pub fn record(&self, entry: Entry) {
         let Judges { egress, ingress, source, destination, source_endpoint, destination_endpoint } =

@@ -20,6 +20,8 @@ pub struct Compiled {
     pub id: RuleSetId,
     /// Denies nothing.
     pub is_visibility_only: bool,
+    /// An Envoy judges what this set judges alone.
+    pub is_by_envoy: bool,
     /// The rules.
     pub rules: Rules,
 }
@@ -47,7 +49,7 @@ impl Compiled {
             L7Rules::Kafka(rules) => Rules::Kafka(KafkaRules::new(rules)),
             L7Rules::ServerNames(names) => Rules::ServerNames(ServerNames::new(names)),
         };
-        Ok(Self { id: set.id, is_visibility_only: set.visibility_only, rules })
+        Ok(Self { id: set.id, is_visibility_only: set.visibility_only, is_by_envoy: set.by_envoy, rules })
     }
 }
 

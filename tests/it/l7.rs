@@ -2,8 +2,8 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -11,25 +11,28 @@ use anyhow::{Context, Result, ensure};
 use crate::lab::{Lab, Pod, Running, Setup, Space, noting_failure, wait_for};
 use crate::require::require_lab;
 
-const PORT: u16 = 18080;
+pub const PORT: u16 = 18080;
 
 /// A server of HTTP/1.1 that answers every request with its path and the client's address.
-struct Http {
+pub struct Http {
     stops: Arc<AtomicBool>,
+    peers: Arc<Mutex<Vec<SocketAddr>>>,
     running: Option<Running<Result<()>>>,
 }
 
 impl Http {
-    fn start(space: &Space) -> Result<Self> {
+    pub fn start(space: &Space) -> Result<Self> {
         let stops = Arc::new(AtomicBool::new(false));
         let listener = space.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, PORT)))?;
         listener.set_nonblocking(true)?;
+        let peers = Arc::new(Mutex::new(Vec::new()));
         let running = space.start({
-            let stops = stops.clone();
+            let (stops, peers) = (stops.clone(), peers.clone());
             move || -> Result<()> {
                 while !stops.load(Ordering::Relaxed) {
                     match listener.accept() {
                         Ok((stream, peer)) => {
+                            peers.lock().expect("nobody panics with the lock").push(peer);
                             std::thread::spawn(move || answer(stream, peer));
                         }
                         Err(_) => std::thread::sleep(Duration::from_millis(2)),
@@ -38,7 +41,13 @@ impl Http {
                 Ok(())
             }
         });
-        Ok(Self { stops, running: Some(running) })
+        Ok(Self { stops, peers, running: Some(running) })
+    }
+
+    /// The clients of all connections, as the server saw them.
+    pub fn peers(&self) -> Vec<SocketAddr> {
+        let canonical = |peer: &SocketAddr| SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        self.peers.lock().expect("nobody panics with the lock").iter().map(canonical).collect()
     }
 }
 
@@ -82,18 +91,23 @@ fn read_head(reader: &mut impl BufRead) -> Result<Vec<String>> {
 }
 
 /// A connection that stays open.
-struct Client(BufReader<TcpStream>);
+pub struct Client(BufReader<TcpStream>);
 
 impl Client {
-    fn connect(space: &Space, server: SocketAddr) -> Result<Self> {
+    pub fn connect(space: &Space, server: SocketAddr) -> Result<Self> {
         let connect = move || TcpStream::connect_timeout(&server, Duration::from_secs(3));
         let stream = space.run(connect).with_context(|| format!("connecting to {server}"))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
         Ok(Self(BufReader::new(stream)))
     }
 
+    /// As whom it speaks.
+    pub fn address(&self) -> Result<SocketAddr> {
+        Ok(self.0.get_ref().local_addr()?)
+    }
+
     /// The status and body of a request.
-    fn ask(&mut self, method: &str, path: &str) -> Result<(u16, String)> {
+    pub fn ask(&mut self, method: &str, path: &str) -> Result<(u16, String)> {
         write!(self.0.get_mut(), "{method} {path} HTTP/1.1\r\nHost: web\r\nContent-Length: 0\r\n\r\n")?;
         let head = read_head(&mut self.0)?;
         let status =
@@ -108,12 +122,12 @@ impl Client {
 }
 
 /// The status of one request on a connection of its own.
-fn ask(space: &Space, server: IpAddr, method: &str, path: &str) -> Result<(u16, String)> {
+pub fn ask(space: &Space, server: IpAddr, method: &str, path: &str) -> Result<(u16, String)> {
     Client::connect(space, SocketAddr::new(server, PORT))?.ask(method, path)
 }
 
 /// Lets everybody send these requests to pods with the label `app: web`.
-fn allow(lab: &Lab, http: &str) -> Result<()> {
+pub fn allow(lab: &Lab, http: &str) -> Result<()> {
     lab.manifests().apply(&format!(
         "apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -128,7 +142,12 @@ spec:
 }
 
 /// A policy is in force when what it forbids is forbidden.
-fn wait_for_status(space: &Space, server: IpAddr, (method, path): (&str, &str), wanted: u16) -> Result<()> {
+pub fn wait_for_status(
+    space: &Space,
+    server: IpAddr,
+    (method, path): (&str, &str),
+    wanted: u16,
+) -> Result<()> {
     let (method, path) = (method.to_owned(), path.to_owned());
     wait_for(&format!("{wanted} for {method} {path}"), || {
         Ok(ask(space, server, &method, &path).is_ok_and(|(status, _)| status == wanted))
@@ -136,9 +155,9 @@ fn wait_for_status(space: &Space, server: IpAddr, (method, path): (&str, &str), 
 }
 
 /// GET /health passes, as whom it was sent; all other requests get 403.
-fn expect_health_only(space: &Space, client: Option<&Pod>, server: IpAddr) -> Result<()> {
+pub fn expect_health_only(space: &Space, client: Option<&Pod>, server: IpAddr) -> Result<()> {
     let (status, body) = ask(space, server, "GET", "/health")?;
-    ensure!(status == 200, "GET /health: {status}");
+    ensure!(status == 200, "GET /health: {status} {body}");
     if let Some(client) = client {
         let own = client.address(server.is_ipv4());
         ensure!(body == format!("/health {own}"), "the server saw {body:?}, not {own}");

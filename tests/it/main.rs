@@ -12,6 +12,7 @@ mod datapath;
 mod demo;
 mod egress;
 mod encryption;
+mod envoy;
 mod floods;
 mod flows;
 mod fragments;

@@ -173,8 +173,17 @@ impl Node {
 
     /// The process id of the proxy that the agent has started last, while it runs.
     pub fn proxy_pid(&self) -> Option<i32> {
-        let pid: i32 =
-            fs::read_to_string(self.directory.join("state/proxy.pid")).ok()?.trim().parse().ok()?;
+        self.pid_of("proxy")
+    }
+
+    /// The same of an Envoy.
+    pub fn envoy_pid(&self) -> Option<i32> {
+        self.pid_of("envoy")
+    }
+
+    fn pid_of(&self, name: &str) -> Option<i32> {
+        let file = self.directory.join(format!("state/{name}.pid"));
+        let pid: i32 = fs::read_to_string(file).ok()?.trim().parse().ok()?;
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let own = self.directory.display().to_string();
         String::from_utf8_lossy(&line).contains(&own).then_some(pid)
@@ -186,6 +195,13 @@ impl Node {
             Some(pid) => Ok(kill(Pid::from_raw(pid), Signal::SIGKILL)?),
             None => Ok(()),
         }
+    }
+
+    /// Ends an Envoy with SIGKILL, and waits until it is gone: it has much memory to give back.
+    pub fn kill_envoy(&self) -> Result<()> {
+        let Some(pid) = self.envoy_pid() else { return Ok(()) };
+        kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+        super::wait_for("Envoy to be gone", || Ok(self.envoy_pid() != Some(pid)))
     }
 
     /// The process id of the agent, while it runs.
@@ -308,7 +324,7 @@ impl Drop for Node {
                 drops.unwrap_or_else(|error| format!("{error:#}"))
             );
         }
-        let ended = self.kill_agent().and(self.kill_proxy());
+        let ended = self.kill_agent().and(self.kill_proxy()).and(self.kill_envoy());
         // What encrypts for the node goes on without its agent.
         for socket in ["run/wireguard.sock", "run/wireguard1.sock"] {
             let socket = self.directory.join(socket);

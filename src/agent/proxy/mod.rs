@@ -8,7 +8,9 @@
 //! The agent owns all that must survive the proxy. The proxy goes on without the agent, and the next agent finds
 //! it. Nothing is made before the first policy has rules of layer 7.
 
+mod args;
 mod counters;
+mod envoy;
 mod handle;
 mod place;
 mod process;
@@ -22,10 +24,11 @@ use anyhow::{Context, Result, bail};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 
+pub use args::JudgeArgs;
 pub use counters::Counters;
 pub use handle::{Proxy, Wanted};
 use place::Place;
-use process::Process;
+use process::{Process, Program};
 use speak::Said;
 pub use speak::{Heard, Hears};
 
@@ -36,8 +39,13 @@ use crate::telemetry::Parts;
 
 /// Ends the proxy that an agent has left behind; says whether there was one. Its namespace and its device go with it.
 pub fn end_left_behind(state_dir: &Path) -> bool {
-    let found = Process::find(state_dir, &control_of(state_dir));
-    found.inspect(Process::end).is_some()
+    let proxy = Program::proxy(state_dir, &control_of(state_dir)).find().inspect(Process::end);
+    end_envoy(state_dir) || proxy.is_some()
+}
+
+/// Ends the Envoy that an agent has left behind; says whether there was one.
+fn end_envoy(state_dir: &Path) -> bool {
+    envoy::program(state_dir, Path::new("")).find().inspect(Process::end).is_some()
 }
 
 fn control_of(state_dir: &Path) -> PathBuf {
@@ -71,6 +79,8 @@ pub struct Options {
     pub parts: Parts,
     /// What a question of DNS gets that no rule allows.
     pub denied: DnsDenied,
+    /// The program of an Envoy that judges what it can.
+    pub envoy: Option<PathBuf>,
 }
 
 /// Looks after the proxy for ever.
@@ -88,6 +98,11 @@ pub async fn run(options: Options, proxy: Proxy) {
         }
         tokio::time::sleep(pause.wait()).await;
     };
+    match keeper.envoy(&options, &proxy) {
+        Ok(Some(envoy)) => drop(tokio::spawn(envoy.run(proxy.wanted()))),
+        Ok(None) => {}
+        Err(error) => options.say(&error),
+    }
     keeper.keep(&options, &proxy, &mut wanted).await;
 }
 
@@ -113,11 +128,32 @@ impl Keeper {
     async fn make(options: &Options) -> Result<Self> {
         let control = control_of(&options.state_dir);
         let listener = listen(&control)?;
-        let process = Process::find(&options.state_dir, &control);
+        if options.envoy.is_none() {
+            end_envoy(&options.state_dir);
+            options.datapath.detach_aliases()?;
+        }
+        let process = Program::proxy(&options.state_dir, &control).find();
         let (datapath, mtu) = (options.datapath.clone(), options.mtu);
         let namespace = process.as_ref().and_then(Process::namespace);
         let place = blocking(move || Place::make(datapath, namespace, mtu)).await?;
         Ok(Self { control, listener, place: Arc::new(Mutex::new(place)), process })
+    }
+
+    /// The Envoy beside the proxy, where the settings want one.
+    fn envoy(&self, options: &Options, proxy: &Proxy) -> Result<Option<envoy::Envoy>> {
+        let Some(program) = options.envoy.clone() else { return Ok(None) };
+        let place = self.place.lock().expect("nobody panics with the lock");
+        Ok(Some(envoy::Envoy {
+            datapath: options.datapath.clone(),
+            state_dir: options.state_dir.clone(),
+            namespace: place.namespace()?,
+            has_ipv6: place.has_ipv6(),
+            program,
+            sets: options.sets.clone(),
+            hears: options.hears.clone(),
+            parts: options.parts.clone(),
+            proxy: proxy.clone(),
+        }))
     }
 
     /// Starts one proxy after the other, and speaks with each until it ends.
@@ -145,8 +181,8 @@ impl Keeper {
             Some(process) => process,
             None => {
                 let namespace = self.place.lock().expect("nobody panics with the lock").namespace()?;
-                let (state, path) = (options.state_dir.clone(), self.control.clone());
-                blocking(move || Process::start(&namespace, &state, &path)).await?
+                let program = Program::proxy(&options.state_dir, &self.control);
+                blocking(move || program.start(&namespace)).await?
             }
         };
         let stream = tokio::select! {

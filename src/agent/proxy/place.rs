@@ -57,6 +57,11 @@ impl Place {
         self.namespace.try_clone().context("opening the proxy's namespace once more")
     }
 
+    /// The namespace has IPv6.
+    pub fn has_ipv6(&self) -> bool {
+        self.listeners[1].is_some()
+    }
+
     /// What is handed over to a proxy.
     pub fn descriptors(&self) -> Result<Vec<(Descriptor, OwnedFd)>> {
         let kinds =
@@ -81,7 +86,8 @@ impl Place {
         self.datapath.attach_proxy(self.link.host_ifindex, &self.namespace)?;
         let inside = self.link.inside_ifindex;
         netlink::within(&self.namespace, || Ok(self.datapath.attach_before_proxy(inside)))??;
-        self.datapath.set_proxy(Some((self.link.host_ifindex, self.link.inside_mac)))
+        let cookie = netlink::within(&self.namespace, || Ok(netlink::namespace_cookie()))?;
+        self.datapath.set_proxy(Some((self.link.host_ifindex, self.link.inside_mac)), cookie)
     }
 }
 

@@ -71,7 +71,9 @@ impl Said<'_> {
         let first = self.wanted.borrow_and_update().clone();
         // What nobody wants any more, and another proxy may have had, is kept and forgotten like the rest.
         let gone = self.proxy.take_unwanted(&first);
-        given.send(&mut writes, self.sets, &first.union(&gone).copied().collect(), false).await?;
+        given
+            .send(&mut writes, (self.sets, self.proxy), &first.union(&gone).copied().collect(), false)
+            .await?;
         given.unwanted(gone.iter().copied());
         let settled = tokio::time::sleep(KEPT_FOR);
         tokio::pin!(settled);
@@ -86,7 +88,7 @@ impl Said<'_> {
                 changed = self.wanted.changed() => {
                     if changed.is_err() { break Ok(()) }
                     let wanted = self.wanted.borrow_and_update().clone();
-                    given.send(&mut writes, self.sets, &wanted, false).await?;
+                    given.send(&mut writes, (self.sets, self.proxy), &wanted, false).await?;
                 }
                 Some(answer) = answering.recv() => write(&mut writes, &answer).await?,
                 acknowledged = hearing.recv() => match acknowledged {
@@ -99,7 +101,7 @@ impl Said<'_> {
                     let wanted = self.wanted.borrow().clone();
                     let before = std::mem::take(&mut given.sets);
                     let all = wanted.iter().chain(before.keys()).copied().collect();
-                    given.send(&mut writes, self.sets, &all, true).await?;
+                    given.send(&mut writes, (self.sets, self.proxy), &all, true).await?;
                     given.sets.extend(before);
                 }
                 _ = forget.tick() => {
@@ -123,7 +125,7 @@ impl Given {
     async fn send(
         &mut self,
         writes: &mut OwnedWriteHalf,
-        sets: &RuleSets,
+        (sets, proxy): (&RuleSets, &Proxy),
         wanted: &BTreeSet<RuleSetId>,
         replace: bool,
     ) -> Result<()> {
@@ -134,8 +136,9 @@ impl Given {
                 false => *unwanted = unwanted.or(Some(now)),
             }
         }
-        let new: Vec<RuleSet> =
-            wanted.iter().filter(|id| !self.sets.contains_key(id)).filter_map(|id| sets.get(*id)).collect();
+        let marked = |set: RuleSet| RuleSet { by_envoy: proxy.is_by_envoy(&set), ..set };
+        let new = wanted.iter().filter(|id| !self.sets.contains_key(id)).filter_map(|id| sets.get(*id));
+        let new: Vec<RuleSet> = new.map(marked).collect();
         if new.is_empty() && !replace {
             return Ok(());
         }

@@ -366,6 +366,9 @@ pub struct RuleSet {
     /// Shows everything and denies nothing, even what is not of the protocol.
     #[serde(default)]
     pub visibility_only: bool,
+    /// An Envoy judges what this set judges alone: `weir proxy` refuses that.
+    #[serde(default)]
+    pub by_envoy: bool,
 }
 
 fn has_none(origins: &Origins) -> bool {
@@ -430,6 +433,7 @@ mod tests {
             }]),
             origins: Origins::default(),
             visibility_only: false,
+            by_envoy: false,
         };
         let text = serde_json::to_string(&set).expect("a rule set is JSON");
         assert_eq!(serde_json::from_str::<RuleSet>(&text).expect("it is read again"), set);

@@ -505,7 +505,8 @@ impl World {
 
     /// Where the proxy is; `None`: there is none.
     pub fn proxy(&self, ifindex: Option<u32>) -> Result<()> {
-        let row = ProxyDevice { ifindex: ifindex.unwrap_or(0), mac: [2; 6], pad: [0; 2] };
+        let ifindex = ifindex.unwrap_or(0);
+        let row = ProxyDevice { netns_cookie: 0, ifindex, mac: [2; 6], pad: [0; 6] };
         self.put("proxy", &0_u32, &row)
     }
 

@@ -81,7 +81,7 @@ pub fn by_one(_: SocketAddr, _: SocketAddr, _: Protocol) -> Option<Judges> {
 
 /// A rule set of these rules.
 pub fn set(id: u16, rules: L7Rules) -> RuleSet {
-    RuleSet { id: RuleSetId(id), rules, origins: Vec::new().into(), visibility_only: false }
+    RuleSet { id: RuleSetId(id), rules, origins: Vec::new().into(), visibility_only: false, by_envoy: false }
 }
 
 /// HTTP rules of methods and paths.
