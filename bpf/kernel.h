@@ -158,6 +158,20 @@ struct __sk_buff {
 	__u64 hwtstamp;
 };
 
+/* What bpf_skb_get_xfrm_state fills: include/uapi/linux/bpf.h. */
+struct bpf_xfrm_state {
+	__u32 reqid;
+	__u32 spi;
+	__u16 family;
+	__u16 ext;
+	__u32 remote[4]; /* the sender's address; IPv4: the first word */
+};
+
+#define BPF_HDR_START_NET 1
+
+#define AF_INET 2
+#define AF_INET6 10
+
 /* Packet headers, as they stand on the wire; no bit fields. */
 struct ethhdr {
 	__u8 destination[6];

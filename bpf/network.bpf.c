@@ -301,8 +301,8 @@ static __always_inline int network_arrive(struct __sk_buff *ctx)
 	return finish(ctx, packet, forward(ctx, packet));
 }
 
-/* A packet that came in plain and must not: counts and reports it. */
-static __always_inline int network_refuse_plain(struct __sk_buff *ctx, int drop)
+/* A packet that must not come so, in plain or of this sender: counts and reports it. */
+static __noinline int network_refuse(struct __sk_buff *ctx, int drop)
 {
 	struct packet *packet = packet_begin(DIRECTION_INGRESS);
 
@@ -317,14 +317,22 @@ int from_network(struct __sk_buff *ctx)
 {
 	int ret = settings.encrypt_ifindex ? encrypt_arrive(ctx) : 0;
 
-	return ret ? network_refuse_plain(ctx, ret) : network_arrive(ctx);
+	return ret ? network_refuse(ctx, ret) : network_arrive(ctx);
 }
 
 /* What the encrypting device has decrypted: its sender is who it says it is. */
 SEC("tcx/ingress")
 int from_encrypted(struct __sk_buff *ctx)
 {
-	return encrypt_add_ethernet(ctx) ? network_arrive(ctx) : TC_ACT_SHOT;
+	struct bpf_xfrm_state state = {};
+	bool by_ipsec = !bpf_skb_get_xfrm_state(ctx, 0, &state, sizeof(state), 0);
+	int ret;
+
+	if (!(by_ipsec && encrypt_has_ethernet(ctx)) &&
+	    !encrypt_add_ethernet(ctx))
+		return TC_ACT_SHOT;
+	ret = by_ipsec ? encrypt_check_sender(ctx, &state) : 0;
+	return ret ? network_refuse(ctx, ret) : network_arrive(ctx);
 }
 
 /*

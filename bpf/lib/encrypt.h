@@ -172,6 +172,51 @@ __weak __noinline int encrypt_arrive(struct __sk_buff *ctx)
 }
 
 /*
+ * ESP leaves the Ethernet header that the packet came with in front of what was
+ * inside. Where there was none, data begins with the IP header.
+ */
+static __always_inline bool encrypt_has_ethernet(struct __sk_buff *ctx)
+{
+	struct iphdr ip, behind;
+
+	return !bpf_skb_load_bytes_relative(ctx, 0, &ip, sizeof(ip),
+					    BPF_HDR_START_NET) &&
+	       !bpf_skb_load_bytes(ctx, ETHERNET_LENGTH, &behind,
+				   sizeof(behind)) &&
+	       !__builtin_memcmp(&ip, &behind, sizeof(ip));
+}
+
+/*
+ * IPsec proves which node has sent a packet, and not that the addresses inside
+ * are its: 0 or a drop. WireGuard has refused such packets already.
+ */
+static __always_inline int
+encrypt_check_sender(struct __sk_buff *ctx, const struct bpf_xfrm_state *state)
+{
+	struct encrypt_view view;
+	struct addr sender __attribute__((aligned(8)));
+	struct address *address;
+	struct prefix *prefix;
+	const struct addr *node = NULL;
+
+	if (state->family == AF_INET)
+		addr_from_ipv4(&sender, state->remote[0]);
+	else
+		__builtin_memcpy(sender.w, state->remote, 16);
+	if (!encrypt_look(ctx, true, &view))
+		return -DROP_UNSUPPORTED_L3;
+	address = address_find(&view.end);
+	if (address) {
+		node = &address->node;
+	} else {
+		prefix = prefix_find(&view.end);
+		if (prefix && prefix->flags & PREFIX_POD_CIDR)
+			node = &prefix->node;
+	}
+	return node && addr_equal(node, &sender) ? 0 : -DROP_INVALID_SOURCE_IP;
+}
+
+/*
  * What the encrypting device receives has no Ethernet header. With one, which
  * nobody reads, it is a packet like those of the devices that lead out.
  */

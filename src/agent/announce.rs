@@ -123,16 +123,19 @@ fn status(config: &Config, facts: &Facts, pending: &[String]) -> WeirNodeStatus 
 
 /// As the other agents read it.
 fn encryption(key: &NodeKey) -> NodeEncryption {
-    let KeyAt { public_key, port, generation } = key.active;
+    let KeyAt { public_key, port, generation, receives } = key.active;
+    let hexadecimal = |sum: u64| format!("{sum:016x}");
     NodeEncryption {
-        protocol: "wireguard".to_owned(),
+        protocol: key.protocol.name().to_owned(),
         public_key: public_key.to_string(),
         port,
         generation,
+        receives: receives.map(hexadecimal),
         other: key.other.map(|other| OtherKey {
             public_key: other.public_key.to_string(),
             port: other.port,
             generation: other.generation,
+            receives: other.receives.map(hexadecimal),
         }),
     }
 }

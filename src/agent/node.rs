@@ -150,7 +150,7 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
     if config.args.encryption.encryption != encryption::Mode::Off {
         // Decrypted packets come from nodes that other devices lead to. The loose filter, too, drops them where
         // the device has no address; who sent them the encryption has proved.
-        for device in encryption::DEVICES {
+        for device in config.args.encryption.encryption.devices() {
             settings.push((format!("net/ipv4/conf/{device}/rp_filter"), "0".to_owned()));
         }
         if netlink::get_sysctl("net/ipv4/conf/all/rp_filter")?.is_some_and(|value| value != "0") {
@@ -167,7 +167,7 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
         is_encrypted: config.args.encryption.encryption != encryption::Mode::Off,
         given: config.args.network.mtu,
     });
-    let encryption = prepare_encryption(config, &mtus)?;
+    let encryption = prepare_encryption(config, node, &mtus)?;
     let mtu = mtus.pod;
     for (name, value) in &settings {
         netlink::set_sysctl(name, value)?;
@@ -198,7 +198,7 @@ pub fn prepare(config: &Config, node: &Node) -> Result<Devices> {
 }
 
 /// The device that encrypts, where there is to be one; else one that was there goes.
-fn prepare_encryption(config: &Config, mtus: &Mtus) -> Result<Option<Arc<Device>>> {
+fn prepare_encryption(config: &Config, node: &Node, mtus: &Mtus) -> Result<Option<Arc<Device>>> {
     let args = &config.args;
     let Some(mtu) = mtus.encrypted else {
         if encryption::remove_devices(&args.socket).context("removing the devices that encrypted")? {
@@ -207,9 +207,11 @@ fn prepare_encryption(config: &Config, mtus: &Mtus) -> Result<Option<Arc<Device>
         return Ok(None);
     };
     let plan = encryption::Plan {
+        mode: args.encryption.encryption,
         choice: args.encryption.wireguard_device,
         mtu,
         port: args.encryption.wireguard_port,
+        addresses: node.addresses.clone(),
         state_directory: args.state_dir.clone(),
         socket: args.socket.clone(),
         key_age: args.encryption.key_age(),

@@ -69,7 +69,8 @@ fn write(out: &mut impl Write, answer: &EncryptionAnswer) -> io::Result<()> {
         if answer.is_strict { "strict" } else { "not strict: nodes without a key are spoken to in plain" };
     writeln!(out, "by {}, device {} with MTU {}, {mode}", device.kind, device.name, device.mtu)?;
     let (key, port, generation) = (device.public_key, device.port, device.generation);
-    writeln!(out, "key {key} of generation {generation}, UDP port {port}")?;
+    let port = if port > 0 { format!(", UDP port {port}") } else { String::new() };
+    writeln!(out, "key {key} of generation {generation}{port}")?;
     if let Some(change) = &device.change {
         writeln!(out, "keys change: {change}")?;
     }
@@ -77,11 +78,12 @@ fn write(out: &mut impl Write, answer: &EncryptionAnswer) -> io::Result<()> {
         writeln!(out, "the peers' states are not known: {error}")?;
     }
     writeln!(out)?;
-    let rows: Vec<_> = answer.peers.iter().map(row).collect();
+    let has_handshakes = device.port > 0;
+    let rows: Vec<_> = answer.peers.iter().map(|peer| row(peer, has_handshakes)).collect();
     table::write(out, ["NODE", "ENDPOINT", "LAST HANDSHAKE", "RECEIVED", "SENT", "ERRORS", "KEY"], &rows)
 }
 
-fn row(peer: &EncryptionPeerRow) -> [String; 7] {
+fn row(peer: &EncryptionPeerRow, has_handshakes: bool) -> [String; 7] {
     let state = peer.state.as_ref();
     let number = |value: fn(&crate::model::PeerState) -> u64| {
         state.map(|state| value(state).to_string()).unwrap_or_default()
@@ -90,7 +92,11 @@ fn row(peer: &EncryptionPeerRow) -> [String; 7] {
     [
         peer.node.clone(),
         state.and_then(|state| state.endpoint).map(|endpoint| endpoint.to_string()).unwrap_or_default(),
-        since.map_or_else(|| "never".to_owned(), |seconds| format!("{seconds} s ago")),
+        match since {
+            Some(seconds) => format!("{seconds} s ago"),
+            None if has_handshakes => "never".to_owned(),
+            None => String::new(),
+        },
         number(|state| state.received_bytes),
         number(|state| state.sent_bytes),
         number(|state| state.errors),

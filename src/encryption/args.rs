@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, ValueEnum};
 
+use super::ipsec::IPSEC_DEVICE;
+use super::slot::DEVICES;
 use crate::settings::{SettingError, within};
 
 /// Whether and how traffic between nodes is encrypted.
@@ -39,6 +41,8 @@ pub enum Mode {
     Off,
     /// By WireGuard.
     Wireguard,
+    /// By the kernel's IPsec: where WireGuard must not be.
+    Ipsec,
 }
 
 /// Who encrypts.
@@ -50,6 +54,17 @@ pub enum DeviceChoice {
     Kernel,
     /// The process, whatever the kernel can.
     User,
+}
+
+impl Mode {
+    /// The devices that encrypt so.
+    pub fn devices(self) -> &'static [&'static str] {
+        match self {
+            Self::Off => &[],
+            Self::Wireguard => &DEVICES,
+            Self::Ipsec => &[IPSEC_DEVICE],
+        }
+    }
 }
 
 impl EncryptionArgs {

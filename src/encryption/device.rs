@@ -1,18 +1,20 @@
 //! What encrypts, as the agent has it: two devices in turn, the keys, and the other nodes.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 
-use super::args::DeviceChoice;
+use super::args::{DeviceChoice, Mode};
+use super::ipsec::sum_of;
 use super::lock;
 use super::ring::{KeyRing, slot_of};
 use super::rotation::{self, Generations, Neighbour, Step};
-use super::slot::{Slot, sockets};
-use crate::model::{EncryptingNode, EncryptionPeer, KeyAt, NodeKey, PeerState};
+use super::works::Works;
+use crate::model::{EncryptingNode, KeyAt, KeyProtocol, NodeKey, PeerState, PublicKey};
 
 /// A peer has a keepalive: one whose last handshake is older than this is not reached.
 const HANDSHAKE_WITHIN_SECONDS: u64 = 200;
@@ -20,12 +22,16 @@ const HANDSHAKE_WITHIN_SECONDS: u64 = 200;
 /// What the devices shall be.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Who encrypts.
+    /// How it is encrypted.
+    pub mode: Mode,
+    /// Who encrypts with WireGuard.
     pub choice: DeviceChoice,
     /// Their MTU.
     pub mtu: u32,
     /// UDP port of the first one; the second one has the next.
     pub port: u16,
+    /// The node's own addresses between the nodes.
+    pub addresses: Vec<IpAddr>,
     /// Where the keys are.
     pub state_directory: PathBuf,
     /// The agent's socket: those of the processes are beside it.
@@ -41,6 +47,8 @@ pub enum DeviceKind {
     Kernel,
     /// `weir wireguard`.
     User,
+    /// The kernel's IPsec.
+    Ipsec,
 }
 
 impl fmt::Display for DeviceKind {
@@ -48,6 +56,7 @@ impl fmt::Display for DeviceKind {
         f.write_str(match self {
             Self::Kernel => "the kernel's WireGuard",
             Self::User => "weir wireguard, as the kernel has no WireGuard or is not asked for it",
+            Self::Ipsec => "the kernel's IPsec (ESP, AES-256-GCM)",
         })
     }
 }
@@ -56,8 +65,7 @@ impl fmt::Display for DeviceKind {
 #[derive(Debug)]
 pub struct Device {
     plan: Plan,
-    kind: DeviceKind,
-    slots: [Slot; 2],
+    works: Works,
     keys: Mutex<Keys>,
 }
 
@@ -67,39 +75,50 @@ struct Keys {
     ring: KeyRing,
     /// None: the agent does not know yet.
     nodes: Option<Vec<EncryptingNode>>,
+    /// Who encrypts knows the keys and the nodes.
+    is_told: bool,
     /// The generation by which the programs send.
     in_force: Option<u32>,
     /// Somebody asks for new keys.
     wants: bool,
 }
 
+impl Keys {
+    fn nodes(&self) -> &[EncryptingNode] {
+        self.nodes.as_deref().unwrap_or_default()
+    }
+
+    /// Stands for the keys of a generation that a node must receive by: all but its own. `None` is this node.
+    fn expected_of(&self, node: Option<&EncryptingNode>, generation: u32) -> u64 {
+        let own = self.ring.key(generation).filter(|_| node.is_some()).map(super::PrivateKey::public);
+        let others = self.nodes().iter().filter(|other| node.is_none_or(|node| node.name != other.name));
+        let keys: Vec<PublicKey> =
+            others.filter_map(|other| Some(other.key.at(generation)?.public_key)).chain(own).collect();
+        sum_of(keys.iter())
+    }
+}
+
 impl Device {
     /// Makes the devices, or finds them, and starts who works behind them.
     pub fn prepare(plan: Plan) -> Result<Self> {
-        let ring = KeyRing::open(&plan.state_directory)?;
-        let (kind, slots) = match plan.choice {
-            DeviceChoice::User => (DeviceKind::User, slots(&plan, DeviceKind::User, &ring)?),
-            _ => match slots(&plan, DeviceKind::Kernel, &ring)? {
-                None if plan.choice == DeviceChoice::Kernel => {
-                    bail!("WEIR_WIREGUARD_DEVICE=kernel, and this kernel has no WireGuard (module wireguard)")
-                }
-                None => (DeviceKind::User, slots(&plan, DeviceKind::User, &ring)?),
-                there => (DeviceKind::Kernel, there),
-            },
-        };
-        let slots = slots.context("making the devices that encrypt")?;
-        let keys = Mutex::new(Keys { ring, nodes: None, in_force: None, wants: false });
-        Ok(Self { plan, kind, slots, keys })
+        let (works, ring) = Works::prepare(&plan)?;
+        let keys = Mutex::new(Keys { ring, nodes: None, is_told: false, in_force: None, wants: false });
+        Ok(Self { plan, works, keys })
     }
 
-    /// The indices of both devices.
+    /// The devices' indices, of even generations and of odd ones: one device may be both.
     pub fn ifindices(&self) -> [u32; 2] {
-        [self.slots[0].ifindex(), self.slots[1].ifindex()]
+        self.works.ifindices()
     }
 
     /// The device by which the node sends.
     pub fn name(&self) -> &'static str {
-        self.slots[slot_of(self.generations().active)].name()
+        self.works.name(self.generations().active)
+    }
+
+    /// What the others must speak.
+    pub fn protocol(&self) -> KeyProtocol {
+        self.works.protocol()
     }
 
     /// Their MTU.
@@ -109,7 +128,7 @@ impl Device {
 
     /// Who encrypts.
     pub fn kind(&self) -> DeviceKind {
-        self.kind
+        self.works.kind()
     }
 
     /// What this node publishes: that it sends by a key not before it does.
@@ -118,13 +137,17 @@ impl Device {
         let generations = keys.ring.generations();
         let at = |generation: u32| {
             let public_key = keys.ring.key(generation)?.public();
-            Some(KeyAt { public_key, port: self.slots[slot_of(generation)].port(), generation })
+            // While keys change alone: a node that comes or goes is no news of every other one.
+            let changes = generations.other.is_some();
+            let is_known = self.protocol() == KeyProtocol::Ipsec && changes && keys.is_told;
+            let receives = is_known.then(|| keys.expected_of(None, generation));
+            Some(KeyAt { public_key, port: self.works.port(generation), generation, receives })
         };
         let (mut active, mut other) = (Some(generations.active), generations.other);
         if other.is_some() && keys.in_force == other {
             std::mem::swap(&mut active, &mut other);
         }
-        Some(NodeKey { active: at(active?)?, other: other.and_then(at) })
+        Some(NodeKey { protocol: self.protocol(), active: at(active?)?, other: other.and_then(at) })
     }
 
     /// The generations of this node's keys.
@@ -138,50 +161,50 @@ impl Device {
         (active, slot_of(active) == 1)
     }
 
-    /// The programs send by this generation.
+    /// The programs send by this generation: so does the node, once who encrypts knows of it.
     pub fn set_in_force(&self, generation: u32) {
-        lock(&self.keys).in_force = Some(generation);
+        let mut keys = lock(&self.keys);
+        if keys.is_told {
+            keys.in_force = Some(generation);
+        }
     }
 
     /// Makes these all peers.
     pub fn set_nodes(&self, nodes: &[EncryptingNode]) -> Result<()> {
         let mut keys = lock(&self.keys);
         keys.nodes = Some(nodes.to_vec());
-        self.tell(&keys)
+        self.tell(&mut keys)
     }
 
-    fn tell(&self, keys: &Keys) -> Result<()> {
-        let Some(nodes) = &keys.nodes else { return Ok(()) };
-        let generations = keys.ring.generations();
-        for generation in std::iter::once(generations.active).chain(generations.other) {
-            let peers: Vec<EncryptionPeer> = nodes.iter().filter_map(|node| node.peer(generation)).collect();
-            self.slots[slot_of(generation)].set_peers(&peers)?;
+    fn tell(&self, keys: &mut Keys) -> Result<()> {
+        keys.is_told = false;
+        if let Some(nodes) = &keys.nodes {
+            self.works.tell(&keys.ring, nodes)?;
+            keys.is_told = true;
         }
         Ok(())
     }
 
     /// How the peers are: of the active key first.
     pub fn peers(&self) -> Result<Vec<PeerState>> {
-        let first = slot_of(self.generations().active);
-        let mut states = self.slots[first].peers()?;
-        states.extend(self.slots[1 - first].peers()?);
-        Ok(states)
+        let keys = lock(&self.keys);
+        self.works.peers(&keys.ring, keys.nodes())
     }
 
     /// The process that encrypts.
     pub fn pid(&self) -> Option<u32> {
-        self.slots[slot_of(self.generations().active)].pid()
+        self.works.pid(self.generations().active)
     }
 
     /// What is wrong with the devices; it is mended where that is possible without another index.
     pub fn look(&self) -> Result<Option<String>> {
-        Ok(self.slots[0].look()?.or(self.slots[1].look()?))
+        let keys = lock(&self.keys);
+        self.works.look(&keys.ring, keys.nodes.as_deref())
     }
 
     /// Makes the devices as they were. False: one has another index now.
     pub fn mend(&self) -> Result<bool> {
-        let mended = [self.slots[0].mend()?, self.slots[1].mend()?];
-        Ok(mended == [true; 2])
+        self.works.mend()
     }
 
     /// Asks for new keys; says what becomes of that.
@@ -213,16 +236,18 @@ impl Device {
     }
 
     fn neighbours(&self, keys: &Keys) -> Result<Vec<Neighbour>> {
-        let generations = keys.ring.generations();
-        let active = self.slots[slot_of(generations.active)].peers()?;
-        let next = match generations.next() {
-            Some(next) => self.slots[slot_of(next)].peers()?,
-            None => Vec::new(),
-        };
-        let is_reached = |states: &[PeerState], key: Option<&KeyAt>| {
-            let state = key.and_then(|key| states.iter().find(|state| state.public_key == key.public_key));
-            let since = state.and_then(|state| state.last_handshake_seconds);
-            since.is_some_and(|since| since < HANDSHAKE_WITHIN_SECONDS)
+        let own = keys.ring.generations();
+        let states = self.works.peers(&keys.ring, keys.nodes())?;
+        let is_reached = |node: &EncryptingNode, generation: u32| {
+            let Some(key) = node.key.at(generation) else { return false };
+            match self.protocol() {
+                KeyProtocol::Ipsec => key.receives == Some(keys.expected_of(Some(node), generation)),
+                KeyProtocol::Wireguard => {
+                    let state = states.iter().find(|state| state.public_key == key.public_key);
+                    let since = state.and_then(|state| state.last_handshake_seconds);
+                    since.is_some_and(|since| since < HANDSHAKE_WITHIN_SECONDS)
+                }
+            }
         };
         let neighbour = |node: &EncryptingNode| Neighbour {
             node: node.name.clone(),
@@ -230,18 +255,25 @@ impl Device {
                 active: node.key.active.generation,
                 other: node.key.other.map(|key| key.generation),
             },
-            is_alive: is_reached(&active, node.key.at(generations.active)),
-            is_reached: generations.next().is_some_and(|at| is_reached(&next, node.key.at(at))),
+            // IPsec has no handshake that would tell.
+            is_alive: self.protocol() == KeyProtocol::Ipsec || is_reached(node, own.active),
+            is_reached: own.next().is_some_and(|next| is_reached(node, next)),
         };
-        Ok(keys.nodes.iter().flatten().map(neighbour).collect())
+        Ok(keys.nodes().iter().map(neighbour).collect())
     }
 
     /// Takes the next step in a change of keys; true if there was one. The programs follow with `wanted`.
     pub fn step(&self) -> Result<bool> {
         let mut keys = lock(&self.keys);
         let own = keys.ring.generations();
-        let is_settled = keys.nodes.is_some() && keys.in_force == Some(own.active);
-        if !is_settled {
+        if keys.nodes.is_none() {
+            return Ok(false);
+        }
+        // What could not be told before; and the programs follow before the next step.
+        if !keys.is_told {
+            return self.tell(&mut keys).map(|()| true);
+        }
+        if keys.in_force != Some(own.active) {
             return Ok(false);
         }
         let wants = keys.wants || self.is_old(&keys.ring);
@@ -258,20 +290,19 @@ impl Device {
         }
         let now = keys.ring.generations();
         tracing::info!(active = now.active, other = ?now.other, "the node's keys are of these generations now");
-        self.tell(&keys)?;
+        self.tell(&mut keys)?;
         Ok(true)
     }
 
     fn begin(&self, keys: &mut Keys, generation: u32) -> Result<()> {
         keys.ring.begin(generation)?;
-        match keys.ring.key(generation) {
-            Some(key) => self.slots[slot_of(generation)].open(key),
-            None => Ok(()),
-        }
+        self.works.open(&keys.ring, generation)
     }
 
     fn forget_other(&self, keys: &mut Keys) -> Result<()> {
-        self.slots[1 - slot_of(keys.ring.generations().active)].close()?;
+        if let Some(other) = keys.ring.generations().other {
+            self.works.close(other)?;
+        }
         keys.ring.forget_other()
     }
 
@@ -296,19 +327,4 @@ impl Device {
         let share = 0.9 + f64::from(key.public().0[0]) / 255.0 * 0.2;
         ring.age() >= age.mul_f64(share)
     }
-}
-
-/// Both devices; `None` on a kernel that has none of this kind.
-fn slots(plan: &Plan, kind: DeviceKind, ring: &KeyRing) -> Result<Option<[Slot; 2]>> {
-    let generations = ring.generations();
-    let key = |slot: usize| {
-        let of_slot = |generation: &u32| slot_of(*generation) == slot;
-        let mut held = std::iter::once(generations.active).chain(generations.other);
-        held.find(of_slot).and_then(|generation| ring.key(generation))
-    };
-    let [first, second] = sockets(&plan.socket);
-    let one = Slot::prepare(kind, 0, plan.mtu, plan.port, first, key(0))?;
-    let Some(one) = one else { return Ok(None) };
-    let other = Slot::prepare(kind, 1, plan.mtu, plan.port + 1, second, key(1))?;
-    Ok(other.map(|other| [one, other]))
 }

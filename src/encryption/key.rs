@@ -49,6 +49,12 @@ impl PrivateKey {
         PublicKey(x25519::PublicKey::from(&self.secret()).to_bytes())
     }
 
+    /// The secret that this key shares with another one; none with a key that shares the same with everybody.
+    pub fn shared_with(&self, peer: &PublicKey) -> Option<[u8; 32]> {
+        let shared = self.secret().diffie_hellman(&x25519::PublicKey::from(peer.0));
+        shared.was_contributory().then(|| shared.to_bytes())
+    }
+
     /// The bytes, for the kernel.
     pub fn bytes(&self) -> &[u8; 32] {
         &self.0

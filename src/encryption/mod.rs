@@ -7,7 +7,9 @@
 //! ```text
 //! args        settings
 //! device      the agent's side: two devices in turn, the keys, the other nodes
-//! slot        one of the devices
+//! works       who encrypts: WireGuard or IPsec
+//! slot        one of WireGuard's two devices
+//! ipsec       the IPsec device, its states and policies
 //! process     keeps the process of a device running, and tells it the peers
 //! key, ring   the node's keys
 //! rotation    when keys change
@@ -17,6 +19,7 @@
 
 pub mod args;
 mod device;
+mod ipsec;
 mod key;
 mod process;
 pub mod protocol;
@@ -24,13 +27,15 @@ mod ring;
 mod rotation;
 pub mod side;
 mod slot;
+mod works;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use args::{EncryptionArgs, Mode};
 pub use device::{Device, DeviceKind, Plan};
+pub use ipsec::IPSEC_NUMBER;
 pub use key::PrivateKey;
-pub use slot::{DEVICES, remove_devices};
+pub use works::{ALL_DEVICES as DEVICES, remove_devices};
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -6,14 +6,49 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 use super::PrivateKey;
 use super::rotation::Generations;
 use crate::files::{self, Survives};
 
-/// Of even generations, and of odd ones.
-const KEYS: [&str; 2] = ["wireguard.key", "wireguard1.key"];
-const RECORD: &str = "wireguard-keys.json";
+/// Where the kernel says which start of the machine this is.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// What the keys are for, and so what their files are called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// WireGuard makes session keys of them.
+    Wireguard,
+    /// The keys of packets come from them, so a machine that starts anew makes new ones.
+    Ipsec,
+}
+
+impl Use {
+    /// Of even generations, and of odd ones.
+    fn keys(self) -> [&'static str; 2] {
+        match self {
+            Self::Wireguard => ["wireguard.key", "wireguard1.key"],
+            Self::Ipsec => ["ipsec.key", "ipsec1.key"],
+        }
+    }
+
+    fn record(self) -> &'static str {
+        match self {
+            Self::Wireguard => "wireguard-keys.json",
+            Self::Ipsec => "ipsec-keys.json",
+        }
+    }
+}
+
+/// The record as it is kept.
+#[derive(Default, Serialize, Deserialize)]
+struct Record {
+    #[serde(flatten)]
+    generations: Generations,
+    #[serde(default)]
+    boot_id: String,
+}
 
 /// Which of two places a generation has.
 pub fn slot_of(generation: u32) -> usize {
@@ -24,21 +59,26 @@ pub fn slot_of(generation: u32) -> usize {
 #[derive(Debug)]
 pub struct KeyRing {
     directory: PathBuf,
+    of: Use,
     generations: Generations,
     keys: [Option<PrivateKey>; 2],
 }
 
 impl KeyRing {
     /// Reads the keys of the state directory; makes one where there is none.
-    pub fn open(directory: &Path) -> Result<Self> {
-        let record = directory.join(RECORD);
-        let generations: Generations = match fs::read(&record) {
+    pub fn open(directory: &Path, of: Use) -> Result<Self> {
+        let path = directory.join(of.record());
+        let record: Record = match fs::read(&path) {
             // A torn one: the other nodes say which generation it is.
             Ok(text) => serde_json::from_slice(&text).unwrap_or_default(),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Generations::default(),
-            Err(error) => return Err(error).with_context(|| format!("reading {}", record.display())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Record::default(),
+            Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
         };
-        let mut ring = Self { directory: directory.to_owned(), generations, keys: [None, None] };
+        let generations = record.generations;
+        let mut ring = Self { directory: directory.to_owned(), of, generations, keys: [None, None] };
+        if of == Use::Ipsec && record.boot_id != boot_id() {
+            return ring.renew_all();
+        }
         for generation in std::iter::once(generations.active).chain(generations.other) {
             let slot = slot_of(generation);
             ring.keys[slot] = Some(PrivateKey::of(&ring.path(slot))?);
@@ -46,8 +86,16 @@ impl KeyRing {
         Ok(ring)
     }
 
+    /// Another key of the active generation: no packet's key is ever used again from its first number.
+    fn renew_all(mut self) -> Result<Self> {
+        let slot = slot_of(self.generations.active);
+        self.keys[slot] = Some(PrivateKey::renew(&self.path(slot))?);
+        self.forget_other()?;
+        Ok(self)
+    }
+
     fn path(&self, slot: usize) -> PathBuf {
-        self.directory.join(KEYS[slot])
+        self.directory.join(self.of.keys()[slot])
     }
 
     /// Of which generations there are keys.
@@ -99,13 +147,18 @@ impl KeyRing {
     }
 
     fn record(&mut self, generations: Generations) -> Result<()> {
-        let path = self.directory.join(RECORD);
+        let path = self.directory.join(self.of.record());
         let writing = || format!("writing {}", path.display());
-        let text = serde_json::to_vec(&generations).with_context(writing)?;
+        let record = Record { generations, boot_id: boot_id() };
+        let text = serde_json::to_vec(&record).with_context(writing)?;
         files::replace(&path, &text, 0o600, Survives::Machine).with_context(writing)?;
         self.generations = generations;
         Ok(())
     }
+}
+
+fn boot_id() -> String {
+    fs::read_to_string(BOOT_ID).map(|text| text.trim().to_owned()).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -115,24 +168,41 @@ mod tests {
     #[test]
     fn a_restart_in_the_middle_finds_what_was_there() -> Result<()> {
         let directory = tempfile::tempdir()?;
-        let mut ring = KeyRing::open(directory.path())?;
+        let mut ring = KeyRing::open(directory.path(), Use::Wireguard)?;
         let first = ring.key(0).cloned();
         ring.begin(1)?;
         let second = ring.key(1).cloned();
         assert!(first.is_some() && second.is_some() && first != second);
-        let mut ring = KeyRing::open(directory.path())?;
+        let mut ring = KeyRing::open(directory.path(), Use::Wireguard)?;
         assert_eq!(ring.generations(), Generations { active: 0, other: Some(1) });
         assert_eq!((ring.key(0).cloned(), ring.key(1).cloned()), (first, second.clone()));
         ring.turn()?;
-        let mut ring = KeyRing::open(directory.path())?;
+        let mut ring = KeyRing::open(directory.path(), Use::Wireguard)?;
         assert_eq!(ring.generations(), Generations { active: 1, other: Some(0) });
         ring.forget_other()?;
-        assert!(ring.key(0).is_none() && !directory.path().join(KEYS[0]).exists());
-        let mut ring = KeyRing::open(directory.path())?;
+        assert!(ring.key(0).is_none() && !directory.path().join("wireguard.key").exists());
+        let mut ring = KeyRing::open(directory.path(), Use::Wireguard)?;
         assert_eq!(ring.key(1).cloned(), second);
         assert!(ring.age() < Duration::from_secs(3600));
         ring.rename(7)?;
-        assert_eq!(KeyRing::open(directory.path())?.key(7).cloned(), second);
+        assert_eq!(KeyRing::open(directory.path(), Use::Wireguard)?.key(7).cloned(), second);
+        Ok(())
+    }
+
+    #[test]
+    fn keys_of_ipsec_do_not_outlive_the_machine() -> Result<()> {
+        let directory = tempfile::tempdir()?;
+        let open = || KeyRing::open(directory.path(), Use::Ipsec);
+        let mut ring = open()?;
+        ring.rename(6)?;
+        let key = ring.key(6).cloned();
+        assert_eq!(open()?.key(6).cloned(), key);
+        let record = directory.path().join("ipsec-keys.json");
+        fs::write(&record, r#"{"active":6,"other":7,"boot_id":"another"}"#)?;
+        let ring = open()?;
+        assert_eq!(ring.generations(), Generations { active: 6, other: None });
+        assert!(ring.key(6).is_some() && ring.key(6).cloned() != key);
+        assert_eq!(open()?.key(6), ring.key(6));
         Ok(())
     }
 }

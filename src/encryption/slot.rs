@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
 
-use super::device::DeviceKind;
 use super::process::{Process, Task};
 use super::protocol::{Client, Request};
 use super::{PrivateKey, lock};
@@ -22,10 +21,19 @@ pub fn sockets(of_agent: &Path) -> [PathBuf; 2] {
     SOCKETS.map(|name| of_agent.with_file_name(name))
 }
 
+/// Who works behind a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// The kernel.
+    Kernel,
+    /// A process.
+    User,
+}
+
 /// A device.
 #[derive(Debug)]
 pub struct Slot {
-    kind: DeviceKind,
+    kind: By,
     name: &'static str,
     mtu: u32,
     port: u16,
@@ -44,7 +52,7 @@ struct Open {
 impl Slot {
     /// Makes the device, or finds it; `None` on a kernel without WireGuard, if that is to encrypt.
     pub fn prepare(
-        kind: DeviceKind,
+        kind: By,
         number: usize,
         mtu: u32,
         port: u16,
@@ -53,9 +61,9 @@ impl Slot {
     ) -> Result<Option<Self>> {
         let name = DEVICES[number];
         let made = match kind {
-            DeviceKind::Kernel => netlink::ensure_wireguard(name, mtu, key.map(PrivateKey::bytes), port)
+            By::Kernel => netlink::ensure_wireguard(name, mtu, key.map(PrivateKey::bytes), port)
                 .context("making the WireGuard device")?,
-            DeviceKind::User => Some(netlink::ensure_tun(name, mtu).context("making the TUN device")?),
+            By::User => Some(netlink::ensure_tun(name, mtu).context("making the TUN device")?),
         };
         let Some(ifindex) = made else { return Ok(None) };
         let slot = Self { kind, name, mtu, port, socket, ifindex, open: Mutex::default() };
@@ -100,11 +108,11 @@ impl Slot {
             process.end();
         }
         let process = match self.kind {
-            DeviceKind::Kernel => {
+            By::Kernel => {
                 netlink::ensure_wireguard(self.name, self.mtu, Some(key.bytes()), self.port)?;
                 None
             }
-            DeviceKind::User => Some(Process::start(Task {
+            By::User => Some(Process::start(Task {
                 device: self.name,
                 ifindex: self.ifindex,
                 socket: self.socket.clone(),
@@ -120,12 +128,12 @@ impl Slot {
     pub fn close(&self) -> Result<()> {
         let open = lock(&self.open).take();
         match (self.kind, open) {
-            (DeviceKind::Kernel, _) => {
+            (By::Kernel, _) => {
                 netlink::set_wireguard_peers(self.name, &[])?;
                 netlink::ensure_wireguard(self.name, self.mtu, None, self.port)?;
             }
-            (DeviceKind::User, Some(Open { process: Some(process), .. })) => process.end(),
-            (DeviceKind::User, _) => end_process(&self.socket)?,
+            (By::User, Some(Open { process: Some(process), .. })) => process.end(),
+            (By::User, _) => end_process(&self.socket)?,
         }
         Ok(())
     }
@@ -170,11 +178,11 @@ impl Slot {
     pub fn mend(&self) -> Result<bool> {
         let open = lock(&self.open);
         let ifindex = match self.kind {
-            DeviceKind::Kernel => {
+            By::Kernel => {
                 let key = open.as_ref().map(|open| open.key.bytes());
                 netlink::ensure_wireguard(self.name, self.mtu, key, self.port)?
             }
-            DeviceKind::User => Some(netlink::ensure_tun(self.name, self.mtu)?),
+            By::User => Some(netlink::ensure_tun(self.name, self.mtu)?),
         };
         Ok(ifindex == Some(self.ifindex))
     }
@@ -189,7 +197,7 @@ fn end_process(socket: &Path) -> Result<()> {
 }
 
 /// Ends the processes, if there are any, and removes the devices; false if there were none.
-pub fn remove_devices(socket_of_agent: &Path) -> Result<bool> {
+pub fn remove_wireguard(socket_of_agent: &Path) -> Result<bool> {
     let mut were_there = false;
     for (name, socket) in DEVICES.into_iter().zip(sockets(socket_of_agent)) {
         end_process(&socket)?;

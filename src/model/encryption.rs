@@ -46,9 +46,33 @@ impl<'de> Deserialize<'de> for PublicKey {
     }
 }
 
+/// How what goes between nodes is encrypted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KeyProtocol {
+    /// WireGuard.
+    #[default]
+    Wireguard,
+    /// ESP in tunnel mode.
+    Ipsec,
+}
+
+impl KeyProtocol {
+    /// As the WeirNode has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Wireguard => "wireguard",
+            Self::Ipsec => "ipsec",
+        }
+    }
+}
+
 /// What a node has published of its encryption.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeKey {
+    /// What it is a key of.
+    #[serde(default)]
+    pub protocol: KeyProtocol,
     /// The key by which it sends.
     #[serde(flatten)]
     pub active: KeyAt,
@@ -67,12 +91,16 @@ pub struct KeyAt {
     /// Which of the node's keys it is: keys of one generation belong together.
     #[serde(default)]
     pub generation: u32,
+    /// Stands for the other nodes' keys of this generation that the node receives by (IPsec).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receives: Option<u64>,
 }
 
 impl NodeKey {
     /// Where the node listens.
     pub fn ports(&self) -> impl Iterator<Item = u16> + use<> {
-        std::iter::once(self.active.port).chain(self.other.map(|key| key.port))
+        let ports = std::iter::once(self.active.port).chain(self.other.map(|key| key.port));
+        ports.filter(|port| *port > 0)
     }
 
     /// The key of a generation.

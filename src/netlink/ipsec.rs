@@ -7,6 +7,7 @@ use netlink_sys::{Socket, protocols::NETLINK_XFRM};
 use tokio::sync::watch;
 
 use super::listen::listen;
+use super::xfrm::Xfrm;
 use super::{Error, Result};
 
 /// Of linux/xfrm.h: what the policies are all in all, and the answer's attribute with their counts.
@@ -21,9 +22,16 @@ const HEADER_BYTES: usize = 16;
 const FLAGS_BYTES: usize = 4;
 const ATTRIBUTE_BYTES: usize = 4;
 
-/// How many IPsec policies there are in the calling thread's network namespace; 0 on a kernel without
-/// IPsec. Needs CAP_NET_ADMIN.
-pub fn ipsec_policies() -> Result<u32> {
+/// How many IPsec policies there are in the calling thread's network namespace beside those of our interface
+/// with the number `own`; 0 on a kernel without IPsec. Needs CAP_NET_ADMIN.
+pub fn ipsec_policies(own: u32) -> Result<u32> {
+    match all_policies()? {
+        0 => Ok(0),
+        _ => Ok(Xfrm::open(own)?.policies()?.1),
+    }
+}
+
+fn all_policies() -> Result<u32> {
     let ask = || {
         let mut socket = match Socket::new(NETLINK_XFRM) {
             Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(0),

@@ -52,6 +52,8 @@ mod socket;
 mod sysctl;
 mod tun;
 mod wireguard;
+mod xfrm;
+mod xfrm_device;
 
 use std::io;
 use std::path::PathBuf;
@@ -83,6 +85,8 @@ pub use socket::{ANY_COOKIE, TCP, destroy_socket};
 pub use sysctl::{get_sysctl, set_sysctl, set_sysctl_root};
 pub use tun::{TunOffload, ensure_tun, set_tun_offload, take_tun};
 pub use wireguard::{ensure_wireguard, set_wireguard_peers, wireguard_peers};
+pub use xfrm::{XFRM_KEY_BYTES, Xfrm, XfrmCounts, XfrmPolicy, XfrmState, XfrmWay};
+pub use xfrm_device::ensure_xfrm_device;
 
 /// What went wrong between us and the kernel.
 #[derive(Debug, thiserror::Error)]

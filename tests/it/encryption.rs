@@ -1,5 +1,6 @@
 //! What goes between nodes is encrypted, through every accident; the wire is looked at all the while.
 
+mod forged;
 mod keys;
 
 use std::net::{SocketAddr, TcpStream};
@@ -20,15 +21,30 @@ fn setup(routing: &str) -> Setup {
     setup_by("user", routing)
 }
 
+/// By `kernel` or `user` with WireGuard, or by `ipsec`.
 fn setup_by(device: &str, routing: &str) -> Setup {
+    let arguments: &[&str] = match device {
+        "ipsec" => &["--encryption", "ipsec"],
+        _ => &["--encryption", "wireguard", "--wireguard-device", device],
+    };
     Setup {
         nodes: 2,
         routing: routing.to_owned(),
-        agent_arguments: ["--encryption", "wireguard", "--wireguard-device", device]
-            .map(str::to_owned)
-            .into(),
+        agent_arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect(),
         ..Setup::default()
     }
+}
+
+/// The kernel has devices of IPsec, and ESP with AES-GCM.
+fn has_ipsec() -> Result<bool> {
+    static PROBES: AtomicUsize = AtomicUsize::new(0);
+    let number = PROBES.fetch_add(1, Ordering::Relaxed);
+    let space = Space::create(&format!("weirlab-{}-ip{number}", std::process::id()), None)?;
+    let key = "0x".to_owned() + &"5a".repeat(36);
+    let state = format!(
+        "xfrm state add src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x100 mode tunnel aead rfc4106(gcm(aes)) {key} 128"
+    );
+    Ok(space.configure(&["link add probe type xfrm if_id 7", &state]).is_ok())
 }
 
 /// The kernel has WireGuard, built in or as a module.
@@ -75,18 +91,23 @@ fn all_is_encrypted(device: &str, routing: &str) -> Result<()> {
 
 fn peers_are_shown(lab: &Lab, device: &str) -> Result<()> {
     let shown = lab.node(1).weir_json(&["encryption", "status"])?;
-    let by = if device == "kernel" { "the kernel's WireGuard" } else { "weir wireguard" };
+    let (by, name) = match device {
+        "kernel" => ("the kernel's WireGuard", "weir_wg"),
+        "ipsec" => ("the kernel's IPsec", "weir_ipsec"),
+        _ => ("weir wireguard", "weir_wg"),
+    };
     ensure!(shown["device"]["kind"].as_str().is_some_and(|kind| kind.starts_with(by)), "{shown}");
     ensure!(shown["peers"][0]["node"] == "node2", "{shown}");
     let state = &shown["peers"][0]["state"];
     ensure!(
-        state["last_handshake_seconds"].is_u64() && state["received_bytes"].as_u64() > Some(0),
+        state["last_handshake_seconds"].is_u64() != (device == "ipsec")
+            && state["received_bytes"].as_u64() > Some(0),
         "{shown}"
     );
     let metric = lab.node(1).metric("weir_encryption_peer_sent_bytes_total", &["node2"])?;
     ensure!(metric > 0.0, "weir_encryption_peer_sent_bytes_total is {metric}");
     let status = lab.node(1).weir(&["status"])?;
-    ensure!(status.contains("weir_wg with MTU 1440, strict"), "{status}");
+    ensure!(status.contains(&format!("{name} with MTU 1440, strict")), "{status}");
     Ok(())
 }
 
@@ -99,6 +120,17 @@ fn pods_of_two_nodes_are_encrypted_by_the_kernels_wireguard() -> Result<()> {
     }
     all_is_encrypted("kernel", "tunnel")?;
     all_is_encrypted("kernel", "native")
+}
+
+#[test]
+fn pods_of_two_nodes_are_encrypted_by_ipsec() -> Result<()> {
+    require_lab!();
+    if !has_ipsec()? {
+        say_skipped("needs ESP and xfrm interfaces in the kernel: `make kernels`");
+        return Ok(());
+    }
+    all_is_encrypted("ipsec", "tunnel")?;
+    all_is_encrypted("ipsec", "native")
 }
 
 /// What the other tests look at would show it if it were there.

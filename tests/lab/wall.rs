@@ -16,6 +16,8 @@ use super::wire::OUTSIDE;
 /// What a test says so that it can be found on the wire.
 pub const MARKER: &[u8] = b"weir-plain-marker";
 
+const ESP: u8 = 50;
+
 /// Sees every frame on the wire until it is asked.
 pub struct Wall {
     stops: Arc<AtomicBool>,
@@ -27,7 +29,7 @@ pub struct Wall {
 pub struct Seen {
     /// Frames that should not have been seen in plain: what, and how many.
     pub plain: BTreeMap<String, u64>,
-    /// Datagrams of WireGuard.
+    /// Packets of WireGuard and of ESP.
     pub encrypted: u64,
     /// Packets to the addresses behind the outside host, by who seems to have sent them.
     pub leaving: BTreeMap<IpAddr, u64>,
@@ -98,7 +100,7 @@ fn note(frame: &[u8], seen: &mut Seen) {
     if OUTSIDE[2..].iter().any(|address| address.parse() == Ok(ends[1])) {
         *seen.leaving.entry(ends[0]).or_insert(0) += 1;
     }
-    if is_udp && [51871, 51872].contains(&port(2)) {
+    if protocol == ESP || is_udp && [51871, 51872].contains(&port(2)) {
         seen.encrypted += 1;
     }
 }

@@ -110,7 +110,13 @@ impl Encryption {
         for node in &desired.nodes {
             let Some(address) = underlay_address(node, has_ipv4) else { continue };
             match self.seen.get(&node.name) {
-                Some(key) => peers.push(peer(node, address, key)),
+                Some(key) if key.protocol == self.device.protocol() => peers.push(peer(node, address, key)),
+                Some(key) => problems.push(Problem::new(format!(
+                    "node {} encrypts by {}, and this one by {}: nothing goes to its pods",
+                    node.name,
+                    key.protocol.name(),
+                    self.device.protocol().name()
+                ))),
                 None if self.is_strict => problems.push(Problem::new(format!(
                     "node {} has published no key: nothing goes to its pods (WEIR_ENCRYPTION there, or \
                      WEIR_ENCRYPTION_STRICT=false here)",

@@ -11,7 +11,7 @@ use anyhow::Result;
 use super::{Problem, Round, Sink};
 use crate::agent::ipsec;
 use crate::datapath::StackWriter;
-use crate::encryption::Device;
+use crate::encryption::{Device, IPSEC_NUMBER};
 use crate::netlink;
 
 /// Asks the kernel in every round, and before the first one.
@@ -41,7 +41,7 @@ impl Stack {
     fn steer(&mut self) -> Result<()> {
         self.choose_key()?;
         let is_heard = *self.news.borrow();
-        let policies = netlink::ipsec_policies();
+        let policies = netlink::ipsec_policies(IPSEC_NUMBER);
         let is_news = self.writer.write_past_stack(is_heard && matches!(policies, Ok(0)))?;
         match policies {
             _ if !is_news => {}

@@ -105,7 +105,7 @@ impl NodeRow {
         let ages = answer.peers.iter().map(age);
         let oldest = ages.clone().max_by_key(|age| age.unwrap_or(u64::MAX)).flatten();
         let well = ages.clone().flatten().filter(|age| *age <= HANDSHAKE_SECONDS_MAX).count();
-        let is_never = ages.clone().any(|age| age.is_none());
+        let is_never = device.port > 0 && ages.clone().any(|age| age.is_none());
         let errors: u64 = answer.peers.iter().filter_map(|peer| Some(peer.state.as_ref()?.errors)).sum();
         [
             self.node.clone(),
@@ -140,6 +140,8 @@ fn problems(node: &str, answer: &EncryptionAnswer, keys: &BTreeMap<&str, Option<
         };
     }
     let mut problems: Vec<String> = answer.error.iter().cloned().collect();
+    // IPsec has no port, and no handshakes.
+    let has_handshakes = answer.device.as_ref().is_some_and(|device| device.port > 0);
     for peer in &answer.peers {
         let name = &peer.node;
         let Some(known) = &peer.public_key else {
@@ -150,6 +152,7 @@ fn problems(node: &str, answer: &EncryptionAnswer, keys: &BTreeMap<&str, Option<
             Some(Some(own)) if *own != known.to_string() => {
                 problems.push(format!("knows another key of {name} than {name} has"));
             }
+            _ if !has_handshakes => {}
             _ => match age(peer) {
                 None => problems.push(format!("has had no handshake with {name}")),
                 Some(seconds) if seconds > HANDSHAKE_SECONDS_MAX => {

@@ -10,7 +10,7 @@ use crate::kube::Tables;
 use crate::kube::convert::{Cidr, Field, Notes, ObjectId, Result};
 use crate::kube::kind::{Meta, ObjectKind};
 use crate::kube::rows::Rows;
-use crate::model::{Allocation, KeyAt, NodeKey, ObjectKey};
+use crate::model::{Allocation, KeyAt, NodeKey, ObjectKey, KeyProtocol};
 use crate::tables::State;
 
 /// weir.dev/v1alpha1
@@ -35,6 +35,7 @@ struct Status {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Encryption {
+    protocol: KeyProtocol,
     #[serde(flatten)]
     active: Key,
     other: Option<Key>,
@@ -47,19 +48,26 @@ struct Key {
     port: u16,
     #[serde(default)]
     generation: u32,
+    receives: Option<String>,
 }
 
 impl Encryption {
     fn key(&self) -> Option<NodeKey> {
-        let other = self.other.as_ref().and_then(Key::read);
-        Some(NodeKey { active: self.active.read()?, other })
+        let read = |key: &Key| key.read(self.protocol);
+        Some(NodeKey {
+            protocol: self.protocol,
+            active: read(&self.active)?,
+            other: self.other.as_ref().and_then(read),
+        })
     }
 }
 
 impl Key {
-    fn read(&self) -> Option<KeyAt> {
+    fn read(&self, protocol: KeyProtocol) -> Option<KeyAt> {
         let public_key = self.public_key.parse().ok()?;
-        (self.port > 0).then_some(KeyAt { public_key, port: self.port, generation: self.generation })
+        let receives = self.receives.as_ref().and_then(|sum| u64::from_str_radix(sum, 16).ok());
+        let has_port = self.port > 0 || protocol == KeyProtocol::Ipsec;
+        has_port.then_some(KeyAt { public_key, port: self.port, generation: self.generation, receives })
     }
 }
 

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
-use super::{has_kernel_wireguard, say_the_marker, setup_by, side};
+use super::{has_ipsec, has_kernel_wireguard, say_the_marker, setup_by, side};
 use crate::lab::{Lab, Node, Pod, Report, Traffic, wait_for};
 use crate::require::{require_lab, say_skipped};
 use crate::verdicts::expect_full_mesh;
@@ -68,7 +68,10 @@ fn change_keys(device: &str, routing: &str) -> Result<()> {
     running.iter().try_for_each(|traffic| traffic.wait_for_answers(50))?;
     let second = [public_key(lab.node(1))?, public_key(lab.node(2))?];
     ensure!(first[0] != second[0] && first[1] != second[1], "{first:?} {second:?}");
-    ensure!(!lab.node(1).directory().join("state/wireguard.key").exists(), "the former key is still there");
+    for name in ["wireguard.key", "ipsec.key"] {
+        let file = lab.node(1).directory().join("state").join(name);
+        ensure!(!file.exists(), "the former key is still there: {}", file.display());
+    }
     ensure!(lab.node(1).map("node_state")?[0]["flags"].to_string().contains("second key"));
     say_the_marker(&a, &b)?;
 
@@ -103,6 +106,17 @@ fn keys_of_the_kernels_wireguard_change_without_loss() -> Result<()> {
     }
     change_keys("kernel", "tunnel")?;
     change_keys("kernel", "native")
+}
+
+#[test]
+fn keys_of_ipsec_change_without_loss() -> Result<()> {
+    require_lab!();
+    if !has_ipsec()? {
+        say_skipped("needs ESP and xfrm interfaces in the kernel: `make kernels`");
+        return Ok(());
+    }
+    change_keys("ipsec", "tunnel")?;
+    change_keys("ipsec", "native")
 }
 
 #[test]

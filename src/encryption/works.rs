@@ -1,0 +1,183 @@
+//! Who encrypts, behind one face: two WireGuard devices in turn, or the IPsec device.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use super::args::{DeviceChoice, Mode};
+use super::device::{DeviceKind, Plan};
+use super::ipsec::{IPSEC_DEVICE, Ipsec, remove_ipsec};
+use super::ring::{KeyRing, Use, slot_of};
+use super::slot::{By, DEVICES, Slot, remove_wireguard, sockets};
+use crate::model::{EncryptingNode, EncryptionPeer, KeyProtocol, PeerState};
+
+/// What encrypts.
+#[derive(Debug)]
+pub enum Works {
+    /// One device for even generations, one for odd ones.
+    Wireguard(By, [Slot; 2]),
+    /// One device, whose states are those of all generations.
+    Ipsec(Ipsec),
+}
+
+impl Works {
+    /// Makes what the plan wants, or finds it; what it does not want goes.
+    pub fn prepare(plan: &Plan) -> Result<(Self, KeyRing)> {
+        if plan.mode == Mode::Ipsec {
+            remove_wireguard(&plan.socket)?;
+            let ipsec = Ipsec::prepare(plan.mtu, plan.addresses.clone())?;
+            return Ok((Self::Ipsec(ipsec), KeyRing::open(&plan.state_directory, Use::Ipsec)?));
+        }
+        remove_ipsec()?;
+        let ring = KeyRing::open(&plan.state_directory, Use::Wireguard)?;
+        let (kind, slots) = match plan.choice {
+            DeviceChoice::User => (By::User, slots(plan, By::User, &ring)?),
+            _ => match slots(plan, By::Kernel, &ring)? {
+                None if plan.choice == DeviceChoice::Kernel => {
+                    bail!("WEIR_WIREGUARD_DEVICE=kernel, and this kernel has no WireGuard (module wireguard)")
+                }
+                None => (By::User, slots(plan, By::User, &ring)?),
+                there => (By::Kernel, there),
+            },
+        };
+        Ok((Self::Wireguard(kind, slots.context("making the devices that encrypt")?), ring))
+    }
+
+    /// Who.
+    pub fn kind(&self) -> DeviceKind {
+        match self {
+            Self::Wireguard(By::Kernel, _) => DeviceKind::Kernel,
+            Self::Wireguard(By::User, _) => DeviceKind::User,
+            Self::Ipsec(_) => DeviceKind::Ipsec,
+        }
+    }
+
+    /// What the others must speak.
+    pub fn protocol(&self) -> KeyProtocol {
+        match self {
+            Self::Wireguard(..) => KeyProtocol::Wireguard,
+            Self::Ipsec(_) => KeyProtocol::Ipsec,
+        }
+    }
+
+    /// The devices' indices, of even generations and of odd ones.
+    pub fn ifindices(&self) -> [u32; 2] {
+        match self {
+            Self::Wireguard(_, slots) => [slots[0].ifindex(), slots[1].ifindex()],
+            Self::Ipsec(ipsec) => [ipsec.ifindex(); 2],
+        }
+    }
+
+    /// The device of a generation.
+    pub fn name(&self, generation: u32) -> &'static str {
+        match self {
+            Self::Wireguard(_, slots) => slots[slot_of(generation)].name(),
+            Self::Ipsec(_) => IPSEC_DEVICE,
+        }
+    }
+
+    /// The UDP port of a generation; 0: there is none.
+    pub fn port(&self, generation: u32) -> u16 {
+        match self {
+            Self::Wireguard(_, slots) => slots[slot_of(generation)].port(),
+            Self::Ipsec(_) => 0,
+        }
+    }
+
+    /// The process that encrypts with a generation.
+    pub fn pid(&self, generation: u32) -> Option<u32> {
+        match self {
+            Self::Wireguard(_, slots) => slots[slot_of(generation)].pid(),
+            Self::Ipsec(_) => None,
+        }
+    }
+
+    /// Begins to receive by the key of a generation.
+    pub fn open(&self, ring: &KeyRing, generation: u32) -> Result<()> {
+        match (self, ring.key(generation)) {
+            (Self::Wireguard(_, slots), Some(key)) => slots[slot_of(generation)].open(key),
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends what the key of a generation was for.
+    pub fn close(&self, generation: u32) -> Result<()> {
+        match self {
+            Self::Wireguard(_, slots) => slots[slot_of(generation)].close(),
+            // Its states go with the key, in `tell`.
+            Self::Ipsec(_) => Ok(()),
+        }
+    }
+
+    /// Makes these all peers.
+    pub fn tell(&self, ring: &KeyRing, nodes: &[EncryptingNode]) -> Result<()> {
+        let slots = match self {
+            Self::Wireguard(_, slots) => slots,
+            Self::Ipsec(ipsec) => return ipsec.sync(ring, nodes),
+        };
+        let generations = ring.generations();
+        for generation in std::iter::once(generations.active).chain(generations.other) {
+            let peers: Vec<EncryptionPeer> = nodes.iter().filter_map(|node| node.peer(generation)).collect();
+            slots[slot_of(generation)].set_peers(&peers)?;
+        }
+        Ok(())
+    }
+
+    /// How the peers are: of the active key first.
+    pub fn peers(&self, ring: &KeyRing, nodes: &[EncryptingNode]) -> Result<Vec<PeerState>> {
+        match self {
+            Self::Wireguard(_, slots) => {
+                let first = slot_of(ring.generations().active);
+                let mut states = slots[first].peers()?;
+                states.extend(slots[1 - first].peers()?);
+                Ok(states)
+            }
+            Self::Ipsec(ipsec) => ipsec.peers(ring, nodes),
+        }
+    }
+
+    /// What is wrong with it.
+    pub fn look(&self, ring: &KeyRing, nodes: Option<&[EncryptingNode]>) -> Result<Option<String>> {
+        match self {
+            Self::Wireguard(_, slots) => Ok(slots[0].look()?.or(slots[1].look()?)),
+            Self::Ipsec(ipsec) => match (ipsec.look()?, nodes) {
+                (None, Some(nodes)) if !ipsec.is_whole(ring, nodes)? => {
+                    Ok(Some("IPsec states or policies".to_owned()))
+                }
+                (wrong, _) => Ok(wrong),
+            },
+        }
+    }
+
+    /// Makes the devices as they were. False: one has another index now.
+    pub fn mend(&self) -> Result<bool> {
+        match self {
+            Self::Wireguard(_, slots) => Ok([slots[0].mend()?, slots[1].mend()?] == [true; 2]),
+            Self::Ipsec(ipsec) => ipsec.mend(),
+        }
+    }
+}
+
+/// Both devices; `None` on a kernel that has none of this kind.
+fn slots(plan: &Plan, kind: By, ring: &KeyRing) -> Result<Option<[Slot; 2]>> {
+    let generations = ring.generations();
+    let key = |slot: usize| {
+        let of_slot = |generation: &u32| slot_of(*generation) == slot;
+        let mut held = std::iter::once(generations.active).chain(generations.other);
+        held.find(of_slot).and_then(|generation| ring.key(generation))
+    };
+    let [first, second] = sockets(&plan.socket);
+    let one = Slot::prepare(kind, 0, plan.mtu, plan.port, first, key(0))?;
+    let Some(one) = one else { return Ok(None) };
+    let other = Slot::prepare(kind, 1, plan.mtu, plan.port + 1, second, key(1))?;
+    Ok(other.map(|other| [one, other]))
+}
+
+/// The names of all devices that may encrypt.
+pub const ALL_DEVICES: [&str; 3] = [DEVICES[0], DEVICES[1], IPSEC_DEVICE];
+
+/// Ends and removes whatever encrypts; false if there was nothing.
+pub fn remove_devices(socket_of_agent: &Path) -> Result<bool> {
+    let (wireguard, ipsec) = (remove_wireguard(socket_of_agent)?, remove_ipsec()?);
+    Ok(wireguard || ipsec)
+}
