@@ -94,6 +94,7 @@ struct exported_types {
 	enum usage_size usage_size;
 	enum quota_kind quota_kind;
 	enum nat_search_index nat_search_index;
+	enum round_trip round_trip;
 	enum endpoint_mac endpoint_mac;
 };
 

@@ -64,6 +64,7 @@ struct event {
 	__u8 icmp_type;
 	__u8 icmp_code;
 	__u8 flags;	      /* enum event_flags */
-	__u8 pad[2];
+	__u8 round_trip;      /* enum round_trip: from the SYN to its answer, seen here */
+	__u8 pad;
 };
 _Static_assert(sizeof(struct event) == 128, "event");

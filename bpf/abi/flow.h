@@ -99,9 +99,20 @@ struct connection {
 	__u8 tcp_flags[2];	/* every flag seen, per side */
 	__u8 route[2];		/* enum route: to the initiator, to the responder */
 	__be16 other_port;	/* FLOW: the initiator's own source port, SERVICE: the one on the way; 0: the same */
-	__u16 merged_jiffies;	/* low bits: when the last merged packet (GSO) came by the tunnel */
+	__u8 merged_jiffies;	/* low bits: when the last merged packet (GSO) came by the tunnel */
+	__u8 round_trip;	/* TCP: enum round_trip; until the SYN is answered both bytes are when it came */
 };
 _Static_assert(sizeof(struct connection) == 104, "connection");
+
+/*
+ * A time in one byte: 0 is none, 1 + 8 * e + m is (8 + m) * 2^e / 8 microseconds
+ * or up to an eighth more.
+ */
+enum round_trip {
+	ROUND_TRIP_NONE = 0,
+	ROUND_TRIP_STEPS = 8, /* from one power of two to the next */
+	ROUND_TRIP_EXPONENT_MAX = 30,
+};
 
 enum connection_flags {
 	CONNECTION_INITIATOR_HIGH = 1 << 0, /* addr[1] began */

@@ -9,6 +9,7 @@
 #include "event.h"
 #include "connection_share.h"
 #include "hash.h"
+#include "round_trip.h"
 
 static __always_inline __u64 seconds_to_jiffies(__u32 seconds)
 {
@@ -318,6 +319,20 @@ connection_knows_sender(const struct packet *packet, __u8 route_to_sender)
 		route_to_sender == ROUTE_NODE);
 }
 
+/* Of a connection that is not answered yet. */
+static __always_inline void
+connection_note_handshake(const struct packet *packet,
+			  struct connection *connection, __u32 sender)
+{
+	if (connection->tcp_flags[1] & TCP_SYN ||
+	    !(connection->tcp_flags[0] & TCP_SYN))
+		return;
+	if (!sender)
+		round_trip_begin(connection);
+	else if (packet->tcp_flags & TCP_ACK)
+		round_trip_end(connection);
+}
+
 /*
  * The TCP flags of a packet that are to be believed. Anybody on the way to the
  * node can send a FIN or an RST with an address that is not its own. The pod's
@@ -336,6 +351,8 @@ __weak __noinline int connection_believe(struct __sk_buff *ctx,
 	if (!packet || !connection)
 		return 0;
 	sender &= 1;
+	if (packet->tcp_flags & TCP_SYN)
+		connection_note_handshake(packet, connection, sender);
 	if (!(packet->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) ||
 	    connection_knows_sender(packet, connection->route[sender]))
 		return packet->tcp_flags;

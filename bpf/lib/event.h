@@ -86,7 +86,10 @@ event_from_connection(struct event *event, const struct connection *from,
 	event->icmp_code = 0;
 	event->flags = (addr_is_ipv4(&key->addr[0]) ? 0 : EVENT_IPV6) |
 		       (from->service_port ? EVENT_SERVICE : 0);
-	__builtin_memset(event->pad, 0, sizeof(event->pad));
+	event->round_trip = from->tcp_flags[0] & from->tcp_flags[1] & TCP_SYN ?
+				    from->round_trip :
+				    ROUND_TRIP_NONE;
+	event->pad = 0;
 }
 
 /*
@@ -214,7 +217,8 @@ __weak __noinline int event_drop(struct __sk_buff *ctx, struct packet *packet,
 		(swap ? EVENT_REPLY : 0) |
 		(packet->flags & PACKET_HAS_SERVICE ? EVENT_SERVICE : 0) |
 		(packet->flags & PACKET_FROM_OVERLAY ? EVENT_FROM_OVERLAY : 0);
-	__builtin_memset(event->pad, 0, sizeof(event->pad));
+	event->round_trip = ROUND_TRIP_NONE;
+	event->pad = 0;
 	bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 	return 0;
 }

@@ -54,13 +54,14 @@ static __always_inline bool fast_is_recent(struct connection *connection)
 	return true;
 }
 
-/* False for what is not plain, and what may begin or break a flow. */
+/* False for what is not plain, and what may begin or break a flow. A SYN and its
+ * answer say how long a round trip takes (round_trip.h), and their segments may
+ * have to get smaller (mss.h). */
 static __always_inline bool fast_parse(void *frame, void *end,
 				       struct packet_tuple *tuple)
 {
 	return packet_parse_plain(frame, end, tuple) &&
-	       (tuple->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN &&
-	       !(tuple->tcp_flags & TCP_RST);
+	       !(tuple->tcp_flags & (TCP_SYN | TCP_RST));
 }
 
 /* Flows with something to write, or with something to note about their end, and
@@ -201,8 +202,7 @@ static __always_inline int fast_from_pod(struct __sk_buff *ctx,
 	if (!settings.tunnel_ifindex &&
 	    connection->route[side ^ 1] == ROUTE_NODE) {
 		if (connection->endpoint[side ^ 1] ||
-		    /* Its segments may have to get smaller (mss.h). */
-		    tuple.tcp_flags & TCP_SYN || !fast_is_recent(connection))
+		    !fast_is_recent(connection))
 			return FAST_OTHER_WAY;
 		ctx->priority = endpoint_priority(source);
 		action = fast_leave(ctx, fast, &tuple);

@@ -89,6 +89,8 @@ static __noinline int flow_insert(struct __sk_buff *ctx,
 	fresh->other_port = packet->own_port;
 	fresh->tcp_flags[0] = packet->tcp_flags;
 	fresh->flags = CONNECTION_OPENING;
+	if (packet->tcp_flags & TCP_SYN)
+		round_trip_begin(fresh);
 	if (flow->source_index)
 		fresh->flags |= CONNECTION_INITIATOR_HIGH;
 	if (packet->flags & PACKET_LOOPBACK)

@@ -252,14 +252,14 @@ static __always_inline bool tunnel_parse(struct __sk_buff *ctx,
 static __always_inline bool tunnel_must_queue(struct __sk_buff *ctx,
 					      struct connection *connection)
 {
-	__u16 now = bpf_jiffies64();
+	__u8 now = bpf_jiffies64();
 
 	if (ctx->gso_size) {
 		if (connection->merged_jiffies != now)
 			connection->merged_jiffies = now;
 		return true;
 	}
-	return (__u16)(now - connection->merged_jiffies) < TUNNEL_QUEUE_JIFFIES;
+	return (__u8)(now - connection->merged_jiffies) < TUNNEL_QUEUE_JIFFIES;
 }
 
 /* Of the frame that is left, whose Ethernet header was the outer one. */

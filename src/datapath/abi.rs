@@ -104,6 +104,7 @@ plain! {
     Connection {
         last_seen_jiffies, packets, bytes, service, egress_epoch, ingress_epoch,
         identity, egress_rule, ingress_rule, last_report_jiffies, sequence, endpoint, service_port, flags, tcp_flags, route, other_port, merged_jiffies,
+        round_trip,
     }
     Ended { key, connection, check }
     NatKey { local, remote, local_port, remote_port, protocol, direction, pad }
@@ -120,7 +121,7 @@ plain! {
         timestamp_ns, packets, bytes, source, destination, service, source_identity,
         destination_identity, rule_id, ingress_rule_id, ifindex, source_port, destination_port, service_port,
         source_endpoint, destination_endpoint, protocol, r#type, reason, direction, tcp_flags,
-        icmp_type, icmp_code, flags, pad,
+        icmp_type, icmp_code, flags, round_trip, pad,
     }
     StaleSocket { cookie, local, remote, local_port, remote_port, ifindex, protocol, pad }
     CollectRequest { keys, count, deleted }

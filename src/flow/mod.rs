@@ -20,6 +20,7 @@ mod reason;
 mod record;
 mod recorder;
 mod request;
+mod round_trip;
 mod text;
 
 /// A record of the kernel, as it stands in abi.h.
@@ -35,6 +36,7 @@ pub use record::{
 };
 pub use recorder::{Cursor, Record, Recorder, RecorderCounts, Skipped};
 pub use request::Redact;
+pub use round_trip::decode as round_trip;
 pub use text::{Colours, escape, icmp_text};
 
 #[cfg(test)]

@@ -184,6 +184,7 @@ impl Names {
             packets: Counts { source: event.packets[0], destination: event.packets[1] },
             bytes: Counts { source: event.bytes[0], destination: event.bytes[1] },
             ifindex: event.ifindex,
+            round_trip: super::round_trip::decode(event.round_trip),
         }
     }
 

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 
@@ -61,6 +62,8 @@ pub struct Flow {
     pub bytes: Counts,
     /// The interface where it was seen; 0: not known.
     pub ifindex: u32,
+    /// From the SYN of a TCP connection to its answer, seen here.
+    pub round_trip: Option<Duration>,
 }
 
 /// One side of a flow.

@@ -286,6 +286,7 @@ fn weir(named: &Flow) -> pb::Weir {
         packets_received: named.packets.destination,
         bytes_sent: named.bytes.source,
         bytes_received: named.bytes.destination,
+        round_trip_ns: named.round_trip.map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)),
         service: service.map(|service| service.to_string()).unwrap_or_default(),
         protocol: named.protocol.number().into(),
         drop_reason_text: named.drop_reason_desc.map(|reason| reason.text().to_owned()).unwrap_or_default(),

@@ -309,6 +309,9 @@ fn summary(flow: &Flow) -> String {
     if !weir.service.is_empty() {
         let _infallible = write!(text, "; service {}", weir.service);
     }
+    if weir.round_trip_ns > 0 {
+        let _infallible = write!(text, "; round trip {}", milliseconds(weir.round_trip_ns));
+    }
     if flow.drop_reason_desc != 133 && flow.drop_reason_desc != 181 {
         return text;
     }
@@ -320,6 +323,18 @@ fn summary(flow: &Flow) -> String {
         (true, true) => write!(text, "; no rule allows it"),
     };
     text
+}
+
+/// With three digits that count.
+fn milliseconds(nanoseconds: u64) -> String {
+    let milliseconds = nanoseconds as f64 / 1e6;
+    let digits = match milliseconds {
+        ..1.0 => 3,
+        ..10.0 => 2,
+        ..100.0 => 1,
+        _ => 0,
+    };
+    format!("{milliseconds:.digits$} ms")
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! Flows between pods: verdicts, what is remembered, what ends a verdict.
 
-use anyhow::{Result, ensure};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
 use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 use weir::datapath::abi::{Connection, Event};
@@ -105,6 +107,44 @@ fn a_tcp_connection_is_one_entry_and_few_events() -> Result<()> {
         let again = expect(world, &segments[0], REDIRECT)?;
         assert_eq!(types(&again.events), [NEW]);
         assert_eq!(only_flow(world)?.packets, [1, 0]);
+        Ok(())
+    })
+}
+
+/// From the last SYN to its answer, whatever the ticks of the clock are; nothing without an answer.
+#[test]
+fn the_handshake_says_how_long_a_round_trip_takes() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        let end = |world: &mut World| -> Result<u8> {
+            let outcome = expect(world, &forward(&cast, RST), REDIRECT)?;
+            let event = outcome.events.last().context("an end")?;
+            world.forget_flows()?;
+            Ok(event.round_trip)
+        };
+        for wait in [0, 3, 40, 150].map(Duration::from_millis) {
+            let mut began = Instant::now();
+            expect(world, &forward(&cast, SYN), REDIRECT)?;
+            if !wait.is_zero() {
+                std::thread::sleep(Duration::from_millis(90));
+                began = Instant::now();
+                expect(world, &forward(&cast, SYN), REDIRECT)?;
+            }
+            std::thread::sleep(wait);
+            expect(world, &backward(&cast, SYN | ACK), REDIRECT)?;
+            // With the time that the calls themselves take.
+            let most = began.elapsed() + Duration::from_micros(10);
+            expect(world, &forward(&cast, ACK), REDIRECT)?;
+            // Another answer is none.
+            expect(world, &backward(&cast, SYN | ACK), REDIRECT)?;
+            let measured = weir::flow::round_trip(end(world)?).context("a time")?;
+            ensure!(
+                measured >= wait * 9 / 10 && measured <= most * 11 / 10,
+                "{measured:?}, at least {wait:?}, at most {most:?}"
+            );
+        }
+        expect(world, &forward(&cast, SYN), REDIRECT)?;
+        ensure!(end(world)? == 0, "nobody has answered");
         Ok(())
     })
 }

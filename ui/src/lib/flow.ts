@@ -58,6 +58,8 @@ export interface Row {
   request: Request | null;
   /** Both directions so far. */
   bytes: number;
+  /** Milliseconds from the SYN to its answer; 0: not known. */
+  roundTrip: number;
   packets: number;
   /** The flow's JSON as it came. */
   raw: string;
@@ -183,6 +185,7 @@ function row(message: Json, flow: Json, now: number, raw: string): Row {
     request,
     bytes: whole(weir.bytes_sent) + whole(weir.bytes_received),
     packets: whole(weir.packets_sent) + whole(weir.packets_received),
+    roundTrip: whole(weir.round_trip_ns) / 1e6,
     raw,
   };
 }

@@ -45,7 +45,8 @@ test('what Weir adds: the policies that isolate, counters, one connection for se
   expect([row.event, row.isolatedBy.map(policyText)]).toEqual(['drop', ['data/closed']]);
   const end = rowOf(flow({ from: pod('shop', 'web'), to: pod('data', 'db'), port: 5432, event: 'CONNECTION_END' }));
   expect(end).toMatchObject({ event: 'end', bytes: 85_410, packets: 11 });
-  expect(rowOf({ flow: { verdict: 'FORWARDED' } }).event).toBe('new');
+  expect(rowOf({ flow: { verdict: 'FORWARDED' } })).toMatchObject({ event: 'new', roundTrip: 0 });
+  expect(rowOf({ flow: { weir: { round_trip_ns: '1500000' } } }).roundTrip).toBe(1.5);
 });
 
 test('losses and nodes', () => {
