@@ -63,6 +63,7 @@ mod tests {
             is_up: true,
             is_operational: true,
             kind: kind.to_owned(),
+            lower: 0,
         };
         let ip = |text: &str| text.parse().expect("an address");
         OutwardDevice {

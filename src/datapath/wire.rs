@@ -98,7 +98,7 @@ fn check_driver(ifindex: u32, kind: &str, is_named: bool) -> Result<()> {
     );
     ensure!(
         kind != "veth" || can & CAN_TAKE_FRAMES != 0,
-        "the other end of this veth has neither XDP nor GRO"
+        "the other end of this veth has no XDP program, and takes nothing that a driver sends"
     );
     Ok(())
 }

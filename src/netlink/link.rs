@@ -31,6 +31,8 @@ pub struct Link {
     pub is_operational: bool,
     /// `veth`, `vxlan`, ...; empty for hardware.
     pub kind: String,
+    /// The device that it is on, as of a VLAN; 0: none.
+    pub lower: u32,
 }
 
 /// The device of that name.
@@ -254,10 +256,12 @@ impl From<&LinkMessage> for Link {
             is_up: message.header.flags.contains(LinkFlags::Up),
             is_operational: false,
             kind: String::new(),
+            lower: 0,
         };
         for attribute in &message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name.clone_from(name),
+                LinkAttribute::Link(lower) => link.lower = *lower,
                 LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
                 LinkAttribute::OperState(state) => link.is_operational = *state == State::Up,
                 LinkAttribute::Address(bytes) => {

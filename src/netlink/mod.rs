@@ -10,6 +10,7 @@
 //! address      the node's addresses, and news of them
 //! connection   the socket: batches of requests, dumps
 //! descriptors  open descriptors for another process
+//! ethtool      what a device's driver does by itself
 //! netfilter    whether the node has rules that drop what is forwarded
 //! listen       messages to groups of listeners
 //! namespace    a thread that enters a pod's namespace
@@ -34,6 +35,7 @@ mod announce;
 mod classes;
 mod connection;
 mod descriptors;
+mod ethtool;
 mod ipsec;
 mod link;
 mod listen;
@@ -62,6 +64,7 @@ pub use address::{address_news, local_addresses};
 pub use announce::{Listening, announce};
 pub use classes::{classes, delete_class, ensure_classes, limit_class};
 pub use descriptors::{DESCRIPTORS_MAX, receive_with_descriptors, send_with_descriptors};
+pub use ethtool::{active_features, set_tx_checksum};
 pub use ipsec::{ipsec_news, ipsec_policies};
 pub use link::{
     Link, add_address, addresses_of, delete_address, delete_link, devices_with, ensure_vxlan, link,

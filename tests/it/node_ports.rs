@@ -1,19 +1,25 @@
 //! Node ports and load balancers' addresses: every place of a client, every place of a backend.
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
+use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::lab::{Lab, OUTSIDE, Pod, ServicePort, Setup, Space, Via, backend, probe, wait_for};
+use crate::lab::{
+    Lab, Node, OUTSIDE, Pod, ServicePort, Setup, Space, Traffic, Via, backend, probe, wait_for,
+};
+use crate::packets::world::load_test_program;
 use crate::require::require_lab;
 use crate::verdicts::{Expected, Row, expect_all};
 
 const CLUSTER_IPS: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
 const BALANCER_IPS: [&str; 2] = ["203.0.113.10", "2001:db8:cb::10"];
 const NODE_PORT: u16 = 30080;
+const PASS: &str = "tests/it/node_ports/pass.bpf.c";
 
 pub struct World {
     near: Pod,
@@ -27,12 +33,37 @@ pub struct World {
 
 impl World {
     pub fn start(routing: &str) -> Result<Self> {
-        Self::start_with(Setup { nodes: 2, routing: routing.to_owned(), ..Setup::default() })
+        Self::of(Lab::start(Setup { nodes: 2, routing: routing.to_owned(), ..Setup::default() })?)
     }
 
-    /// The same of this setup, which has two nodes.
-    pub fn start_with(setup: Setup) -> Result<Self> {
-        let lab = Lab::start(setup)?;
+    /// With native routing; the drivers of the nodes' devices send on what passes the nodes.
+    fn start_with_drivers() -> Result<Self> {
+        let agent_arguments = ["--xdp", "native", "--device", "eth0"].map(str::to_owned).to_vec();
+        let routing = "native".to_owned();
+        let lab = Lab::start(Setup {
+            nodes: 2,
+            routing,
+            agent_arguments,
+            starts_agents: false,
+            ..Setup::default()
+        })?;
+        be_hardware(&lab)?;
+        lab.start_agents()?;
+        let world = Self::of(lab)?;
+        for number in [1, 2] {
+            world.wait_for_driver(number, "eth0: native")?;
+        }
+        Ok(world)
+    }
+
+    /// Waits until `weir status` says so of a node's driver.
+    fn wait_for_driver(&self, number: usize, how: &str) -> Result<()> {
+        wait_for(&format!("{how} at node{number}"), || {
+            Ok(self.lab.node(number).status()?.to_string().contains(how))
+        })
+    }
+
+    fn of(lab: Lab) -> Result<Self> {
         let near = lab.pod(1, "shop/near").label("app", "server").create()?;
         let far = lab.pod(2, "shop/far").label("app", "server").create()?;
         let client = lab.pod(1, "shop/client").create()?;
@@ -105,6 +136,26 @@ impl World {
     }
 }
 
+/// Makes the wire one that drivers can send on by themselves: every frame has its checksum, and the wire's ports
+/// take what a driver sends. They do so as long as this process lives.
+fn be_hardware(lab: &Lab) -> Result<()> {
+    for host in lab.nodes().iter().map(Node::space).chain([lab.outside()]) {
+        host.run(|| weir::netlink::set_tx_checksum("eth0", false))?;
+    }
+    let mut ports: Vec<String> = lab.nodes().iter().map(|node| node.name().to_owned()).collect();
+    ports.push("outside".to_owned());
+    let directory = lab.directory().to_owned();
+    lab.wire().run(move || {
+        for port in ports {
+            let object = load_test_program(PASS, &directory.join("pass.bpf.o"), &[])?;
+            let program = object.progs_mut().next().context("a program")?;
+            let index = nix::net::if_::if_nametoindex(port.as_str())?;
+            std::mem::forget(program.attach_xdp(i32::try_from(index)?)?);
+        }
+        Ok(())
+    })
+}
+
 fn both(address: IpAddr, port: u16) -> [(Via, SocketAddr); 2] {
     [Via::Tcp, Via::Udp].map(|via| (via, SocketAddr::new(address, port)))
 }
@@ -132,8 +183,8 @@ fn answer(world: &World, pod: &Pod, via: Via, target: SocketAddr) -> Result<IpAd
 #[test]
 fn everybody_reaches_a_service_by_every_address_wherever_its_backend_is() -> Result<()> {
     require_lab!();
-    for routing in ["tunnel", "native"] {
-        let world = World::start(routing)?;
+    for routing in ["tunnel", "native", "drivers"] {
+        let world = if routing == "drivers" { World::start_with_drivers()? } else { World::start(routing)? };
         let targets = world.everything()?;
         for backend in [&world.near, &world.far] {
             world.serve("Cluster", &[backend])?;
@@ -158,6 +209,70 @@ fn everybody_reaches_a_service_by_every_address_wherever_its_backend_is() -> Res
             table.extend(rows(place, &targets, Expected::Refused));
         }
         expect_all(&table).with_context(|| format!("{routing}, no backend"))?;
+    }
+    Ok(())
+}
+
+/// A socket that sees every frame of a namespace's devices.
+fn look(space: &Space) -> Result<Socket> {
+    let socket = space.run(|| -> Result<Socket> {
+        let all = i32::from((libc::ETH_P_ALL as u16).to_be());
+        let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(all)))?;
+        setsockopt(&socket, sockopt::RcvBufForce, &(64 << 20))?;
+        Ok(socket)
+    })?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+/// The segments to the node port among what was seen.
+fn requests(look: &Socket) -> u64 {
+    let (mut look, mut frame, mut count) = (look, [0; 2048], 0);
+    while let Ok(length) = look.read(&mut frame) {
+        let (protocol, port) = if frame[12..14] == [8, 0] { (23, 36) } else { (20, 56) };
+        let is_one = length > port + 2 && frame[protocol] == 6;
+        count += u64::from(is_one && frame[port..port + 2] == NODE_PORT.to_be_bytes());
+    }
+    count
+}
+
+#[test]
+fn drivers_go_on_with_connections_but_not_on_a_device_with_a_vlan() -> Result<()> {
+    require_lab!();
+    let world = World::start_with_drivers()?;
+    world.serve("Cluster", &[&world.far])?;
+    expect_all(&rows((world.lab.outside(), "outside"), &world.everything()?, Expected::Answered))?;
+    let node = world.lab.node(1);
+    let look = look(node.space())?;
+    let streams: Vec<Traffic> = world
+        .node_ports(1)
+        .iter()
+        .filter(|(via, _)| *via == Via::Tcp)
+        .map(|(_, target)| Traffic::tcp(world.lab.outside(), *target))
+        .collect();
+    for stream in &streams {
+        stream.wait_for_answers(500)?;
+    }
+    // What a driver sends on, no socket that looks at the device sees.
+    let (seen, answered) = (requests(&look), streams.iter().map(Traffic::answered).sum::<u64>());
+    ensure!(seen > 0 && seen * 2 < answered, "{seen} requests were seen of {answered} that were answered");
+    // With a VLAN on the device its driver has no program, and the connections go on.
+    match node.space().configure(&["link add link eth0 name eth0.7 type vlan id 7"]) {
+        Err(error) if error.to_string().contains("Unknown device type") => {
+            println!("SKIPPED (needs VLAN devices, CONFIG_VLAN_8021Q): a VLAN on the device");
+            return Ok(());
+        }
+        made => made?,
+    }
+    world.wait_for_driver(1, "the VLAN eth0.7 is on it")?;
+    for stream in &streams {
+        stream.wait_for_answers(50)?;
+    }
+    node.space().configure(&["link delete eth0.7"])?;
+    world.wait_for_driver(1, "eth0: native")?;
+    for stream in streams {
+        stream.wait_for_answers(50)?;
+        stream.stop()?;
     }
     Ok(())
 }

@@ -175,6 +175,11 @@ impl Lab {
         self.wire.renew(node.space(), node.name(), node.addresses())
     }
 
+    /// The namespace that joins the hosts; a host's port has the host's name.
+    pub fn wire(&self) -> &Space {
+        self.wire.space()
+    }
+
     /// Looks at what passes on the wire.
     pub fn look_at_wire(&self) -> Result<Wall> {
         Wall::start(self.wire.space())
