@@ -101,7 +101,8 @@ impl Datapath {
         Ok(key.map_or(alias, |key| SocketAddr::new(ip_of(key.client), u16::from_be(key.client_port))))
     }
 
-    /// Deletes the aliases whose flow is gone.
+    /// Deletes the aliases whose flow is gone, or has another one. A row of `l7_flows` that was just written anew may
+    /// say none.
     pub(super) fn collect_aliases(&self) -> Result<()> {
         let aliases = self.typed::<Addr, L7FlowKey>("l7_aliases")?;
         let flows = self.typed::<L7FlowKey, L7Flow>("l7_flows")?;
@@ -109,7 +110,7 @@ impl Datapath {
         aliases.for_each(|alias, key| rows.push((alias, key)))?;
         for (alias, key) in rows {
             let number = u32::from_be(alias.w[3]) & ALIAS_NUMBER;
-            if flows.get(&key)?.is_none_or(|flow| flow.alias != number) {
+            if flows.get(&key)?.is_none_or(|flow| flow.alias != 0 && flow.alias != number) {
                 aliases.remove(&alias)?;
             }
         }
