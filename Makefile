@@ -1,6 +1,6 @@
 # Every target is at most three lines and calls one tool or one script.
 # KEEP=1 make demo      leaves the demo running
-# make bench SUITE=NAME one suite only, of datapath, flow, policy, dns, cluster, encryption and service ONLY=SECTION, of service SERVICES=10,1000
+# make bench SUITE=NAME one suite only, of datapath, flow, policy, l7, cluster, encryption and service ONLY=SECTION, of service SERVICES=10,1000
 # make golden UPDATE=1  rewrites the golden files
 # make kernels ONLY=packets   the tests with this in their names, on both kernels
 # make e2e ONLY=dns     the steps with this in their names; make e2e-faults ONLY=hundred and

@@ -172,6 +172,7 @@ pub fn run_if_asked() -> Result<()> {
             let sample = connect_to_services(count.parse()?, seed.parse()?)?;
             println!("{} {}", sample.connect, sample.rate);
         }
+        [crate::l7::server::WORD] => crate::l7::server::serve()?,
         ["generate", object, frame, count] => {
             pin()?;
             println!("{}", crate::service::generate(object, frame, count.parse()?)?);

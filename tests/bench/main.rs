@@ -19,6 +19,7 @@ mod frame;
 mod from_pod;
 #[path = "../kubernetes/mod.rs"]
 mod kubernetes;
+mod l7;
 mod l7_dns;
 #[path = "../lab/mod.rs"]
 mod lab;
@@ -46,10 +47,17 @@ const SUITES: [(&str, Measure); 7] = [
     ("policy", policy::rows),
     ("flow", flow::rows),
     ("service", service::rows),
-    ("dns", l7_dns::rows),
+    ("l7", layer7),
     ("encryption", encryption::rows),
     ("cluster", cluster::rows),
 ];
+
+/// Requests through the proxy, and names that the programs judge.
+fn layer7() -> Result<Vec<Row>> {
+    let mut rows = l7::rows()?;
+    rows.extend(l7_dns::rows()?);
+    Ok(rows)
+}
 
 fn main() -> Result<()> {
     load::run_if_asked()?;
