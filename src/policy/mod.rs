@@ -104,10 +104,8 @@ pub struct Output {
 /// Why there is no output. The last one stays true until the agent starts again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Local numbers are never used twice, and 2^24 were.
-    #[error(
-        "every local identity number has been used: restart the agent, or name fewer prefixes in policies"
-    )]
+    /// 2^24 local numbers are in use.
+    #[error("every local identity number is in use: name fewer prefixes in policies")]
     LocalIdentitiesExhausted,
     /// Policy numbers are never used twice, and 2^28 were.
     #[error("every policy number has been used: restart the agent")]

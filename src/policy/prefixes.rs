@@ -1,10 +1,12 @@
 //! Prefixes of rules over addresses: which local identity every address and prefix has.
 //!
 //! An address that prefixes of rules cover is to policy the pair of who has it and the
-//! set of prefixes over it. That pair has a number of this node's own, which never
-//! changes its meaning: another set is another number.
+//! set of prefixes over it. That pair has a number of this node's own; another set is
+//! another number. A number gets another meaning only after all others were given, which
+//! takes hours (`agent::names` bounds what answers of DNS can take), so that no row, no
+//! connection and no record of a flow has it with the old one.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -74,9 +76,18 @@ fn mapped() -> Ipv6Net {
     Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96)
 }
 
-/// The numbers of local identities that are in use.
+/// Identities that nobody has keep their numbers, so many of them: what goes and comes again takes no other.
+const RESTING_MAX: usize = 16_384;
+
+/// The numbers of local identities that are in use, or were lately.
 pub struct Locals {
     numbers: HashMap<LocalIdentity, IdentityId>,
+    /// The numbers in `numbers`.
+    taken: HashSet<IdentityId>,
+    /// Those that nobody has.
+    resting: HashMap<IdentityId, LocalIdentity>,
+    /// In the order in which they were let go; some are in use again.
+    let_go: VecDeque<IdentityId>,
     /// How many addresses and prefixes have each.
     uses: HashMap<IdentityId, usize>,
     next: IdentityId,
@@ -103,15 +114,21 @@ impl Locals {
     pub fn new(first: IdentityId) -> Self {
         Self {
             numbers: HashMap::new(),
+            taken: HashSet::new(),
+            resting: HashMap::new(),
+            let_go: VecDeque::new(),
             uses: HashMap::new(),
             next: first.max(IdentityId::FIRST_LOCAL),
             cluster: Tree::default(),
         }
     }
 
-    /// Forgets what no number stands for any more; numbers are not used again.
+    /// Forgets what numbers stand for; they are not used again soon.
     pub fn forget(&mut self) {
         self.numbers.clear();
+        self.taken.clear();
+        self.resting.clear();
+        self.let_go.clear();
         self.uses.clear();
     }
 
@@ -144,7 +161,9 @@ impl Locals {
             prefixes.insert(net, self.prefix(tree, &net, Some(rules), &mut used)?);
         }
         keep_families_apart(&mut prefixes);
-        self.numbers.retain(|_, number| used.contains_key(number));
+        let unused = self.numbers.iter().filter(|(_, number)| !used.contains_key(number));
+        let unused: Vec<_> = unused.map(|(identity, number)| (*number, identity.clone())).collect();
+        unused.into_iter().for_each(|(number, identity)| self.let_go(number, identity));
         Ok(Assigned { addresses, prefixes: Arc::new(prefixes), identities: Arc::new(used) })
     }
 
@@ -217,8 +236,40 @@ impl Locals {
             if *uses == 0 {
                 self.uses.remove(&number);
                 if let Some(identity) = Arc::make_mut(&mut assigned.identities).remove(&number) {
-                    self.numbers.remove(&identity);
+                    self.let_go(number, identity);
                 }
+            }
+        }
+    }
+
+    /// Nobody has an identity any more. It keeps its number until too many others were let go.
+    fn let_go(&mut self, number: IdentityId, identity: LocalIdentity) {
+        if self.resting.insert(number, identity).is_none() {
+            self.let_go.push_back(number);
+        }
+        while self.let_go.len() > RESTING_MAX {
+            let Some(oldest) = self.let_go.pop_front() else { return };
+            if let Some(identity) = self.resting.remove(&oldest) {
+                self.numbers.remove(&identity);
+                self.taken.remove(&oldest);
+            }
+        }
+    }
+
+    /// The next number that nobody has, or had lately; after the last one comes the first.
+    fn free(&mut self) -> Result<IdentityId, Error> {
+        let count = (Self::LAST.0 - IdentityId::FIRST_LOCAL.0) as usize + 1;
+        if self.taken.len() >= count {
+            return Err(Error::LocalIdentitiesExhausted);
+        }
+        loop {
+            if self.next > Self::LAST {
+                self.next = IdentityId::FIRST_LOCAL;
+            }
+            let number = self.next;
+            self.next = IdentityId(number.0 + 1);
+            if self.taken.insert(number) {
+                return Ok(number);
             }
         }
     }
@@ -276,14 +327,13 @@ impl Locals {
         let identity = LocalIdentity { base, prefixes, names: names.cloned().unwrap_or_default() };
         let number = match self.numbers.get(&identity) {
             Some(number) => *number,
-            None if self.next > Self::LAST => return Err(Error::LocalIdentitiesExhausted),
             None => {
-                let number = self.next;
-                self.next = IdentityId(number.0 + 1);
+                let number = self.free()?;
                 self.numbers.insert(identity.clone(), number);
                 number
             }
         };
+        self.resting.remove(&number);
         *self.uses.entry(number).or_default() += 1;
         used.entry(number).or_insert(identity);
         Ok(number)
@@ -296,5 +346,48 @@ fn keep_families_apart(prefixes: &mut BTreeMap<IpNet, PrefixEntry>) {
         prefixes
             .entry(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0).into())
             .or_insert(PrefixEntry { identity: IdentityId::WORLD, ..PrefixEntry::default() });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Assigns one address of a set of names each; gives their numbers.
+    fn numbers(locals: &mut Locals, sets: &[u32]) -> Vec<IdentityId> {
+        let named: ByAddress = sets
+            .iter()
+            .map(|set| {
+                let rule = DnsRule::MatchName(format!("n{set}.test"));
+                (IpAddr::from(Ipv4Addr::from(0xc612_0000 + set)), Arc::from([rule]))
+            })
+            .collect();
+        let assigned =
+            locals.assign(&Tree::default(), &Snapshot::new(), &[], &named).expect("numbers are left");
+        assigned.prefixes.values().map(|entry| entry.identity).collect()
+    }
+
+    #[test]
+    fn a_number_has_another_meaning_only_after_all_others_were_given() {
+        let mut locals = Locals::new(IdentityId(Locals::LAST.0 - 1));
+        let (first, last) = (IdentityId::FIRST_LOCAL, Locals::LAST);
+        let begun = numbers(&mut locals, &[1, 2, 3]);
+        assert_eq!(begun, [IdentityId(last.0 - 1), last, first]);
+        // What goes and comes again is the same.
+        assert_eq!(numbers(&mut locals, &[4]), [IdentityId(first.0 + 1)]);
+        assert_eq!(numbers(&mut locals, &[2, 3]), begun[1..]);
+        // Once round: what is in use, or was lately, is left out.
+        locals.next = IdentityId(last.0 - 1);
+        assert_eq!(numbers(&mut locals, &[2, 5]), [last, IdentityId(first.0 + 2)]);
+        // Whoever makes many takes none of those in use, and the oldest of the others is forgotten.
+        for round in 0..(RESTING_MAX as u32 / 4096 + 2) {
+            let many: Vec<u32> = (0..4096).map(|set| 10_000 + round * 4096 + set).chain([2]).collect();
+            let many = numbers(&mut locals, &many);
+            assert_eq!(many.iter().collect::<BTreeSet<_>>().len(), 4097);
+            assert!(many.contains(&last), "what is in use stays");
+        }
+        assert!(locals.numbers.len() <= RESTING_MAX + 4097 && locals.resting.len() <= RESTING_MAX);
+        assert_eq!(locals.numbers.len(), locals.taken.len());
+        assert_ne!(numbers(&mut locals, &[4]), [IdentityId(first.0 + 1)]);
     }
 }

@@ -58,6 +58,10 @@ impl DnsDenied {
 /// Addresses of names of all pods: fewer than half of the rows that map prefixes has.
 const OF_ALL: usize = 8192;
 
+/// New addresses of one pod in a minute. With four times as many of all pods the numbers of identities last for 139
+/// minutes before one has another meaning; an idle connection is forgotten after 124.
+const NEW_OF_MINUTE: usize = 30_000;
+
 impl NameArgs {
     /// What is kept at most.
     pub fn bounds(&self) -> Bounds {
@@ -67,6 +71,8 @@ impl NameArgs {
             of_endpoint,
             of_all: OF_ALL,
             ttl_min_s: self.names_min_ttl_seconds.into(),
+            of_minute: NEW_OF_MINUTE,
+            of_minute_all: 4 * NEW_OF_MINUTE,
         }
     }
 }

@@ -21,6 +21,11 @@ pub struct Bounds {
     pub of_all: usize,
     /// A shorter TTL counts as this one, in seconds.
     pub ttl_min_s: u64,
+    /// New addresses of one pod in a minute. Each may take a number of an identity, and these must last for longer
+    /// than any connection or record has them.
+    pub of_minute: usize,
+    /// The same of all pods.
+    pub of_minute_all: usize,
 }
 
 /// A longer TTL counts as this one: a week, as RFC 8767 has it.
@@ -43,6 +48,25 @@ struct OfEndpoint {
     /// The pod's attachment: another one with the same number was told nothing.
     owner: String,
     names: BTreeMap<Arc<str>, BTreeMap<IpAddr, Row>>,
+    #[serde(skip)]
+    taken: Taken,
+}
+
+/// How many new addresses there were in a minute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Taken {
+    minute: u64,
+    count: usize,
+}
+
+impl Taken {
+    /// How many more there may be.
+    fn left(&mut self, now_s: u64, most: usize) -> usize {
+        if self.minute != now_s / 60 {
+            *self = Self { minute: now_s / 60, count: 0 };
+        }
+        most.saturating_sub(self.count)
+    }
 }
 
 impl OfEndpoint {
@@ -59,6 +83,8 @@ pub struct Book {
     /// Addresses that went because there was no room.
     #[serde(skip)]
     pub evicted: u64,
+    #[serde(skip)]
+    taken: Taken,
 }
 
 /// An address of a name, for people.
@@ -93,13 +119,23 @@ impl Book {
         let of_endpoint = self.of.entry(endpoint).or_default();
         owner.clone_into(&mut of_endpoint.owner);
         let rows = of_endpoint.names.entry(name.clone()).or_default();
+        let left = of_endpoint.taken.left(now_s, bounds.of_minute);
+        let left = left.min(self.taken.left(now_s, bounds.of_minute_all));
+        let mut new = 0;
         for address in addresses.iter().take(bounds.of_name) {
+            if new == left && !rows.contains_key(address) {
+                self.evicted += 1;
+                continue;
+            }
             let row = rows.entry(*address).or_insert_with(|| {
+                new += 1;
                 touched.insert((endpoint, name.clone()));
                 Row { until_s, heard: 0 }
             });
             *row = Row { until_s: until_s.max(row.until_s), heard: self.heard };
         }
+        of_endpoint.taken.count += new;
+        self.taken.count += new;
         if rows.is_empty() {
             of_endpoint.names.remove(name);
             return touched;
@@ -225,7 +261,14 @@ mod tests {
 
     const ONE: (EndpointId, &str) = (EndpointId(1), "one");
     const TWO: (EndpointId, &str) = (EndpointId(2), "two");
-    const BOUNDS: Bounds = Bounds { of_name: 4, of_endpoint: 6, of_all: 8, ttl_min_s: 10 };
+    const BOUNDS: Bounds = Bounds {
+        of_name: 4,
+        of_endpoint: 6,
+        of_all: 8,
+        ttl_min_s: 10,
+        of_minute: usize::MAX,
+        of_minute_all: usize::MAX,
+    };
 
     fn addresses(numbers: impl IntoIterator<Item = u8>) -> Vec<IpAddr> {
         numbers.into_iter().map(|number| IpAddr::from([192, 0, 2, number])).collect()
@@ -281,6 +324,22 @@ mod tests {
         hear(&mut book, TWO, "a.test", &[30, 31, 32, 33], 60, 0);
         assert_eq!((book.count(), of(&book, TWO, "a.test").len()), (8, 4), "who has most makes room");
         assert!(book.evicted > 180);
+    }
+
+    #[test]
+    fn new_addresses_of_a_minute_are_bounded_and_known_ones_are_not() {
+        let bounds =
+            Bounds { of_name: 100, of_endpoint: 100, of_all: 100, of_minute: 5, of_minute_all: 8, ..BOUNDS };
+        let mut book = Book::default();
+        let mut told = |who: (EndpointId, &str), numbers: std::ops::Range<u8>, now_s| {
+            book.hear(who, &Arc::from("a.test"), (&addresses(numbers), 600), now_s, &bounds);
+            (of(&book, who, "a.test").len(), book.evicted)
+        };
+        assert_eq!(told(ONE, 0..3, 0), (3, 0));
+        assert_eq!(told(ONE, 0..7, 30), (5, 2));
+        assert_eq!(told(TWO, 0..7, 59), (3, 6), "all pods together");
+        assert_eq!(told(TWO, 0..3, 59), (3, 6), "what is known takes nothing");
+        assert_eq!(told(ONE, 0..7, 60), (7, 6), "another minute");
     }
 
     #[test]
