@@ -477,3 +477,71 @@ fn what_the_kernel_judges_needs_neither_the_agent_nor_the_proxy() -> Result<()> 
     node.wait_ready()?;
     ask_all("with the next agent")
 }
+
+#[test]
+fn names_whose_addresses_rotate_deny_no_connection_after_their_answer() -> Result<()> {
+    require_lab!();
+    // The whole of it takes minutes: WEIR_TEST_NAMES=10000.
+    let count = std::env::var("WEIR_TEST_NAMES").ok().and_then(|count| count.parse().ok()).unwrap_or(300_u16);
+    let world = World::start(&["--names-min-ttl-seconds", "1"])?;
+    let before = world.denied(None)?;
+    let began = Instant::now();
+    let mut answered = 0;
+    for number in 0..count {
+        // Each name comes twice, with other addresses, and addresses come again under other names.
+        let name = format!("n{}.open.test", number / 2);
+        let [four, six] = of_server(1000 + number.wrapping_mul(7919) % 20_000);
+        world.zone.set(&name, &[four, six], 1);
+        world.ask(&name)?;
+        answered += u32::from(world.reaches(four));
+    }
+    let took = began.elapsed();
+    let denied = world.denied(None)? - before;
+    let late = world.lab.node(1).metric("weir_names_late_total", &[])?;
+    println!(
+        "{count} names in {took:?}: {answered} connections, {denied} packets denied, {late} answers late"
+    );
+    ensure!(u32::from(count) == answered, "{answered} of {count} connections");
+    ensure!(denied == 0 && late == 0.0, "{denied} denied, {late} late");
+    Ok(())
+}
+
+#[test]
+fn an_answer_that_is_only_shown_opens_nothing() -> Result<()> {
+    require_lab!();
+    let world = World::start(&[])?;
+    let lab = &world.lab;
+    lab.manifests().apply(
+        "apiVersion: v1
+kind: Namespace
+metadata: {name: shown, annotations: {weir.dev/visibility: dns}}
+---
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: shown, namespace: shown}
+spec:
+  endpointSelector: {matchLabels: {app: shown}}
+  egress:
+  - toEntities: [cluster]
+  - toFQDNs: [{matchName: open.test}]
+",
+    )?;
+    let shown = lab.pod(1, "shown/client").label("app", "shown").create()?;
+    world.zone.set("open.test", &of_server(1), 300);
+    let node = lab.node(1);
+    wait_for("the question to be shown", || {
+        ask(shown.space(), world.resolver, By::Datagram, "open.test")?;
+        let flows = node.flows(&["--type", "l7", "--from-pod", "shown/client"])?;
+        Ok(flows.iter().any(|flow| {
+            flow["l7"]["dns"]["ips"].to_string().contains("198.18.0.1")
+                || flow.to_string().contains("open.test")
+        }))
+    })?;
+    for target in of_server(1) {
+        ensure!(!shown.probe(Via::Tcp, (target, WEB).into()).is_answered(), "{target} is open");
+    }
+    ensure!(world.listed("open.test")?.is_none(), "nobody vouches for the answer");
+    // Whose own rules let the question pass is told of it, and its flows have the name.
+    world.ask("open.test")?;
+    world.expect_open(of_server(1)[0])
+}
