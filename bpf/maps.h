@@ -36,7 +36,16 @@ struct {
 	__type(value, struct prefix);
 } prefixes SEC(".maps") __weak;
 
-/* Written by datapath::egress: which pods' packets leave by a gateway. */
+/* Written by datapath::egress: which set of egress_rules a pod has. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 131072);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct addr);
+	__type(value, __u32);
+} egress_pods SEC(".maps") __weak;
+
+/* Written by datapath::egress: by which gateway packets leave, of each set. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(max_entries, 131072);

@@ -351,6 +351,8 @@ network_must_masquerade(struct packet *packet, const struct egress_rule *rule)
 	if (to.flags & (ADDRESS_POD | ADDRESS_INTERNAL))
 		return settings.tunnel_ifindex ? -DROP_NO_TUNNEL_ENDPOINT : 0;
 	/* Whatever way it came: never with another address. */
+	if (packet->flags & PACKET_CLOSED)
+		return flow_is_reply(packet) ? 0 : -DROP_NO_EGRESS_GATEWAY;
 	if (rule) {
 		if (flow_is_reply(packet))
 			return 0;
@@ -398,7 +400,7 @@ static __always_inline bool network_differs(const struct packet *packet,
 
 static __always_inline int network_leave(struct __sk_buff *ctx)
 {
-	struct egress_rule *rule;
+	const struct egress_rule *rule;
 	struct own_addresses *own;
 	const struct addr *node;
 	struct address *address;

@@ -5,14 +5,16 @@
 #pragma once
 
 /*
- * egress_rules: by which gateway and with which address a pod's packets leave
- * the cluster. The source is always exact; the longest destination counts, IPv4
- * at 224 + n. Of an endpoint with ENDPOINT_EGRESS what has no row goes the
- * ordinary way.
+ * egress_pods[addr]: the set of rules of a pod. egress_rules: by which gateway
+ * and with which address packets of pods with this set leave the cluster. The set
+ * is always exact; the longest destination counts, IPv4 at 128 + n. Pods with the
+ * same rules share a set, a set never changes under its number, and it has a rule
+ * for every destination: of a pod that a policy selects what has no row, here or
+ * there, leaves by no way.
  */
 struct egress_rule_key {
 	__u32 prefix_length;
-	struct addr source;
+	__u32 set;
 	struct addr destination;
 };
 

@@ -35,17 +35,23 @@ static __noinline bool egress_is_outside(const struct addr *addr)
 	return to.route == ROUTE_STACK && !to.flags;
 }
 
-/* The rule for a packet to the world, or NULL if it goes the ordinary way. */
-static __noinline struct egress_rule *egress_find(const struct packet *packet)
+/* The rule for a packet to the world of a pod that a policy selects. NULL: the
+ * pod's rules are not in force, and nothing leaves. */
+static __noinline const struct egress_rule *
+egress_find(const struct packet *packet)
 {
 	struct egress_rule_key key = {
-		.prefix_length = 256,
-		.source = packet->source,
+		.prefix_length = 160,
 		.destination = packet->destination,
 	};
-	struct egress_rule *rule = bpf_map_lookup_elem(&egress_rules, &key);
+	/* Linux 6.1 takes no key out of an argument. */
+	struct addr source = packet->source;
+	__u32 *set = bpf_map_lookup_elem(&egress_pods, &source);
 
-	return rule && !(rule->flags & EGRESS_ORDINARY) ? rule : NULL;
+	if (!set)
+		return NULL;
+	key.set = *set;
+	return bpf_map_lookup_elem(&egress_rules, &key);
 }
 
 /* 1 if packets leave by this node with the rule's address, or a drop. */
@@ -66,10 +72,12 @@ egress_address(const struct egress_rule *rule, const struct addr *device)
 							 : device;
 }
 
-/* The rule for what the pod with this row sends; NULL: none. */
-static __always_inline struct egress_rule *
-egress_of(const struct packet *packet, const struct address *pod)
+/* The rule for what the pod with this row sends; NULL: it goes the ordinary way,
+ * or by none (PACKET_CLOSED). */
+static __always_inline const struct egress_rule *
+egress_of(struct packet *packet, const struct address *pod)
 {
+	const struct egress_rule *rule;
 	struct endpoint *endpoint;
 
 	if (pod->endpoint_id) {
@@ -79,15 +87,23 @@ egress_of(const struct packet *packet, const struct address *pod)
 	} else if (!settings.overlay_ifindex) {
 		return NULL;
 	}
-	return egress_is_outside(&packet->destination) ? egress_find(packet)
-						       : NULL;
+	if (!egress_is_outside(&packet->destination))
+		return NULL;
+	rule = egress_find(packet);
+	/* A pod of another node is none of this one's business then. */
+	if (!rule) {
+		if (pod->endpoint_id)
+			packet->flags |= PACKET_CLOSED;
+		return NULL;
+	}
+	return rule->flags & EGRESS_ORDINARY ? NULL : rule;
 }
 
 /* Of what a pod of this node sends to the world: enum egress_way, or a drop. */
 static __noinline int egress_choose(struct packet *packet)
 {
+	const struct egress_rule *rule;
 	struct endpoint *endpoint;
-	struct egress_rule *rule;
 	int ret;
 
 	/* Who asked the pod hears from whom he asked. */
@@ -99,6 +115,8 @@ static __noinline int egress_choose(struct packet *packet)
 		return EGRESS_TO_WORLD;
 	rule = egress_find(packet);
 	if (!rule)
+		return -DROP_NO_EGRESS_GATEWAY;
+	if (rule->flags & EGRESS_ORDINARY)
 		return EGRESS_TO_WORLD;
 	if (rule->flags & EGRESS_HERE) {
 		ret = egress_may_leave(rule);
@@ -117,7 +135,7 @@ static __noinline int egress_choose(struct packet *packet)
  */
 __weak __noinline int egress_receive(struct packet *packet)
 {
-	struct egress_rule *rule;
+	const struct egress_rule *rule;
 	struct address *pod;
 	int ret;
 
@@ -215,7 +233,7 @@ static __noinline int egress_to_stack(struct __sk_buff *ctx,
 __weak __noinline int egress_leave(struct __sk_buff *ctx, struct packet *packet)
 {
 	struct bpf_fib_lookup fib = {};
-	struct egress_rule *rule;
+	const struct egress_rule *rule;
 	long ret;
 
 	if (!packet)

@@ -148,7 +148,7 @@ static __always_inline const struct addr *
 forward_node(const struct packet *packet)
 {
 	struct address *address = address_find(&packet->destination);
-	struct egress_rule *rule;
+	const struct egress_rule *rule;
 	struct prefix *prefix;
 
 	if (address)

@@ -42,6 +42,7 @@ enum packet_flags {
 	PACKET_TELL_PROXY = 1 << 26, /* and has a new verdict */
 	PACKET_FROM_PROXY = 1 << 27, /* the proxy has sent it for the other end */
 	PACKET_BY_GATEWAY = 1 << 28, /* by the tunnel: between a pod and its egress gateway */
+	PACKET_CLOSED = 1 << 29,     /* to the world, of a pod whose egress rules are not in force */
 };
 
 /* Of a packet from the network: what it has to do with a service. */

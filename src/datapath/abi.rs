@@ -72,7 +72,7 @@ plain! {
     Address { node, identity, endpoint_id, flags }
     PrefixKey { prefix_length, addr }
     Prefix { node, identity, flags }
-    EgressRuleKey { prefix_length, source, destination }
+    EgressRuleKey { prefix_length, set, destination }
     EgressRule { node, address, ifindex, flags }
     PolicyPeerKey { policy_id, identity, direction }
     PolicyPeer { class }

@@ -63,9 +63,10 @@ pub struct MapFill {
 }
 
 /// Maps that writers of ours fill and count.
-const WRITTEN: [&str; 11] = [
+const WRITTEN: [&str; 12] = [
     "addresses",
     "backends",
+    "egress_pods",
     "egress_rules",
     "endpoints",
     "maglev",

@@ -17,13 +17,14 @@ use super::types::{
 use crate::model::MacAddress;
 
 /// The maps that can be dumped.
-pub const MAP_NAMES: [&str; 22] = [
+pub const MAP_NAMES: [&str; 23] = [
     "addresses",
     "affinity",
     "announced",
     "backends",
     "connections",
     "devices",
+    "egress_pods",
     "egress_rules",
     "endpoints",
     "event_counts",
@@ -58,6 +59,7 @@ pub fn dump(pins: &Path, map: &str) -> Result<Vec<Value>> {
         "backends" => rows(handle, backend_row),
         "connections" => rows(handle, connection_row),
         "devices" => rows(handle, device_row),
+        "egress_pods" => rows(handle, egress_pod_row),
         "egress_rules" => rows(handle, egress_rule_row),
         "endpoints" => rows(handle, endpoint_row),
         "event_counts" => event_counts(&handle),
@@ -179,8 +181,8 @@ fn prefix_text(addr: abi::Addr, length: u32) -> String {
 
 fn egress_rule_row(key: abi::EgressRuleKey, row: abi::EgressRule) -> Row {
     let value = json!({
-        "pod": ip_of(key.source),
-        "destination": prefix_text(key.destination, key.prefix_length.saturating_sub(128)),
+        "set": key.set,
+        "destination": prefix_text(key.destination, key.prefix_length.saturating_sub(32)),
         "node": optional_ip_of(row.node),
         "address": optional_ip_of(row.address),
         "ifindex": row.ifindex,
@@ -190,8 +192,13 @@ fn egress_rule_row(key: abi::EgressRuleKey, row: abi::EgressRule) -> Row {
             (egress_flags::EGRESS_OF_DEVICE.0, "of-device"),
         ]),
     });
-    let order = [key.source.as_bytes(), key.destination.as_bytes(), &sort_key(&[key.prefix_length])].concat();
+    let order =
+        [&sort_key(&[key.set])[..], key.destination.as_bytes(), &sort_key(&[key.prefix_length])].concat();
     Some((order, value))
+}
+
+fn egress_pod_row(key: abi::Addr, set: u32) -> Row {
+    Some((key.as_bytes().to_vec(), json!({"pod": ip_of(key), "set": set})))
 }
 
 fn prefix_row(key: abi::PrefixKey, row: abi::Prefix) -> Row {

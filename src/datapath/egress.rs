@@ -1,68 +1,129 @@
-//! Writes `egress_rules`: which pods' packets leave by which gateway.
+//! Writes `egress_pods` and `egress_rules`: which pods' packets leave by which gateway.
+//!
+//! Pods with the same rules share a set. A set never changes under its number: a pod whose rules change gets the number
+//! of another set, by one row, after all rows of that set were written. A pod whose set is not completely in the map
+//! has no row: the programs let nothing of it out of the cluster.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use ipnet::IpNet;
 
-use super::abi::{EgressRule, EgressRuleKey, addr_of};
-use super::map::{Bytes, MapError};
+use super::abi::{Addr, EgressRule, EgressRuleKey, addr_of};
+use super::map::{self, Bytes, MapError};
 use super::mirror::Mirror;
 use super::types::egress_flags;
-use crate::model::{EgressExit, EgressRoute};
+use crate::model::{EgressExit, EgressRoute, EgressTable};
 
-/// The rows that are desired.
-pub type EgressRules = BTreeMap<(IpAddr, IpNet), EgressRoute>;
+/// The rules of each address that are desired.
+pub type EgressTables = BTreeMap<IpAddr, Arc<EgressTable>>;
 
-/// The one writer of `egress_rules`.
+/// The rows of a set under no number: what makes two sets the same.
+type Content = BTreeMap<Bytes<EgressRuleKey>, Bytes<EgressRule>>;
+
+/// The one writer of `egress_pods` and `egress_rules`.
 pub struct EgressWriter {
+    pods: Mirror<Addr, u32>,
     rules: Mirror<EgressRuleKey, EgressRule>,
+    /// The sets that are in the map.
+    sets: BTreeMap<Content, u32>,
 }
 
 impl EgressWriter {
-    pub(super) fn new(rules: Mirror<EgressRuleKey, EgressRule>) -> Self {
-        Self { rules }
+    pub(super) fn new(pods: Mirror<Addr, u32>, rules: Mirror<EgressRuleKey, EgressRule>) -> Self {
+        let sets = sets_of(&rules);
+        Self { pods, rules, sets }
     }
 
-    /// Reads the map again: how many rows somebody else changed.
-    pub fn compare(&mut self) -> Result<[(&'static str, u64); 1]> {
-        Ok([("map egress_rules", self.rules.refresh()?)])
+    /// Reads the maps again: how many rows somebody else changed.
+    pub fn compare(&mut self) -> Result<[(&'static str, u64); 2]> {
+        let changed =
+            [("map egress_pods", self.pods.refresh()?), ("map egress_rules", self.rules.refresh()?)];
+        self.sets = sets_of(&self.rules);
+        Ok(changed)
     }
 
-    /// Writes rows that differ. Deletes none but, where the map is full, those of pods that have no rule any more.
-    pub fn write(&mut self, rules: &EgressRules) -> Result<()> {
-        let mut has_made_room = false;
-        for ((pod, destination), route) in rules {
-            let (key, row) = (key(*pod, *destination), row(*route));
-            let mut put = self.rules.put(key, row);
-            if matches!(put, Err(MapError::Full { .. })) && !has_made_room {
-                has_made_room = true;
-                self.forget_pods(rules)?;
-                put = self.rules.put(key, row);
+    /// Gives each address its rules. Returns those whose rules do not fit, and why: they have none, and are closed.
+    /// Deletes nothing but, where a map is full, what nothing uses.
+    pub fn write(&mut self, tables: &EgressTables) -> Result<BTreeMap<IpAddr, String>> {
+        let unfit = self.write_once(tables)?;
+        if unfit.is_empty() {
+            return Ok(unfit);
+        }
+        self.prune(tables)?;
+        self.write_once(tables)
+    }
+
+    fn write_once(&mut self, tables: &EgressTables) -> Result<BTreeMap<IpAddr, String>> {
+        let (mut numbers, mut unfit) = (BTreeMap::new(), BTreeMap::new());
+        for table in tables.values() {
+            if let std::collections::btree_map::Entry::Vacant(entry) = numbers.entry(Arc::as_ptr(table)) {
+                entry.insert(self.number_of(table)?);
             }
-            put.with_context(|| format!("writing the egress rule of {pod} for {destination}"))?;
         }
-        Ok(())
+        // The rules are seen before the row that leads to them, on every processor.
+        fence(Ordering::SeqCst);
+        for (pod, table) in tables {
+            let number = numbers.get(&Arc::as_ptr(table)).cloned().unwrap_or_else(|| Err(String::new()));
+            let put = number.and_then(|set| match self.pods.put(addr_of(*pod), set) {
+                Err(full @ MapError::Full { .. }) => Err(full.to_string()),
+                put => Ok(put.map(drop)),
+            });
+            match put {
+                Ok(put) => put?,
+                Err(why) => {
+                    // What it had may let out what its rules of now do not.
+                    self.pods.take(addr_of(*pod))?;
+                    unfit.insert(*pod, why);
+                }
+            }
+        }
+        Ok(unfit)
     }
 
-    /// Deletes the rows of pods of which nothing is desired: they are gone, or no policy selects them.
-    fn forget_pods(&mut self, rules: &EgressRules) -> Result<()> {
-        let pods: BTreeSet<_> = rules.keys().map(|(pod, _)| Bytes(addr_of(*pod))).collect();
-        let there = self.rules.rows().keys();
-        let gone: Vec<EgressRuleKey> =
-            there.filter(|key| !pods.contains(&Bytes(key.0.source))).map(|key| key.0).collect();
-        for key in gone {
-            self.rules.take(key)?;
+    /// The number of the set with these rules, which is made if there is none; or why the map cannot have it.
+    fn number_of(&mut self, table: &EgressTable) -> Result<Result<u32, String>> {
+        let rows = |set| table.iter().map(move |(prefix, route)| (key(set, *prefix), row(*route)));
+        let content: Content = rows(0).map(|(key, row)| (Bytes(key), Bytes(row))).collect();
+        if let Some(set) = self.sets.get(&content) {
+            return Ok(Ok(*set));
         }
-        Ok(())
+        let in_use = self.rules.rows().keys().map(|key| key.0.set).chain(self.pods.rows().values().copied());
+        let set = map::first_free(&in_use.collect(), 1, u32::MAX);
+        for (key, row) in rows(set) {
+            match self.rules.put(key, row) {
+                Ok(_) => {}
+                Err(full @ MapError::Full { .. }) => {
+                    self.forget(&BTreeSet::from([set]))?;
+                    return Ok(Err(full.to_string()));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.sets.insert(content, set);
+        Ok(Ok(set))
     }
 
-    /// Deletes the rows that are not desired.
-    pub fn prune(&mut self, rules: &EgressRules) -> Result<()> {
-        let desired: BTreeSet<_> = rules.keys().map(|(pod, cidr)| Bytes(key(*pod, *cidr))).collect();
-        let there = self.rules.rows().keys();
-        let stale: Vec<EgressRuleKey> = there.filter(|key| !desired.contains(key)).map(|key| key.0).collect();
+    /// Deletes the rows of addresses that are not desired, and the sets that none has.
+    pub fn prune(&mut self, tables: &EgressTables) -> Result<()> {
+        let desired: BTreeSet<_> = tables.keys().map(|pod| Bytes(addr_of(*pod))).collect();
+        let gone: Vec<Addr> =
+            self.pods.rows().keys().filter(|pod| !desired.contains(pod)).map(|pod| pod.0).collect();
+        for pod in gone {
+            self.pods.take(pod)?;
+        }
+        let used: BTreeSet<u32> = self.pods.rows().values().copied().collect();
+        let unused = self.rules.rows().keys().map(|key| key.0.set).filter(|set| !used.contains(set));
+        self.forget(&unused.collect())
+    }
+
+    fn forget(&mut self, sets: &BTreeSet<u32>) -> Result<()> {
+        let stale: Vec<EgressRuleKey> =
+            self.rules.rows().keys().filter(|key| sets.contains(&key.0.set)).map(|key| key.0).collect();
+        self.sets.retain(|_, set| !sets.contains(set));
         for key in stale {
             self.rules.take(key)?;
         }
@@ -70,12 +131,21 @@ impl EgressWriter {
     }
 }
 
-/// The pod's address is exact; IPv4 destinations lie below ::ffff:0:0/96.
-fn key(pod: IpAddr, destination: IpNet) -> EgressRuleKey {
-    let offset = if destination.addr().is_ipv4() { 128 + 96 } else { 128 };
+fn sets_of(rules: &Mirror<EgressRuleKey, EgressRule>) -> BTreeMap<Content, u32> {
+    let mut contents: BTreeMap<u32, Content> = BTreeMap::new();
+    for (key, row) in rules.rows() {
+        let without_number = EgressRuleKey { set: 0, ..key.0 };
+        contents.entry(key.0.set).or_default().insert(Bytes(without_number), Bytes(*row));
+    }
+    contents.into_iter().map(|(set, content)| (content, set)).collect()
+}
+
+/// The set is exact; IPv4 destinations lie below ::ffff:0:0/96.
+fn key(set: u32, destination: IpNet) -> EgressRuleKey {
+    let offset = if destination.addr().is_ipv4() { 32 + 96 } else { 32 };
     EgressRuleKey {
         prefix_length: offset + u32::from(destination.prefix_len()),
-        source: addr_of(pod),
+        set,
         destination: addr_of(destination.network()),
     }
 }
@@ -100,15 +170,15 @@ fn row(route: EgressRoute) -> EgressRule {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::datapath::abi::{Addr, Plain};
+    use crate::datapath::abi::Plain;
 
     #[test]
-    fn a_key_has_the_pod_exactly_and_a_prefix_of_the_destination() {
-        let key = key("10.1.1.5".parse().expect("an address"), "203.0.113.9/24".parse().expect("a CIDR"));
+    fn a_key_has_the_set_exactly_and_a_prefix_of_the_destination() {
+        let key = key(5, "203.0.113.9/24".parse().expect("a CIDR"));
         let destination = addr_of("203.0.113.0".parse().expect("an address"));
-        assert_eq!((key.prefix_length, key.destination.w), (248, destination.w));
-        let key = super::key("fd00::5".parse().expect("an address"), "::/0".parse().expect("a CIDR"));
-        assert_eq!((key.prefix_length, key.destination.w), (128, Addr::default().w));
+        assert_eq!((key.prefix_length, key.set, key.destination.w), (152, 5, destination.w));
+        let key = super::key(5, "::/0".parse().expect("a CIDR"));
+        assert_eq!((key.prefix_length, key.destination.w), (32, Addr::default().w));
     }
 
     #[test]

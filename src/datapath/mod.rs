@@ -73,7 +73,7 @@ pub use counters::{EventCounts, MapFill, MetricRow, NatSearches};
 pub use devices::DeviceWriter;
 pub use dns::DnsWriter;
 pub use dump::{MAP_NAMES, dump};
-pub use egress::{EgressRules, EgressWriter};
+pub use egress::{EgressTables, EgressWriter};
 pub use endpoints::EndpointWriter;
 pub use events::EventReader;
 pub use gc::GarbageReport;
@@ -233,7 +233,7 @@ impl Datapath {
         let devices = DeviceWriter::new(self.mirror("devices")?, self.typed("this_node")?);
         let announced = AnnounceWriter::new(self.typed("announced")?, self.typed("announcing")?);
         let announced = Some(announced);
-        let egress = EgressWriter::new(self.mirror("egress_rules")?);
+        let egress = EgressWriter::new(self.mirror("egress_pods")?, self.mirror("egress_rules")?);
         let dns =
             DnsWriter::new(self.typed("dns_states")?, self.mirror("dns_rules")?, self.typed("dns_names")?)?;
         Ok(Writers { endpoints, addresses, egress, policies, dns, services, stack, devices, announced })

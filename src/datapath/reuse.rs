@@ -25,9 +25,10 @@ use super::pins::{Pins, maps, other_versions};
 use super::types::connection_kind;
 
 /// Tables that the agent fills: empty or wrong when nobody but the programs has written them.
-const TABLES: [&str; 12] = [
+const TABLES: [&str; 13] = [
     "addresses",
     "backends",
+    "egress_pods",
     "egress_rules",
     "endpoints",
     "maglev",
@@ -40,9 +41,10 @@ const TABLES: [&str; 12] = [
     "source_ranges",
 ];
 /// Tables whose capacity the agent may raise.
-pub(super) const GROWING: [&str; 10] = [
+pub(super) const GROWING: [&str; 11] = [
     "addresses",
     "backends",
+    "egress_pods",
     "egress_rules",
     "maglev",
     "policy_peers",

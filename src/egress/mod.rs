@@ -16,8 +16,8 @@ use ipnet::IpNet;
 
 use crate::model::{
     AddressKind, BaseAddress, EgressExit, EgressGateway, EgressPods, EgressPolicy, EgressRoute, EgressRow,
-    Endpoint, EndpointId, IdentityId, IdentityLabels, NetworkDevice, Node, NodeEndpoints, ObjectKey,
-    PublishedEndpoint,
+    EgressTable, Endpoint, EndpointId, IdentityId, IdentityLabels, NetworkDevice, Node, NodeEndpoints,
+    ObjectKey, PublishedEndpoint,
 };
 use crate::tables::Snapshot;
 
@@ -48,8 +48,9 @@ pub struct Input<'a> {
 /// What the kernel should hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Output {
-    /// Rows of `egress_rules`: for this node's pods, and those whose gateway it is.
-    pub rules: BTreeMap<(IpAddr, IpNet), EgressRoute>,
+    /// The rules of each address of this node's pods, and of those whose gateway it is. Pods with the same ones share
+    /// them.
+    pub tables: BTreeMap<IpAddr, Arc<EgressTable>>,
     /// This node's pods that a policy selects.
     pub selected: BTreeSet<EndpointId>,
     /// The same for people.
@@ -117,6 +118,9 @@ struct Way<'a> {
     gateway: Option<(&'a Node, &'a EgressGateway)>,
 }
 
+/// The tables that were worked out, by family, and by the policies of a pod with the gateway that it has of each.
+type Known<'a> = BTreeMap<(bool, Vec<(*const EgressPolicy, Option<*const EgressGateway>)>), Arc<EgressTable>>;
+
 /// What a look at the input says.
 pub fn rules(input: &Input<'_>) -> Output {
     let mut output = Output::default();
@@ -128,6 +132,7 @@ pub fn rules(input: &Input<'_>) -> Output {
         .values()
         .map(|policy| (policy.as_ref(), choose::candidates(policy, input.nodes)))
         .collect();
+    let mut known = Known::new();
     for (id, (endpoint, identity)) in input.endpoints {
         let Some(labels) = input.identities.get(identity) else { continue };
         let pod = Pod {
@@ -139,16 +144,21 @@ pub fn rules(input: &Input<'_>) -> Output {
         let ways = input.ways(&pod, &gateways);
         if !ways.is_empty() {
             output.selected.insert(*id);
-            input.add(&pod, &ways, &mut output);
+            input.add(&pod, &ways, &mut known, &mut output);
         }
     }
-    input.add_others(&gateways, &mut output);
+    input.add_others(&gateways, &mut known, &mut output);
     output
 }
 
 impl Input<'_> {
     /// Other nodes' pods whose gateway this node is.
-    fn add_others(&self, gateways: &[(&EgressPolicy, Vec<choose::Candidate<'_>>)], output: &mut Output) {
+    fn add_others<'a>(
+        &self,
+        gateways: &'a [(&'a EgressPolicy, Vec<choose::Candidate<'a>>)],
+        known: &mut Known<'a>,
+        output: &mut Output,
+    ) {
         let is_here = |all: &[choose::Candidate<'_>]| all.iter().any(|it| it.is(self.this_node));
         let here: Vec<&EgressPolicy> =
             gateways.iter().filter(|(_, all)| is_here(all)).map(|(policy, _)| *policy).collect();
@@ -176,7 +186,7 @@ impl Input<'_> {
                 if ways.iter().any(|way| self.is_here(way)) {
                     // What goes elsewhere does not come here.
                     ways.iter_mut().filter(|way| !self.is_here(way)).for_each(|way| way.gateway = None);
-                    self.add(&pod, &ways, output);
+                    self.add(&pod, &ways, known, output);
                 }
             }
         }
@@ -216,21 +226,30 @@ impl Input<'_> {
         is_on && selects_labels(pods, pod.labels)
     }
 
-    fn add(&self, pod: &Pod<'_>, ways: &[Way<'_>], output: &mut Output) {
+    fn add<'a>(&self, pod: &Pod<'_>, ways: &[Way<'a>], known: &mut Known<'a>, output: &mut Output) {
         for address in &pod.addresses {
-            for (prefix, way) in prefixes(ways, address.is_ipv4()) {
-                let route = way.map_or(EgressRoute::Ordinary, |way| self.route(way, *address));
-                output.rules.insert((*address, prefix), route);
-            }
+            let of =
+                |way: &Way<'a>| (&raw const *way.policy, way.gateway.map(|(_, gateway)| &raw const *gateway));
+            let key = (address.is_ipv4(), ways.iter().map(of).collect());
+            let table = known.entry(key).or_insert_with(|| Arc::new(self.table(ways, address.is_ipv4())));
+            output.tables.insert(*address, table.clone());
         }
         output.rows.extend(ways.iter().map(|way| self.row(pod, way)));
     }
 
-    fn route(&self, way: &Way<'_>, pod: IpAddr) -> EgressRoute {
+    fn table(&self, ways: &[Way<'_>], is_ipv4: bool) -> EgressTable {
+        let mut table: EgressTable = [(everything(is_ipv4), EgressRoute::Ordinary)].into();
+        for (prefix, way) in prefixes(ways, is_ipv4) {
+            table.insert(prefix, way.map_or(EgressRoute::Ordinary, |way| self.route(way, is_ipv4)));
+        }
+        table
+    }
+
+    fn route(&self, way: &Way<'_>, is_ipv4: bool) -> EgressRoute {
         match way.gateway {
             None => EgressRoute::Closed,
             Some((node, gateway)) if node.name == self.this_node => {
-                EgressRoute::Here(self.exit(gateway, pod.is_ipv4()))
+                EgressRoute::Here(self.exit(gateway, is_ipv4))
             }
             Some((node, _)) => (self.underlay_of)(node).map_or(EgressRoute::Closed, EgressRoute::Away),
         }

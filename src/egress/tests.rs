@@ -141,11 +141,14 @@ impl World {
     }
 }
 
-/// The rules for the IPv4 address of shop/web, by prefix.
+/// The rules for the IPv4 address of shop/web, by prefix; the one for everything else is left out.
 fn of_web(output: &Output) -> BTreeMap<String, EgressRoute> {
     let web: IpAddr = [10, 1, 1, 5].into();
-    let rules = output.rules.iter().filter(|((source, _), _)| *source == web);
-    rules.map(|((_, prefix), route)| (prefix.to_string(), *route)).collect()
+    let rules = output.tables.get(&web).into_iter().flat_map(|table| table.iter());
+    let is_meant = |(prefix, route): &(&IpNet, &EgressRoute)| {
+        prefix.prefix_len() > 0 || **route != EgressRoute::Ordinary
+    };
+    rules.filter(is_meant).map(|(prefix, route)| (prefix.to_string(), *route)).collect()
 }
 
 fn ip(text: &str) -> IpAddr {
@@ -170,7 +173,7 @@ fn the_pods_node_sends_to_the_gateway_and_the_gateway_knows_the_address() {
         ]
         .into()
     );
-    assert_eq!(seen.rules.len(), 2, "nothing of shop/db, and nothing of IPv6");
+    assert_eq!(seen.tables.len(), 2, "nothing of shop/db");
     let exit = EgressExit::With(ip("198.51.100.9"), 3);
     assert_eq!(of_web(&world.seen_by(2))["203.0.113.0/24"], EgressRoute::Here(exit));
     assert_eq!(world.seen_by(2).selected.len(), 0);
@@ -186,8 +189,11 @@ fn an_address_that_the_gateway_lacks_or_of_another_family_is_none() {
         World::new(vec![policy("a", "203.0.113.0/24", "", vec![gateway("out", Some("198.51.100.1"))])]);
     assert_eq!(of_web(&lacks.seen_by(2))["203.0.113.0/24"], EgressRoute::Here(EgressExit::Nowhere));
     let family = World::new(vec![policy("a", "::/0", "", vec![gateway("out", Some("198.51.100.9"))])]);
-    let all: Vec<EgressRoute> = family.seen_by(2).rules.into_values().collect();
-    assert_eq!(all, [EgressRoute::Here(EgressExit::Nowhere)]);
+    let all: Vec<EgressTable> =
+        family.seen_by(2).tables.into_values().map(|table| (*table).clone()).collect();
+    let nowhere = EgressRoute::Here(EgressExit::Nowhere);
+    let everything = |text: &str, route| EgressTable::from([(text.parse().expect("a CIDR"), route)]);
+    assert!(all.contains(&everything("::/0", nowhere)), "{all:?}");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Gateways by which pods' packets leave the cluster.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -45,6 +46,9 @@ pub struct EgressGateway {
     /// The address that packets get; without this and the device that of the device which the routes say.
     pub address: Option<IpAddr>,
 }
+
+/// What a pod's packets to each destination are, by longest prefix, for one family: everything is in it.
+pub type EgressTable = BTreeMap<IpNet, EgressRoute>;
 
 /// A row of `egress_rules`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

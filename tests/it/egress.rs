@@ -229,3 +229,37 @@ fn an_address_that_the_gateway_lacks_lets_nothing_leave() -> Result<()> {
     }
     wait_to_be_seen_as(&away, "10.200.0.1", "fd00:200::1")
 }
+
+/// A full map costs the pods whose rules do not fit, also those that run: they are closed to the world, and say so.
+#[test]
+fn pods_whose_rules_do_not_fit_are_closed_and_the_others_leave_by_their_gateway() -> Result<()> {
+    require_lab!();
+    // Two rows of IPv4 and two of IPv6 for the first pod.
+    let lab = start("tunnel", &["--map-size", "egress_rules=4"])?;
+    let wall = lab.look_at_wire()?;
+    apply(&lab, &[2])?;
+    let away = web(&lab, 1, "shop/away")?;
+    wait_to_be_seen_as(&away, "10.200.0.22", "fd00:200::22")?;
+    let other = lab.pod(1, "shop/other").label("app", "db").create()?;
+    wait_to_be_seen_as(&other, "10.200.0.1", "fd00:200::1")?;
+
+    let mut second = policy("second", "203.0.113.0/25", &[gateway(2, "10.200.0.22")]);
+    second["spec"]["selectors"][0]["podSelector"]["matchLabels"]["app"] = json!("db");
+    lab.manifests().write(&second)?;
+    wait_for("the pod to be closed", || Ok(seen(&other).iter().all(Option::is_none)))?;
+    wait_for("the drop with its reason", || dropped_for(&lab, 1, "NO_EGRESS_GATEWAY"))?;
+    let said = lab.node(1).status()?.to_string();
+    ensure!(said.contains("shop/other") && said.contains("egress rules are not in force"), "{said}");
+    // Pods are none of it.
+    let target = SocketAddr::new(away.address(true), 80);
+    ensure!(other.probe(Via::Tcp, target).is_answered(), "a pod is closed to pods");
+    wait_to_be_seen_as(&away, "10.200.0.22", "fd00:200::22")?;
+    lab.manifests().remove(&second)?;
+    wait_to_be_seen_as(&other, "10.200.0.1", "fd00:200::1")?;
+    let leaving: BTreeSet<IpAddr> = wall.stop()?.leaving.into_keys().collect();
+    ensure!(
+        leaving == addresses(&["10.200.0.22", "fd00:200::22", "10.200.0.1", "fd00:200::1"]),
+        "{leaving:?}"
+    );
+    Ok(())
+}

@@ -179,7 +179,7 @@ pub fn all(
         Box::new(stack::Stack::new(writers.stack, ipsec, plan.encryption.clone())),
         Box::new(policies::Policies::new(writers.policies, writers.dns, limits, proxy)),
         Box::new(addresses::Addresses::new(writers.addresses, encrypted)),
-        Box::new(egress::Egress(writers.egress)),
+        Box::new(egress::Egress::new(writers.egress)),
         Box::new(bandwidth::Bandwidth::new(plan.limit.map(|[given, _]| given))),
         Box::new(endpoints::Endpoints::new(writers.endpoints)),
         Box::new(services::Services::new(writers.services)),

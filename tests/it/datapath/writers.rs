@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 use weir::datapath::abi::{NodeState, PolicyPeer, PolicyPeerKey, Slot, SlotKey};
-use weir::datapath::{Datapath, MapSizes, Options, Writers, dump};
+use weir::datapath::{Datapath, EgressTables, MapSizes, Options, Writers, dump};
 use weir::model::*;
 use weir::tables::Snapshot;
 
@@ -145,7 +145,7 @@ fn expected(policy: u32, first_rule: u32) -> Vec<Value> {
             { "prefix": "2001:db8::/32", "identity": 16777216, "node": null, "flags": ["guarded"] },
         ]),
         json!([{ "id": 1, "epoch": 1, "policy": policy, "enforces": ["ingress"], "ipv4": "10.0.0.1", "ipv6": null,
-                 "ifindex": 11, "identity": 256, "mac": "02:00:00:00:00:01", "flags": ["ready"] }]),
+                 "ifindex": 11, "identity": 256, "mac": "02:00:00:00:00:01", "priority": 0, "flags": ["ready"] }]),
         json!([{ "policy": policy, "direction": "ingress", "identity": 257, "class": 1 }]),
         json!([rule(json!(80), "TCP"), rule(json!("8080-8095"), "TCP"), rule(json!("any"), "UDP")]),
         json!([
@@ -531,6 +531,85 @@ fn unknown_sizes_and_maps_are_refused() -> Result<()> {
         );
         let error = dump(pins, "connections").err().context("a node without Weir")?;
         assert!(error.to_string().ends_with("has an agent run on this node?"), "{error:#}");
+        Ok(())
+    })
+}
+
+/// What a set of egress rules leads to, for IPv4.
+fn table(destinations: &[&str], gateway: u8) -> Result<Arc<EgressTable>> {
+    let away = EgressRoute::Away(IpAddr::from([192, 0, 2, gateway]));
+    let mut table = EgressTable::from([("0.0.0.0/0".parse()?, EgressRoute::Ordinary)]);
+    for destination in destinations {
+        table.insert(destination.parse()?, away);
+    }
+    Ok(Arc::new(table))
+}
+
+fn pods(count: u16) -> impl Iterator<Item = IpAddr> {
+    (0..count).map(|number| {
+        let [high, low] = number.to_be_bytes();
+        IpAddr::from([10, 1, high, low])
+    })
+}
+
+fn rows_of(pins: &Path) -> Result<(usize, usize)> {
+    Ok((dump(pins, "egress_pods")?.len(), dump(pins, "egress_rules")?.len()))
+}
+
+#[test]
+fn pods_with_the_same_egress_rules_share_them_also_after_a_restart() -> Result<()> {
+    require_lab!();
+    isolated(|pins| {
+        let (first, second) =
+            (table(&["203.0.113.0/24", "198.51.100.0/24"], 2)?, table(&["203.0.113.0/24"], 3)?);
+        let mut desired: EgressTables = pods(300).map(|pod| (pod, first.clone())).collect();
+        desired.extend(pods(100).map(|pod| (pod, second.clone())));
+        let mut writers = Datapath::load(&options(pins))?.writers()?;
+        assert!(writers.egress.write(&desired)?.is_empty());
+        assert_eq!(rows_of(pins)?, (300, 5));
+        let before = dump(pins, "egress_pods")?;
+
+        let again: EgressTables = desired.iter().map(|(pod, it)| (*pod, Arc::new((**it).clone()))).collect();
+        let mut writers = Datapath::load(&options(pins))?.writers()?;
+        assert!(writers.egress.write(&again)?.is_empty());
+        writers.egress.prune(&again)?;
+        assert_eq!(dump(pins, "egress_pods")?, before, "equal sets have one number");
+
+        // All leave by another gateway: by a set of its own, and the old ones go.
+        let third = table(&["203.0.113.0/24"], 4)?;
+        let moved: EgressTables = pods(300).map(|pod| (pod, third.clone())).collect();
+        assert!(writers.egress.write(&moved)?.is_empty());
+        assert_eq!(rows_of(pins)?, (300, 7));
+        writers.egress.prune(&moved)?;
+        assert_eq!(rows_of(pins)?, (300, 2));
+        Ok(())
+    })
+}
+
+#[test]
+fn pods_whose_egress_rules_do_not_fit_have_none_and_all_others_keep_theirs() -> Result<()> {
+    require_lab!();
+    isolated(|pins| {
+        let map_sizes = small_maps().with("egress_rules", 4).with("egress_pods", 3);
+        let mut writers = Datapath::load(&Options { map_sizes, ..options(pins) })?.writers()?;
+        let (small, large) = (
+            table(&["203.0.113.0/24"], 2)?,
+            table(&["203.0.113.0/24", "198.51.100.0/24", "192.0.2.0/24"], 2)?,
+        );
+        let [a, b, c, d] = [1, 2, 3, 4].map(|number| IpAddr::from([10, 1, 0, number]));
+        let mut desired: EgressTables = [(a, small.clone()), (b, small.clone())].into();
+        assert!(writers.egress.write(&desired)?.is_empty());
+        // What a pod had is no excuse: its rules of now are others.
+        desired.insert(b, large.clone());
+        let unfit = writers.egress.write(&desired)?;
+        assert_eq!(unfit.keys().copied().collect::<Vec<_>>(), [b]);
+        assert_eq!(rows_of(pins)?, (1, 2), "the other pod keeps its rules, and nothing is left of the rest");
+        // The first rules are nobody's any more: their rows are room.
+        let desired: EgressTables = [(b, large)].into();
+        assert!(writers.egress.write(&desired)?.is_empty());
+        assert_eq!(rows_of(pins)?, (1, 4));
+        let desired: EgressTables = [a, b, c, d].map(|pod| (pod, small.clone())).into();
+        assert_eq!(writers.egress.write(&desired)?.len(), 1, "there is no row for the fourth pod");
         Ok(())
     })
 }
