@@ -239,10 +239,11 @@ fn a_pod_of_another_node_gets_no_more_than_its_share_of_its_gateways_ports() -> 
         let flags = (egress_flags::EGRESS_HERE.0 | egress_flags::EGRESS_OF_DEVICE.0) as _;
         world.address(cast.nobody, R, 0, address_flags::ADDRESS_POD.0 as u16, Some(cast.other_node))?;
         let rules = world.datapath.typed::<abi::EgressRuleKey, abi::EgressRule>("egress_rules")?;
+        let pods = world.datapath.typed::<abi::Addr, u32>("egress_pods")?;
+        let key = abi::EgressRuleKey { prefix_length: 160, set: 1, destination: addr_of(cast.world) };
+        rules.insert(&key, &abi::EgressRule { flags, ..abi::EgressRule::default() })?;
         for pod in [cast.remote, cast.nobody] {
-            let (source, destination) = (addr_of(pod), addr_of(cast.world));
-            let key = abi::EgressRuleKey { prefix_length: 256, source, destination };
-            rules.insert(&key, &abi::EgressRule { flags, ..abi::EgressRule::default() })?;
+            pods.insert(&addr_of(pod), &1)?;
         }
         let ask = |pod, port| udp((pod, port), (cast.world, 53));
         for port in 1000..1020 {
