@@ -37,14 +37,8 @@ pub struct ServiceArgs {
     pub node_port_addresses: Vec<IpNet>,
 
     /// Addresses within these may be redirected by a CiliumLocalRedirectPolicy (addressMatcher), whatever
-    /// namespace it is of: for pods of all namespaces.
-    #[arg(
-        long,
-        env = "WEIR_REDIRECT_ADDRESSES",
-        value_name = "CIDR",
-        value_delimiter = ',',
-        default_value = "169.254.0.0/16,fd00:ec2::/32"
-    )]
+    /// namespace it is of: for pods of all namespaces. By default none may.
+    #[arg(long, env = "WEIR_REDIRECT_ADDRESSES", value_name = "CIDR", value_delimiter = ',')]
     pub redirect_addresses: Vec<IpNet>,
 
     /// Where load balancers ask whether this node serves, as of kube-proxy: /healthz, /livez; none: nowhere.

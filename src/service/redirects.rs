@@ -1,5 +1,6 @@
 //! Services, and addresses, whose packets go to pods of the client's own node.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -46,7 +47,7 @@ pub fn redirected_addresses(
     endpoints: &Snapshot<EndpointId, Arc<Endpoint>>,
     place: &Place,
 ) -> (BTreeMap<FrontendKey, Frontend>, Vec<String>) {
-    let (mut frontends, mut refused) = (BTreeMap::new(), Vec::new());
+    let (mut frontends, mut refused) = (BTreeMap::<FrontendKey, Frontend>::new(), Vec::new());
     for (key, policy) in policies {
         let RedirectFrom::Address(address) = policy.from else { continue };
         if let Some(why) = place.keeps_from_redirects(&address) {
@@ -64,7 +65,17 @@ pub fn redirected_addresses(
                 ..Frontend::refusing(Arc::new(key.clone()), FrontendKind::LocalRedirect)
             };
             let row = FrontendKey::new(address, port.port, port.protocol, Scope::Internal);
-            frontends.entry(row).or_insert(frontend);
+            match frontends.entry(row) {
+                Entry::Vacant(place) => {
+                    place.insert(frontend);
+                }
+                Entry::Occupied(first) => refused.push(format!(
+                    "CiliumLocalRedirectPolicy {key} is not served for {address} port {}/{}: {} comes before it",
+                    port.port,
+                    port.protocol,
+                    first.get().service
+                )),
+            }
         }
     }
     (frontends, refused)

@@ -34,7 +34,12 @@ struct Shop {
 
 impl Shop {
     fn start() -> Result<Self> {
-        let lab = Lab::start(Setup { nodes: 2, ..Setup::default() })?;
+        Self::start_with(&[])
+    }
+
+    fn start_with(arguments: &[&str]) -> Result<Self> {
+        let agent_arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let lab = Lab::start(Setup { nodes: 2, agent_arguments, ..Setup::default() })?;
         let near = lab.pod(1, "shop/near").label("app", "server").create()?;
         let far = lab.pod(2, "shop/far").label("app", "server").create()?;
         let client = lab.pod(1, "shop/client").create()?;
@@ -121,7 +126,7 @@ fn redirection(address: &str) -> serde_json::Value {
 #[test]
 fn a_redirected_address_leads_to_pods_of_the_clients_node() -> Result<()> {
     require_lab!();
-    let shop = Shop::start()?;
+    let shop = Shop::start_with(&["--redirect-addresses=169.254.0.0/16,fd00:ec2::/32"])?;
     let _guard = shop.lab.pod(1, "shop/guard").label("app", "guard").create()?;
     for address in ["169.254.169.254", "fd00:ec2::254"] {
         shop.lab.manifests().write(&redirection(address))?;

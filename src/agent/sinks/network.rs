@@ -127,16 +127,17 @@ fn hindrance(links: &[Link], link: &Link) -> Option<String> {
         return None;
     }
     match netlink::active_features(&link.name) {
-        Ok(features) => takes_all_tags(&features).then(|| {
-            format!("the driver takes the tags off all VLANs' frames: `ethtool -K {} rxvlan off`", link.name)
+        Ok(features) => takes_tags(&features).then(|| {
+            format!("the driver takes the tags off VLANs' frames: `ethtool -K {} rxvlan off`", link.name)
         }),
         Err(error) => Some(format!("what the driver does with VLANs is not known: {error}")),
     }
 }
 
-/// A driver with these features takes tags off, and gives frames of VLANs that nobody has asked for.
-fn takes_all_tags(features: &BTreeSet<String>) -> bool {
-    features.contains("rx-vlan-hw-parse") && !features.contains("rx-vlan-filter")
+/// True if a driver with these features takes tags off. That it filters VLANs is no answer: it lets in those that
+/// another namespace or a bridge has asked for, and all of them while something sets the device promiscuous.
+fn takes_tags(features: &BTreeSet<String>) -> bool {
+    features.contains("rx-vlan-hw-parse") || features.contains("rx-vlan-stag-hw-parse")
 }
 
 /// Writes and attaches what leads out at start, before there are rounds. Programs of an agent with other
@@ -246,8 +247,8 @@ mod tests {
         let gone = link("no-such-device", 5, "", 0);
         assert!(hindrance(std::slice::from_ref(&gone), &gone).is_some());
         let features = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
-        assert!(!takes_all_tags(&features(&["rx-checksum"])));
-        assert!(!takes_all_tags(&features(&["rx-vlan-hw-parse", "rx-vlan-filter"])));
-        assert!(takes_all_tags(&features(&["rx-vlan-hw-parse"])));
+        assert!(!takes_tags(&features(&["rx-checksum", "rx-vlan-filter"])));
+        assert!(takes_tags(&features(&["rx-vlan-hw-parse", "rx-vlan-filter"])));
+        assert!(takes_tags(&features(&["rx-vlan-stag-hw-parse"])));
     }
 }
