@@ -461,12 +461,12 @@ struct {
 } dns_names SEC(".maps") __weak;
 
 /*
- * Written by before_proxy: questions that it has let pass. A pod has a share of
- * slots, so none takes another one's; a flow's hash says the slot.
+ * Written by before_proxy: questions that it has let pass. Each endpoint has
+ * slots of its own, so none takes another one's; a flow's hash says the slot.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, DNS_SHARES * DNS_SLOTS);
+	__uint(max_entries, DNS_ENDPOINTS * DNS_SLOTS);
 	__type(key, __u32);
 	__type(value, struct dns_pending);
 } dns_pending SEC(".maps") __weak;

@@ -195,11 +195,30 @@ __weak __noinline int before_proxy_judge(struct __sk_buff *ctx,
 		packet->destination_endpoint = flow->client_endpoint;
 		return finish(ctx, packet, -DROP_DNS_UNASKED);
 	}
+	if (verdict == DNS_DENIED) {
+		verdict = dns_deny(ctx, packet, &room->dns);
+		if (verdict)
+			return finish(ctx, packet, verdict);
+	}
 	dns_note(ctx, room, flow, now, asked, denied_by);
-	if (verdict == DNS_DENIED && dns_deny(ctx, packet, &room->dns))
-		return TC_ACT_SHOT;
 	/* To from_proxy, as what the proxy sends. */
 	return bpf_redirect_peer(ctx->ifindex, 0);
+}
+
+/*
+ * What is judged must be what goes on. A pod can still write pages that it has
+ * sent without a copy (splice, AF_PACKET's ring); a packet's linear part is the
+ * kernel's own. False if the packet stays the pod's: nothing of it is judged.
+ */
+static __always_inline bool before_proxy_own(struct __sk_buff *ctx)
+{
+	void *data = (void *)(long)ctx->data;
+	void *end = (void *)(long)ctx->data_end;
+
+	if (end - data >= ctx->len)
+		return true;
+	return !ctx->gso_size && ctx->len <= DNS_FRAME_MAX &&
+	       !bpf_skb_pull_data(ctx, ctx->len);
 }
 
 SEC("tcx/ingress")
@@ -207,7 +226,7 @@ int before_proxy(struct __sk_buff *ctx)
 {
 	struct packet *packet = packet_begin(DIRECTION_EGRESS);
 
-	if (!packet || packet_parse(ctx, packet) ||
+	if (!packet || !before_proxy_own(ctx) || packet_parse(ctx, packet) ||
 	    packet->protocol != IPPROTO_UDP ||
 	    packet->flags & PACKET_LATER_FRAGMENT)
 		return TC_ACT_OK;

@@ -64,8 +64,7 @@ enum dns_size {
 	DNS_STATES = 16384,    /* of all automata together */
 	DNS_CLASSES = 40,      /* letters, digits, '-', '_', enum dns_class */
 	DNS_ENDPOINTS = 4096,  /* as many as endpoints */
-	DNS_SHARES = 512,      /* of dns_pending; half of them are pods' */
-	DNS_SLOTS = 128,       /* questions of a share */
+	DNS_SLOTS = 32,	       /* of dns_pending: questions of an endpoint */
 	DNS_PAYLOAD_MAX = 1232, /* who takes longer answers, may get fragments */
 	DNS_RECORD_BYTES = 512, /* of a message, in its record */
 };

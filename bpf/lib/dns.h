@@ -19,6 +19,7 @@
 #define DNS_NAME_MAX 255
 #define DNS_QUESTION_MAX (DNS_HEADER + DNS_NAME_MAX + 4)
 #define DNS_TIMEOUT_SECONDS 10ULL
+#define DNS_FRAME_MAX 4096 /* a longer one is copied for nobody */
 
 enum dns_automata {
 	DNS_EGRESS = 0,
@@ -216,19 +217,25 @@ static __always_inline void dns_hash_flow(struct scratch *room)
 	room->dns.flow = hash_end(&hash);
 }
 
-/* The slot of a flow's question: one of two of whoever asks, or of whom others
- * ask. */
+/* The slot of a flow's question: one of two of the pod that asks, or of the pod
+ * that others ask. */
 static __always_inline struct dns_pending *
 dns_slot(const struct dns_question *dns, const struct l7_flow *flow, __u32 way)
 {
-	__u32 half = DNS_SHARES / 2, share, index;
+	__u32 endpoint = flow->client_endpoint ? flow->client_endpoint
+					       : flow->server_endpoint;
+	__u32 index = endpoint * DNS_SLOTS +
+		      (((__u32)dns->flow ^ way) & (DNS_SLOTS - 1));
 
-	share = flow->client_endpoint
-			? flow->client_endpoint & (half - 1)
-			: half + (flow->server_endpoint & (half - 1));
-	index = share * DNS_SLOTS +
-		(((__u32)dns->flow ^ way) & (DNS_SLOTS - 1));
 	return bpf_map_lookup_elem(&dns_pending, &index);
+}
+
+/* Another processor may have asked later than this one's `now`. */
+static __always_inline bool dns_is_over(__u64 asked, __u64 now)
+{
+	return !asked ||
+	       (__s64)(now - asked) >
+		       (__s64)(DNS_TIMEOUT_SECONDS * 1000000000ULL);
 }
 
 /* Remembers a question: false if there is no room. */
@@ -236,24 +243,29 @@ static __always_inline bool dns_remember(const struct dns_question *dns,
 					 const struct l7_flow *flow, __u64 now)
 {
 	struct dns_pending *slot, *room = NULL;
+	__u64 asked, over = 0;
 
 	for (__u32 way = 0; way < 2; way++) {
 		slot = dns_slot(dns, flow, way);
 		if (!slot)
 			return false;
-		if (slot->flow == dns->flow) {
+		asked = slot->asked_ns;
+		if (slot->flow == dns->flow && asked) {
 			room = slot;
+			over = asked;
 			break;
 		}
-		if (!room && now - slot->asked_ns >
-				     DNS_TIMEOUT_SECONDS * 1000000000ULL)
+		if (!room && dns_is_over(asked, now)) {
 			room = slot;
+			over = asked;
+		}
 	}
-	if (!room)
+	/* One processor takes it; the others' questions are the proxy's. */
+	if (!room ||
+	    __sync_val_compare_and_swap(&room->asked_ns, over, now) != over)
 		return false;
-	room->flow = dns->flow;
 	room->question = dns->question;
-	room->asked_ns = now;
+	room->flow = dns->flow;
 	return true;
 }
 
@@ -269,11 +281,13 @@ static __always_inline __u64 dns_recall(const struct dns_question *dns,
 		if (!slot || slot->flow != dns->flow)
 			continue;
 		asked = slot->asked_ns;
-		if (slot->question != dns->question ||
-		    now - asked > DNS_TIMEOUT_SECONDS * 1000000000ULL)
+		if (slot->question != dns->question || dns_is_over(asked, now))
+			return 0;
+		/* One answer to one question. */
+		if (__sync_val_compare_and_swap(&slot->flow, dns->flow, 0) !=
+		    dns->flow)
 			return 0;
 		slot->asked_ns = 0;
-		slot->flow = 0;
 		return asked;
 	}
 	return 0;
@@ -349,6 +363,8 @@ static __always_inline void dns_note(struct __sk_buff *ctx,
 		count->lost++;
 		return;
 	}
+	/* What was denied is an answer by now; the record has what was asked. */
+	__builtin_memcpy(record->bytes + 2, room->dns.bytes + 2, 2);
 	bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
 }
 
