@@ -14,6 +14,7 @@ use crate::model::l7::{DnsRule, L7Rules, RuleSetId};
 use crate::model::{CompiledPolicy, PolicyId};
 
 type Compiled = BTreeMap<PolicyId, Arc<CompiledPolicy>>;
+type Names = BTreeMap<RuleSetId, Arc<[DnsRule]>>;
 
 /// Writes each policy by itself. One that has too many rows, or does not fit, costs its own endpoints.
 pub struct Policies {
@@ -26,6 +27,8 @@ pub struct Policies {
     layer7: Layer7,
     /// The rules of names that the kernel judges by.
     dns: DnsWriter,
+    /// What `write` gave it.
+    judged: Names,
 }
 
 /// So long a policy waits until the proxy has its rules. After that it counts: what it leaves to the proxy is closed.
@@ -37,32 +40,50 @@ struct Layer7 {
     proxy: Proxy,
     of_policy: BTreeMap<PolicyId, (Arc<CompiledPolicy>, BTreeSet<RuleSetId>)>,
     waiting: BTreeMap<PolicyId, Instant>,
+    /// The rules of names of every number in `of_policy`; a number means the same as long as a policy has it.
+    rules: BTreeMap<RuleSetId, Option<Arc<[DnsRule]>>>,
 }
 
 impl Layer7 {
-    /// The rules of names that deny; others show only.
-    fn names(&self) -> BTreeMap<RuleSetId, Arc<[DnsRule]>> {
+    /// The rules of names by which policies that `counts` deny; others show only.
+    fn names(&self, counts: impl Fn(&PolicyId) -> bool) -> Names {
+        let counting = self.of_policy.iter().filter(|(id, _)| counts(id));
+        let sets: BTreeSet<RuleSetId> = counting.flat_map(|(_, (_, sets))| sets).copied().collect();
+        sets.into_iter().filter_map(|id| Some((id, self.rules.get(&id)?.clone()?))).collect()
+    }
+
+    /// Reads the rules of numbers that are new, and forgets those that no policy has.
+    fn read_rules(&mut self) {
         let wanted: BTreeSet<RuleSetId> =
             self.of_policy.values().flat_map(|(_, sets)| sets).copied().collect();
-        let rules = |id| match self.sets.get(id)? {
-            set if set.visibility_only => None,
-            set => match set.rules {
-                L7Rules::Dns(rules) => Some((id, rules.into())),
-                _ => None,
-            },
-        };
-        wanted.into_iter().filter_map(rules).collect()
+        self.rules.retain(|id, _| wanted.contains(id));
+        for id in wanted {
+            let sets = &self.sets;
+            self.rules.entry(id).or_insert_with(|| match sets.get(id)? {
+                set if set.visibility_only => None,
+                set => match set.rules {
+                    L7Rules::Dns(rules) => Some(rules.into()),
+                    _ => None,
+                },
+            });
+        }
     }
 
     /// Asks for the rule sets of these policies. Returns the policies that wait for the proxy.
     fn ask(&mut self, policies: &Compiled) -> BTreeMap<PolicyId, Refusal> {
+        let before = self.of_policy.len();
         self.of_policy.retain(|id, _| policies.contains_key(id));
+        let mut is_changed = self.of_policy.len() < before;
         for (id, policy) in policies {
             let known = self.of_policy.get(id);
             if known.is_none_or(|(known, _)| !Arc::ptr_eq(known, policy)) {
                 let sets = policy.rule_sets().map(|set| self.sets.id_of(set)).collect();
                 self.of_policy.insert(*id, (policy.clone(), sets));
+                is_changed = true;
             }
+        }
+        if is_changed {
+            self.read_rules();
         }
         self.proxy.want(self.of_policy.values().flat_map(|(_, sets)| sets).copied().collect());
         let now = Instant::now();
@@ -81,9 +102,22 @@ impl Layer7 {
 impl Policies {
     /// The writer, and how much it may write for one policy.
     pub fn new(writer: PolicyWriter, dns: DnsWriter, limits: Limits, proxy: Proxy) -> Self {
-        let layer7 =
-            Layer7 { sets: writer.rule_sets(), proxy, of_policy: BTreeMap::new(), waiting: BTreeMap::new() };
-        Self { writer, limits, tried: BTreeMap::new(), fitting: BTreeMap::new(), layer7, dns }
+        let layer7 = Layer7 {
+            sets: writer.rule_sets(),
+            proxy,
+            of_policy: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            rules: BTreeMap::new(),
+        };
+        Self {
+            writer,
+            limits,
+            tried: BTreeMap::new(),
+            fitting: BTreeMap::new(),
+            layer7,
+            dns,
+            judged: Names::new(),
+        }
     }
 
     /// Policies that are not even tried: those over the budget and, when all policies are more than the
@@ -116,7 +150,9 @@ impl Sink for Policies {
         let waiting = self.layer7.ask(desired);
         // Before the rules that name them, and the pods that have those.
         self.dns.write_names(&round.desired.named_by)?;
-        self.dns.write_rules(&self.layer7.names())?;
+        let judged = self.layer7.names(|id| !too_large.contains_key(id) || round.in_force.contains(id));
+        self.dns.write_rules(&judged)?;
+        self.judged = judged;
         let may = |id: &PolicyId| {
             !too_large.contains_key(id)
                 && !waiting.contains_key(id)
@@ -149,7 +185,7 @@ impl Sink for Policies {
 
     fn delete(&mut self, round: &mut Round<'_>) -> Result<()> {
         self.writer.prune(&self.fitting, round.in_force)?;
-        Ok(self.dns.prune(&self.layer7.names())?)
+        Ok(self.dns.prune(&self.judged)?)
     }
 }
 

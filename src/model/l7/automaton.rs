@@ -11,8 +11,8 @@ const DOT: u8 = 38;
 const OTHER: u8 = 39;
 /// The most states of one automaton. Rules that need more are judged by the proxy.
 pub const STATES_MAX: usize = 4096;
-/// The most steps of work on one automaton.
-const WORK_MAX: usize = 20_000_000;
+/// The most steps of work on one automaton: a tenth of a second.
+pub const WORK_MAX: usize = 2_000_000;
 
 /// One state: the next one by the kind of the next byte, and whether a name may end here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,29 +45,19 @@ enum Part {
 }
 
 impl Automaton {
-    /// Of patterns; `None`: it would have too many states.
+    /// Of patterns; `None`: it would have too many states, or take too much work.
     pub fn new(patterns: &[NamePattern]) -> Option<Self> {
+        Self::counted(patterns).0
+    }
+
+    /// The same, and how many steps of work it was.
+    pub fn counted(patterns: &[NamePattern]) -> (Option<Self>, usize) {
         let mut nodes = Nodes::default();
         let begins: Vec<usize> = patterns.iter().map(|pattern| nodes.add(pattern)).collect();
         let mut made = Made { nodes, numbers: HashMap::new(), sets: vec![Vec::new()], work: 0 };
         // The beginning is no other state: the empty name is not one of a pattern that begins with a star.
         made.sets.push(made.closure(&begins));
-        let mut states = vec![State { next: [0; CLASSES], accepts: false }];
-        while let Some(set) = made.sets.get(states.len()).cloned() {
-            let is_beginning = states.len() == 1;
-            let ends = |at: &usize| match made.nodes.all[*at].0 {
-                Part::Everything => true,
-                Part::End => !is_beginning,
-                _ => false,
-            };
-            let accepts = set.iter().any(ends);
-            let mut next = [0; CLASSES];
-            for (class, next) in (0..).zip(&mut next) {
-                *next = made.number(&set, class)?;
-            }
-            states.push(State { next, accepts });
-        }
-        Some(Self(states))
+        (made.states().map(Self), made.work)
     }
 
     /// Its states, in the order of their numbers.
@@ -141,6 +131,46 @@ struct Made {
 }
 
 impl Made {
+    /// Every state that can be reached.
+    fn states(&mut self) -> Option<Vec<State>> {
+        let mut states = vec![State { next: [0; CLASSES], accepts: false }];
+        while let Some(set) = self.sets.get(states.len()).cloned() {
+            let is_beginning = states.len() == 1;
+            let ends = |at: &usize| match self.nodes.all[*at].0 {
+                Part::Everything => true,
+                Part::End => !is_beginning,
+                _ => false,
+            };
+            let accepts = set.iter().any(ends);
+            states.push(State { next: self.next(&set)?, accepts });
+        }
+        Some(states)
+    }
+
+    /// Where each class of bytes leads to.
+    fn next(&mut self, set: &[usize]) -> Option<[u16; CLASSES]> {
+        let mut is_named = [false; CLASSES];
+        for at in set {
+            if let Part::Byte(class) = self.nodes.all[*at].0 {
+                is_named[usize::from(class)] = true;
+            }
+        }
+        let mut next = [0; CLASSES];
+        // Bytes that no pattern has at this place all lead to the same state.
+        let mut of_others = None;
+        for (class, next) in (0..).zip(&mut next) {
+            let is_other = class < DOT && !is_named[usize::from(class)];
+            *next = match of_others.filter(|_| is_other) {
+                Some(number) => number,
+                None => self.number(set, class)?,
+            };
+            if is_other {
+                of_others = Some(*next);
+            }
+        }
+        Some(next)
+    }
+
     /// The number of the state that a class of bytes leads to.
     fn number(&mut self, set: &[usize], class: u8) -> Option<u16> {
         self.work += set.len() + 1;

@@ -10,7 +10,7 @@ mod name;
 mod record;
 mod rules;
 
-pub use automaton::{Automaton, STATES_MAX, State};
+pub use automaton::{Automaton, STATES_MAX, State, WORK_MAX};
 pub use messages::*;
 pub use name::NamePattern;
 pub use record::*;

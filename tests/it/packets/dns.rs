@@ -430,3 +430,29 @@ fn automata_move_into_room_that_others_have_left() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn rules_without_a_row_are_the_proxys() -> Result<()> {
+    require_lab!();
+    super::world::within(settings(), |world| {
+        use weir::datapath::abi::DnsAutomaton;
+        let few = rules(&["a.test"]);
+        // A former agent has left no room: its rows go before the new ones need theirs.
+        let rows = world.datapath.typed::<u32, DnsAutomaton>("dns_rules")?;
+        for id in 20_000..20_000 + 8192 {
+            rows.insert(&id, &DnsAutomaton { first: 8, count: 4 })?;
+        }
+        let mut writer = writer(world)?;
+        writer.write_rules(&BTreeMap::from([(RuleSetId(SET), few.clone())]))?;
+        ensure!(writer.judged().eq([RuleSetId(SET)]));
+        // What that pointed at is not given to others at once.
+        let at = world.datapath.typed::<u32, DnsAutomaton>("dns_rules")?.rows()?;
+        ensure!(at.values().all(|row| row.first >= 12), "{at:?}");
+        // More than there is room for: the rest is the proxy's, and the round goes on.
+        let many: BTreeMap<RuleSetId, _> = (1..9000).map(|id| (RuleSetId(id), few.clone())).collect();
+        writer.write_rules(&many)?;
+        ensure!(writer.judged().count() == 8192);
+        writer.prune(&BTreeMap::new())?;
+        Ok(())
+    })
+}
