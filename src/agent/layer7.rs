@@ -1,6 +1,7 @@
 //! What the proxy tells: requests and answers as records, names of DNS.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::answers::Known;
 use super::names::Learned;
@@ -29,5 +30,9 @@ impl Hears for Told {
     fn names(&self, names: Names) -> Heard {
         let learned = self.learned.clone();
         Box::pin(async move { learned.take(names).await })
+    }
+
+    fn names_passed(&self, names: Vec<(Names, Duration)>, left_out: u64) {
+        self.learned.passed(names, left_out);
     }
 }

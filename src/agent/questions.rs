@@ -1,7 +1,8 @@
 //! Questions of DNS that the kernel judged, and their answers: as records, as the proxy would tell them, and as names.
 //! No verdict depends on what is read here.
 
-use std::net::SocketAddr;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -34,7 +35,9 @@ pub async fn read(datapath: Arc<Datapath>, proxy: Proxy, hears: Arc<dyn Hears>, 
             return;
         }
     };
-    let mut questions = Questions { reader, hears, denied, lost: 0 };
+    // What was lost before this agent is another one's.
+    let lost = datapath.dns_counts().map(|counts| counts.lost + counts.suppressed).unwrap_or(0);
+    let mut questions = Questions { reader, hears, denied, lost };
     let mut looks = tokio::time::interval(EVERY);
     looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -57,28 +60,74 @@ struct Questions {
 impl Questions {
     fn look(&mut self, datapath: &Datapath) -> anyhow::Result<()> {
         let clock = Clock::now();
-        let (hears, denied) = (self.hears.clone(), self.denied);
-        let mut batch = Vec::new();
-        let count = self.reader.consume_bytes(|bytes| {
-            let Some((record, names)) = understand(bytes, denied, &clock) else { return false };
+        let (hears, denied) = (&self.hears, self.denied);
+        let (mut batch, mut passed) = (Vec::new(), Passed::default());
+        let read = self.reader.consume_bytes(|bytes| {
+            let Some((record, names, at_ns)) = understand(bytes, denied, &clock) else { return false };
             batch.push(record);
             if batch.len() == BATCH {
                 hears.records(std::mem::take(&mut batch), 0);
             }
             if let Some(names) = names {
-                // It is noted with the call; nobody waits for the maps.
-                tokio::spawn(hears.names(names));
+                passed.add(names, clock.since(at_ns));
             }
             true
-        })?;
-        if count == 0 {
-            return Ok(());
-        }
-        let counts = datapath.dns_counts()?;
-        let lost = counts.lost + counts.suppressed;
+        });
+        // What was read is handed over, whatever fails.
+        let has_records = !batch.is_empty() || !matches!(read, Ok(0));
+        let counts = has_records.then(|| datapath.dns_counts()).transpose();
+        let lost = counts
+            .as_ref()
+            .ok()
+            .and_then(|counts| *counts)
+            .map_or(self.lost, |counts| counts.lost + counts.suppressed + self.reader.malformed());
         let new = lost.saturating_sub(std::mem::replace(&mut self.lost, lost));
-        self.hears.records(batch, new);
+        if has_records {
+            self.hears.records(batch, new);
+            self.hears.names_passed(passed.of.into_values().collect(), passed.left_out);
+        }
+        read?;
+        counts?;
         Ok(())
+    }
+}
+
+/// Names of one pod that are noted of one look, and of all pods: each costs some microseconds, and may cost a round.
+const PASSED_OF_ONE: usize = 32;
+const PASSED_MAX: usize = 256;
+/// Addresses of such a name.
+const ADDRESSES_MAX: usize = 64;
+
+/// The names of a look, each once.
+#[derive(Default)]
+struct Passed {
+    of: BTreeMap<(EndpointId, String), (Names, Duration)>,
+    of_endpoint: BTreeMap<EndpointId, usize>,
+    /// Addresses that had no room.
+    left_out: u64,
+}
+
+impl Passed {
+    fn add(&mut self, names: Names, ago: Duration) {
+        let Some(endpoint) = names.endpoint else { return };
+        let key = (endpoint, names.name.clone());
+        if let Some((known, since)) = self.of.get_mut(&key) {
+            let is_new = |address: &IpAddr| !known.addresses.contains(address);
+            let new: Vec<IpAddr> = names.addresses.into_iter().filter(is_new).collect();
+            let room = ADDRESSES_MAX.saturating_sub(known.addresses.len());
+            self.left_out += new.len().saturating_sub(room) as u64;
+            known.addresses.extend(new.into_iter().take(room));
+            known.ttl_s = known.ttl_s.min(names.ttl_s);
+            *since = ago.max(*since);
+            return;
+        }
+        let of_endpoint = self.of_endpoint.entry(endpoint).or_default();
+        if *of_endpoint >= PASSED_OF_ONE || self.of.len() >= PASSED_MAX {
+            self.left_out += names.addresses.len() as u64;
+            return;
+        }
+        *of_endpoint += 1;
+        self.of.insert(key, (names, ago));
     }
 }
 
@@ -95,8 +144,13 @@ impl Clock {
         Self { wall: SystemTime::now(), monotonic_ns }
     }
 
+    /// How long ago that was.
+    fn since(&self, timestamp_ns: u64) -> Duration {
+        Duration::from_nanos(self.monotonic_ns.saturating_sub(timestamp_ns))
+    }
+
     fn at(&self, timestamp_ns: u64) -> Timestamp {
-        let ago = Duration::from_nanos(self.monotonic_ns.saturating_sub(timestamp_ns));
+        let ago = self.since(timestamp_ns);
         self.wall
             .checked_sub(ago)
             .and_then(|time| Timestamp::try_from(time).ok())
@@ -104,8 +158,8 @@ impl Clock {
     }
 }
 
-/// A record of the ring buffer: what people see, and what an answer tells of names.
-fn understand(bytes: &[u8], denied: u8, clock: &Clock) -> Option<(Record, Option<Names>)> {
+/// A record of the ring buffer: what people see, what an answer tells of names, and when that was.
+fn understand(bytes: &[u8], denied: u8, clock: &Clock) -> Option<(Record, Option<Names>, u64)> {
     let (head, message) = bytes.split_at_checked(size_of::<DnsRecord>())?;
     let head = DnsRecord::from_bytes(head)?;
     let message = message.get(..message.len().min(head.length as usize))?;
@@ -138,7 +192,7 @@ fn understand(bytes: &[u8], denied: u8, clock: &Clock) -> Option<(Record, Option
         ttl_s: answer.ttl_s.unwrap_or(0),
         seq: 0,
     });
-    Some((record, names.filter(|names| names.endpoint.is_some())))
+    Some((record, names.filter(|names| names.endpoint.is_some()), head.timestamp_ns))
 }
 
 fn record_of(head: &DnsRecord, clock: &Clock) -> Record {
@@ -188,19 +242,49 @@ mod tests {
         head.flow.client_endpoint = 7;
         head.flow.egress_set = 3;
         head.denied_by = 3;
-        let (record, names) = understand(&bytes(&head, QUERY), 3, &clock).expect("a query");
+        let (record, names, _) = understand(&bytes(&head, QUERY), 3, &clock).expect("a query");
         let L7Message::Dns(said) = &record.message else { panic!("{record:?}") };
         assert_eq!((said.query.as_str(), said.code, names), ("a.b", Some(3), None));
         assert_eq!((record.verdict, record.denied_by), (L7Verdict::Denied, Some(RuleSetId(3))));
 
         (head.denied_by, head.asked_ns, head.length) = (0, 1_000_000, ANSWER.len() as u32);
-        let (record, names) = understand(&bytes(&head, ANSWER), 3, &clock).expect("an answer");
+        let (record, names, _) = understand(&bytes(&head, ANSWER), 3, &clock).expect("an answer");
         assert_eq!((record.kind, record.latency_us), (RecordKind::Response, Some(3000)));
         let names = names.expect("the pod is told an address");
         assert_eq!((names.name.as_str(), names.ttl_s, names.endpoint), ("a.b", 30, Some(EndpointId(7))));
         head.flow.egress_set = 0;
         head.flow.ingress_set = 4;
-        assert_eq!(understand(&bytes(&head, ANSWER), 3, &clock).map(|(_, names)| names), Some(None));
+        assert_eq!(understand(&bytes(&head, ANSWER), 3, &clock).map(|(_, names, _)| names), Some(None));
         assert!(understand(&[1, 2, 3], 3, &clock).is_none());
+        assert_eq!(clock.since(4_000_000), Duration::from_millis(1));
+    }
+
+    #[test]
+    fn one_pod_tells_no_more_than_its_share_and_a_name_once() {
+        let mut passed = Passed::default();
+        let told = |pod: u16, name: &str, number: u32, ttl_s| Names {
+            set: RuleSetId(1),
+            endpoint: Some(EndpointId(pod)),
+            name: name.to_owned(),
+            addresses: vec![IpAddr::from(number.to_be_bytes())],
+            ttl_s,
+            seq: 0,
+        };
+        for number in 0..1000 {
+            passed.add(told(1, "a.test", number % 100, 30 + number), Duration::from_millis(number.into()));
+        }
+        let (names, ago) = &passed.of[&(EndpointId(1), "a.test".to_owned())];
+        assert_eq!((names.addresses.len(), names.ttl_s, ago.as_millis()), (ADDRESSES_MAX, 30, 999));
+        assert_eq!(passed.left_out, 10 * (100 - ADDRESSES_MAX as u64));
+        for number in 0..1000 {
+            passed.add(told(1, &format!("n{number}.test"), 1, 30), Duration::ZERO);
+        }
+        assert_eq!(passed.of.len(), PASSED_OF_ONE);
+        passed.add(told(2, "a.test", 1, 30), Duration::ZERO);
+        assert_eq!(passed.of.len(), PASSED_OF_ONE + 1, "another pod has its own share");
+        for pod in 3..1000 {
+            passed.add(told(pod, "a.test", 1, 30), Duration::ZERO);
+        }
+        assert_eq!(passed.of.len(), PASSED_MAX);
     }
 }

@@ -1,7 +1,7 @@
 //! What pods were told: names, their addresses, and until when these count. Bounded on every side that a pod or
 //! a server chooses; what was heard longest ago goes first.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -48,6 +48,12 @@ struct OfEndpoint {
     /// The pod's attachment: another one with the same number was told nothing.
     owner: String,
     names: BTreeMap<Arc<str>, BTreeMap<IpAddr, Row>>,
+    /// How many addresses there are.
+    #[serde(skip)]
+    count: usize,
+    /// When which names were heard, oldest first; a name that was heard again later is there more than once.
+    #[serde(skip)]
+    ages: VecDeque<(u64, Arc<str>)>,
     #[serde(skip)]
     taken: Taken,
 }
@@ -62,7 +68,8 @@ struct Taken {
 impl Taken {
     /// How many more there may be.
     fn left(&mut self, now_s: u64, most: usize) -> usize {
-        if self.minute != now_s / 60 {
+        // An answer that is read late is of this minute.
+        if self.minute < now_s / 60 {
             *self = Self { minute: now_s / 60, count: 0 };
         }
         most.saturating_sub(self.count)
@@ -70,13 +77,42 @@ impl Taken {
 }
 
 impl OfEndpoint {
-    fn count(&self) -> usize {
-        self.names.values().map(BTreeMap::len).sum()
+    /// Counts again.
+    fn index(&mut self) {
+        self.count = self.names.values().map(BTreeMap::len).sum();
+        let ages =
+            self.names.iter().flat_map(|(name, rows)| rows.values().map(|row| (row.heard, name.clone())));
+        self.ages = ages.collect::<BTreeSet<_>>().into_iter().collect();
+    }
+
+    /// A name was heard, and has so many addresses more.
+    fn heard(&mut self, heard: u64, name: &Arc<str>, more: usize) {
+        self.count += more;
+        self.ages.push_back((heard, name.clone()));
+        if self.ages.len() > 2 * self.count + 64 {
+            self.index();
+        }
+    }
+
+    /// Takes at most so many addresses of a name that were heard then, the first of them.
+    fn take(&mut self, heard: u64, name: &Arc<str>, most: usize) -> usize {
+        let Some(rows) = self.names.get_mut(name) else { return 0 };
+        let old = rows.iter().filter(|(_, row)| row.heard == heard);
+        let old: Vec<IpAddr> = old.map(|(address, _)| *address).take(most).collect();
+        for address in &old {
+            rows.remove(address);
+        }
+        if rows.is_empty() {
+            self.names.remove(name);
+        }
+        self.count -= old.len();
+        old.len()
     }
 }
 
 /// All of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Saved")]
 pub struct Book {
     of: BTreeMap<EndpointId, OfEndpoint>,
     heard: u64,
@@ -85,6 +121,26 @@ pub struct Book {
     pub evicted: u64,
     #[serde(skip)]
     taken: Taken,
+    #[serde(skip)]
+    count: usize,
+}
+
+/// What a file has.
+#[derive(Deserialize)]
+struct Saved {
+    of: BTreeMap<EndpointId, OfEndpoint>,
+    heard: u64,
+}
+
+impl From<Saved> for Book {
+    fn from(saved: Saved) -> Self {
+        let mut book = Self { of: saved.of, heard: saved.heard, ..Self::default() };
+        for of in book.of.values_mut() {
+            of.index();
+            book.count += of.count;
+        }
+        book
+    }
 }
 
 /// An address of a name, for people.
@@ -122,6 +178,7 @@ impl Book {
         let left = of_endpoint.taken.left(now_s, bounds.of_minute);
         let left = left.min(self.taken.left(now_s, bounds.of_minute_all));
         let mut new = 0;
+        let before = rows.len();
         for address in addresses.iter().take(bounds.of_name) {
             if new == left && !rows.contains_key(address) {
                 self.evicted += 1;
@@ -140,6 +197,9 @@ impl Book {
             of_endpoint.names.remove(name);
             return touched;
         }
+        let more = rows.len() - before;
+        of_endpoint.heard(self.heard, name, more);
+        self.count += more;
         self.evicted += (addresses.len().saturating_sub(bounds.of_name)) as u64;
         touched.extend(self.make_room(endpoint, name, bounds));
         touched
@@ -147,40 +207,55 @@ impl Book {
 
     /// Lets go what was heard longest ago: of the name, of the pod, and then of the pod that has most.
     fn make_room(&mut self, endpoint: EndpointId, name: &Arc<str>, bounds: &Bounds) -> BTreeSet<Told> {
-        let mut touched = self.evict(endpoint, Some(name), bounds.of_name);
-        touched.extend(self.evict(endpoint, None, bounds.of_endpoint));
-        let mut all = self.count();
-        while all > bounds.of_all {
-            let most = self.of.iter().map(|(endpoint, of)| (of.count(), *endpoint)).max();
-            let Some((count, most)) = most else { break };
-            let excess = (all - bounds.of_all).min(count);
-            touched.extend(self.evict(most, None, count - excess));
-            all -= excess;
+        let mut touched = self.evict_of_name(endpoint, name, bounds.of_name);
+        touched.extend(self.evict(endpoint, bounds.of_endpoint));
+        while self.count > bounds.of_all {
+            let most = self.of.iter().map(|(endpoint, of)| (of.count, *endpoint)).max();
+            let Some((count, most)) = most.filter(|(count, _)| *count > 0) else { break };
+            touched.extend(self.evict(most, count - (self.count - bounds.of_all).min(count)));
         }
         touched
     }
 
-    /// Leaves so many addresses of a pod, or of one of its names.
-    fn evict(&mut self, endpoint: EndpointId, name: Option<&Arc<str>>, room: usize) -> BTreeSet<Told> {
-        let Some(of) = self.of.get_mut(&endpoint) else { return BTreeSet::new() };
-        let rows = of.names.iter().filter(|(known, _)| name.is_none_or(|name| *known == name));
-        let mut rows: Vec<(u64, Arc<str>, IpAddr)> = rows
-            .flat_map(|(name, rows)| rows.iter().map(|(address, row)| (row.heard, name.clone(), *address)))
-            .collect();
-        let excess = rows.len().saturating_sub(room);
-        if excess == 0 {
-            return BTreeSet::new();
-        }
-        self.evicted += excess as u64;
-        rows.sort_unstable();
+    /// Leaves so many addresses of a name.
+    fn evict_of_name(&mut self, endpoint: EndpointId, name: &Arc<str>, room: usize) -> BTreeSet<Told> {
         let mut touched = BTreeSet::new();
-        for (_, name, address) in rows.drain(..excess) {
-            if let Some(rows) = of.names.get_mut(&name) {
-                rows.remove(&address);
+        let Some(of) = self.of.get_mut(&endpoint) else { return touched };
+        let Some(rows) = of.names.get(name).filter(|rows| rows.len() > room) else { return touched };
+        let mut excess = rows.len() - room;
+        let ages: BTreeSet<u64> = rows.values().map(|row| row.heard).collect();
+        for heard in ages {
+            if excess == 0 {
+                break;
             }
-            touched.insert((endpoint, name));
+            let taken = of.take(heard, name, excess);
+            excess -= taken;
+            self.count -= taken;
+            self.evicted += taken as u64;
+            touched.insert((endpoint, name.clone()));
         }
-        of.names.retain(|_, rows| !rows.is_empty());
+        touched
+    }
+
+    /// Leaves so many addresses of a pod.
+    fn evict(&mut self, endpoint: EndpointId, room: usize) -> BTreeSet<Told> {
+        let mut touched = BTreeSet::new();
+        let Some(of) = self.of.get_mut(&endpoint) else { return touched };
+        while of.count > room {
+            let Some((heard, name)) = of.ages.pop_front() else { break };
+            let excess = of.count - room;
+            let taken = of.take(heard, &name, excess);
+            if taken == 0 {
+                continue;
+            }
+            self.count -= taken;
+            self.evicted += taken as u64;
+            touched.insert((endpoint, name.clone()));
+            if taken == excess {
+                // There may be more of that time.
+                of.ages.push_front((heard, name));
+            }
+        }
         touched
     }
 
@@ -204,6 +279,8 @@ impl Book {
                     row.until_s > now_s
                 });
                 if rows.len() != before {
+                    of.count -= before - rows.len();
+                    self.count -= before - rows.len();
                     touched.insert((*endpoint, name.clone()));
                 }
             }
@@ -222,6 +299,7 @@ impl Book {
 
     fn forget(&mut self, endpoint: EndpointId) -> Vec<Told> {
         let of = self.of.remove(&endpoint).unwrap_or_default();
+        self.count -= of.count;
         of.names.into_keys().map(|name| (endpoint, name)).collect()
     }
 
@@ -251,7 +329,7 @@ impl Book {
 
     /// How many addresses there are.
     pub fn count(&self) -> usize {
-        self.of.values().map(OfEndpoint::count).sum()
+        self.count
     }
 }
 
@@ -340,6 +418,38 @@ mod tests {
         assert_eq!(told(TWO, 0..7, 59), (3, 6), "all pods together");
         assert_eq!(told(TWO, 0..3, 59), (3, 6), "what is known takes nothing");
         assert_eq!(told(ONE, 0..7, 60), (7, 6), "another minute");
+    }
+
+    #[test]
+    fn counts_are_what_is_there_and_the_oldest_goes_first() {
+        let mut book = Book::default();
+        let is_counted = |book: &Book| {
+            let rows = book.lines(0).count();
+            let of: usize = book.of.values().map(|of| of.count).sum();
+            let ages: usize = book.of.values().map(|of| of.ages.len()).sum();
+            assert!((book.count(), of) == (rows, rows) && ages <= 2 * rows + 2 * 64 + 2, "{rows} {ages}");
+        };
+        for round in 0..2000_u64 {
+            let who = if round % 5 == 0 { TWO } else { ONE };
+            let name = format!("n{}.test", round % 7);
+            let first = (round % 200) as u8;
+            hear(&mut book, who, &name, &[first, first + 1, 250], 60, round);
+            if round % 50 == 0 {
+                book.expire(round, &BTreeSet::new());
+                book = serde_json::from_str(&serde_json::to_string(&book).expect("JSON")).expect("the book");
+            }
+            is_counted(&book);
+        }
+        book.forget(ONE.0);
+        is_counted(&book);
+        let mut book = Book::default();
+        for number in 0..4 {
+            hear(&mut book, ONE, &format!("n{number}.test"), &[number, number + 10], 60, 0);
+        }
+        assert!(of(&book, ONE, "n0.test").is_empty() && of(&book, ONE, "n1.test").len() == 2);
+        hear(&mut book, ONE, "n1.test", &[1, 11], 60, 0);
+        hear(&mut book, ONE, "n4.test", &[4, 14], 60, 0);
+        assert!(of(&book, ONE, "n2.test").is_empty() && of(&book, ONE, "n1.test").len() == 2, "heard again");
     }
 
     #[test]

@@ -88,6 +88,7 @@ pub struct Learned {
     evicted: Counter,
     refused: Counter,
     late: Counter,
+    left_out: Counter,
 }
 
 impl Learned {
@@ -112,6 +113,7 @@ impl Learned {
             evicted: Counter::default(),
             refused: Counter::default(),
             late: Counter::default(),
+            left_out: Counter::default(),
         }
     }
 
@@ -131,6 +133,11 @@ impl Learned {
                 "names_late",
                 "Answers of DNS that passed before their addresses were in the maps",
                 &self.late,
+            );
+            counter(
+                "names_left_out",
+                "Addresses in answers of DNS that nobody remembers: too many came at once",
+                &self.left_out,
             );
             registry.register(
                 "names_addresses",
@@ -166,7 +173,7 @@ impl Learned {
 
     /// Takes in an answer; returns when its addresses are in the maps, or were waited for long enough.
     pub async fn take(&self, names: Names) {
-        let Some(revision) = self.note(names) else { return };
+        let Some(revision) = self.note(names, Duration::ZERO) else { return };
         let mut applied = self.applied.subscribe();
         let is_applied = tokio::time::timeout(WAIT, applied.wait_for(|done| *done >= revision)).await;
         if !matches!(is_applied, Ok(Ok(_))) {
@@ -174,8 +181,17 @@ impl Learned {
         }
     }
 
+    /// Takes in answers that passed so long ago; their clients have them already. Of `left_out` more addresses
+    /// nothing is said.
+    pub fn passed(&self, names: Vec<(Names, Duration)>, left_out: u64) {
+        self.left_out.inc_by(left_out);
+        for (names, ago) in names {
+            self.note(names, ago);
+        }
+    }
+
     /// The revision of `heard` that has the answer; `None`: it tells nothing to a pod of this node.
-    fn note(&self, names: Names) -> Option<u64> {
+    fn note(&self, names: Names, ago: Duration) -> Option<u64> {
         let endpoint = names.endpoint?;
         let owner = self.owner(endpoint)?;
         let (believed, refused): (Vec<IpAddr>, Vec<IpAddr>) =
@@ -185,9 +201,10 @@ impl Learned {
             return None;
         }
         let (name, ttl_s) = (Arc::from(names.name), names.ttl_s);
+        let heard_s = now_s().saturating_sub(ago.as_secs());
         let mut book = self.lock();
         let evicted = book.evicted;
-        let touched = book.hear((endpoint, &owner), &name, (&believed, ttl_s), now_s(), &self.bounds);
+        let touched = book.hear((endpoint, &owner), &name, (&believed, ttl_s), heard_s, &self.bounds);
         self.evicted.inc_by(book.evicted - evicted);
         self.publish(&book, touched);
         self.is_written.store(false, Ordering::Relaxed);

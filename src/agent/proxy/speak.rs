@@ -32,6 +32,9 @@ pub trait Hears: Send + Sync {
     fn records(&self, records: Vec<Record>, lost: u64);
     /// What an answer of DNS said. The answer goes to the client only when this is done.
     fn names(&self, names: Names) -> Heard;
+    /// What answers said that went to their clients without the proxy, and how long ago; of how many addresses
+    /// nothing is said, since there were too many at once.
+    fn names_passed(&self, names: Vec<(Names, Duration)>, left_out: u64);
     /// How the proxy is.
     fn state(&self, state: &ProxyState);
 }
