@@ -286,6 +286,7 @@ static __always_inline int packet_parse_ipv6(struct __sk_buff *ctx,
 			return -DROP_INVALID_EXTENSION_HEADER;
 		if (next == IPPROTO_FRAGMENT) {
 			packet->protocol = extension.next_header;
+			packet->l4_offset = offset + 8;
 			ret = packet_parse_fragment(packet, &extension);
 			if (ret || packet->flags & PACKET_LATER_FRAGMENT)
 				return ret;
@@ -390,6 +391,38 @@ static __always_inline bool packet_parse_plain(void *data, void *end,
 	return true;
 }
 
+/* So much of a packet is the kernel's own memory before it is parsed. */
+#define PACKET_HEADERS_MAX 256
+
+static __always_inline bool packet_is_linear(const struct __sk_buff *ctx,
+					     __u32 length)
+{
+	return (void *)(long)ctx->data_end - (void *)(long)ctx->data >= length;
+}
+
+/*
+ * What is judged must be what goes on. A pod can still write pages that it has
+ * sent without a copy (AF_PACKET's ring, splice): the headers are copied into
+ * the packet's linear part, which is the kernel's own, before they are read.
+ */
+static __always_inline int packet_parse_copied(struct __sk_buff *ctx,
+					       struct packet *packet)
+{
+	__u32 length = ctx->len < PACKET_HEADERS_MAX ? ctx->len
+						     : PACKET_HEADERS_MAX;
+	int ret;
+
+	if (!packet_is_linear(ctx, length) && bpf_skb_pull_data(ctx, length))
+		return -DROP_WRITE_ERROR;
+	ret = packet_parse_slow(ctx, packet);
+	if (ret)
+		return ret;
+	return packet->l4_offset + sizeof(struct tcphdr) > PACKET_HEADERS_MAX &&
+			       !packet_is_linear(ctx, ctx->len)
+		       ? -DROP_INVALID_EXTENSION_HEADER
+		       : 0;
+}
+
 /* Fills what the frame says; 0 or a drop. The caller has called packet_begin.
  */
 static __always_inline int packet_parse(struct __sk_buff *ctx,
@@ -404,7 +437,7 @@ static __always_inline int packet_parse(struct __sk_buff *ctx,
 	packet->bytes = ctx->len;
 	packet->l3_offset = ETHERNET_LENGTH;
 	if (!packet_parse_plain(data, end, &tuple))
-		return packet_parse_slow(ctx, packet);
+		return packet_parse_copied(ctx, packet);
 	source[0] = tuple.source[0];
 	source[1] = tuple.source[1];
 	destination[0] = tuple.destination[0];
