@@ -38,7 +38,7 @@ impl PrivateKey {
         let making = || format!("making {}", path.display());
         let mut bytes = [0; 32];
         File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).with_context(making)?;
-        let key = Self(bytes);
+        let key = Self::clamped(bytes);
         // A key that the others know must be there after the power is back.
         files::replace(path, key.text().as_bytes(), 0o600, Survives::Machine).with_context(making)?;
         Ok(key)
@@ -70,7 +70,15 @@ impl PrivateKey {
     }
 
     fn parse(text: &str) -> Option<Self> {
-        STANDARD.decode(text).ok()?.try_into().ok().map(Self)
+        STANDARD.decode(text).ok()?.try_into().ok().map(Self::clamped)
+    }
+
+    /// The form that X25519 computes with, and that the kernel keeps. The kernel compares a key that it is given
+    /// with the one that it has: in another form the same key would be a new one, and end all sessions.
+    fn clamped(mut bytes: [u8; 32]) -> Self {
+        bytes[0] &= 0xf8;
+        bytes[31] = bytes[31] & 0x7f | 0x40;
+        Self(bytes)
     }
 }
 
@@ -109,9 +117,19 @@ mod tests {
         assert_eq!(fs::metadata(&path)?.permissions().mode() & 0o777, 0o600);
         assert!(!format!("{key:?}").contains(key.text().trim()));
         assert_eq!(key.public().to_string().parse(), Ok(key.public()));
+        for _ in 0..20 {
+            let bytes = *PrivateKey::renew(&path)?.bytes();
+            assert_eq!((bytes[0] & 7, bytes[31] & 0xc0), (0, 0x40), "the kernel would keep another form");
+        }
         let renewed = PrivateKey::renew(&path)?;
         assert_ne!(renewed, key);
         assert_eq!(PrivateKey::of(&path)?, renewed);
+        // As an agent before this one wrote it: the same key, as its public half shows.
+        let raw = [0xff; 32];
+        fs::write(&path, STANDARD.encode(raw))?;
+        let key = PrivateKey::of(&path)?;
+        assert_eq!((key.bytes()[0], key.bytes()[31]), (0xf8, 0x7f));
+        assert_eq!(key.public().0, x25519::PublicKey::from(&x25519::StaticSecret::from(raw)).to_bytes());
         fs::write(&path, "torn")?;
         assert_ne!(PrivateKey::of(&path)?, renewed);
         Ok(())
