@@ -4,20 +4,18 @@ use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
 use super::args::{DeviceChoice, Mode};
+use super::heard::{Heard, Reach};
 use super::ipsec::sum_of;
 use super::lock;
 use super::ring::{KeyRing, slot_of};
 use super::rotation::{self, Generations, Neighbour, Step};
 use super::works::Works;
 use crate::model::{EncryptingNode, KeyAt, KeyProtocol, NodeKey, PeerState, PublicKey};
-
-/// A peer has a keepalive: one whose last handshake is older than this is not reached.
-const HANDSHAKE_WITHIN_SECONDS: u64 = 200;
 
 /// What the devices shall be.
 #[derive(Clone, Debug)]
@@ -81,6 +79,7 @@ struct Keys {
     in_force: Option<u32>,
     /// Somebody asks for new keys.
     wants: bool,
+    heard: Heard,
 }
 
 impl Keys {
@@ -98,11 +97,18 @@ impl Keys {
     }
 }
 
+fn generations_of(node: &EncryptingNode) -> Generations {
+    let other = node.key.other.map(|key| key.generation);
+    Generations { active: node.key.active.generation, other }
+}
+
 impl Device {
     /// Makes the devices, or finds them, and starts who works behind them.
     pub fn prepare(plan: Plan) -> Result<Self> {
         let (works, ring) = Works::prepare(&plan)?;
-        let keys = Mutex::new(Keys { ring, nodes: None, is_told: false, in_force: None, wants: false });
+        let heard = Heard::default();
+        let keys =
+            Mutex::new(Keys { ring, nodes: None, is_told: false, in_force: None, wants: false, heard });
         Ok(Self { plan, works, keys })
     }
 
@@ -131,9 +137,12 @@ impl Device {
         self.works.kind()
     }
 
-    /// What this node publishes: that it sends by a key not before it does.
+    /// What this node publishes: that it sends by a key not before it does. A new node looks at the others first.
     pub fn published(&self) -> Option<NodeKey> {
         let keys = lock(&self.keys);
+        if keys.ring.is_new() && keys.nodes.is_none() {
+            return None;
+        }
         let generations = keys.ring.generations();
         let at = |generation: u32| {
             let public_key = keys.ring.key(generation)?.public();
@@ -172,6 +181,13 @@ impl Device {
     /// Makes these all peers.
     pub fn set_nodes(&self, nodes: &[EncryptingNode]) -> Result<()> {
         let mut keys = lock(&self.keys);
+        if keys.nodes.is_none() && keys.ring.is_new() {
+            // Nobody knows a key of this node: it begins where the others are.
+            let generations = nodes.iter().map(generations_of);
+            if let Some(generation) = rotation::better(keys.ring.generations(), generations) {
+                self.jump(&mut keys, generation)?;
+            }
+        }
         keys.nodes = Some(nodes.to_vec());
         self.tell(&mut keys)
     }
@@ -180,6 +196,12 @@ impl Device {
         keys.is_told = false;
         if let Some(nodes) = &keys.nodes {
             self.works.tell(&keys.ring, nodes)?;
+            let own = keys.ring.generations();
+            let of_node = |node: &EncryptingNode| {
+                let held = std::iter::once(own.active).chain(own.other);
+                held.filter_map(|generation| Some(node.key.at(generation)?.public_key)).collect::<Vec<_>>()
+            };
+            keys.heard.told(nodes.iter().flat_map(of_node), Instant::now());
             keys.is_told = true;
         }
         Ok(())
@@ -221,43 +243,44 @@ impl Device {
 
     /// What a change of keys waits for; none: there is none.
     pub fn change(&self) -> Option<String> {
-        let keys = lock(&self.keys);
+        let mut keys = lock(&self.keys);
         let generations = keys.ring.generations();
         let other = generations.other?;
-        let others = self.neighbours(&keys);
+        let others = self.neighbours(&mut keys);
         Some(match (generations.next(), others.as_deref()) {
             (Some(next), Ok(others)) => match rotation::waits_for(generations, others) {
                 Some(node) => format!("to generation {next}: waiting until {} is reached by it", node.node),
                 None => format!("to generation {next}"),
             },
-            (Some(next), Err(error)) => format!("to generation {next}: {error:#}"),
-            (None, _) => format!("generation {other} is received by until no node sends by it"),
+            (None, Ok(others)) => match rotation::uses(generations, others) {
+                Some(node) => format!("generation {other} is received by, as {} sends by it", node.node),
+                None => format!("generation {other} is about to be forgotten"),
+            },
+            (_, Err(error)) => format!("from generation {}: {error:#}", generations.active),
         })
     }
 
-    fn neighbours(&self, keys: &Keys) -> Result<Vec<Neighbour>> {
+    fn neighbours(&self, keys: &mut Keys) -> Result<Vec<Neighbour>> {
         let own = keys.ring.generations();
+        let now = Instant::now();
         let states = self.works.peers(&keys.ring, keys.nodes())?;
-        let is_reached = |node: &EncryptingNode, generation: u32| {
-            let Some(key) = node.key.at(generation) else { return false };
+        keys.heard.saw(&states, now);
+        let reach = |node: &EncryptingNode, generation: u32| {
+            let Some(key) = node.key.at(generation) else { return Reach::Unknown };
             match self.protocol() {
-                KeyProtocol::Ipsec => key.receives == Some(keys.expected_of(Some(node), generation)),
-                KeyProtocol::Wireguard => {
-                    let state = states.iter().find(|state| state.public_key == key.public_key);
-                    let since = state.and_then(|state| state.last_handshake_seconds);
-                    since.is_some_and(|since| since < HANDSHAKE_WITHIN_SECONDS)
+                // There is no handshake that would tell of one that is away.
+                KeyProtocol::Ipsec if key.receives == Some(keys.expected_of(Some(node), generation)) => {
+                    Reach::Reached
                 }
+                KeyProtocol::Ipsec => Reach::Unknown,
+                KeyProtocol::Wireguard => keys.heard.reach(&key.public_key, now),
             }
         };
         let neighbour = |node: &EncryptingNode| Neighbour {
             node: node.name.clone(),
-            generations: Generations {
-                active: node.key.active.generation,
-                other: node.key.other.map(|key| key.generation),
-            },
-            // IPsec has no handshake that would tell.
-            is_alive: self.protocol() == KeyProtocol::Ipsec || is_reached(node, own.active),
-            is_reached: own.next().is_some_and(|next| is_reached(node, next)),
+            generations: generations_of(node),
+            by_active: reach(node, own.active),
+            by_other: own.other.map_or(Reach::Unknown, |other| reach(node, other)),
         };
         Ok(keys.nodes().iter().map(neighbour).collect())
     }
@@ -269,7 +292,10 @@ impl Device {
         if keys.nodes.is_none() {
             return Ok(false);
         }
-        // What could not be told before; and the programs follow before the next step.
+        // What could not be done before; and the programs follow before the next step.
+        keys.ring.remove_stray()?;
+        self.works.close(&keys.ring)?;
+        self.works.open(&keys.ring)?;
         if !keys.is_told {
             return self.tell(&mut keys).map(|()| true);
         }
@@ -277,47 +303,38 @@ impl Device {
             return Ok(false);
         }
         let wants = keys.wants || self.is_old(&keys.ring);
-        let step = rotation::next_step(own, &self.neighbours(&keys)?, wants);
+        let step = rotation::next_step(own, &self.neighbours(&mut keys)?, wants);
         match step {
             Step::Stay => return Ok(false),
             Step::Begin(next) => {
-                self.begin(&mut keys, next)?;
+                keys.ring.begin(next)?;
                 keys.wants = false;
             }
             Step::Move => keys.ring.turn()?,
-            Step::Drop => self.forget_other(&mut keys)?,
+            Step::Drop => keys.ring.forget_other()?,
             Step::Jump(generation) => self.jump(&mut keys, generation)?,
         }
         let now = keys.ring.generations();
         tracing::info!(active = now.active, other = ?now.other, "the node's keys are of these generations now");
+        keys.is_told = false;
+        self.works.close(&keys.ring)?;
+        self.works.open(&keys.ring)?;
         self.tell(&mut keys)?;
         Ok(true)
     }
 
-    fn begin(&self, keys: &mut Keys, generation: u32) -> Result<()> {
-        keys.ring.begin(generation)?;
-        self.works.open(&keys.ring, generation)
-    }
-
-    fn forget_other(&self, keys: &mut Keys) -> Result<()> {
-        if let Some(other) = keys.ring.generations().other {
-            self.works.close(other)?;
-        }
-        keys.ring.forget_other()
-    }
-
-    /// Nobody has a key of this node's generation, so nothing is lost with it.
+    /// Hardly anybody has a key of this node's generations, so hardly anything is lost with them.
     fn jump(&self, keys: &mut Keys, generation: u32) -> Result<()> {
-        if keys.ring.generations().other.is_some() {
-            self.forget_other(keys)?;
-        }
-        if slot_of(generation) == slot_of(keys.ring.generations().active) {
-            keys.ring.rename(generation)?;
+        let former = keys.ring.generations().active;
+        keys.ring.jump(generation)?;
+        keys.heard = Heard::default();
+        keys.is_told = false;
+        if slot_of(former) == slot_of(generation) && keys.in_force == Some(former) {
+            // The programs send to the same device.
             keys.in_force = Some(generation);
-            return Ok(());
         }
-        self.begin(keys, generation)?;
-        keys.ring.turn()
+        self.works.close(&keys.ring)?;
+        self.works.open(&keys.ring)
     }
 
     /// A tenth more or less than the setting, by the key: not all nodes begin at once.

@@ -13,12 +13,14 @@
 //! process     keeps the process of a device running, and tells it the peers
 //! key, ring   the node's keys
 //! rotation    when keys change
+//! heard       which keys of other nodes work
 //! protocol    what the agent says to the process, over a Unix socket
 //! side        the process
 //! ```
 
 pub mod args;
 mod device;
+mod heard;
 mod ipsec;
 mod key;
 mod process;

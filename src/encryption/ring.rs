@@ -62,6 +62,10 @@ pub struct KeyRing {
     of: Use,
     generations: Generations,
     keys: [Option<PrivateKey>; 2],
+    /// Nobody has ever seen a key of this node.
+    is_new: bool,
+    /// A file may be left of a generation that there is none of any more.
+    has_stray: bool,
 }
 
 impl KeyRing {
@@ -75,7 +79,9 @@ impl KeyRing {
             Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
         };
         let generations = record.generations;
-        let mut ring = Self { directory: directory.to_owned(), of, generations, keys: [None, None] };
+        let is_new = !path.exists() && of.keys().iter().all(|name| !directory.join(name).exists());
+        let (directory, keys) = (directory.to_owned(), [None, None]);
+        let mut ring = Self { directory, of, generations, keys, is_new, has_stray: true };
         if of == Use::Ipsec && record.boot_id != boot_id() {
             return ring.renew_all();
         }
@@ -83,6 +89,7 @@ impl KeyRing {
             let slot = slot_of(generation);
             ring.keys[slot] = Some(PrivateKey::of(&ring.path(slot))?);
         }
+        ring.remove_stray()?;
         Ok(ring)
     }
 
@@ -90,7 +97,9 @@ impl KeyRing {
     fn renew_all(mut self) -> Result<Self> {
         let slot = slot_of(self.generations.active);
         self.keys[slot] = Some(PrivateKey::renew(&self.path(slot))?);
+        let is_new = self.is_new;
         self.forget_other()?;
+        self.is_new = is_new;
         Ok(self)
     }
 
@@ -128,22 +137,41 @@ impl KeyRing {
         self.record(Generations { active: other, other: Some(self.generations.active) })
     }
 
-    /// Says that the active key is of this generation, where no other node knows the one that it was of.
-    pub fn rename(&mut self, generation: u32) -> Result<()> {
-        self.record(Generations { active: generation, other: None })
+    /// Nobody has ever seen a key of this node: it may begin with any generation.
+    pub fn is_new(&self) -> bool {
+        self.is_new
+    }
+
+    /// The only key from now on is a new one, of this generation. Killed in the middle, the node has the
+    /// generations that it had, perhaps with another key.
+    pub fn jump(&mut self, generation: u32) -> Result<()> {
+        let slot = slot_of(generation);
+        self.keys[slot] = Some(PrivateKey::renew(&self.path(slot))?);
+        self.record(Generations { active: generation, other: None })?;
+        self.keys[1 - slot] = None;
+        self.remove_stray()
     }
 
     /// Forgets the other key.
     pub fn forget_other(&mut self) -> Result<()> {
         self.record(Generations { other: None, ..self.generations })?;
-        let slot = 1 - slot_of(self.generations.active);
-        self.keys[slot] = None;
-        match fs::remove_file(self.path(slot)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("removing {}", self.path(slot).display()))
-            }
-            _ => Ok(()),
+        self.keys[1 - slot_of(self.generations.active)] = None;
+        self.remove_stray()
+    }
+
+    /// Removes the file of the key that is not there any more, if that has not been done.
+    pub fn remove_stray(&mut self) -> Result<()> {
+        if !self.has_stray || self.generations.other.is_some() {
+            return Ok(());
         }
+        let path = self.path(1 - slot_of(self.generations.active));
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("removing the former key {}", path.display()));
+            }
+            _ => self.has_stray = false,
+        }
+        Ok(())
     }
 
     fn record(&mut self, generations: Generations) -> Result<()> {
@@ -152,7 +180,7 @@ impl KeyRing {
         let record = Record { generations, boot_id: boot_id() };
         let text = serde_json::to_vec(&record).with_context(writing)?;
         files::replace(&path, &text, 0o600, Survives::Machine).with_context(writing)?;
-        self.generations = generations;
+        (self.generations, self.is_new, self.has_stray) = (generations, false, true);
         Ok(())
     }
 }
@@ -181,11 +209,53 @@ mod tests {
         assert_eq!(ring.generations(), Generations { active: 1, other: Some(0) });
         ring.forget_other()?;
         assert!(ring.key(0).is_none() && !directory.path().join("wireguard.key").exists());
-        let mut ring = KeyRing::open(directory.path(), Use::Wireguard)?;
+        let ring = KeyRing::open(directory.path(), Use::Wireguard)?;
         assert_eq!(ring.key(1).cloned(), second);
         assert!(ring.age() < Duration::from_secs(3600));
-        ring.rename(7)?;
-        assert_eq!(KeyRing::open(directory.path(), Use::Wireguard)?.key(7).cloned(), second);
+        Ok(())
+    }
+
+    #[test]
+    fn a_jump_leaves_one_new_key_of_any_distance() -> Result<()> {
+        for distance in 1..7 {
+            let directory = tempfile::tempdir()?;
+            let mut ring = KeyRing::open(directory.path(), Use::Wireguard)?;
+            assert!(ring.is_new());
+            let first = ring.key(0).cloned();
+            assert!(!KeyRing::open(directory.path(), Use::Wireguard)?.is_new());
+            ring.begin(1)?;
+            ring.jump(1 + distance)?;
+            let key = ring.key(1 + distance).cloned();
+            let again = KeyRing::open(directory.path(), Use::Wireguard)?;
+            assert_eq!(again.generations(), Generations { active: 1 + distance, other: None });
+            assert_eq!(again.key(1 + distance).cloned(), key);
+            assert!(key.is_some() && key != first);
+            let names = ["wireguard.key", "wireguard1.key"];
+            let files = names.map(|name| directory.path().join(name).exists());
+            assert_eq!(files.iter().filter(|is_there| **is_there).count(), 1);
+        }
+        Ok(())
+    }
+
+    /// Killed between the record and the file, or before a jump had its record.
+    #[test]
+    fn a_key_of_no_generation_goes_from_the_disk() -> Result<()> {
+        let directory = tempfile::tempdir()?;
+        drop(KeyRing::open(directory.path(), Use::Wireguard)?);
+        let stray = directory.path().join("wireguard1.key");
+        PrivateKey::renew(&stray)?;
+        let mut ring = KeyRing::open(directory.path(), Use::Wireguard)?;
+        assert!(!stray.exists() && ring.key(0).is_some());
+        // One that cannot be removed now is removed later.
+        ring.begin(1)?;
+        fs::remove_file(&stray)?;
+        fs::create_dir(&stray)?;
+        assert!(ring.forget_other().is_err());
+        assert_eq!(ring.generations(), Generations { active: 0, other: None });
+        fs::remove_dir(&stray)?;
+        PrivateKey::renew(&stray)?;
+        ring.remove_stray()?;
+        assert!(!stray.exists());
         Ok(())
     }
 
@@ -194,7 +264,7 @@ mod tests {
         let directory = tempfile::tempdir()?;
         let open = || KeyRing::open(directory.path(), Use::Ipsec);
         let mut ring = open()?;
-        ring.rename(6)?;
+        ring.jump(6)?;
         let key = ring.key(6).cloned();
         assert_eq!(open()?.key(6).cloned(), key);
         let record = directory.path().join("ipsec-keys.json");

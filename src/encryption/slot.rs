@@ -67,9 +67,13 @@ impl Slot {
         };
         let Some(ifindex) = made else { return Ok(None) };
         let slot = Self { kind, name, mtu, port, socket, ifindex, open: Mutex::default() };
-        match key {
-            Some(key) => slot.open(key)?,
-            None => slot.close()?,
+        match (kind, key) {
+            // The kernel has it: told twice, it would be none the wiser.
+            (By::Kernel, Some(key)) => {
+                *lock(&slot.open) = Some(Open { key: key.clone(), process: None });
+            }
+            (By::User, Some(key)) => slot.open(key)?,
+            (_, None) => slot.close()?,
         }
         Ok(Some(slot))
     }
@@ -124,10 +128,15 @@ impl Slot {
         Ok(())
     }
 
+    /// It has a key.
+    pub fn is_open(&self) -> bool {
+        lock(&self.open).is_some()
+    }
+
     /// Takes the key away, and all peers.
     pub fn close(&self) -> Result<()> {
-        let open = lock(&self.open).take();
-        match (self.kind, open) {
+        let mut open = lock(&self.open);
+        match (self.kind, &*open) {
             (By::Kernel, _) => {
                 netlink::set_wireguard_peers(self.name, &[])?;
                 netlink::ensure_wireguard(self.name, self.mtu, None, self.port)?;
@@ -135,6 +144,7 @@ impl Slot {
             (By::User, Some(Open { process: Some(process), .. })) => process.end(),
             (By::User, _) => end_process(&self.socket)?,
         }
+        *open = None;
         Ok(())
     }
 
@@ -163,11 +173,13 @@ impl Slot {
     /// What is wrong with the device.
     pub fn look(&self) -> Result<Option<String>> {
         let name = self.name;
+        // WireGuard's device is down while it has no key.
+        let is_to_be_up = self.kind == By::User || lock(&self.open).is_some();
         let there = netlink::link(name)?.filter(|link| link.index == self.ifindex);
         Ok(match there {
             None => Some(format!("device {name} is gone")),
-            Some(link) if !link.is_up => Some(format!("device {name} is down")),
-            Some(link) if link.mtu != self.mtu => {
+            Some(link) if is_to_be_up && !link.is_up => Some(format!("device {name} is down")),
+            Some(link) if is_to_be_up && link.mtu != self.mtu => {
                 Some(format!("device {name} has MTU {}, and not {}", link.mtu, self.mtu))
             }
             Some(_) => None,

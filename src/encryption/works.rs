@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
+use super::PrivateKey;
 use super::args::{DeviceChoice, Mode};
 use super::device::{DeviceKind, Plan};
 use super::ipsec::{IPSEC_DEVICE, Ipsec, remove_ipsec};
@@ -92,21 +93,28 @@ impl Works {
         }
     }
 
-    /// Begins to receive by the key of a generation.
-    pub fn open(&self, ring: &KeyRing, generation: u32) -> Result<()> {
-        match (self, ring.key(generation)) {
-            (Self::Wireguard(_, slots), Some(key)) => slots[slot_of(generation)].open(key),
-            _ => Ok(()),
+    /// Begins to receive by every key of the ring, where that has not been done.
+    pub fn open(&self, ring: &KeyRing) -> Result<()> {
+        let Self::Wireguard(_, slots) = self else { return Ok(()) };
+        let generations = ring.generations();
+        for generation in std::iter::once(generations.active).chain(generations.other) {
+            let Some(key) = ring.key(generation) else { continue };
+            slots[slot_of(generation)].open(key)?;
         }
+        Ok(())
     }
 
-    /// Ends what the key of a generation was for.
-    pub fn close(&self, generation: u32) -> Result<()> {
-        match self {
-            Self::Wireguard(_, slots) => slots[slot_of(generation)].close(),
-            // Its states go with the key, in `tell`.
-            Self::Ipsec(_) => Ok(()),
-        }
+    /// Ends what has no key any more.
+    pub fn close(&self, ring: &KeyRing) -> Result<()> {
+        // IPsec's states go with the key, in `tell`.
+        let Self::Wireguard(_, slots) = self else { return Ok(()) };
+        let generations = ring.generations();
+        let has_key = |slot: usize| {
+            let mut held = std::iter::once(generations.active).chain(generations.other);
+            held.any(|generation| slot_of(generation) == slot)
+        };
+        let is_left = |slot: &usize| slots[*slot].is_open() && !has_key(*slot);
+        (0..2).filter(is_left).try_for_each(|slot| slots[slot].close())
     }
 
     /// Makes these all peers.
@@ -161,16 +169,44 @@ impl Works {
 /// Both devices; `None` on a kernel that has none of this kind.
 fn slots(plan: &Plan, kind: By, ring: &KeyRing) -> Result<Option<[Slot; 2]>> {
     let generations = ring.generations();
-    let key = |slot: usize| {
-        let of_slot = |generation: &u32| slot_of(*generation) == slot;
-        let mut held = std::iter::once(generations.active).chain(generations.other);
-        held.find(of_slot).and_then(|generation| ring.key(generation))
+    let sockets = sockets(&plan.socket);
+    let prepare = |number: usize, key: Option<&PrivateKey>| {
+        let port = plan.port + u16::from(number == 1);
+        Slot::prepare(kind, number, plan.mtu, port, sockets[number].clone(), key)
     };
-    let [first, second] = sockets(&plan.socket);
-    let one = Slot::prepare(kind, 0, plan.mtu, plan.port, first, key(0))?;
-    let Some(one) = one else { return Ok(None) };
-    let other = Slot::prepare(kind, 1, plan.mtu, plan.port + 1, second, key(1))?;
-    Ok(other.map(|other| [one, other]))
+    let (first, second) = (slot_of(generations.active), 1 - slot_of(generations.active));
+    let key = ring.key(generations.active);
+    let other_key = generations.other.and_then(|generation| ring.key(generation));
+    // While both have keys, the active one's packets go on all the while.
+    let active = other_key.and_then(|_| prepare(first, key).transpose()).and_then(Result::ok);
+    let (active, other) = match active {
+        Some(active) => (Some(active), Some(prepare_other(&prepare, second, other_key)?)),
+        // A device without a key gives up its UDP port, which may be the active one's by new settings.
+        None => {
+            let other = prepare(second, None)?;
+            (if other.is_some() { prepare(first, key)? } else { None }, other)
+        }
+    };
+    let Some(both) = active.zip(other) else { return Ok(None) };
+    Ok(Some(if first == 0 { [both.0, both.1] } else { [both.1, both.0] }))
+}
+
+/// A device that cannot have its key is without one for now, which is no reason not to start: `Device::step` tries
+/// again.
+fn prepare_other(
+    prepare: &dyn Fn(usize, Option<&PrivateKey>) -> Result<Option<Slot>>,
+    number: usize,
+    key: Option<&PrivateKey>,
+) -> Result<Slot> {
+    let prepared = match prepare(number, key) {
+        Err(error) => {
+            let error = crate::error::chain(&error);
+            tracing::warn!(error, device = DEVICES[number], "keys do not change until this works");
+            prepare(number, None)?
+        }
+        Ok(prepared) => prepared,
+    };
+    prepared.context("making the second device that encrypts")
 }
 
 /// The names of all devices that may encrypt.

@@ -100,6 +100,15 @@ pub(super) fn raise(name: &str, found: &Link, mtu: u32) -> Result<()> {
     Connection::open()?.execute(vec![request])
 }
 
+/// Sets the device down.
+pub(super) fn lower(name: &str, index: u32) -> Result<()> {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.header.change_mask = LinkFlags::Up;
+    let request = Request::new(format!("lowering {name}"), RouteNetlinkMessage::SetLink(message));
+    Connection::open()?.execute(vec![request])
+}
+
 fn open(name: &str) -> Result<File> {
     let path = "/dev/net/tun";
     let device = OpenOptions::new()

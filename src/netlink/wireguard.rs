@@ -20,7 +20,7 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_GENERIC};
 
 use super::connection::{Connection, Request};
 use super::link::{delete_link, link};
-use super::tun::raise;
+use super::tun::{lower, raise};
 use super::{Error, Result};
 use crate::model::{EncryptionPeer, PeerState, PublicKey};
 
@@ -36,7 +36,7 @@ pub const KEEPALIVE_SECONDS: u16 = 25;
 const PEERS_AT_ONCE: usize = 50;
 
 /// Makes the device with this key and port, if there is none, and sets it up; its index, or `None` on a kernel
-/// without WireGuard. Without a key it neither sends nor receives.
+/// without WireGuard. Without a key it is down: it neither sends nor receives, and has no UDP port.
 pub fn ensure_wireguard(
     name: &str,
     mtu: u32,
@@ -58,6 +58,9 @@ pub fn ensure_wireguard(
         None => return Ok(None),
     }
     let found = link(name)?.ok_or_else(|| Error::Different(format!("device {name} went away")))?;
+    if private_key.is_none() {
+        lower(name, found.index)?;
+    }
     let mut family = Family::open()?;
     family.set(vec![
         WireguardAttribute::IfName(name.to_owned()),
@@ -65,7 +68,9 @@ pub fn ensure_wireguard(
         WireguardAttribute::PrivateKey(private_key.copied().unwrap_or_default()),
         WireguardAttribute::ListenPort(port),
     ])?;
-    raise(name, &found, mtu)?;
+    if private_key.is_some() {
+        raise(name, &found, mtu)?;
+    }
     Ok(Some(found.index))
 }
 
