@@ -191,13 +191,12 @@ fn slots(plan: &Plan, kind: By, ring: &KeyRing) -> Result<Option<[Slot; 2]>> {
     Ok(Some(if first == 0 { [both.0, both.1] } else { [both.1, both.0] }))
 }
 
+/// Makes the device of a number with a key, or without one; `None`: the kernel has no such devices.
+type Prepare<'a> = dyn Fn(usize, Option<&PrivateKey>) -> Result<Option<Slot>> + 'a;
+
 /// A device that cannot have its key is without one for now, which is no reason not to start: `Device::step` tries
 /// again.
-fn prepare_other(
-    prepare: &dyn Fn(usize, Option<&PrivateKey>) -> Result<Option<Slot>>,
-    number: usize,
-    key: Option<&PrivateKey>,
-) -> Result<Slot> {
+fn prepare_other(prepare: &Prepare, number: usize, key: Option<&PrivateKey>) -> Result<Slot> {
     let prepared = match prepare(number, key) {
         Err(error) => {
             let error = crate::error::chain(&error);
