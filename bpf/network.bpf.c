@@ -320,25 +320,14 @@ int from_network(struct __sk_buff *ctx)
 	return ret ? network_refuse(ctx, ret) : network_arrive(ctx);
 }
 
-/* 0 or a drop. A function of its own: what it has on the stack is gone before the
- * packet is looked at. */
-__weak __noinline int encrypted_admit(struct __sk_buff *ctx)
-{
-	struct bpf_xfrm_state state = {};
-	bool by_ipsec = !bpf_skb_get_xfrm_state(ctx, 0, &state, sizeof(state), 0);
-
-	if (!(by_ipsec && encrypt_has_ethernet(ctx)) &&
-	    !encrypt_add_ethernet(ctx))
-		return -DROP_WRITE_ERROR;
-	return by_ipsec ? encrypt_check_sender(ctx, &state) : 0;
-}
-
 /* What the encrypting device has decrypted: its sender is who it says it is. */
 SEC("tcx/ingress")
 int from_encrypted(struct __sk_buff *ctx)
 {
-	int ret = encrypted_admit(ctx);
+	int ret = encrypt_enter(ctx);
 
+	if (ret == ENCRYPT_NO_ROOM)
+		return TC_ACT_SHOT;
 	return ret ? network_refuse(ctx, ret) : network_arrive(ctx);
 }
 

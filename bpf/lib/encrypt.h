@@ -227,3 +227,27 @@ static __always_inline bool encrypt_add_ethernet(struct __sk_buff *ctx)
 	return !bpf_skb_change_head(ctx, ETHERNET_LENGTH, 0) &&
 	       !bpf_skb_store_bytes(ctx, 0, &ethernet, sizeof(ethernet), 0);
 }
+
+/* The packet cannot be given an Ethernet header. */
+#define ENCRYPT_NO_ROOM 1
+
+/*
+ * Looks at what the encrypting device has decrypted, and gives it an Ethernet
+ * header: 0, a drop, or ENCRYPT_NO_ROOM. A function of its own, so that its stack
+ * is none of what follows. One device for both generations is that of IPsec:
+ * a packet without a state was not decrypted there.
+ */
+__weak __noinline int encrypt_enter(struct __sk_buff *ctx)
+{
+	struct bpf_xfrm_state state = {};
+	bool by_ipsec = !bpf_skb_get_xfrm_state(ctx, 0, &state, sizeof(state), 0);
+
+	if (!(by_ipsec && encrypt_has_ethernet(ctx)) &&
+	    !encrypt_add_ethernet(ctx))
+		return ENCRYPT_NO_ROOM;
+	if (by_ipsec)
+		return encrypt_check_sender(ctx, &state);
+	return settings.encrypt_ifindex == settings.encrypt_second ?
+		       -DROP_UNENCRYPTED :
+		       0;
+}
