@@ -64,12 +64,41 @@ fn side(node: &Node) -> Result<SideState> {
 fn say_the_marker(from: &Pod, to: &Pod) -> Result<()> {
     for address in to.addresses().to_vec() {
         let target = SocketAddr::new(address, 80);
-        let outcome = from.space().run(move || probe_udp(target, &[MARKER, &[b'x'; 1000]].concat()))?;
+        let said = from.space().run(move || probe_udp(target, &[MARKER, &[b'x'; 1000]].concat()));
+        let outcome = said.with_context(|| format!("UDP to {target}"))?;
         ensure!(outcome.is_answered(), "UDP {address}: {outcome}");
-        let outcome = from.space().run(move || ping(address, 3000))?;
+        let said = from.space().run(move || ping(address, 3000));
+        let outcome = said.with_context(|| format!("fragments to {address}"))?;
         ensure!(outcome.is_answered(), "fragments to {address}: {outcome}");
     }
     Ok(())
+}
+
+/// What the kernel and the agents have counted, for who reads why a test failed.
+fn counted(lab: &Lab) -> String {
+    let of_node = |node: &Node| {
+        let kernel = node.space().run(|| {
+            let read = |name: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{name}"));
+            ["xfrm_stat", "snmp"].map(|name| read(name).unwrap_or_default()).concat()
+        });
+        let kernel: Vec<&str> = kernel
+            .lines()
+            .filter(|line| !line.trim_end().ends_with("\t0") && !line.ends_with(" 0"))
+            .collect();
+        let drops = node.flows(&["--verdict", "DROPPED"]).unwrap_or_default();
+        let drops: Vec<String> = drops.iter().rev().take(10).map(ToString::to_string).collect();
+        let links = node.space().command(
+            {
+                let mut command = std::process::Command::new("ip");
+                command.args(["-s", "xfrm", "state"]);
+                command
+            },
+            "",
+        );
+        let status = node.weir(&["encryption", "status"]).unwrap_or_default();
+        format!("{kernel:#?}\n{drops:#?}\n{}\n{status}\n{}", links.unwrap_or_default(), node.log_tail())
+    };
+    lab.nodes().iter().map(of_node).collect::<Vec<_>>().join("\n")
 }
 
 fn all_is_encrypted(device: &str, routing: &str) -> Result<()> {
@@ -77,9 +106,9 @@ fn all_is_encrypted(device: &str, routing: &str) -> Result<()> {
     let wall = lab.look_at_wire()?;
     let (a, b) = (lab.pod(1, "shop/a").create()?, lab.pod(2, "shop/b").create()?);
     expect_full_mesh(&[&a, &b])?;
-    say_the_marker(&a, &b)?;
-    say_the_marker(&b, &a)?;
-    nodes_reach_pods(&lab, &a, &b)?;
+    say_the_marker(&a, &b).with_context(|| counted(&lab))?;
+    say_the_marker(&b, &a).with_context(|| counted(&lab))?;
+    nodes_reach_pods(&lab, &a, &b).with_context(|| counted(&lab))?;
     for is_ipv4 in [true, false] {
         let stream = Traffic::tcp(a.space(), SocketAddr::new(b.address(is_ipv4), 80));
         stream.wait_for_answers(200)?;
