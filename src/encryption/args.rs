@@ -41,7 +41,7 @@ pub enum Mode {
     Off,
     /// By WireGuard.
     Wireguard,
-    /// By the kernel's IPsec: where WireGuard must not be.
+    /// By the kernel's IPsec: experimental, no test between two nodes has been seen to pass.
     Ipsec,
 }
 
