@@ -1,5 +1,6 @@
 //! What encrypts, as the agent has it: two devices in turn, the keys, and the other nodes.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -10,12 +11,12 @@ use anyhow::Result;
 
 use super::args::{DeviceChoice, Mode};
 use super::heard::{Heard, Reach};
-use super::ipsec::sum_of;
+use super::ipsec::digest_of;
 use super::lock;
 use super::ring::{KeyRing, slot_of};
 use super::rotation::{self, Generations, Neighbour, Step};
 use super::works::Works;
-use crate::model::{EncryptingNode, KeyAt, KeyProtocol, NodeKey, PeerState, PublicKey};
+use crate::model::{EncryptingNode, KeyAt, KeyProtocol, NodeKey, PeerState};
 
 /// What the devices shall be.
 #[derive(Clone, Debug)]
@@ -80,6 +81,8 @@ struct Keys {
     /// Somebody asks for new keys.
     wants: bool,
     heard: Heard,
+    /// A key was made anew, and is to be published.
+    has_news: bool,
 }
 
 impl Keys {
@@ -87,13 +90,10 @@ impl Keys {
         self.nodes.as_deref().unwrap_or_default()
     }
 
-    /// Stands for the keys of a generation that a node must receive by: all but its own. `None` is this node.
-    fn expected_of(&self, node: Option<&EncryptingNode>, generation: u32) -> u64 {
-        let own = self.ring.key(generation).filter(|_| node.is_some()).map(super::PrivateKey::public);
-        let others = self.nodes().iter().filter(|other| node.is_none_or(|node| node.name != other.name));
-        let keys: Vec<PublicKey> =
-            others.filter_map(|other| Some(other.key.at(generation)?.public_key)).chain(own).collect();
-        sum_of(keys.iter())
+    /// Stands for the keys of a generation that this node receives by.
+    fn received_by(&self, generation: u32) -> u64 {
+        let keys = self.nodes().iter().filter_map(|node| node.key.at(generation));
+        keys.fold(0, |sum, key| sum ^ digest_of(&key.public_key))
     }
 }
 
@@ -106,9 +106,15 @@ impl Device {
     /// Makes the devices, or finds them, and starts who works behind them.
     pub fn prepare(plan: Plan) -> Result<Self> {
         let (works, ring) = Works::prepare(&plan)?;
-        let heard = Heard::default();
-        let keys =
-            Mutex::new(Keys { ring, nodes: None, is_told: false, in_force: None, wants: false, heard });
+        let keys = Mutex::new(Keys {
+            ring,
+            nodes: None,
+            is_told: false,
+            in_force: None,
+            wants: false,
+            heard: Heard::default(),
+            has_news: false,
+        });
         Ok(Self { plan, works, keys })
     }
 
@@ -149,7 +155,7 @@ impl Device {
             // While keys change alone: a node that comes or goes is no news of every other one.
             let changes = generations.other.is_some();
             let is_known = self.protocol() == KeyProtocol::Ipsec && changes && keys.is_told;
-            let receives = is_known.then(|| keys.expected_of(None, generation));
+            let receives = is_known.then(|| keys.received_by(generation));
             Some(KeyAt { public_key, port: self.works.port(generation), generation, receives })
         };
         let (mut active, mut other) = (Some(generations.active), generations.other);
@@ -195,7 +201,7 @@ impl Device {
     fn tell(&self, keys: &mut Keys) -> Result<()> {
         keys.is_told = false;
         if let Some(nodes) = &keys.nodes {
-            self.works.tell(&keys.ring, nodes)?;
+            keys.has_news |= self.works.tell(&mut keys.ring, nodes)?;
             let own = keys.ring.generations();
             let of_node = |node: &EncryptingNode| {
                 let held = std::iter::once(own.active).chain(own.other);
@@ -211,6 +217,11 @@ impl Device {
     pub fn peers(&self) -> Result<Vec<PeerState>> {
         let keys = lock(&self.keys);
         self.works.peers(&keys.ring, keys.nodes())
+    }
+
+    /// Nodes that nothing goes to, and why.
+    pub fn problems(&self) -> Vec<String> {
+        self.works.problems()
     }
 
     /// The process that encrypts.
@@ -263,13 +274,26 @@ impl Device {
     fn neighbours(&self, keys: &mut Keys) -> Result<Vec<Neighbour>> {
         let own = keys.ring.generations();
         let now = Instant::now();
-        let states = self.works.peers(&keys.ring, keys.nodes())?;
-        keys.heard.saw(&states, now);
+        let is_ipsec = self.protocol() == KeyProtocol::Ipsec;
+        if !is_ipsec {
+            let states = self.works.peers(&keys.ring, keys.nodes())?;
+            keys.heard.saw(&states, now);
+        }
+        // Of each generation that this node has: the keys of all nodes. One receives by all but its own.
+        let held = std::iter::once(own.active).chain(own.other);
+        let all = held.map(|generation| {
+            let own = keys.ring.key(generation).map_or(0, |key| digest_of(&key.public()));
+            (generation, keys.received_by(generation) ^ own)
+        });
+        let all: BTreeMap<u32, u64> = all.collect();
         let reach = |node: &EncryptingNode, generation: u32| {
             let Some(key) = node.key.at(generation) else { return Reach::Unknown };
             match self.protocol() {
                 // There is no handshake that would tell of one that is away.
-                KeyProtocol::Ipsec if key.receives == Some(keys.expected_of(Some(node), generation)) => {
+                KeyProtocol::Ipsec
+                    if key.receives.is_some()
+                        && key.receives == all.get(&generation).map(|all| all ^ digest_of(&key.public_key)) =>
+                {
                     Reach::Reached
                 }
                 KeyProtocol::Ipsec => Reach::Unknown,
@@ -291,6 +315,9 @@ impl Device {
         let own = keys.ring.generations();
         if keys.nodes.is_none() {
             return Ok(false);
+        }
+        if std::mem::take(&mut keys.has_news) {
+            return Ok(true);
         }
         // What could not be done before; and the programs follow before the next step.
         keys.ring.remove_stray()?;

@@ -27,6 +27,7 @@ mod process;
 pub mod protocol;
 mod ring;
 mod rotation;
+mod sent;
 pub mod side;
 mod slot;
 mod works;

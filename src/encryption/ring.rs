@@ -82,7 +82,8 @@ impl KeyRing {
         let is_new = !path.exists() && of.keys().iter().all(|name| !directory.join(name).exists());
         let (directory, keys) = (directory.to_owned(), [None, None]);
         let mut ring = Self { directory, of, generations, keys, is_new, has_stray: true };
-        if of == Use::Ipsec && record.boot_id != boot_id() {
+        let now = boot_id();
+        if of == Use::Ipsec && (now.is_empty() || record.boot_id != now) {
             return ring.renew_all();
         }
         for generation in std::iter::once(generations.active).chain(generations.other) {
@@ -94,13 +95,20 @@ impl KeyRing {
     }
 
     /// Another key of the active generation: no packet's key is ever used again from its first number.
-    fn renew_all(mut self) -> Result<Self> {
+    pub fn renew_all(mut self) -> Result<Self> {
         let slot = slot_of(self.generations.active);
         self.keys[slot] = Some(PrivateKey::renew(&self.path(slot))?);
         let is_new = self.is_new;
         self.forget_other()?;
         self.is_new = is_new;
         Ok(self)
+    }
+
+    /// Makes another key of a generation that the node has one of.
+    pub fn renew(&mut self, generation: u32) -> Result<()> {
+        let slot = slot_of(generation);
+        self.keys[slot] = Some(PrivateKey::renew(&self.path(slot))?);
+        Ok(())
     }
 
     fn path(&self, slot: usize) -> PathBuf {

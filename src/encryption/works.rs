@@ -9,6 +9,7 @@ use super::args::{DeviceChoice, Mode};
 use super::device::{DeviceKind, Plan};
 use super::ipsec::{IPSEC_DEVICE, Ipsec, remove_ipsec};
 use super::ring::{KeyRing, Use, slot_of};
+use super::sent::Sent;
 use super::slot::{By, DEVICES, Slot, remove_wireguard, sockets};
 use crate::model::{EncryptingNode, EncryptionPeer, KeyProtocol, PeerState};
 
@@ -26,8 +27,13 @@ impl Works {
     pub fn prepare(plan: &Plan) -> Result<(Self, KeyRing)> {
         if plan.mode == Mode::Ipsec {
             remove_wireguard(&plan.socket)?;
-            let ipsec = Ipsec::prepare(plan.mtu, plan.addresses.clone())?;
-            return Ok((Self::Ipsec(ipsec), KeyRing::open(&plan.state_directory, Use::Ipsec)?));
+            let (sent, is_known) = Sent::open(&plan.state_directory)?;
+            let mut ring = KeyRing::open(&plan.state_directory, Use::Ipsec)?;
+            if !is_known {
+                ring = ring.renew_all()?;
+            }
+            let ipsec = Ipsec::prepare(plan.mtu, plan.addresses.clone(), sent)?;
+            return Ok((Self::Ipsec(ipsec), ring));
         }
         remove_ipsec()?;
         let ring = KeyRing::open(&plan.state_directory, Use::Wireguard)?;
@@ -117,8 +123,8 @@ impl Works {
         (0..2).filter(is_left).try_for_each(|slot| slots[slot].close())
     }
 
-    /// Makes these all peers.
-    pub fn tell(&self, ring: &KeyRing, nodes: &[EncryptingNode]) -> Result<()> {
+    /// Makes these all peers. True: the node has made a new key for that.
+    pub fn tell(&self, ring: &mut KeyRing, nodes: &[EncryptingNode]) -> Result<bool> {
         let slots = match self {
             Self::Wireguard(_, slots) => slots,
             Self::Ipsec(ipsec) => return ipsec.sync(ring, nodes),
@@ -128,7 +134,15 @@ impl Works {
             let peers: Vec<EncryptionPeer> = nodes.iter().filter_map(|node| node.peer(generation)).collect();
             slots[slot_of(generation)].set_peers(&peers)?;
         }
-        Ok(())
+        Ok(false)
+    }
+
+    /// Nodes that nothing goes to, and why.
+    pub fn problems(&self) -> Vec<String> {
+        match self {
+            Self::Wireguard(..) => Vec::new(),
+            Self::Ipsec(ipsec) => ipsec.problems(),
+        }
     }
 
     /// How the peers are: of the active key first.

@@ -89,7 +89,7 @@ pub use sysctl::{get_sysctl, set_sysctl, set_sysctl_root};
 pub use tun::{TunOffload, ensure_tun, set_tun_offload, take_tun};
 pub use wireguard::{ensure_wireguard, set_wireguard_peers, wireguard_peers};
 pub use xfrm::{XFRM_KEY_BYTES, Xfrm, XfrmCounts, XfrmPolicy, XfrmState, XfrmWay};
-pub use xfrm_device::ensure_xfrm_device;
+pub use xfrm_device::{ensure_xfrm_device, put_xfrm_ways, remove_xfrm_ways};
 
 /// What went wrong between us and the kernel.
 #[derive(Debug, thiserror::Error)]

@@ -96,14 +96,18 @@ pub struct Xfrm {
 impl Xfrm {
     /// For the states and policies of the interface with this number alone.
     pub fn open(interface: u32) -> Result<Self> {
-        let open = || {
-            let mut socket = Socket::new(NETLINK_XFRM)?;
-            socket.bind_auto()?;
-            io::Result::Ok(socket)
-        };
         let socket =
-            open().map_err(|cause| Error::kernel("opening a socket to the kernel's IPsec", cause))?;
+            socket().map_err(|cause| Error::kernel("opening a socket to the kernel's IPsec", cause))?;
         Ok(Self { socket, interface, sequence: 0 })
+    }
+
+    /// The same; `None` on a kernel without IPsec.
+    pub fn open_if_there(interface: u32) -> Result<Option<Self>> {
+        match socket() {
+            Ok(socket) => Ok(Some(Self { socket, interface, sequence: 0 })),
+            Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => Ok(None),
+            Err(cause) => Err(Error::kernel("opening a socket to the kernel's IPsec", cause)),
+        }
     }
 
     /// Every state of the interface.
@@ -251,6 +255,12 @@ impl Xfrm {
             }
         }
     }
+}
+
+fn socket() -> io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_XFRM)?;
+    socket.bind_auto()?;
+    Ok(socket)
 }
 
 /// The first message: its type, its number, its body, and what follows.

@@ -30,10 +30,31 @@ pub fn ensure_xfrm_device(name: &str, mtu: u32, number: u32) -> Result<Option<u3
     }
     let found = link(name)?.ok_or_else(|| Error::Different(format!("device {name} went away")))?;
     raise(name, &found, mtu)?;
-    if get_sysctl("net/ipv6/conf/all/forwarding")?.is_some() {
-        Connection::open()?.execute(vec![ipv6_route(found.index), ipv6_rule(name)])?;
-    }
+    put_xfrm_ways(name, found.index)?;
     Ok(Some(found.index))
+}
+
+/// Adds the IPv6 route and rule that the device finds its way by: the kernel removes the route whenever the
+/// device goes down.
+pub fn put_xfrm_ways(name: &str, ifindex: u32) -> Result<()> {
+    if get_sysctl("net/ipv6/conf/all/forwarding")?.is_none() {
+        return Ok(());
+    }
+    Connection::open()?.execute(vec![ipv6_route(ifindex), ipv6_rule(name)])
+}
+
+/// Removes the rule; the route goes with the device.
+pub fn remove_xfrm_ways(name: &str) -> Result<()> {
+    if get_sysctl("net/ipv6/conf/all/forwarding")?.is_none() {
+        return Ok(());
+    }
+    let message = RouteNetlinkMessage::DelRule(rule_message(name));
+    let request = Request::new("removing the IPv6 rule of the IPsec device", message).tolerate(&[
+        libc::ENOENT,
+        libc::ESRCH,
+        libc::EAFNOSUPPORT,
+    ]);
+    Connection::open()?.execute(vec![request])
 }
 
 /// True if there is a device of this name now; false if the kernel has no such devices.
@@ -72,13 +93,17 @@ fn ipv6_route(ifindex: u32) -> Request {
         .replace()
 }
 
-fn ipv6_rule(name: &str) -> Request {
+fn rule_message(name: &str) -> RuleMessage {
     let mut message = RuleMessage::default();
     message.header.family = AddressFamily::Inet6;
     message.header.table = TABLE;
     message.header.action = RuleAction::ToTable;
     message.attributes = vec![RuleAttribute::Oifname(name.to_owned()), RuleAttribute::Priority(PRIORITY)];
-    Request::new("adding the IPv6 rule of the IPsec device", RouteNetlinkMessage::NewRule(message))
+    message
+}
+
+fn ipv6_rule(name: &str) -> Request {
+    Request::new("adding the IPv6 rule of the IPsec device", RouteNetlinkMessage::NewRule(rule_message(name)))
         .create()
         .tolerate(&[libc::EEXIST])
 }

@@ -176,11 +176,12 @@ impl Sink for Encryption {
             }
             (self.is_broken, self.told) = (false, None);
         }
-        let (peers, problems) = self.peers(desired);
+        let (peers, mut problems) = self.peers(desired);
         if self.told.as_ref() != Some(&peers) {
             self.device.set_nodes(&peers)?;
             self.told = Some(peers);
         }
+        problems.extend(self.device.problems().into_iter().map(Problem::new));
         Ok(problems)
     }
 }
