@@ -129,22 +129,6 @@ static __always_inline bool before_proxy_is_plain(struct __sk_buff *ctx,
 		       headers + bpf_ntohs(udp.length);
 }
 
-/* Whose flow the packet is of: true if the server has sent it. */
-static __always_inline bool before_proxy_is_answer(const struct packet *packet,
-						   struct l7_flow_key *key,
-						   __u32 sender)
-{
-	__builtin_memset(key, 0, sizeof(*key));
-	key->protocol = packet->protocol;
-	addr_copy(sender ? &key->server : &key->client, &packet->source);
-	addr_copy(sender ? &key->client : &key->server, &packet->destination);
-	key->client_port =
-		sender ? packet->destination_port : packet->source_port;
-	key->server_port =
-		sender ? packet->source_port : packet->destination_port;
-	return sender;
-}
-
 /* A datagram of a flow that is the proxy's: an action of tc. */
 __weak __noinline int before_proxy_judge(struct __sk_buff *ctx,
 					 struct packet *packet)
@@ -165,10 +149,9 @@ __weak __noinline int before_proxy_judge(struct __sk_buff *ctx,
 	connection = bpf_map_lookup_elem(&connections, &room->flow.key);
 	if (!connection || !(connection->flags & CONNECTION_PROXY))
 		return TC_ACT_OK;
-	is_answer = before_proxy_is_answer(
-		packet, &room->l7_key,
-		index_of_two(sender ^ (connection->flags &
-				       CONNECTION_INITIATOR_HIGH)));
+	is_answer = index_of_two(
+		sender ^ (connection->flags & CONNECTION_INITIATOR_HIGH));
+	proxy_key_of(packet, &room->l7_key, is_answer);
 	flow = bpf_map_lookup_elem(&l7_flows, &room->l7_key);
 	if (!flow)
 		return TC_ACT_OK;

@@ -26,6 +26,20 @@ static __always_inline __u16 l7_flow_only_set(const struct l7_flow *row)
 	return row->ingress_set ? 0 : row->egress_set;
 }
 
+/* The flow's name in `l7_flows`; sender 1: its server has sent the packet. */
+static __always_inline void proxy_key_of(const struct packet *packet,
+					 struct l7_flow_key *key, __u32 sender)
+{
+	__builtin_memset(key, 0, sizeof(*key));
+	key->protocol = packet->protocol;
+	addr_copy(sender ? &key->server : &key->client, &packet->source);
+	addr_copy(sender ? &key->client : &key->server, &packet->destination);
+	key->client_port =
+		sender ? packet->destination_port : packet->source_port;
+	key->server_port =
+		sender ? packet->source_port : packet->destination_port;
+}
+
 /* Says who speaks, and by which rules the proxy judges it: 0 or a drop. */
 static __always_inline int proxy_tell(const struct packet *packet,
 				      const struct flow *flow)
@@ -53,20 +67,41 @@ static __always_inline int proxy_tell(const struct packet *packet,
 	addr_copy(&key.client, &flow->key.addr[first]);
 	addr_copy(&key.server, &flow->key.addr[first ^ 1]);
 	before = bpf_map_lookup_elem(&l7_flows, &key);
-	if (before)
-		row.asked_jiffies = before->asked_jiffies;
-	if (before &&
-	    (packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN) {
-		row.listener_set = before->listener_set;
-		row.alias = before->alias;
-	}
-	if (map_insert(&l7_flows, &key, &row))
-		return -DROP_NO_PROXY;
+	if (!before)
+		return map_insert(&l7_flows, &key, &row) ? -DROP_NO_PROXY : 0;
 	/*
-	 * Who listens for one rule set judges by no other: nothing of the flow
-	 * gets there any more, and the agent ends its sockets.
+	 * In place: who listens for the flow, proxy_listen alone says, and by no
+	 * packet does a pod change it. A SYN may be one of a running flow.
 	 */
-	return row.listener_set && row.listener_set != l7_flow_only_set(&row)
+	before->client_identity = row.client_identity;
+	before->server_identity = row.server_identity;
+	before->client_endpoint = row.client_endpoint;
+	before->server_endpoint = row.server_endpoint;
+	before->egress_set = row.egress_set;
+	before->ingress_set = row.ingress_set;
+	return 0;
+}
+
+/*
+ * Who listens for one rule set judges by no other: when rules have changed,
+ * nothing of the flow gets there any more, and the agent ends its sockets. Every
+ * packet is compared: the row of the flow has the new verdict before the row
+ * here does. A SYN gets a listener of the rules of now (proxy_listen), or the
+ * flow's socket takes nothing from it. 0 or a drop.
+ */
+static __always_inline int proxy_check(const struct packet *packet,
+				       struct scratch *room)
+{
+	struct l7_flow *row;
+
+	if (packet->protocol != IPPROTO_TCP ||
+	    (packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
+		return 0;
+	proxy_key_of(packet, &room->l7_key,
+		     packet->flags & PACKET_REPLY ? 1 : 0);
+	row = bpf_map_lookup_elem(&l7_flows, &room->l7_key);
+	return row && row->listener_set &&
+			       row->listener_set != l7_flow_only_set(row)
 		       ? -DROP_NO_PROXY
 		       : 0;
 }
@@ -110,6 +145,8 @@ __weak __noinline int proxy_take(struct __sk_buff *ctx, struct packet *packet)
 		return -DROP_NO_PROXY;
 	if (packet->flags & PACKET_TELL_PROXY)
 		ret = proxy_tell(packet, &room->flow);
+	if (!ret)
+		ret = proxy_check(packet, room);
 	if (ret)
 		return ret;
 	if (!(packet->flags & PACKET_FROM_STACK))

@@ -108,3 +108,41 @@ fn a_flow_is_the_proxys_from_its_beginning_to_its_end() -> Result<()> {
         Ok(())
     })
 }
+
+/// Of a flow whose rules have changed nothing gets to the listener of the rules before: no packet again and again, none
+/// after a SYN, and none of the server. Its sockets are to be ended.
+#[test]
+fn no_packet_gets_to_a_listener_of_other_rules() -> Result<()> {
+    require_lab!();
+    in_both_families(|world, cast| {
+        world.proxy(Some(99))?;
+        world.enforce(2, &[INGRESS])?;
+        world.leave_to_proxy(2, INGRESS, A, (6, 80), SET)?;
+        expect(world, &to_server(&cast, SYN), REDIRECT)?;
+        world.listens(SET)?;
+        expect(world, &to_client(&cast, SYN | ACK), REDIRECT)?;
+        expect(world, &to_server(&cast, ACK), REDIRECT)?;
+        ensure!(world.flows_of_other_rules()? == 0);
+        for (other, first) in [(SET + 1, ACK), (SET + 2, SYN)] {
+            world.leave_to_proxy(2, INGRESS, A, (6, 80), other)?;
+            world.raise_address_epoch()?;
+            let action = if first == SYN { REDIRECT } else { SHOT };
+            expect(world, &to_server(&cast, first), action)?;
+            for _ in 0..2 {
+                let outcome = expect(world, &to_server(&cast, ACK), SHOT)?;
+                ensure!(outcome.counted == [(NO_PROXY, EGRESS as u8)], "counted {:?}", outcome.counted);
+                expect(world, &to_client(&cast, ACK), SHOT)?;
+            }
+            let row = world.l7_flows()?[0].1;
+            ensure!((row.ingress_set, row.alias) == (other, 7), "{row:?}");
+            ensure!(world.flows_of_other_rules()? == 1, "nobody ends its sockets");
+            // A connection with the same ports comes to a listener of the rules of now.
+            expect(world, &to_server(&cast, SYN), REDIRECT)?;
+            world.listens(other)?;
+            expect(world, &to_client(&cast, SYN | ACK), REDIRECT)?;
+            expect(world, &to_server(&cast, ACK), REDIRECT)?;
+            ensure!(world.flows_of_other_rules()? == 0);
+        }
+        Ok(())
+    })
+}

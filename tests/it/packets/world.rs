@@ -517,6 +517,17 @@ impl World {
         Ok(rows)
     }
 
+    /// The one flow that the proxy is told of has come to the listener of these rules, as `proxy_listen` says it.
+    pub fn listens(&self, l7_set: u16) -> Result<()> {
+        let (key, row) = self.l7_flows()?.into_iter().next().context("the proxy is told of a flow")?;
+        self.put("l7_flows", &key, &L7Flow { listener_set: l7_set, alias: 7, ..row })
+    }
+
+    /// How many flows have a listener of other rules than those of now.
+    pub fn flows_of_other_rules(&self) -> Result<usize> {
+        Ok(self.datapath.flows_of_other_rules()?.len())
+    }
+
     /// A rule that allows.
     pub fn allow(&self, id: u32, direction: u32, peer: u32, what: (u8, u16)) -> Result<()> {
         self.rule(id, direction, peer, what, policy_verdict::POLICY_ALLOW)
