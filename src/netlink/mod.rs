@@ -84,7 +84,7 @@ pub use proxy::{ProxyLink, create_proxy_link, find_proxy_link, new_namespace, pr
 pub use queue::{TokenBucket, ensure_queue};
 pub use route::{NODE_ROUTE_PROTOCOL, Route, neighbours, node_routes, sync_neighbours, sync_routes};
 pub use shape::{is_pod_limited, limit_pod, queue_kinds};
-pub use socket::{ANY_COOKIE, TCP, destroy_socket};
+pub use socket::{destroy_connection, destroy_socket};
 pub use sysctl::{get_sysctl, set_sysctl, set_sysctl_root};
 pub use tun::{TunOffload, ensure_tun, set_tun_offload, take_tun};
 pub use wireguard::{ensure_wireguard, set_wireguard_peers, wireguard_peers};

@@ -1,7 +1,7 @@
 //! What `netlink` makes, looked at through the kernel's own eyes.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -173,6 +173,33 @@ fn root_only_the_socket_that_is_named_ends() {
             netlink::destroy_socket(UDP, local, remote, 0, cookie).expect("ending it");
             let ended = socket.recv(&mut [0]).expect_err("nothing is received by what has ended");
             assert_eq!(ended.kind(), std::io::ErrorKind::ConnectionAborted, "{local}");
+        }
+    });
+}
+
+/// The kernel finds a listener where there is no connection.
+#[test]
+fn root_only_a_connection_ends_and_no_listener() {
+    if skip_without_root("root_only_a_connection_ends_and_no_listener") {
+        return;
+    }
+    on_a_node(|| {
+        for address in ["127.0.0.1", "::1"] {
+            let ip: IpAddr = address.parse().expect("an address");
+            let listener = TcpListener::bind(SocketAddr::new(ip, 0)).expect("listening");
+            let server = listener.local_addr().expect("its address");
+            let nobody = SocketAddr::new(ip, server.port() ^ 1);
+            netlink::destroy_connection(server, nobody).expect("there is no such connection");
+            netlink::destroy_connection(nobody, server).expect("nobody has this name");
+
+            let client = TcpStream::connect(server).expect("it listens yet");
+            let (accepted, from) = listener.accept().expect("accepting");
+            netlink::destroy_connection(server, from).expect("ending it");
+            let ended = accepted.take_error().expect("asking").expect("it has ended");
+            assert_eq!(ended.kind(), std::io::ErrorKind::ConnectionAborted, "{address}");
+            drop(client);
+            netlink::destroy_connection(server, from).expect("it is gone");
+            TcpStream::connect(server).expect("it listens yet");
         }
     });
 }

@@ -291,8 +291,8 @@ impl Keeper {
             self.envoy.namespace.try_clone().context("opening the proxy's namespace once more")?;
         let end = move || {
             for (client, server) in &stale {
-                netlink::destroy_socket(netlink::TCP, *server, *client, 0, netlink::ANY_COOKIE)?;
-                netlink::destroy_socket(netlink::TCP, *client, *server, 0, netlink::ANY_COOKIE)?;
+                netlink::destroy_connection(*server, *client)?;
+                netlink::destroy_connection(*client, *server)?;
             }
             Ok(())
         };
