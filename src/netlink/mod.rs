@@ -73,7 +73,7 @@ pub use link::{
 pub use namespace::{namespace_cookie, open_namespace, within};
 pub use netfilter::forward_drops;
 pub use news::{ALL_NEWS, Heard, News, kernel_news};
-pub use other_sockets::{LoopbackPort, listening_sockets};
+pub use other_sockets::{LoopbackPort, end_process, listening_sockets};
 pub use outward::{OutwardDevice, Way, outward_devices};
 pub use pod::{
     GATEWAY_IPV4, GATEWAY_IPV6, POD_ROUTE_PROTOCOL, PodLink, PodLinkSpec, create_pod_link, raise_pod_link,

@@ -1,9 +1,12 @@
-//! Sockets that another process listens on, taken from it (pidfd_getfd(2)).
+//! Sockets that another process listens on, taken from it (pidfd_getfd(2)), and its end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{Error, Result};
 
@@ -58,6 +61,26 @@ pub fn listening_sockets(
     Ok(sockets)
 }
 
+/// Ends the process, and waits until it has ended and has let go of its sockets; an error if that takes longer.
+pub fn end_process(pid: i32, within: Duration) -> Result<()> {
+    let failed = |error| Error::kernel(format!("ending process {pid}"), error);
+    let process = match open_process(pid) {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+        opened => opened.map_err(failed)?,
+    };
+    match kill(&process) {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+        killed => killed.map_err(failed)?,
+    }
+    let timeout = PollTimeout::try_from(within).unwrap_or(PollTimeout::MAX);
+    let mut ends = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut ends, timeout) {
+        Ok(0) => Err(failed(io::ErrorKind::TimedOut.into())),
+        Ok(_) => Ok(()),
+        Err(error) => Err(failed(error.into())),
+    }
+}
+
 /// The port and inode of a line that is a listener at a loopback address.
 fn listener(line: &str, is_ipv6: bool) -> Option<(LoopbackPort, u64)> {
     let columns: Vec<&str> = line.split_whitespace().collect();
@@ -87,6 +110,15 @@ fn take(process: &OwnedFd, number: i32) -> io::Result<OwnedFd> {
 }
 
 #[allow(unsafe_code)]
+fn kill(process: &OwnedFd) -> io::Result<()> {
+    let nothing = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: the call takes plain numbers, of which the first is an open descriptor, and no address.
+    let done =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), libc::SIGKILL, nothing, 0) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[allow(unsafe_code)]
 fn owned(descriptor: libc::c_long) -> io::Result<OwnedFd> {
     match i32::try_from(descriptor) {
         // SAFETY: the kernel has just opened the descriptor for this process, and nobody else has it.
@@ -112,6 +144,17 @@ mod tests {
         let taken = TcpListener::from(found.into_values().next().ok_or("a socket")?);
         assert_eq!(taken.local_addr()?, listener.local_addr()?);
         assert!(listening_sockets(pid, &BTreeSet::from([absent]))?.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn a_process_that_was_ended_has_ended() -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let mut child = std::process::Command::new("sleep").arg("600").spawn()?;
+        let pid = i32::try_from(child.id())?;
+        end_process(pid, Duration::from_secs(60))?;
+        assert!(child.try_wait()?.is_some_and(|status| !status.success()), "it runs yet");
+        // It is gone: that is no error.
+        end_process(pid, Duration::from_secs(60))?;
         Ok(())
     }
 }

@@ -120,6 +120,15 @@ fn a_policy_counts_at_once_and_nothing_passes_without_the_envoy() -> Result<()> 
     ensure!(ask(client.space(), target.ip(), "GET", "/status")?.0 == 403);
     ensure!(node.envoy_pid().is_some_and(|pid| pid != first), "Envoy is another one");
 
+    // The Envoy of an agent before judges by that agent's rules: each agent has its own.
+    let second = node.envoy_pid().context("an Envoy runs")?;
+    node.kill_agent()?;
+    node.start_agent()?;
+    node.wait_ready()?;
+    wait_for_status(client.space(), target.ip(), ("GET", "/health"), 200)?;
+    ensure!(ask(client.space(), target.ip(), "GET", "/status")?.0 == 403);
+    ensure!(node.envoy_pid().is_some_and(|pid| pid != second), "Envoy is the one of the agent before");
+
     let second = node.envoy_pid().context("an Envoy runs")?;
     let mut kept = Client::connect(client.space(), target)?;
     ensure!(kept.ask("GET", "/health")?.0 == 200);

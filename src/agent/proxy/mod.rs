@@ -40,12 +40,13 @@ use crate::telemetry::Parts;
 /// Ends the proxy that an agent has left behind; says whether there was one. Its namespace and its device go with it.
 pub fn end_left_behind(state_dir: &Path) -> bool {
     let proxy = Program::proxy(state_dir, &control_of(state_dir)).find().inspect(Process::end);
-    end_envoy(state_dir) || proxy.is_some()
+    let envoy = find_envoy(state_dir).inspect(Process::end);
+    proxy.or(envoy).is_some()
 }
 
-/// Ends the Envoy that an agent has left behind; says whether there was one.
-fn end_envoy(state_dir: &Path) -> bool {
-    envoy::program(state_dir, Path::new("")).find().inspect(Process::end).is_some()
+/// The Envoy that an agent has left behind.
+fn find_envoy(state_dir: &Path) -> Option<Process> {
+    envoy::program(state_dir, Path::new("")).find()
 }
 
 fn control_of(state_dir: &Path) -> PathBuf {
@@ -128,8 +129,11 @@ impl Keeper {
     async fn make(options: &Options) -> Result<Self> {
         let control = control_of(&options.state_dir);
         let listener = listen(&control)?;
+        // It judges by the rules of an agent before, under numbers that this agent may give to other rules.
+        if let Some(envoy) = find_envoy(&options.state_dir) {
+            blocking(move || envoy.end_wholly().context("ending the Envoy that an agent has left")).await?;
+        }
         if options.envoy.is_none() {
-            end_envoy(&options.state_dir);
             options.datapath.detach_aliases()?;
         }
         let process = Program::proxy(&options.state_dir, &control).find();

@@ -17,6 +17,8 @@ use crate::netlink;
 
 /// How often it is asked whether a process that is no child has ended.
 const ASK_EVERY: Duration = Duration::from_millis(200);
+/// How long the kernel may take to end a process.
+const ENDS_WITHIN: Duration = Duration::from_secs(10);
 
 /// What is run in the proxy's namespace, and how it is found again.
 pub struct Program {
@@ -115,6 +117,14 @@ impl Process {
         while self.is_alive() {
             tokio::time::sleep(ASK_EVERY).await;
         }
+    }
+
+    /// Ends it, and waits until its sockets are closed.
+    pub fn end_wholly(&self) -> Result<()> {
+        if self.is_alive() {
+            netlink::end_process(self.pid, ENDS_WITHIN)?;
+        }
+        Ok(())
     }
 
     /// Ends it: it does not do what it is for.

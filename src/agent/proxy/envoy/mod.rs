@@ -23,7 +23,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use prost_types::Any;
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
@@ -37,16 +36,17 @@ use crate::files::{self, Survives};
 use crate::model::l7::{RuleSet, RuleSetId};
 use crate::netlink::{self, LoopbackPort};
 use crate::telemetry::Parts;
-use discovery::{Discovery, Listeners, Refused};
+use discovery::{Answers, Discovery, Listeners};
 use log::Log;
 use proto::accesslog::access_log_service_server::AccessLogServiceServer;
+use proto::discovery::Resource;
 use proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 
 /// The part of the agent that looks after an Envoy.
 const PART: &str = "envoy";
 /// The cluster by which an Envoy reaches the agent.
 const CLUSTER_OF_AGENT: &str = "agent";
-/// How often it is looked for sockets that an Envoy is to open.
+/// How soon it is looked for the sockets of a listener that an Envoy has; then ever less often.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// How often it is looked for connections whose rules have changed, and for rule sets that nobody needs.
 const SETTLE_EVERY: Duration = Duration::from_secs(1);
@@ -60,7 +60,7 @@ pub fn judges_by(set: &RuleSet) -> bool {
     resources::port_of(set).is_some()
 }
 
-/// The Envoy of a node, which an agent before may have left running.
+/// The Envoy of a node. One that an agent before has left is ended: it judges by that agent's rules.
 pub fn program(state_dir: &Path, program: &Path) -> Program {
     let config = config_of(state_dir);
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get().div_ceil(2)).to_string();
@@ -99,7 +99,7 @@ pub struct Envoy {
 
 /// A listener that an Envoy shall have.
 struct Given {
-    listener: Any,
+    listener: Resource,
     port: u16,
     /// Since when nobody asks for it.
     unwanted: Option<Instant>,
@@ -112,7 +112,7 @@ struct Keeper {
     envoy: Envoy,
     given: BTreeMap<RuleSetId, Given>,
     listeners: watch::Sender<Listeners>,
-    refused: watch::Receiver<Refused>,
+    answers: watch::Receiver<Answers>,
     settled: Instant,
 }
 
@@ -121,7 +121,7 @@ impl Envoy {
     pub async fn run(self, mut wanted: watch::Receiver<Wanted>) {
         self.parts.add(PART);
         let mut pause = Backoff::new(FIRST_PAUSE, LAST_PAUSE);
-        let (listeners, refused) = loop {
+        let (listeners, answers) = loop {
             match self.serve() {
                 Ok(channels) => break channels,
                 Err(error) => self.say(&error),
@@ -129,7 +129,7 @@ impl Envoy {
             tokio::time::sleep(pause.wait()).await;
         };
         let mut keeper =
-            Keeper { envoy: self, given: BTreeMap::new(), listeners, refused, settled: Instant::now() };
+            Keeper { envoy: self, given: BTreeMap::new(), listeners, answers, settled: Instant::now() };
         loop {
             let began = Instant::now();
             if let Err(error) = keeper.keep(&mut wanted).await {
@@ -150,19 +150,19 @@ impl Envoy {
     }
 
     /// Begins to answer an Envoy.
-    fn serve(&self) -> Result<(watch::Sender<Listeners>, watch::Receiver<Refused>)> {
+    fn serve(&self) -> Result<(watch::Sender<Listeners>, watch::Receiver<Answers>)> {
         let socket = self.state_dir.join("envoy.sock");
         let connections = UnixListenerStream::new(listen(&socket)?);
         let config = bootstrap::bootstrap(&socket);
         files::replace(&config_of(&self.state_dir), config.as_bytes(), 0o600, Survives::Process)
             .context("writing Envoy's configuration")?;
         let (listeners, listening) = watch::channel(Listeners::default());
-        let (refused, refusing) = watch::channel(Refused::default());
+        let (answers, answering) = watch::channel(Answers::default());
         self.datapath.attach_aliases().context("naming clients to Envoy")?;
         let flows = Arc::new(FlowsMap::new(self.datapath.flows_map()?)?);
         let log = Log { datapath: self.datapath.clone(), flows, hears: self.hears.clone() };
         let serving = Server::builder()
-            .add_service(AggregatedDiscoveryServiceServer::new(Discovery { listeners: listening, refused }))
+            .add_service(AggregatedDiscoveryServiceServer::new(Discovery { listeners: listening, answers }))
             .add_service(AccessLogServiceServer::new(log))
             .serve_with_incoming(connections);
         tokio::spawn(async move {
@@ -170,7 +170,7 @@ impl Envoy {
                 tracing::error!(error = crate::error::chain(&error.into()), "answering Envoy");
             }
         });
-        Ok((listeners, refusing))
+        Ok((listeners, answering))
     }
 }
 
@@ -195,6 +195,7 @@ impl Keeper {
         };
         // The sockets of the one before have gone with it.
         self.given.values_mut().for_each(|given| given.is_open = false);
+        let mut looks = Backoff::new(LOOK_EVERY, SETTLE_EVERY);
         loop {
             self.want(&wanted.borrow_and_update().clone());
             self.open(process.pid()).await?;
@@ -202,20 +203,38 @@ impl Keeper {
                 self.settled = Instant::now();
                 self.settle().await?;
             }
-            let is_waiting = self.given.values().any(|given| !given.is_open && given.unwanted.is_none());
-            self.tell_people(is_waiting);
-            let pause = if is_waiting { LOOK_EVERY } else { SETTLE_EVERY };
+            self.tell_people();
+            let pause = if self.is_opening() { looks.wait() } else { SETTLE_EVERY };
             tokio::select! {
                 () = process.ended() => anyhow::bail!("Envoy has ended"),
                 changed = wanted.changed() => changed.context("waiting for rule sets")?,
+                changed = self.answers.changed() => {
+                    changed.context("waiting for what Envoy says")?;
+                    looks.reset();
+                    // Many come at once.
+                    tokio::time::sleep(looks.wait()).await;
+                }
                 () = tokio::time::sleep(pause) => {}
             }
         }
     }
 
-    fn tell_people(&self, is_waiting: bool) {
-        let refused = self.refused.borrow();
-        let causes: Vec<String> = refused
+    /// Envoy has listeners whose sockets the programs have not.
+    fn is_opening(&self) -> bool {
+        let answers = self.answers.borrow();
+        self.given.values().any(|given| !given.is_open && answers.has(&given.listener))
+    }
+
+    fn tell_people(&self) {
+        let answers = self.answers.borrow();
+        let is_wanted = |given: &&Given| !given.is_open && given.unwanted.is_none();
+        let is_waiting = self
+            .given
+            .values()
+            .filter(is_wanted)
+            .any(|given| !answers.refused.contains_key(&given.listener.name));
+        let causes: Vec<String> = answers
+            .refused
             .iter()
             .map(|(name, why)| format!("Envoy refuses {name}, so it allows nothing: {why}"))
             .collect();
@@ -242,20 +261,24 @@ impl Keeper {
             let port = resources::port_of(&set);
             let listener = resources::listener(&set, self.envoy.has_ipv6);
             if let (Some(port), Some(listener)) = (port, listener) {
+                let listener = discovery::resource(resources::name_of(id), listener);
                 self.given.insert(id, Given { listener, port, unwanted: None, is_open: false });
                 is_changed = true;
             }
         }
         if is_changed {
-            let all = self.given.iter().map(|(id, given)| (resources::name_of(*id), given.listener.clone()));
+            let listeners = self.given.values().map(|given| &given.listener);
+            let all = listeners.map(|listener| (listener.name.clone(), listener.clone()));
             self.listeners.send_replace(Arc::new(all.collect()));
         }
     }
 
-    /// Gives the programs the sockets that Envoy has opened.
+    /// Gives the programs the sockets that Envoy has opened, of listeners that it has as they are.
     async fn open(&mut self, pid: i32) -> Result<()> {
         let families: &[bool] = if self.envoy.has_ipv6 { &[false, true] } else { &[false] };
-        let waiting = self.given.values().filter(|given| !given.is_open);
+        let answers = self.answers.borrow_and_update().clone();
+        let is_opening = |given: &Given| !given.is_open && answers.has(&given.listener);
+        let waiting = self.given.values().filter(|given| is_opening(given));
         let ports: BTreeSet<LoopbackPort> = waiting
             .flat_map(|given| {
                 families.iter().map(|is_ipv6| LoopbackPort { port: given.port, is_ipv6: *is_ipv6 })
@@ -266,7 +289,7 @@ impl Keeper {
         }
         let sockets = blocking(move || Ok(netlink::listening_sockets(pid, &ports)?)).await?;
         let mut opened = BTreeSet::new();
-        for (id, given) in self.given.iter_mut().filter(|(_, given)| !given.is_open) {
+        for (id, given) in self.given.iter_mut().filter(|(_, given)| is_opening(given)) {
             let port = |is_ipv6: &bool| sockets.get(&LoopbackPort { port: given.port, is_ipv6: *is_ipv6 });
             let Some(found) = families.iter().map(port).collect::<Option<Vec<_>>>() else { continue };
             for (socket, is_ipv6) in found.into_iter().zip(families) {
