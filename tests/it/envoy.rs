@@ -141,6 +141,45 @@ fn a_policy_counts_at_once_and_nothing_passes_without_the_envoy() -> Result<()> 
     Ok(())
 }
 
+/// Whatever a server makes of these paths, it is not asked for what the rule does not allow.
+#[test]
+fn a_path_that_servers_read_otherwise_does_not_pass_an_envoy() -> Result<()> {
+    require_lab!();
+    let Some(envoy) = envoy() else {
+        say_skipped("there is no Envoy: scripts/envoy brings one");
+        return Ok(());
+    };
+    let lab = lab(1, &envoy)?;
+    let client = lab.pod(1, "shop/client").create()?;
+    let server = lab.pod(1, "shop/web").label("app", "web").create()?;
+    let _running = Http::start(server.space())?;
+    let target = server.address(true);
+    allow(&lab, "[{path: '/public/.*'}]")?;
+    wait_for_status(client.space(), target, ("GET", "/admin"), 403)?;
+    let passes = ["/public/a", "/public/caf%C3%A9?x=../;%2e", "/public//a", "/public/x/../a"];
+    for path in passes {
+        ensure!(ask(client.space(), target, "GET", path)?.0 == 200, "{path}");
+    }
+    let tricks = [
+        "/public/../secret",
+        "/public/%2e%2e/secret",
+        "/public/..;/secret",
+        "/public/..;a=b/secret",
+        "/public/%252e%252e/secret",
+        "/public/..%5csecret",
+        "/public/..\\secret",
+        "/public/..%2fsecret",
+        "/public/%2e%2e%3b/secret",
+        "/public/a%00b",
+    ];
+    for path in tricks {
+        let status = ask(client.space(), target, "GET", path)?.0;
+        ensure!(matches!(status, 400 | 403), "{path}: {status}");
+    }
+    ensure!(flows_of_envoy(lab.node(1))? > 0, "Envoy judged nothing");
+    Ok(())
+}
+
 #[test]
 fn what_an_envoy_cannot_do_weir_proxy_does() -> Result<()> {
     require_lab!();

@@ -12,6 +12,7 @@
 mod bootstrap;
 mod discovery;
 mod log;
+mod paths;
 mod proto;
 mod resources;
 

@@ -14,6 +14,7 @@ use prost::Message;
 use prost_types::Any;
 
 use super::CLUSTER_OF_AGENT;
+use super::paths::ONE_READING;
 use super::proto::discovery::http_connection_manager::{
     PathWithEscapedSlashesAction, ServerHeaderTransformation, UpgradeConfig,
 };
@@ -105,7 +106,7 @@ fn duration(duration: Duration) -> Option<prost_types::Duration> {
     duration.try_into().ok()
 }
 
-/// Requests pass as they came; one whose path has two readings is judged, and passed on, in one of them.
+/// Requests pass as they came; the path is judged, and passed on, in its normal form.
 fn manager(name: &str, rules: &[HttpRule]) -> HttpConnectionManager {
     let filter = |name: &str, config| HttpFilter { name: name.to_owned(), typed_config: Some(config) };
     let rbac = RbacFilter { rules: Some(rbac(rules)) };
@@ -200,7 +201,10 @@ fn permission(rule: &HttpRule) -> Permission {
     };
     let mut all = Vec::new();
     all.extend(rule.method.clone().map(|method| pattern(":method", method)));
-    all.extend(rule.path.clone().map(|path| pattern(":path", path)));
+    if let Some(path) = &rule.path {
+        all.push(pattern(":path", path.clone()));
+        all.push(pattern(":path", ONE_READING.to_owned()));
+    }
     all.extend(rule.host.as_deref().map(|host| pattern(":authority", format!("(?:{host})(?::[0-9]+)?"))));
     for HeaderRule { name, value, .. } in &rule.headers {
         let is = match value {
@@ -276,6 +280,11 @@ mod tests {
             other => panic!("{other:?}"),
         });
         assert_eq!(names.collect::<Vec<_>>(), [":method", ":authority", "x-a", "x-b"]);
+        let rule = HttpRule { path: Some("/public/.*".to_owned()), ..HttpRule::default() };
+        let Some(permission::Rule::AndRules(set)) = permission(&rule).rule else {
+            panic!("not all must hold")
+        };
+        assert!(format!("{set:?}").contains(&format!("{:?}", ONE_READING)), "a path has one reading");
         assert_eq!(permission(&HttpRule::default()).rule, Some(permission::Rule::Any(true)));
         assert_eq!(rbac(&[]).policies.len(), 1, "no rule at all allows any request");
     }
