@@ -4,7 +4,9 @@
  * port. In the proxy's namespace each client of a listener of rules has an
  * address of its own, its alias, for as long as its flow runs: the proxy hears
  * the alias where it accepts the connection, and a socket that it binds to the
- * alias is bound to the client's address and port. No packet has an alias.
+ * alias is bound to the client's address and port. No packet has an alias. Where
+ * clients have addresses of these ranges, sockets of weir proxy are left alone:
+ * those of the other proxy have a mark.
  */
 #include "lib/addr.h"
 #include "lib/basics.h"
@@ -16,6 +18,8 @@ char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
 #define ALIAS_IPV4 0xf0000000
 #define ALIAS_IPV4_MASK 0xf8000000
 #define ALIAS_IPV6 0x01000000
+/* SO_MARK of the sockets that the other proxy binds (resources.rs). */
+#define ALIAS_SOCKET_MARK 0x57454952
 /* Numbers that are tried before a client goes without. */
 #define ALIAS_TRIES 4
 
@@ -28,6 +32,15 @@ static __always_inline bool alias_has_place(struct bpf_sock_addr *ctx)
 	return device && device->netns_cookie &&
 	       ctx->protocol == IPPROTO_TCP &&
 	       device->netns_cookie == bpf_get_netns_cookie(ctx);
+}
+
+/* True for the sockets by which the other proxy speaks to servers. */
+static __always_inline bool alias_is_bound(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *socket = ctx->sk;
+
+	return socket && socket->mark == ALIAS_SOCKET_MARK &&
+	       alias_has_place(ctx);
 }
 
 static __always_inline void alias_addr(struct addr *addr, __u32 number,
@@ -133,7 +146,7 @@ int alias_bind4(struct bpf_sock_addr *ctx)
 
 	if ((ctx->user_ip4 & bpf_htonl(ALIAS_IPV4_MASK)) !=
 		    bpf_htonl(ALIAS_IPV4) ||
-	    !alias_has_place(ctx))
+	    !alias_is_bound(ctx))
 		return 1;
 	addr_from_ipv4(&addr, ctx->user_ip4);
 	key = bpf_map_lookup_elem(&l7_aliases, &addr);
@@ -150,7 +163,7 @@ int alias_bind6(struct bpf_sock_addr *ctx)
 	struct addr addr __attribute__((aligned(8)));
 	struct l7_flow_key *key;
 
-	if (ctx->user_ip6[0] != bpf_htonl(ALIAS_IPV6) || !alias_has_place(ctx))
+	if (ctx->user_ip6[0] != bpf_htonl(ALIAS_IPV6) || !alias_is_bound(ctx))
 		return 1;
 	addr.w[0] = ctx->user_ip6[0];
 	addr.w[1] = ctx->user_ip6[1];

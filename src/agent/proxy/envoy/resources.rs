@@ -32,6 +32,8 @@ use crate::model::l7::{HeaderRule, HttpRule, L7Rules, Mismatch, RuleSet, RuleSet
 pub const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
 /// The cluster whose address is whom a connection is for.
 pub const CLUSTER_OF_SERVERS: &str = "server";
+/// By what the programs know the sockets that an Envoy binds (ALIAS_SOCKET_MARK of bpf/alias.bpf.c).
+const SOCKET_MARK: u32 = 0x5745_4952;
 /// Below this port nobody listens without a privilege.
 const FIRST_PORT: u16 = 1024;
 /// How long the head of a request may take, and what it may be, as for `weir proxy`.
@@ -86,7 +88,7 @@ pub fn listener(set: &RuleSet, has_ipv6: bool) -> Option<Any> {
             of_listener(
                 "original_src",
                 "envoy.extensions.filters.listener.original_src.v3.OriginalSrc",
-                &OriginalSrc { bind_port: true },
+                &OriginalSrc { bind_port: true, mark: SOCKET_MARK },
             ),
         ],
         filter_chains: vec![FilterChain { filters: vec![filter] }],
