@@ -292,7 +292,8 @@ impl Device {
                 // There is no handshake that would tell of one that is away.
                 KeyProtocol::Ipsec
                     if key.receives.is_some()
-                        && key.receives == all.get(&generation).map(|all| all ^ digest_of(&key.public_key)) =>
+                        && key.receives
+                            == all.get(&generation).map(|all| all ^ digest_of(&key.public_key)) =>
                 {
                     Reach::Reached
                 }

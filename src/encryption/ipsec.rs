@@ -106,8 +106,8 @@ impl Ipsec {
                     .entry(*key)
                     .or_insert_with(|| own.is_some_and(|own| own.shared_with(key).is_some()))
             };
-            let keys = std::iter::once(&node.key.active).chain(&node.key.other);
-            if !keys.fold(true, |all, key| hides(&key.public_key) && all) {
+            let mut keys = std::iter::once(&node.key.active).chain(&node.key.other);
+            if !keys.all(|key| hides(&key.public_key)) {
                 problems.push(format!("node {}: its key hides nothing: nothing goes to its pods", node.name));
                 return false;
             }
@@ -319,7 +319,7 @@ pub fn remove_ipsec() -> Result<bool> {
         }
     }
     netlink::remove_xfrm_ways(IPSEC_DEVICE)?;
-    Ok(netlink::delete_link(IPSEC_DEVICE).context("removing the IPsec device")?)
+    netlink::delete_link(IPSEC_DEVICE).context("removing the IPsec device")
 }
 
 /// Adds what is not there. What sends is noted first: it is never added a second time.

@@ -124,10 +124,9 @@ fn a_policy_counts_at_once_and_nothing_passes_without_the_envoy() -> Result<()> 
     let second = node.envoy_pid().context("an Envoy runs")?;
     node.kill_agent()?;
     node.start_agent()?;
-    node.wait_ready()?;
+    wait_for("an Envoy of the new agent", || Ok(node.envoy_pid().is_some_and(|pid| pid != second)))?;
     wait_for_status(client.space(), target.ip(), ("GET", "/health"), 200)?;
     ensure!(ask(client.space(), target.ip(), "GET", "/status")?.0 == 403);
-    ensure!(node.envoy_pid().is_some_and(|pid| pid != second), "Envoy is the one of the agent before");
 
     let second = node.envoy_pid().context("an Envoy runs")?;
     let mut kept = Client::connect(client.space(), target)?;

@@ -224,7 +224,7 @@ mod tests {
         assert!(speaker.tell(true).await);
         assert_eq!(next(&mut sending).removed_resources, ["rules/3"]);
         let sent = next(&mut sending);
-        assert_eq!(sent.resources, [other.clone()]);
+        assert_eq!(sent.resources, std::slice::from_ref(&other));
         assert!(sending.try_recv().is_err(), "what is the same is not sent");
         assert!(!answers.borrow().has(&other), "it was sent, and not answered yet");
         speaker.hear(DeltaDiscoveryRequest { response_nonce: sent.nonce, ..Default::default() });
@@ -235,7 +235,7 @@ mod tests {
     #[tokio::test]
     async fn what_an_envoy_refuses_it_has_not() {
         let refused = listener("rules/1", b"a");
-        let (mut speaker, mut sending, answers) = speaker(&[refused.clone()]);
+        let (mut speaker, mut sending, answers) = speaker(std::slice::from_ref(&refused));
         assert!(speaker.tell(true).await);
         let error_detail = Some(Refusal { code: 13, message: "an expression".to_owned() });
         let response_nonce = next(&mut sending).nonce;
