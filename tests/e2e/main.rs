@@ -58,7 +58,6 @@ const STEPS: &[Step] = &[
     ("connectivity_test_of_everything", tools::connectivity_test_of_everything),
     ("status_of_the_cluster", tools::status_of_the_cluster),
     ("the_relay_has_every_node", tools::the_relay_has_every_node),
-    ("flows_of_every_node", tools::flows_of_every_node),
     ("http_requests_that_a_policy_names", tools::http_requests_that_a_policy_names),
     ("sysdump_without_secrets", tools::sysdump_without_secrets),
     ("sources_against_a_bare_api_server", api_server::sources_against_a_bare_api_server),

@@ -6,9 +6,8 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::kubernetes::prober::Via;
 use crate::lab::{binary, output_of};
-use crate::world::{PATIENCE, PORT, Pod, World, both, outside};
+use crate::world::{PATIENCE, PORT, World, outside};
 
 /// Everything is tried, the outside host too, and nothing fails or is left behind.
 pub fn connectivity_test_of_everything(world: &mut World) -> Result<()> {
@@ -88,42 +87,6 @@ pub fn the_relay_has_every_node(world: &mut World) -> Result<()> {
     connected.with_context(|| format!("the relay said: {said}"))?;
     let (status, flows) = asked("/api/flows?last=5")?;
     ensure!(status == 200 && flows.contains("\"node_name\""), "{status}: {flows}");
-    Ok(())
-}
-
-/// `weir observe --cluster` and `weir top --cluster` tell what every node saw, without a relay.
-pub fn flows_of_every_node(world: &mut World) -> Result<()> {
-    let (clients, servers) = (world.clients()?, world.servers()?);
-    let rows = || clients.iter().flat_map(|client| servers.iter().map(move |server| (client, server)));
-    let speak: Vec<_> =
-        rows().flat_map(|(client, server)| both(client, Via::Http, server, PORT, true)).collect();
-    let nodes_of = |pods: &[Pod]| -> BTreeSet<String> { pods.iter().map(|pod| pod.node.clone()).collect() };
-    let expected: BTreeSet<String> = nodes_of(&clients).union(&nodes_of(&servers)).cloned().collect();
-    let ask = |arguments: &[&str]| -> Result<String> {
-        let mut weir = world.cluster.command(binary("weir")?);
-        output_of(weir.args(arguments).args(["--cluster", "-o", "json"]), "")
-    };
-    let filters = ["observe", "--all", "--since", "5m", "--namespace", "e2e", "--port", "8080"];
-    let mut seen = BTreeSet::new();
-    // Who was asked before may have made room for others meanwhile.
-    let all = world.cluster.wait("the flows of every node", PATIENCE, || {
-        world.expect(&speak)?;
-        let written = ask(&filters)?;
-        let answers = written.lines().map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
-        let names = answers.iter().filter_map(|answer| answer["flow"]["node_name"].as_str());
-        seen = names.map(|name| name.rsplit('/').next().unwrap_or_default().to_owned()).collect();
-        Ok(expected.is_subset(&seen))
-    });
-    all.with_context(|| format!("flows of {seen:?}, expected of {expected:?}"))?;
-    let newest = ask(&["observe", "--last", "3", "--namespace", "e2e"])?;
-    ensure!(newest.lines().count() == 3, "the newest 3 of all nodes together: {newest}");
-    let top: Value =
-        serde_json::from_str(&ask(&["top", "--once", "--window", "300", "--namespace", "e2e"])?)?;
-    let talkers = top["talkers"].as_array().context("top without talkers")?;
-    let is_there = |pod: &&Pod| talkers.iter().any(|talker| talker["name"] == format!("e2e/{}", pod.name));
-    let missing: Vec<&str> =
-        clients.iter().filter(|pod| !is_there(pod)).map(|pod| pod.name.as_str()).collect();
-    ensure!(missing.is_empty(), "no talkers: {missing:?}: {top}");
     Ok(())
 }
 

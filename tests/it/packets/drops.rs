@@ -356,7 +356,7 @@ fn rows() -> Vec<Row> {
 }
 
 /// Reasons that other tests cause, or that only a kernel out of memory does.
-const ELSEWHERE: [(u8, &str); 9] = [
+const ELSEWHERE: [(u8, &str); 10] = [
     (204, "egress::an_address_that_the_gateway_lacks_lets_nothing_leave"),
     (195, "encryption::what_has_to_be_encrypted_does_not_come_in_plain"),
     (141, "rewriting a header that was just read fails only without memory"),
@@ -366,6 +366,7 @@ const ELSEWHERE: [(u8, &str); 9] = [
     (240, "fairness::who_has_his_share_of_ports_gets_no_more"),
     (169, "network::native_routing_needs_a_route"),
     (244, "layer7::without_a_proxy_nothing_passes_that_it_must_judge"),
+    (245, "dns::an_answer_needs_its_question"),
 ];
 
 fn check(world: &mut World, cast: &Cast, row: &Row) -> Result<()> {
