@@ -14,7 +14,7 @@
 
 char LICENSE[] SEC("license") __weak = "Dual BSD/GPL";
 
-/* 240.0.0.0/5, which nobody has, and 100::/64, which is for nobody. */
+/* 240.0.0.0/5, which is reserved, and 100::/64, which is for nobody (RFC 6666). */
 #define ALIAS_IPV4 0xf0000000
 #define ALIAS_IPV4_MASK 0xf8000000
 #define ALIAS_IPV6 0x01000000

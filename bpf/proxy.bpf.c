@@ -195,10 +195,7 @@ __weak __noinline int before_proxy_judge(struct __sk_buff *ctx,
  */
 static __always_inline bool before_proxy_own(struct __sk_buff *ctx)
 {
-	void *data = (void *)(long)ctx->data;
-	void *end = (void *)(long)ctx->data_end;
-
-	if (end - data >= ctx->len)
+	if (packet_is_linear(ctx, ctx->len))
 		return true;
 	return !ctx->gso_size && ctx->len <= DNS_FRAME_MAX &&
 	       !bpf_skb_pull_data(ctx, ctx->len);
